@@ -1,0 +1,58 @@
+"""The errors that mlxvr raises on purpose, in one tree.
+
+    MlxvrError
+    ├── MediaError          a video or an image cannot be read, or a range of it holds nothing
+    ├── CheckpointError     a model folder is incomplete, damaged, unsupported or unsafe
+    ├── RecipeError         a conversion recipe is wrong
+    ├── DataError           a dataset row is wrong
+    ├── ConfigError         an option has a value that cannot be used
+    ├── OutOfMemoryError    the work cannot fit in the memory that is allowed
+    └── Cancelled           the caller asked for the work to stop
+
+Every message is one line: what was found, what was expected, and what to do. The command line prints that line and
+exits with 2 for all of them, since each is something that the caller can put right; any other exception is a failure
+of ours and exits with 1.
+"""
+
+__all__ = [
+    "Cancelled",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "MediaError",
+    "MlxvrError",
+    "OutOfMemoryError",
+    "RecipeError",
+]
+
+
+class MlxvrError(Exception):
+    """Base of every error that mlxvr raises on purpose."""
+
+
+class MediaError(MlxvrError):
+    """A video or an image cannot be read, or the requested range of it holds nothing."""
+
+
+class CheckpointError(MlxvrError):
+    """A model folder is incomplete, damaged, unsupported, or holds files that are never loaded (pickle)."""
+
+
+class RecipeError(MlxvrError):
+    """A conversion recipe has an unknown key or a value that cannot be used."""
+
+
+class DataError(MlxvrError):
+    """A dataset row is wrong; the message names the file and the line."""
+
+
+class ConfigError(MlxvrError):
+    """An option has a value that cannot be used."""
+
+
+class OutOfMemoryError(MlxvrError):
+    """The work does not fit in the memory that is allowed."""
+
+
+class Cancelled(MlxvrError):
+    """The caller asked for the work to stop; everything that was begun has been given back."""

@@ -1,0 +1,1 @@
+"""Files to patches: decoding, sampling, resizing and patchifying, in numpy alone."""

@@ -1,0 +1,1 @@
+"""The network and its words: loading, prompts, positions, KV cache and decoding."""

@@ -1,0 +1,1 @@
+"""From a Hub repository or folder to quantized MLX weights."""
