@@ -1,0 +1,122 @@
+"""What the reasoner gives back: the events of a stream and the final answer, as plain data.
+
+A stream yields a `FirstAnswer` as soon as the first box closes, then `ReasoningDelta`s while the model reasons, and an
+`Answer` last. Nothing here holds arrays or handles, so an `Answer` can be kept, compared, pickled or written as JSON.
+"""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+__all__ = ["Answer", "Event", "FirstAnswer", "ReasoningDelta", "Usage"]
+
+
+@dataclass(frozen=True)
+class FirstAnswer:
+    """The direct answer, the moment its box closes.
+
+    Attributes:
+        text: the content of the first box as it was written.
+        confidence: exp(mean log p) of the normalised answer's tokens, in [0, 1]; None when the model declined to answer
+            directly (the fallback sentence) or left the box empty.
+        threshold: what the confidence was compared with.
+        reasons: whether the model goes on to reason.
+    """
+
+    text: str
+    confidence: float | None
+    threshold: float
+    reasons: bool
+
+
+@dataclass(frozen=True)
+class ReasoningDelta:
+    """A piece of the text that follows the first box: the reasoning, and then the second box."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What an answer cost.
+
+    Attributes:
+        prompt_tokens: length of the whole prompt, the video included.
+        video_tokens: how many of them are visual.
+        cached_tokens: how many of them were not computed for this question, because the clip's prefix already was.
+        first_answer_tokens: generated up to and with the token that closes the first box.
+        reasoning_tokens: generated after it.
+        decode_seconds: reading, resizing and cutting the frames (0 for a follow-up question, as are vision_seconds).
+        vision_seconds: the vision tower.
+        prefill_seconds: the prompt through the language model.
+        first_answer_seconds: generating the first answer.
+        reasoning_seconds: generating the rest.
+        peak_memory_bytes: the most that MLX's allocator held at once while it worked on this question.
+    """
+
+    prompt_tokens: int = 0
+    video_tokens: int = 0
+    cached_tokens: int = 0
+    first_answer_tokens: int = 0
+    reasoning_tokens: int = 0
+    decode_seconds: float = 0.0
+    vision_seconds: float = 0.0
+    prefill_seconds: float = 0.0
+    first_answer_seconds: float = 0.0
+    reasoning_seconds: float = 0.0
+    peak_memory_bytes: int = 0
+
+    @property
+    def generated_tokens(self) -> int:
+        """All tokens that were generated."""
+        return self.first_answer_tokens + self.reasoning_tokens
+
+    @property
+    def total_seconds(self) -> float:
+        """All the time that is accounted for."""
+        return (
+            self.decode_seconds
+            + self.vision_seconds
+            + self.prefill_seconds
+            + self.first_answer_seconds
+            + self.reasoning_seconds
+        )
+
+
+@dataclass(frozen=True)
+class Answer:
+    r"""The answer to one question about one clip.
+
+    Attributes:
+        text: the answer that counts: the second box when the model reasoned, else the first; when the boxes are missing,
+            the text that stands outside `<think>`; empty when there is none.
+        confidence: of the first answer (see `FirstAnswer`); None: there was no direct answer.
+        reasoned: whether the model went on after the first box.
+        first: content of the first box, or None.
+        reasoning: the text between `<think>` and `</think>`, or None.
+        second: content of the second box, or None.
+        threshold: what the confidence was compared with.
+        problems: how the output departs from ``\boxed{..}<think>..</think>\boxed{..}``; empty when it does not.
+            An early exit is not a departure. The words are those of `mlxvr.protocol.Transcript.problems`.
+        token_ids: everything that was generated.
+        token_logprobs: natural log of each token's probability under the model's own (temperature 1) distribution.
+        usage: what it cost.
+    """
+
+    text: str
+    confidence: float | None
+    reasoned: bool
+    first: str | None
+    reasoning: str | None
+    second: str | None
+    threshold: float
+    problems: tuple[str, ...] = ()
+    token_ids: tuple[int, ...] = field(default=(), repr=False)
+    token_logprobs: tuple[float, ...] = field(default=(), repr=False)
+    usage: Usage = field(default_factory=Usage)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON-ready values, nested dataclasses and tuples included."""
+        return asdict(self)
+
+
+Event = FirstAnswer | ReasoningDelta | Answer
