@@ -25,7 +25,7 @@ Body = Callable[[argparse.Namespace], int | None]
 
 
 class VerbParser(argparse.ArgumentParser):
-    """argparse with long flags spelled out in full and a wrong option reported on one line, without the usage."""
+    """argparse with flags spelled out in full, and a wrong option reported on one line without the usage."""
 
     def __init__(self, prog: str, description: str, *, epilog: str | None = None) -> None:
         super().__init__(
