@@ -28,15 +28,9 @@ _END = object()
 class Worker:
     """Runs work on one thread that it owns, one piece after another."""
 
-    def __init__(self, name: str = "mlxvr", *, at_exit: Callable[[], None] | None = None):
-        """Start nothing yet: the thread begins with the first piece of work.
-
-        Args:
-            name: the thread's name.
-            at_exit: called on the thread as its last act, to release what the thread owns.
-        """
+    def __init__(self, name: str = "mlxvr"):
+        """Start nothing yet: the thread begins with the first piece of work, and is called `name`."""
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
-        self._at_exit = at_exit
         self._lock = threading.Lock()
         self._pending: set[threading.Event] = set()  # the stop flags of work that waits or runs
         self._closed = False
@@ -92,16 +86,16 @@ class Worker:
             for stop in self._pending:
                 stop.set()
 
-    def close(self) -> None:
-        """Stop all work, release what the thread owns, and end the thread; idempotent, safe from any thread."""
+    def close(self, release: Callable[[], None] | None = None) -> None:
+        """Stop all work, call `release` on the thread as its last act, and end it; idempotent, from any thread."""
         with self._lock:
             if self._closed:
                 return
             self._closed = True
             for stop in self._pending:
                 stop.set()
-            if self._at_exit is not None:
-                self._executor.submit(self._at_exit)
+            if release is not None:
+                self._executor.submit(release)
         self._executor.shutdown(wait=True)
 
     def _submit(self, work: Callable[[ShouldStop], T]) -> tuple[threading.Event, "Future[T]"]:

@@ -1,0 +1,61 @@
+"""Memory on the accelerator: what was used at most, what may be wired, and giving it back.
+
+The one place that asks which backend runs: wiring memory exists on Metal alone, where it keeps a large model's weights
+from being paged out between tokens (mlx-lm does the same).
+"""
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import mlx.core as mx
+
+from mlxvr.errors import OutOfMemoryError
+
+__all__ = ["release_thread", "track_peak", "wired"]
+
+
+class Peak:
+    """The most bytes that MLX's allocator held at once since `track_peak` began."""
+
+    @property
+    def bytes(self) -> int:
+        """The peak so far."""
+        return int(mx.get_peak_memory())
+
+
+@contextmanager
+def track_peak() -> Iterator[Peak]:
+    """Reset the allocator's high-water mark and report it; turns an allocation failure into `OutOfMemoryError`."""
+    mx.reset_peak_memory()
+    try:
+        yield Peak()
+    except RuntimeError as error:
+        if "allocate" not in str(error).lower():
+            raise
+        held = mx.get_peak_memory() / 2**30
+        raise OutOfMemoryError(
+            f"the model ran out of memory after holding {held:.1f} GiB: use fewer video tokens, a smaller "
+            "prefill step, quantized keys and values, or fewer bits per weight"
+        ) from error
+
+
+@contextmanager
+def wired() -> Iterator[None]:
+    """Keep what is allocated inside in physical memory, as far as the system recommends; a no-op off Metal."""
+    if not mx.metal.is_available():
+        yield
+        return
+    limit = mx.set_wired_limit(mx.device_info()["max_recommended_working_set_size"])
+    try:
+        yield
+    finally:
+        mx.synchronize()
+        mx.set_wired_limit(limit)
+
+
+def release_thread() -> None:
+    """Free the allocator's cache and the calling thread's streams; the last MLX call that a thread makes."""
+    gc.collect()  # modules hold each other in cycles
+    mx.clear_cache()
+    mx.clear_streams()
