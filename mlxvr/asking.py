@@ -1,0 +1,162 @@
+r"""Think once, answer twice: the decision loop over a stream of tokens.
+
+The model writes ``\boxed{a1}<think>r</think>\boxed{a2}``. The loop reads tokens as they are decoded, scores a1 at the
+token that closes its box, and there decides whether to go on (arXiv 2601.05175, inference). Going on means taking the
+next token from the same iterator, so nothing is computed twice; stopping means not taking it.
+
+Departure from the public evaluator, which decodes the whole chain and chooses afterwards: the tokens here are the same,
+those after an early exit are just never made.
+
+The loop knows tokens, log-probabilities and text, and nothing of MLX, so that it can be tested with scripted tokens.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, get_args
+
+from mlxvr.answer import Event, FirstAnswer, ReasoningDelta
+from mlxvr.confidence import FirstAnswer as ScoredAnswer
+from mlxvr.confidence import score_first_answer, should_exit
+from mlxvr.errors import ConfigError
+from mlxvr.protocol import DualAnswerParser, Transcript
+
+__all__ = ["Kind", "Mode", "Outcome", "Question", "TokenLike", "think_once"]
+
+Kind = Literal["qa", "grounding", "grounded_qa"]
+Mode = Literal["auto", "direct", "think"]
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question and how to answer it; refuses values that cannot be used when it is built.
+
+    Attributes:
+        text: the question, or for `grounding` the description of the segment to find.
+        options: the choices of a multiple-choice question, without letters.
+        kind: which of the public prompts is used.
+        mode: "auto" reasons only when the first answer is not sure enough; "direct" never; "think" always.
+        threshold: confidence at which "auto" takes the first answer, in [0, 1]; None: the checkpoint's own.
+        max_tokens: the most tokens that are generated.
+        temperature: 0 decodes greedily; above 0 samples. Confidence is read at temperature 1 either way.
+        top_p: sample from the smallest set of tokens that holds this much probability.
+        seed: makes sampling repeatable.
+    """
+
+    text: str
+    options: tuple[str, ...] | None = None
+    kind: Kind = "qa"
+    mode: Mode = "auto"
+    threshold: float | None = None
+    max_tokens: int = 4096
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.text, str) or not self.text.strip():
+            raise ConfigError("the question is empty: ask something, for example 'What happens at the end?'")
+        for name, value, allowed in (
+            ("kind", self.kind, get_args(Kind)),
+            ("mode", self.mode, get_args(Mode)),
+        ):
+            if value not in allowed:
+                raise ConfigError(f"{name} {value!r} is unknown: use one of {', '.join(allowed)}")
+        if self.threshold is not None and not 0.0 <= self.threshold <= 1.0:
+            raise ConfigError(f"threshold {self.threshold} is outside [0, 1]: it is compared with a probability")
+        if self.max_tokens < 1:
+            raise ConfigError(f"max_tokens {self.max_tokens} leaves no room for an answer: use at least 1")
+        if not 0.0 <= self.temperature < float("inf"):
+            raise ConfigError(f"temperature {self.temperature} cannot be used: 0 is greedy, 1 the model's own")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ConfigError(f"top_p {self.top_p} is outside (0, 1]: 1 keeps every token")
+
+
+class TokenLike(Protocol):
+    """What the loop reads of a decoded token."""
+
+    @property
+    def id(self) -> int:
+        """The token's id."""
+
+    @property
+    def logprob(self) -> float:
+        """Natural log of its probability at temperature 1."""
+
+
+@dataclass
+class Outcome:
+    """What the loop has seen so far; complete once its iterator is exhausted.
+
+    Attributes:
+        scored: the scored first answer, None while there is none or when it has no confidence.
+        exited: whether the loop stopped at the first box.
+        first_answer_tokens: tokens up to and with the one that closes the first box (all of them if none does).
+        first_answer_seconds, reasoning_seconds: time before and after that token.
+    """
+
+    token_ids: list[int] = field(default_factory=list)
+    token_logprobs: list[float] = field(default_factory=list)
+    scored: ScoredAnswer | None = None
+    exited: bool = False
+    transcript: Transcript | None = None
+    first_answer_tokens: int = 0
+    first_answer_seconds: float = 0.0
+    reasoning_seconds: float = 0.0
+
+
+def think_once(
+    tokens: Iterable[TokenLike],
+    detokenize: Callable[[list[int]], str],
+    outcome: Outcome,
+    *,
+    mode: Mode,
+    threshold: float,
+    max_tokens: int,
+    stop_ids: frozenset[int] = frozenset(),
+) -> Iterator[Event]:
+    """Read tokens, yield `FirstAnswer` and `ReasoningDelta` events, and fill `outcome`.
+
+    Args:
+        tokens: decoded one by one; a token is only taken when it is needed.
+        detokenize: ids to text, special tokens included.
+        outcome: filled as the tokens come.
+        mode: see `Question`.
+        threshold: see `Question`.
+        max_tokens: stop after this many.
+        stop_ids: end-of-turn tokens: recorded, never part of the text.
+    """
+    parser = DualAnswerParser(detokenize)
+    started = time.perf_counter()
+    closed_at: float | None = None
+    ended = False
+    for token in tokens:
+        outcome.token_ids.append(token.id)
+        outcome.token_logprobs.append(token.logprob)
+        if token.id in stop_ids:
+            ended = True
+            break
+        delta = parser.push(token.id)
+        if closed_at is not None:
+            if delta:
+                yield ReasoningDelta(delta)
+        elif parser.first_closed:
+            closed_at = time.perf_counter()
+            outcome.first_answer_tokens = len(outcome.token_ids)
+            outcome.scored = score_first_answer(outcome.token_ids, outcome.token_logprobs, detokenize)
+            outcome.exited = mode == "direct" or (mode == "auto" and should_exit(outcome.scored, threshold))
+            confidence = None if outcome.scored is None else outcome.scored.confidence
+            yield FirstAnswer(parser.first or "", confidence, threshold, reasons=not outcome.exited)
+            if outcome.exited:
+                break
+        elif mode == "direct" and parser.stage == "reasoning":
+            break  # it began to reason without a first box: there is no direct answer to wait for
+        if len(outcome.token_ids) >= max_tokens:
+            break
+    hit_limit = not ended and not outcome.exited and len(outcome.token_ids) >= max_tokens
+    outcome.transcript = parser.finish(hit_limit=hit_limit)
+    now = time.perf_counter()
+    outcome.first_answer_seconds = (now if closed_at is None else closed_at) - started
+    outcome.reasoning_seconds = 0.0 if closed_at is None else now - closed_at
+    if closed_at is None:
+        outcome.first_answer_tokens = len(outcome.token_ids)

@@ -1,0 +1,255 @@
+"""`python -m mlxvr.generate`: ask questions about a video.
+
+stdout carries the result, stderr the progress. With no arguments it asks the bundled checkpoint two questions about a
+bundled clip: one that it can answer at a glance, and one that it has to think about.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO, get_args
+
+from tqdm import tqdm
+
+from mlxvr import reasoner
+from mlxvr.answer import Answer, Event, FirstAnswer, ReasoningDelta
+from mlxvr.asking import Kind, Mode, Question
+from mlxvr.cli import VerbParser, run_verb
+from mlxvr.errors import ConfigError
+
+__all__ = ["main", "make_parser"]
+
+_BAR_WIDTH = 20
+
+
+def make_parser() -> VerbParser:
+    """The verb's options."""
+    parser = VerbParser(
+        "mlxvr generate",
+        "Ask questions about a video. The model answers directly, and reasons only when its answer is not sure enough.",
+        epilog="With no arguments: two questions about a bundled clip, to the bundled demo checkpoint.",
+    )
+    ask = parser.add_argument_group("what to ask")
+    ask.add_argument("--model", metavar="M", help="folder or Hub id (default: the bundled demo checkpoint)")
+    ask.add_argument("--adapter", metavar="DIR", help="folder of LoRA weights to put on top")
+    ask.add_argument("--revision", metavar="R", help="branch, tag or commit of a Hub id")
+    ask.add_argument("--video", metavar="F", help="a video or an image (default: a bundled clip)")
+    ask.add_argument(
+        "--prompt",
+        metavar="Q",
+        action="append",
+        help="the question; repeat it to ask more about the same clip",
+    )
+    ask.add_argument("--option", metavar="O", action="append", help="a choice of a multiple-choice question; repeat it")
+    ask.add_argument("--kind", choices=get_args(Kind), default="qa", help="which prompt to use (default: %(default)s)")
+
+    think = parser.add_argument_group("when to think")
+    think.add_argument("--mode", choices=get_args(Mode), default="auto", help="default: %(default)s")
+    think.add_argument(
+        "--threshold",
+        metavar="T",
+        type=float,
+        help="confidence that is sure enough (default: the checkpoint's own)",
+    )
+    think.add_argument("--max-tokens", metavar="N", type=int, default=4096, help="default: %(default)s")
+    think.add_argument("--temperature", metavar="T", type=float, default=0.0, help="0 is greedy (default)")
+    think.add_argument("--top-p", metavar="P", type=float, default=1.0, help="default: %(default)s")
+    think.add_argument("--seed", metavar="N", type=int, help="makes sampling repeatable")
+
+    frames = parser.add_argument_group("which frames", "defaults come from the checkpoint")
+    frames.add_argument("--fps", metavar="F", type=float, help="frames to sample per second")
+    frames.add_argument("--max-frames", metavar="N", type=int, help="the most frames to sample")
+    frames.add_argument("--video-tokens", metavar="N", type=int, help="the most tokens that the clip may take")
+    frames.add_argument("--start", metavar="S", type=float, help="seconds")
+    frames.add_argument("--end", metavar="S", type=float, help="seconds")
+
+    run = parser.add_argument_group("memory and output")
+    run.add_argument("--kv-bits", metavar="N", type=int, help="quantize keys and values to this many bits")
+    run.add_argument("--prefill-step-size", metavar="N", type=int, default=2048, help="default: %(default)s")
+    run.add_argument("--json", action="store_true", help="print one JSON object: the answer, or {answers: [..]}")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the verb; returns its exit code."""
+    return run_verb(make_parser(), _generate, argv)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """One question of the command line."""
+
+    prompt: str
+    options: tuple[str, ...] | None
+    kind: Kind
+
+
+def _generate(args: argparse.Namespace) -> int:
+    video, asked = _what_to_ask(args)
+    sampling: dict[str, Any] = {
+        name: getattr(args, name) for name in ("mode", "threshold", "max_tokens", "temperature", "top_p", "seed")
+    }
+    for one in asked:  # a wrong option is found before anything is loaded
+        Question(one.prompt, one.options, one.kind, **sampling)
+    answers = []
+    with (
+        _Progress(sys.stderr) as progress,
+        reasoner.load(
+            args.model,
+            adapter=args.adapter,
+            revision=args.revision,
+            kv_bits=args.kv_bits,
+            prefill_step_size=args.prefill_step_size,
+            progress=progress,
+        ) as loaded,
+        loaded.open(
+            video,
+            fps=args.fps,
+            max_frames=args.max_frames,
+            video_tokens=args.video_tokens,
+            start=args.start,
+            end=args.end,
+            progress=progress,
+        ) as clip,
+    ):
+        for number, one in enumerate(asked):
+            events = clip.stream(one.prompt, options=one.options, kind=one.kind, **sampling)
+            if args.json:
+                answers.append(_last(events))
+            else:
+                if number:
+                    print()
+                answers.append(_tell(one, events, progress, sys.stdout))
+    if args.json:
+        fields = [answer.to_dict() for answer in answers]
+        print(json.dumps(fields[0] if len(fields) == 1 else {"answers": fields}, ensure_ascii=False))
+    return 0
+
+
+def _what_to_ask(args: argparse.Namespace) -> tuple[Path, list[_Asked]]:
+    """The clip and the questions; the bundled ones where the command line names none."""
+    if args.video is not None and not args.prompt:
+        raise ConfigError("no question: ask one with --prompt 'What happens at the end?'")
+    if args.video is None and args.prompt:
+        raise ConfigError("no clip to ask about: name one with --video FILE")
+    if args.prompt:
+        options = tuple(args.option) if args.option else None
+        return Path(args.video), [_Asked(prompt, options, args.kind) for prompt in args.prompt]
+    if args.model is not None:
+        raise ConfigError("no clip and no question for this model: add --video FILE --prompt 'What happens?'")
+    folder = reasoner.demo_folder()
+    rows = [json.loads(line) for line in (folder / "clips.jsonl").read_text(encoding="utf-8").splitlines()]
+    shown = [row for row in rows if row["video"] == rows[0]["video"]][:2]
+    asked = [_Asked(row["question"], tuple(row["options"]) if row.get("options") else None, "qa") for row in shown]
+    return folder / shown[0]["video"], asked
+
+
+def _last(events: Iterator[Event]) -> Answer:
+    """Read a stream to its end."""
+    answer = None
+    for event in events:
+        if isinstance(event, Answer):
+            answer = event
+    assert answer is not None, "a stream ends with its Answer"
+    return answer
+
+
+def _tell(asked: _Asked, events: Iterator[Event], progress: "_Progress", out: TextIO) -> Answer:
+    """Print a question and its answer as they come; returns the answer."""
+    print(f"question    {asked.prompt}", file=out)
+    for letter, option in zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", asked.options or ()):
+        print(f"            {letter}. {option}", file=out)
+    reasoning = False
+    for event in events:
+        progress.clear()
+        if isinstance(event, FirstAnswer):
+            print(f"first       {event.text}", file=out)
+            print(f"confidence  {_gauge(event)}", file=out, flush=True)
+        elif isinstance(event, ReasoningDelta):
+            text = event.text if reasoning else "reasoning   " + event.text.lstrip()
+            print(text, end="", file=out, flush=True)
+            reasoning = True
+        elif isinstance(event, Answer):
+            if reasoning:
+                print(file=out)
+            print(f"answer      {event.text or '(none)'}", file=out)
+            print(f"            {_cost(event)}", file=out, flush=True)
+            answer = event
+    return answer
+
+
+def _gauge(first: FirstAnswer) -> str:
+    """Confidence against the threshold, so that a person sees at a glance why it did or did not think."""
+    verdict = "so it thinks" if first.reasons else "no need to think"
+    if first.confidence is None:
+        return f"none: it would not answer directly, {verdict}"
+    filled = round(first.confidence * _BAR_WIDTH)
+    bar = "█" * filled + "░" * (_BAR_WIDTH - filled)
+    sure = first.confidence >= first.threshold
+    sign = "≥" if sure else "<"
+    return f"{first.confidence:.3f} {bar} {sign} {first.threshold:.3f}: {'sure' if sure else 'not sure'}, {verdict}"
+
+
+def _cost(answer: Answer) -> str:
+    """One line on how the answer was reached and what it took."""
+    usage = answer.usage
+    how = "after reasoning" if answer.reasoned else "directly"
+    parts = [
+        f"{how}: {usage.generated_tokens} tokens in {usage.total_seconds:.2f} s",
+        f"prompt {usage.prompt_tokens} tokens ({usage.video_tokens} of video, {usage.cached_tokens} reused)",
+        f"peak memory {usage.peak_memory_bytes / 2**20:,.0f} MiB",
+    ]
+    if answer.problems:
+        parts.append("output format: " + ", ".join(answer.problems))
+    return "; ".join(parts)
+
+
+class _Progress:
+    """One bar at a time on stderr, and none once its stage is done."""
+
+    _UNITS: dict[str, dict[str, Any]] = {
+        "decoding": {"unit": "frame"},
+        "vision": {"unit": "row"},
+        "prefill": {"unit": "token"},
+        "download": {"unit": "B", "unit_scale": True},
+    }
+
+    def __init__(self, out: TextIO):
+        self._out = out
+        self._stage = ""
+        self._bar: tqdm[Any] | None = None
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if stage != self._stage or self._bar is None:
+            self.clear()
+            self._stage = stage
+            self._bar = tqdm(
+                total=total,
+                desc=stage,
+                file=self._out,
+                leave=False,
+                disable=None,
+                **self._UNITS.get(stage, {}),
+            )
+        self._bar.update(done - self._bar.n)
+        if done >= total:
+            self.clear()
+
+    def clear(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def __enter__(self) -> "_Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.clear()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,351 @@
+"""The API that an app embeds: `load` a model, `open` a clip, `ask` about it.
+
+    reasoner = mlxvr.load()
+    clip = reasoner.open("clip.mp4", fps=2.0)
+    answer = clip.ask("Which cup hides the ball?", options=["left", "middle", "right"])
+    for event in clip.stream("What colour is it?"): ...        # FirstAnswer, ReasoningDelta, .., Answer
+
+System prompt and video are a prefix that every question about a clip shares. A `Clip` computes it once and keeps its
+keys and values; each question rewinds the cache to the end of the prefix and computes its own text only.
+
+A `Reasoner` runs all MLX work on a thread of its own (see `mlxvr.worker`), so it may be called from any thread; calls
+are served one after another.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from importlib.resources import files
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+from weakref import WeakSet
+
+import numpy as np
+
+from mlxvr.answer import Answer, Event, FirstAnswer, ReasoningDelta, Usage
+from mlxvr.asking import Kind, Mode, Outcome, Question, think_once
+from mlxvr.errors import ConfigError, MlxvrError
+from mlxvr.media import VisionInput, load_vision
+from mlxvr.model import cache as kv
+from mlxvr.model import decode, loading, memory
+from mlxvr.model.prompt import Prompt, build_prompt
+from mlxvr.porting import hub, recipe
+from mlxvr.worker import ShouldStop, Worker
+
+if TYPE_CHECKING:
+    from mlxvr.media import Progress, Source
+    from mlxvr.model.network import VideoModel
+
+__all__ = ["Answer", "Clip", "FirstAnswer", "Reasoner", "ReasoningDelta", "Usage", "demo_folder", "load"]
+
+T = TypeVar("T")
+
+
+def demo_folder() -> Path:
+    """Where the package keeps its bundled checkpoint (`checkpoint/`) and clips (`clips/`, `clips.jsonl`)."""
+    return Path(str(files("mlxvr"))) / "demo"
+
+
+def load(
+    model: str | PathLike[str] | None = None,
+    *,
+    adapter: str | PathLike[str] | None = None,
+    revision: str | None = None,
+    kv_bits: int | None = None,
+    prefill_step_size: int = 2048,
+    progress: "Progress | None" = None,
+) -> "Reasoner":
+    """Load a model and start the thread that runs it.
+
+    Args:
+        model: a converted folder, a folder as transformers writes it, or a Hub id; None is the bundled demo checkpoint.
+            A folder is loaded without touching the network.
+        adapter: folder of LoRA weights to put on top.
+        revision: branch, tag or commit of a Hub id.
+        kv_bits: keep keys and values in this many bits (4 or 8) to save memory; None keeps them as computed.
+        prefill_step_size: how many prompt tokens go through the model at once; less takes less memory.
+        progress: called with (stage, done, total) while a Hub id is downloaded.
+
+    Raises:
+        CheckpointError: the model cannot be found, is damaged, incomplete, unsupported or unsafe.
+        ConfigError: an option has a value that cannot be used.
+    """
+    if kv_bits not in (None, 2, 3, 4, 6, 8):
+        raise ConfigError(f"kv_bits {kv_bits} is not supported: use 2, 3, 4, 6 or 8, or leave it out")
+    if prefill_step_size < 1:
+        raise ConfigError(f"prefill_step_size {prefill_step_size} is not positive: 2048 is the default")
+    if model is None:
+        folder = demo_folder() / "checkpoint"
+    else:
+        folder = hub.resolve(str(model), revision=revision, progress=progress)
+    worker = Worker("mlxvr-reasoner", at_exit=memory.release_thread)
+    try:
+        network = worker.call(lambda _: loading.load_model(folder, adapter=adapter))
+        return Reasoner(network, worker, kv_bits=kv_bits, prefill_step_size=prefill_step_size)
+    except BaseException:
+        worker.close()
+        raise
+
+
+class Reasoner:
+    """A loaded model and the thread that runs it. Made by `load`; a context manager that closes itself."""
+
+    def __init__(
+        self,
+        network: "VideoModel",
+        worker: Worker,
+        *,
+        kv_bits: int | None = None,
+        prefill_step_size: int = 2048,
+    ):
+        """Take over a network that was loaded on the worker's thread; `load` is the usual way in."""
+        self._network: VideoModel | None = network
+        self._worker = worker
+        self._clips: WeakSet[Clip] = WeakSet()
+        self.kv_bits = kv_bits
+        self.prefill_step_size = prefill_step_size
+        self.threshold = default_threshold(network)
+
+    def open(
+        self,
+        source: "Source",
+        *,
+        fps: float | None = None,
+        max_frames: int | None = None,
+        frames: int | None = None,
+        video_tokens: int | None = None,
+        start: float | None = None,
+        end: float | None = None,
+        progress: "Progress | None" = None,
+    ) -> "Clip":
+        """Read a clip's frames; the model first sees them when a question is asked.
+
+        Args:
+            source: path of a video or an image, a PIL image, an (h, w, 3) uint8 array, or a list of images / an
+                (n, h, w, 3) array as the frames of a video at `fps`.
+            fps: frames to sample per second; None: the checkpoint's.
+            max_frames: the most frames to sample; None: the checkpoint's.
+            frames: sample exactly this many (rounded to a multiple of two) instead of by `fps`.
+            video_tokens: the most tokens that the whole clip may take; None: the checkpoint's.
+            start: seconds; None: from the beginning.
+            end: seconds; None: to the end.
+            progress: called with (stage, done, total); stages are "decoding", "vision" and "prefill".
+
+        Raises:
+            MediaError: the file cannot be read as a video or an image, or the range is empty.
+            ConfigError: an option has a value that cannot be used.
+        """
+        spec = self._alive().spec.with_overrides(fps=fps, max_frames=max_frames, video_tokens=video_tokens)
+        started = time.perf_counter()
+        vision = self._worker.call(
+            lambda should_stop: load_vision(
+                source, spec, nframes=frames, start=start, end=end, progress=progress, should_stop=should_stop
+            )
+        )
+        clip = Clip(self, vision, decode_seconds=time.perf_counter() - started, progress=progress)
+        self._clips.add(clip)
+        return clip
+
+    def ask(self, source: "Source", question: str, **options: Any) -> Answer:
+        """Open a clip, ask one question and close the clip; takes the options of `open` and of `Clip.ask`."""
+        opening = {name: options.pop(name) for name in _OPEN_OPTIONS & options.keys()}
+        with self.open(source, **opening) as clip:
+            return clip.ask(question, **options)
+
+    def restore(self, path: str | PathLike[str]) -> "Clip":
+        """Open a clip that `Clip.save` wrote: its prefix is not computed again.
+
+        Raises:
+            ConfigError: the file was written with another model or other cache settings.
+        """
+        network = self._alive()
+        state = self._worker.call(lambda _: _Prefix.load(Path(path), network))
+        clip = Clip(self, state.vision, decode_seconds=0.0)
+        clip._prefix = state
+        self._clips.add(clip)
+        return clip
+
+    def cancel(self) -> None:
+        """Stop whatever runs or waits; its callers get `mlxvr.Cancelled`. The reasoner stays usable."""
+        self._worker.cancel()
+
+    def close(self) -> None:
+        """Stop all work, give the memory back and end the thread. Clips of this reasoner can no longer be asked."""
+        for clip in list(self._clips):
+            clip._prefix = None
+        self._network = None
+        self._worker.close()
+
+    def __enter__(self) -> "Reasoner":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _alive(self) -> "VideoModel":
+        if self._network is None:
+            raise ConfigError("this reasoner is closed: load it again with mlxvr.load(...)")
+        return self._network
+
+
+def default_threshold(network: "VideoModel") -> float:
+    """The checkpoint's own threshold: what `mlxvr.json` says, else what the recipe of its family says."""
+    own = network.settings.get("threshold")
+    return float(own) if own is not None else recipe.for_config(network.config).threshold
+
+
+@dataclass
+class _Prefix:
+    """A clip's shared prefix on the model's side: keys and values, and how many tokens they are."""
+
+    vision: VisionInput
+    cache: list[Any]
+    ids: np.ndarray  # (length,) what the cache holds
+    positions: np.ndarray  # (3, length)
+
+    @property
+    def length(self) -> int:
+        return int(self.ids.shape[0])
+
+    def save(self, path: Path, network: "VideoModel") -> None:
+        kv.trim(self.cache, self.length)
+        kv.save(self.cache, path, {"model": network.fingerprint, **_describe(self)})
+
+    @classmethod
+    def load(cls, path: Path, network: "VideoModel") -> "_Prefix":
+        cache, metadata = kv.load(path)
+        if metadata.get("model") != network.fingerprint:
+            raise ConfigError(f"{path} was saved with another model: open the clip itself with this one")
+        return _undescribe(cache, metadata)
+
+
+class Clip:
+    """A clip that questions can be asked about. Made by `Reasoner.open`; a context manager that closes itself."""
+
+    def __init__(
+        self,
+        reasoner: Reasoner,
+        vision: VisionInput,
+        *,
+        decode_seconds: float,
+        progress: "Progress | None" = None,
+    ):
+        """`Reasoner.open` is the way in."""
+        self._reasoner = reasoner
+        self._vision = vision
+        self._prefix: _Prefix | None = None
+        self._decode_seconds = decode_seconds
+        self._progress = progress
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Patches over time, height and width."""
+        return self._vision.grid
+
+    @property
+    def seconds(self) -> tuple[float, ...]:
+        """Source time of each temporal row of patches (the mean of its frames); empty for an image."""
+        return self._vision.seconds
+
+    def ask(
+        self,
+        question: str,
+        *,
+        options: Sequence[str] | None = None,
+        kind: Kind = "qa",
+        mode: Mode = "auto",
+        threshold: float | None = None,
+        max_tokens: int = 4096,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+    ) -> Answer:
+        """Ask a question and wait for its answer; the arguments are those of `mlxvr.asking.Question`.
+
+        Raises:
+            ConfigError: an option has a value that cannot be used, or the prompt is longer than the model's context.
+            Cancelled: `Reasoner.cancel` or `Reasoner.close` was called meanwhile.
+        """
+        for event in self.stream(
+            question,
+            options=options,
+            kind=kind,
+            mode=mode,
+            threshold=threshold,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+        ):
+            if isinstance(event, Answer):
+                answer = event
+        return answer
+
+    def stream(
+        self,
+        question: str,
+        *,
+        options: Sequence[str] | None = None,
+        kind: Kind = "qa",
+        mode: Mode = "auto",
+        threshold: float | None = None,
+        max_tokens: int = 4096,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+    ) -> Iterator[Event]:
+        """Ask a question and get events as they happen: `FirstAnswer`, `ReasoningDelta`s, and the `Answer` last.
+
+        Work begins at once. Closing the iterator (or leaving its loop) stops it; the clip stays usable.
+        """
+        asked = Question(
+            question,
+            tuple(options) if options else None,
+            kind,
+            mode,
+            threshold,
+            max_tokens,
+            temperature,
+            top_p,
+            seed,
+        )
+        self._reasoner._alive()
+        return self._reasoner._worker.stream(lambda should_stop: self._answer(asked, should_stop))
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the clip's prefix (keys and values) as safetensors, atomically; `Reasoner.restore` reads it.
+
+        The prefix is computed first if no question has been asked yet.
+        """
+        network = self._reasoner._alive()
+
+        def work(should_stop: ShouldStop) -> None:
+            prompt = self._prompt(network, Question("?"))
+            state, _, _ = self._prepare(network, prompt, should_stop)
+            state.save(Path(path), network)
+
+        self._reasoner._worker.call(work)
+
+    def close(self) -> None:
+        """Give the clip's memory back; a later question computes the prefix anew if the frames are still there."""
+        self._prefix = None
+
+    def __enter__(self) -> "Clip":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # What follows runs on the reasoner's thread.
+
+    def _prompt(self, network: "VideoModel", question: Question) -> Prompt:
+        return build_prompt(
+            network.tokenizer,
+            network.family,
+            network.config,
+            [self._vision],
+            question.text,
+            options=question.options,
+            kind=question.kind,
+        )
