@@ -189,9 +189,7 @@ def _folder() -> Path:
     for folder in (package / "_recipes", package.parent / "convert"):  # a wheel, an editable install
         if folder.is_dir():
             return folder
-    raise RecipeError(
-        f"the recipes are missing from {package}: the installation is incomplete, install mlxvr again"
-    )
+    raise RecipeError(f"the recipes are missing from {package}: the installation is incomplete, install mlxvr again")
 
 
 def _read(path: Path) -> Recipe:
@@ -212,9 +210,7 @@ def _build(cls: Any, table: Mapping[str, Any], *, where: str, prefix: str) -> An
     hints = get_type_hints(cls)
     for key in table:
         if key not in hints:
-            raise RecipeError(
-                f"{where}: unknown key {prefix + key!r}; expected one of {', '.join(sorted(hints))}"
-            )
+            raise RecipeError(f"{where}: unknown key {prefix + key!r}; expected one of {', '.join(sorted(hints))}")
     required = [
         field.name
         for field in dataclasses.fields(cls)
@@ -233,9 +229,7 @@ def _convert(hint: Any, value: Any, *, where: str, key: str) -> Any:
     arguments = get_args(hint)
     if Ellipsis in arguments and isinstance(value, list):  # tuple[T, ...]
         return tuple(_convert(arguments[0], item, where=where, key=key) for item in value)
-    accepted = tuple(
-        kind for kind in (arguments or (hint,)) if isinstance(kind, type) and kind is not type(None)
-    )
+    accepted = tuple(kind for kind in (arguments or (hint,)) if isinstance(kind, type) and kind is not type(None))
     if float in accepted and type(value) is int:  # 1 is a fine way to write 1.0
         value = float(value)
     if isinstance(value, bool) or not isinstance(value, accepted):
