@@ -141,7 +141,8 @@ def test_a_second_call_downloads_nothing(at):
         assert server.downloads("model.safetensors") == []
 
 
-def test_a_cut_line_is_resumed_where_it_broke(at):
+def test_a_cut_line_is_resumed_where_it_broke(at, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 10_000)
     repo = Repo(FILES, lfs={"model.safetensors"}, cut_once={"model.safetensors": 60_000})
     with serve(org__name=repo) as server:
         at(server)
