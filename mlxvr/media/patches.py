@@ -83,7 +83,7 @@ def normalise(patches: np.ndarray, spec: VisionSpec) -> np.ndarray:
 
 
 def row_seconds(seconds: np.ndarray, temporal_patch_size: int) -> tuple[float, ...]:
-    """Mean source time of the frames of each temporal row; the last frame counts again where it fills one up."""
+    """Mean source time of each temporal row's frames; a last frame that fills up a row counts again."""
     short = -len(seconds) % temporal_patch_size
     filled = np.concatenate([seconds, np.repeat(seconds[-1:], short)])
     return tuple(filled.reshape(-1, temporal_patch_size).mean(axis=1).tolist())

@@ -1,11 +1,12 @@
 """Which frames of a clip are looked at, and at what size: numbers only, no pixels.
 
 The rules are qwen-vl-utils 0.0.14's (`smart_nframes`, `calculate_video_frame_range`, `smart_resize`), which
-the checkpoints were trained with. Departures, all where the original raises an error or would crash later:
+the checkpoints were trained with. Departures:
 
 - a clip (or range) of a single frame gives that frame instead of an error;
 - a side never shrinks to zero: it keeps at least one token, as in transformers' `smart_resize`;
-- a picture of a single row or column is refused, since there is nothing to see in it.
+- a picture of a single row or column is refused, since there is nothing to see in it;
+- a product that misses a whole number by rounding alone counts as that number (1.1 s * 30 is frame 33, not 34).
 """
 
 import math
@@ -166,7 +167,7 @@ def _fit(height: int, width: int, *, factor: int, least: float, most: float) -> 
         raise MediaError(f"the picture has {width}x{height} pixels: at least 2x2 are needed to see anything")
     if short < 1 or long / short > MAX_RATIO:
         raise MediaError(
-            f"the picture has {width}x{height} pixels: one side may be at most {MAX_RATIO} times the other, crop it"
+            f"the picture has {width}x{height} pixels: its sides differ by more than {MAX_RATIO} times, crop it"
         )
     rows = max(factor, round(height / factor) * factor)
     columns = max(factor, round(width / factor) * factor)

@@ -1,0 +1,122 @@
+"""What a file is, told from its first bytes and its outline, so that an error can say what is wrong with it.
+
+FFmpeg answers "invalid data" to a text file and to a video cut off in the middle alike. The outlines of the three
+common containers (ISO base media, Matroska, RIFF) state how long the file should be, so a cut can be told apart:
+ISO/IEC 14496-12 section 4.2 (boxes), RFC 8794 section 4 to 6 (EBML), and Microsoft's RIFF (chunks).
+"""
+
+import os
+from pathlib import Path
+from typing import BinaryIO
+
+from mlxvr.errors import MediaError
+
+__all__ = ["check_file", "is_image", "missing_bytes", "unreadable"]
+
+_IMAGE_BRANDS = {b"avif", b"avis", b"heic", b"heix", b"mif1", b"msf1"}
+_UNKNOWN_SIZE = -1
+
+
+def check_file(path: Path) -> None:
+    """Raise `MediaError` unless the path is a file with something in it."""
+    if path.is_dir():
+        raise MediaError(f"{path} is a folder: give the path of a video or image file")
+    if not path.exists():
+        raise MediaError(f"{path} does not exist: check the path")
+    if not path.is_file():
+        raise MediaError(f"{path} is not a regular file: give the path of a video or image file")
+    if not os.access(path, os.R_OK):
+        raise MediaError(f"{path} may not be read: check its permissions")
+    if path.stat().st_size == 0:
+        raise MediaError(f"{path} is empty (0 bytes): copy or download it again")
+
+
+def is_image(path: Path) -> bool:
+    """Whether the file's first bytes are those of a still or animated picture (not of a video)."""
+    head = _head(path)
+    if head.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"\xff\x0a")):
+        return True
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return True
+    return head[4:8] == b"ftyp" and head[8:12] in _IMAGE_BRANDS
+
+
+def missing_bytes(path: Path) -> int:
+    """How many bytes the file is shorter than its own outline says: 0 if it is whole, or if that cannot be told."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(16)
+        file.seek(0)
+        if head[4:8] in (b"ftyp", b"styp", b"moov", b"mdat", b"free", b"wide", b"skip"):
+            end, _ = _walk_boxes(file, size)
+        elif head[:4] == b"\x1a\x45\xdf\xa3":
+            end = _matroska_end(file)
+        elif head[:4] == b"RIFF":
+            end = 8 + int.from_bytes(head[4:8], "little")
+        else:
+            return 0
+    return max(0, end - size)
+
+
+def unreadable(path: Path) -> MediaError:
+    """The error for a file that no demuxer accepts, saying what it looks like."""
+    size, head = path.stat().st_size, _head(path)
+    with path.open("rb") as file:
+        _, boxes = _walk_boxes(file, size) if head[4:8] == b"ftyp" else (0, set())
+    if missing := missing_bytes(path):
+        index = " and its index (moov), written last, is missing" if boxes and b"moov" not in boxes else ""
+        return MediaError(f"{path} is cut short: {missing:,} bytes are missing{index}; copy or download it again")
+    if boxes and b"moov" not in boxes:
+        return MediaError(f"{path} is cut short: its index (moov) is missing; copy or download it again")
+    kind = "text" if _is_text(head) else "an unknown or damaged format"
+    return MediaError(f"{path} is not a video: it holds {kind}; give an mp4, mov, mkv, webm, avi or ts file")
+
+
+def _head(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(512)
+
+
+def _is_text(head: bytes) -> bool:
+    return not any(byte < 9 or 13 < byte < 32 for byte in head)
+
+
+def _walk_boxes(file: BinaryIO, size: int) -> tuple[int, set[bytes]]:
+    """(where the last box ends by its own account, types of the boxes at the top level)."""
+    position, types = 0, set()
+    while position + 8 <= size:
+        file.seek(position)
+        header = file.read(16)
+        length = int.from_bytes(header[:4], "big")
+        types.add(header[4:8])
+        if length == 1:  # the length did not fit 32 bits
+            length = int.from_bytes(header[8:16], "big")
+        if length == 0:  # up to the end of the file
+            return size, types
+        if length < 8:  # not a box: the outline cannot be trusted from here on
+            return size, types
+        position += length
+    return position, types
+
+
+def _matroska_end(file: BinaryIO) -> int:
+    """Where the segment ends by its own account; 0 if it does not say (a live recording)."""
+    file.seek(4)
+    header_size = _read_vint(file)
+    if header_size == _UNKNOWN_SIZE:
+        return 0
+    file.seek(header_size, os.SEEK_CUR)
+    if file.read(4) != b"\x18\x53\x80\x67":
+        return 0
+    segment_size = _read_vint(file)
+    return 0 if segment_size == _UNKNOWN_SIZE else file.tell() + segment_size
+
+
+def _read_vint(file: BinaryIO) -> int:
+    """An EBML number of 1 to 8 bytes: the position of the first set bit gives the length; all ones is "unknown"."""
+    first = file.read(1)
+    if not first or not first[0]:
+        return _UNKNOWN_SIZE
+    length = 9 - first[0].bit_length()
+    value = int.from_bytes(first + file.read(length - 1), "big") & ((1 << 7 * length) - 1)
+    return _UNKNOWN_SIZE if value == (1 << 7 * length) - 1 else value
