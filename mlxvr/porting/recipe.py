@@ -160,13 +160,13 @@ def load(name_or_path: str | Path) -> Recipe:
 def for_config(config: Mapping[str, Any]) -> Recipe:
     """Return the recipe of the family that a `config.json` belongs to (`CheckpointError`: none of ours)."""
     model_type = str(config.get("model_type", ""))
-    recipe = _shipped().get(model_type)
-    if recipe is None:
-        families = ", ".join(sorted(name for name, recipe in _shipped().items() if name == recipe.family))
+    families = {name: recipe for name, recipe in _shipped().items() if name == recipe.family}
+    if model_type not in families:
+        expected = ", ".join(sorted(families))
         raise CheckpointError(
-            f"config.json has model_type {model_type!r}, which no recipe covers; expected one of {families}"
+            f"config.json has model_type {model_type!r}, which no recipe covers; expected one of {expected}"
         )
-    return recipe
+    return families[model_type]
 
 
 def choose(source: str, config: Mapping[str, Any]) -> Recipe:
@@ -227,7 +227,9 @@ def _convert(hint: Any, value: Any, *, where: str, key: str) -> Any:
     if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
         return _build(hint, value, where=where, prefix=f"{key}.")
     arguments = get_args(hint)
-    if Ellipsis in arguments and isinstance(value, list):  # tuple[T, ...]
+    if Ellipsis in arguments:  # tuple[T, ...]
+        if not isinstance(value, list):
+            raise RecipeError(f"{where}: {key} = {value!r} has the wrong type; expected a list")
         return tuple(_convert(arguments[0], item, where=where, key=key) for item in value)
     accepted = tuple(kind for kind in (arguments or (hint,)) if isinstance(kind, type) and kind is not type(None))
     if float in accepted and type(value) is int:  # 1 is a fine way to write 1.0

@@ -1,0 +1,119 @@
+"""Writing safetensors files piece by piece, without ever holding a file in memory.
+
+A safetensors file (https://github.com/huggingface/safetensors) is 8 bytes of header length, a JSON header with the
+dtype, shape and byte range of every tensor, then the bytes. All shapes are known before the first tensor is
+computed, so the header is written first and every tensor is appended to within its own range as its rows come in:
+a weight, its scales and its biases grow side by side. A file has its final name only once it is whole.
+"""
+
+import json
+import math
+import os
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from mlxvr.porting.staging import write_synced
+
+__all__ = ["MAX_SHARD_BYTES", "OutputTensor", "ShardWriter", "plan_shards", "write_index"]
+
+MAX_SHARD_BYTES = 5 * 10**9
+_DTYPE_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "U32": 4}
+
+
+@dataclass(frozen=True)
+class OutputTensor:
+    """A tensor to be written: its name, safetensors dtype ("BF16", "F16", "F32" or "U32") and shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return math.prod(self.shape) * _DTYPE_BYTES[self.dtype]
+
+
+def plan_shards(
+    groups: Iterable[list[OutputTensor]], max_bytes: int = MAX_SHARD_BYTES
+) -> dict[str, list[OutputTensor]]:
+    """Deal tensors out to files of at most `max_bytes`, in order; a group (a weight and its scales) stays together.
+
+    Returns file name -> tensors; one file is called `model.safetensors`, several `model-00001-of-0000N.safetensors`.
+    """
+    shards: list[list[OutputTensor]] = [[]]
+    filled = 0
+    for group in groups:
+        size = sum(tensor.nbytes for tensor in group)
+        if shards[-1] and filled + size > max_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1] += group
+        filled += size
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, start=1)}
+
+
+def write_index(folder: Path, shards: dict[str, list[OutputTensor]]) -> int:
+    """Write `model.safetensors.index.json`; returns the total size of the tensors in bytes."""
+    total = sum(tensor.nbytes for tensors in shards.values() for tensor in tensors)
+    weight_map = {tensor.name: file for file, tensors in shards.items() for tensor in tensors}
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    write_synced(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+    return total
+
+
+class ShardWriter:
+    """One safetensors file being written; a context manager that names the file only when every byte is there."""
+
+    def __init__(self, path: Path, tensors: list[OutputTensor]) -> None:
+        self._path = path
+        self._partial = path.with_name(path.name + ".partial")
+        # Wider elements first, so that every tensor is aligned to its element size, as the format asks.
+        ordered = sorted(tensors, key=lambda tensor: -_DTYPE_BYTES[tensor.dtype])
+        header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
+        offset = 0
+        self._next: dict[str, int] = {}
+        self._end: dict[str, int] = {}
+        for tensor in ordered:
+            span = [offset, offset + tensor.nbytes]
+            header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": span}
+            self._next[tensor.name], self._end[tensor.name] = span
+            offset += tensor.nbytes
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._data_start = 8 + len(text)
+        self._file = self._partial.open("wb")
+        self._file.write(struct.pack("<Q", len(text)) + text)
+
+    def append(self, name: str, rows: np.ndarray) -> None:
+        """Append the bytes of `rows` (C-contiguous, of the tensor's element size) to the tensor `name`."""
+        start = self._next[name]
+        if start + rows.nbytes > self._end[name]:
+            raise ValueError(f"{name}: more bytes than its shape has room for")
+        self._file.seek(self._data_start + start)
+        self._file.write(rows.data.cast("B"))
+        self._next[name] = start + rows.nbytes
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._file:
+            if error is not None:
+                return
+            short = [name for name, position in self._next.items() if position != self._end[name]]
+            if short:
+                raise ValueError(f"{self._path.name} is not complete: {short[0]} has bytes missing")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        self._partial.rename(self._path)

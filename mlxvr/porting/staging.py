@@ -1,0 +1,123 @@
+"""A folder that appears whole or not at all.
+
+The work goes into a hidden folder beside the target, on the same disk, which is renamed when everything is in it
+and has reached the disk. A process that dies half-way (kill -9, power) leaves that hidden folder behind; it has
+one fixed name per target, so the next run finds it, sees by its lock that nobody works in it, and clears it.
+"""
+
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mlxvr.errors import ConfigError
+
+__all__ = ["check_target", "staged", "write_synced"]
+
+
+def check_target(target: Path, source: Path | None = None, *, force: bool = False) -> Path:
+    """Return the real path of a folder that may be written; raises `ConfigError` when it must not be.
+
+    A target that holds files is only accepted with `force`, and only if it is a model folder, so that a slip of
+    the keyboard cannot replace a home directory.
+    """
+    target = Path(os.path.realpath(target.expanduser()))
+    if source is not None:
+        origin = Path(os.path.realpath(source))
+        if origin == target or origin.is_relative_to(target):
+            raise ConfigError(f"the output {target} is or holds the source {origin}; choose another folder")
+    if target.exists() and not target.is_dir():
+        raise ConfigError(f"the output {target} is a file; expected a folder that does not exist yet")
+    if target.is_dir() and any(target.iterdir()):
+        if not force:
+            raise ConfigError(f"the output {target} is not empty; choose another folder, or --force to replace it")
+        if not (target / "config.json").is_file():
+            raise ConfigError(f"the output {target} holds files but is no model folder; it is not replaced")
+    return target
+
+
+@contextmanager
+def staged(target: Path) -> Iterator[Path]:
+    """Yield an empty folder that becomes `target` when the block ends well and is removed when it does not.
+
+    `target` comes from `check_target`; a folder that lies there is replaced. Raises `ConfigError` when another
+    process is writing the same target, or when it cannot be written at all.
+    """
+    folder = target.with_name(f".{target.name}.mlxvr-partial")
+    aside = target.with_name(f".{target.name}.mlxvr-replaced")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lock = _claim(folder)
+    except OSError as error:
+        raise ConfigError(f"cannot write {target}: {error.strerror}; choose another folder") from error
+    try:
+        _recover(target, aside)
+        _clear(folder)
+        yield folder
+        _sync_folder(folder)
+        if target.is_dir():
+            target.rename(aside)
+        folder.rename(target)
+        _sync_folder(target.parent)
+        shutil.rmtree(aside, ignore_errors=True)
+    except BaseException as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        _recover(target, aside)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ConfigError(f"the disk of {target} is full; free some space and run again") from error
+        raise
+    finally:
+        os.close(lock)
+
+
+def write_synced(path: Path, content: str) -> None:
+    """Write a text file and wait until it is on the disk."""
+    with path.open("w", encoding="utf-8") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _claim(folder: Path) -> int:
+    """Create or take over the hidden folder; returns the descriptor that holds its lock."""
+    while True:
+        folder.mkdir(exist_ok=True)
+        lock = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if folder.is_dir() and folder.stat().st_ino == os.fstat(lock).st_ino:
+                return lock  # ours, and not renamed by its last owner in the meantime
+        except BlockingIOError as error:
+            os.close(lock)
+            raise ConfigError(f"another process is writing {folder}; wait for it or stop it") from error
+        except BaseException:
+            os.close(lock)
+            raise
+        os.close(lock)
+
+
+def _recover(target: Path, aside: Path) -> None:
+    """Undo the one gap in replacing a folder: the old one moved aside, the new one not yet in place."""
+    if aside.is_dir() and not target.exists():
+        aside.rename(target)
+    elif aside.is_dir():
+        shutil.rmtree(aside)
+
+
+def _clear(folder: Path) -> None:
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
