@@ -87,8 +87,8 @@ class Answer:
     r"""The answer to one question about one clip.
 
     Attributes:
-        text: the answer that counts: the second box when the model reasoned, else the first; when the boxes are missing,
-            the text that stands outside `<think>`; empty when there is none.
+        text: the answer that counts: the second box when the model reasoned, else the first; when the boxes are
+            missing, the text that stands outside `<think>`; empty when there is none.
         confidence: of the first answer (see `FirstAnswer`); None: there was no direct answer.
         reasoned: whether the model went on after the first box.
         first: content of the first box, or None.

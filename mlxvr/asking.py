@@ -15,13 +15,13 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, get_args
 
-from mlxvr.answer import Event, FirstAnswer, ReasoningDelta
+from mlxvr.answer import Answer, Event, FirstAnswer, ReasoningDelta, Usage
 from mlxvr.confidence import FirstAnswer as ScoredAnswer
 from mlxvr.confidence import score_first_answer, should_exit
 from mlxvr.errors import ConfigError
 from mlxvr.protocol import DualAnswerParser, Transcript
 
-__all__ = ["Kind", "Mode", "Outcome", "Question", "TokenLike", "think_once"]
+__all__ = ["Kind", "Mode", "Outcome", "Question", "TokenLike", "make_answer", "think_once"]
 
 Kind = Literal["qa", "grounding", "grounded_qa"]
 Mode = Literal["auto", "direct", "think"]
@@ -160,3 +160,35 @@ def think_once(
     outcome.reasoning_seconds = 0.0 if closed_at is None else now - closed_at
     if closed_at is None:
         outcome.first_answer_tokens = len(outcome.token_ids)
+
+
+def make_answer(outcome: Outcome, threshold: float, usage: Usage) -> Answer:
+    """Sum a finished `Outcome` up.
+
+    The answer that counts is the second box; without one the first box, unless it holds the fallback sentence; without
+    boxes the text outside `<think>`, as the public evaluation takes it.
+    """
+    transcript = outcome.transcript
+    assert transcript is not None, "the loop has not ended"
+    if transcript.second is not None:
+        text = transcript.second
+    elif transcript.first is not None:
+        text = "" if transcript.is_fallback else transcript.first
+    else:
+        text = transcript.outside
+    return Answer(
+        text=text,
+        confidence=None if outcome.scored is None else outcome.scored.confidence,
+        reasoned=not outcome.exited and (transcript.reasoning is not None or transcript.second is not None),
+        first=transcript.first,
+        reasoning=transcript.reasoning,
+        second=transcript.second,
+        threshold=threshold,
+        problems=tuple(p for p in transcript.problems if not (outcome.exited and p in _MISSING_AFTER_EXIT)),
+        token_ids=tuple(outcome.token_ids),
+        token_logprobs=tuple(outcome.token_logprobs),
+        usage=usage,
+    )
+
+
+_MISSING_AFTER_EXIT = frozenset({"no_think", "no_second_box"})  # what an early exit leaves out on purpose

@@ -207,15 +207,16 @@ def _cost(answer: Answer) -> str:
     return "; ".join(parts)
 
 
+_UNITS: dict[str, dict[str, Any]] = {
+    "decoding": {"unit": "frame"},
+    "vision": {"unit": "row"},
+    "prefill": {"unit": "token"},
+    "download": {"unit": "B", "unit_scale": True},
+}
+
+
 class _Progress:
     """One bar at a time on stderr, and none once its stage is done."""
-
-    _UNITS: dict[str, dict[str, Any]] = {
-        "decoding": {"unit": "frame"},
-        "vision": {"unit": "row"},
-        "prefill": {"unit": "token"},
-        "download": {"unit": "B", "unit_scale": True},
-    }
 
     def __init__(self, out: TextIO):
         self._out = out
@@ -232,7 +233,7 @@ class _Progress:
                 file=self._out,
                 leave=False,
                 disable=None,
-                **self._UNITS.get(stage, {}),
+                **_UNITS.get(stage, {}),
             )
         self._bar.update(done - self._bar.n)
         if done >= total:

@@ -14,21 +14,20 @@ are served one after another.
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from contextlib import closing
 from importlib.resources import files
+from inspect import signature
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
-from weakref import WeakSet
-
-import numpy as np
+from weakref import WeakSet, finalize
 
 from mlxvr.answer import Answer, Event, FirstAnswer, ReasoningDelta, Usage
-from mlxvr.asking import Kind, Mode, Outcome, Question, think_once
-from mlxvr.errors import ConfigError, MlxvrError
+from mlxvr.asking import Kind, Mode, Outcome, Question, TokenLike, make_answer, think_once
+from mlxvr.errors import Cancelled, ConfigError
 from mlxvr.media import VisionInput, load_vision
-from mlxvr.model import cache as kv
 from mlxvr.model import decode, loading, memory
+from mlxvr.model.prefix import Prefix, PrefixCost
 from mlxvr.model.prompt import Prompt, build_prompt
 from mlxvr.porting import hub, recipe
 from mlxvr.worker import ShouldStop, Worker
@@ -79,12 +78,12 @@ def load(
         folder = demo_folder() / "checkpoint"
     else:
         folder = hub.resolve(str(model), revision=revision, progress=progress)
-    worker = Worker("mlxvr-reasoner", at_exit=memory.release_thread)
+    worker = Worker("mlxvr-reasoner")
     try:
         network = worker.call(lambda _: loading.load_model(folder, adapter=adapter))
         return Reasoner(network, worker, kv_bits=kv_bits, prefill_step_size=prefill_step_size)
     except BaseException:
-        worker.close()
+        worker.close(memory.release_thread)
         raise
 
 
@@ -103,6 +102,8 @@ class Reasoner:
         self._network: VideoModel | None = network
         self._worker = worker
         self._clips: WeakSet[Clip] = WeakSet()
+        # Also runs when the reasoner is forgotten, and at the interpreter's exit.
+        self._finalizer = finalize(self, _shut_down, worker, self._clips)
         self.kv_bits = kv_bits
         self.prefill_step_size = prefill_step_size
         self.threshold = default_threshold(network)
@@ -149,7 +150,7 @@ class Reasoner:
 
     def ask(self, source: "Source", question: str, **options: Any) -> Answer:
         """Open a clip, ask one question and close the clip; takes the options of `open` and of `Clip.ask`."""
-        opening = {name: options.pop(name) for name in _OPEN_OPTIONS & options.keys()}
+        opening = {name: options.pop(name) for name in _OPENING & options.keys()}
         with self.open(source, **opening) as clip:
             return clip.ask(question, **options)
 
@@ -160,9 +161,9 @@ class Reasoner:
             ConfigError: the file was written with another model or other cache settings.
         """
         network = self._alive()
-        state = self._worker.call(lambda _: _Prefix.load(Path(path), network))
-        clip = Clip(self, state.vision, decode_seconds=0.0)
-        clip._prefix = state
+        prefix = self._worker.call(lambda _: Prefix.load(Path(path), network))
+        clip = Clip(self, prefix.media[0], decode_seconds=0.0)
+        clip._prefix = prefix
         self._clips.add(clip)
         return clip
 
@@ -172,10 +173,8 @@ class Reasoner:
 
     def close(self) -> None:
         """Stop all work, give the memory back and end the thread. Clips of this reasoner can no longer be asked."""
-        for clip in list(self._clips):
-            clip._prefix = None
         self._network = None
-        self._worker.close()
+        self._finalizer()
 
     def __enter__(self) -> "Reasoner":
         return self
@@ -187,37 +186,6 @@ class Reasoner:
         if self._network is None:
             raise ConfigError("this reasoner is closed: load it again with mlxvr.load(...)")
         return self._network
-
-
-def default_threshold(network: "VideoModel") -> float:
-    """The checkpoint's own threshold: what `mlxvr.json` says, else what the recipe of its family says."""
-    own = network.settings.get("threshold")
-    return float(own) if own is not None else recipe.for_config(network.config).threshold
-
-
-@dataclass
-class _Prefix:
-    """A clip's shared prefix on the model's side: keys and values, and how many tokens they are."""
-
-    vision: VisionInput
-    cache: list[Any]
-    ids: np.ndarray  # (length,) what the cache holds
-    positions: np.ndarray  # (3, length)
-
-    @property
-    def length(self) -> int:
-        return int(self.ids.shape[0])
-
-    def save(self, path: Path, network: "VideoModel") -> None:
-        kv.trim(self.cache, self.length)
-        kv.save(self.cache, path, {"model": network.fingerprint, **_describe(self)})
-
-    @classmethod
-    def load(cls, path: Path, network: "VideoModel") -> "_Prefix":
-        cache, metadata = kv.load(path)
-        if metadata.get("model") != network.fingerprint:
-            raise ConfigError(f"{path} was saved with another model: open the clip itself with this one")
-        return _undescribe(cache, metadata)
 
 
 class Clip:
@@ -234,7 +202,7 @@ class Clip:
         """`Reasoner.open` is the way in."""
         self._reasoner = reasoner
         self._vision = vision
-        self._prefix: _Prefix | None = None
+        self._prefix: Prefix | None = None
         self._decode_seconds = decode_seconds
         self._progress = progress
 
@@ -322,14 +290,15 @@ class Clip:
 
         def work(should_stop: ShouldStop) -> None:
             prompt = self._prompt(network, Question("?"))
-            state, _, _ = self._prepare(network, prompt, should_stop)
-            state.save(Path(path), network)
+            prefix, _ = self._prepare(network, prompt, should_stop)
+            prefix.save(Path(path), network)
 
         self._reasoner._worker.call(work)
 
     def close(self) -> None:
-        """Give the clip's memory back; a later question computes the prefix anew if the frames are still there."""
-        self._prefix = None
+        """Give the memory of the clip's keys and values back; a later question computes them anew."""
+        if not self._reasoner._worker.closed:
+            self._reasoner._worker.call(lambda _: setattr(self, "_prefix", None))
 
     def __enter__(self) -> "Clip":
         return self
@@ -338,6 +307,58 @@ class Clip:
         self.close()
 
     # What follows runs on the reasoner's thread.
+
+    def _answer(self, question: Question, should_stop: ShouldStop) -> Iterator[Event]:
+        """Prefill, decode and decide; yields events, the `Answer` last."""
+        network = self._reasoner._alive()
+        threshold = self._reasoner.threshold if question.threshold is None else question.threshold
+        with memory.track_peak() as peak, memory.wired():
+            prompt = self._prompt(network, question)
+            room = _room(network, prompt)
+            max_tokens = min(question.max_tokens, room)
+            fresh = self._prefix is None
+            prefix, cost = self._prepare(network, prompt, should_stop)
+            started = time.perf_counter()
+            logits = prefix.extend(network, prompt, step_size=self._reasoner.prefill_step_size, should_stop=should_stop)
+            prefill_seconds = cost.prefill_seconds + time.perf_counter() - started
+            sampler = None
+            if question.temperature > 0:
+                sampler = decode.Sampler(question.temperature, top_p=question.top_p, seed=question.seed)
+            tokens = decode.decode(
+                network,
+                logits,
+                prefix.cache,
+                prompt.next_position,
+                max_tokens=max_tokens,
+                sampler=sampler,
+                banned_ids=network.placeholder_ids,
+                stop_ids=network.eos_ids,
+            )
+            outcome = Outcome()
+            with closing(tokens):
+                yield from think_once(
+                    _until(tokens, should_stop),
+                    network.tokenizer.decode,
+                    outcome,
+                    mode=question.mode,
+                    threshold=threshold,
+                    max_tokens=max_tokens,
+                    stop_ids=network.eos_ids,
+                )
+            usage = Usage(
+                prompt_tokens=len(prompt.ids),
+                video_tokens=int(prompt.media_mask.sum()),
+                cached_tokens=0 if fresh else prefix.length,
+                first_answer_tokens=outcome.first_answer_tokens,
+                reasoning_tokens=len(outcome.token_ids) - outcome.first_answer_tokens,
+                decode_seconds=self._decode_seconds if fresh else 0.0,
+                vision_seconds=cost.vision_seconds,
+                prefill_seconds=prefill_seconds,
+                first_answer_seconds=outcome.first_answer_seconds,
+                reasoning_seconds=outcome.reasoning_seconds,
+                peak_memory_bytes=peak.bytes,
+            )
+        yield make_answer(outcome, threshold, usage)
 
     def _prompt(self, network: "VideoModel", question: Question) -> Prompt:
         return build_prompt(
@@ -349,3 +370,57 @@ class Clip:
             options=question.options,
             kind=question.kind,
         )
+
+    def _prepare(self, network: "VideoModel", prompt: Prompt, should_stop: ShouldStop) -> tuple[Prefix, PrefixCost]:
+        """The clip's prefix, computed now if it was not before."""
+        if self._prefix is not None:
+            return self._prefix, PrefixCost(0.0, 0.0)
+        prefix, cost = Prefix.compute(
+            network,
+            prompt,
+            kv_bits=self._reasoner.kv_bits,
+            step_size=self._reasoner.prefill_step_size,
+            progress=self._progress,
+            should_stop=should_stop,
+        )
+        self._prefix = prefix
+        return prefix, cost
+
+
+_OPENING = frozenset(signature(Reasoner.open).parameters) - {"self", "source"}
+
+
+def default_threshold(network: "VideoModel") -> float:
+    """The checkpoint's own threshold: what `mlxvr.json` says, else what the recipe of its family says."""
+    own = network.settings.get("threshold")
+    return float(own) if own is not None else recipe.for_config(network.config).threshold
+
+
+def _room(network: "VideoModel", prompt: Prompt) -> int:
+    """How many tokens may be generated before the model's context is full."""
+    room = network.context_length - len(prompt.ids)
+    if room < 1:
+        raise ConfigError(
+            f"the prompt is {len(prompt.ids)} tokens and the model's context {network.context_length}: "
+            "lower video_tokens or max_frames, or cut the clip with start and end"
+        )
+    return room
+
+
+def _until(tokens: Iterator[TokenLike], should_stop: ShouldStop) -> Iterator[TokenLike]:
+    """Pass tokens on until the work should stop."""
+    for token in tokens:
+        if should_stop():
+            raise Cancelled("the answer was cancelled while it was written")
+        yield token
+
+
+def _shut_down(worker: Worker, clips: "WeakSet[Clip]") -> None:
+    """Stop the work, and on its own thread give back what it holds."""
+
+    def release() -> None:
+        for clip in list(clips):
+            clip._prefix = None
+        memory.release_thread()
+
+    worker.close(release)
