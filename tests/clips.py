@@ -87,7 +87,9 @@ def write_clip(
             stream.codec_context.time_base = time_base
         if rotation:
             stream.set_display_rotation(rotation)
-        sound = container.add_stream("aac" if path.suffix != ".webm" else "libopus", rate=48_000) if audio_seconds else None
+        sound = (
+            container.add_stream("aac" if path.suffix != ".webm" else "libopus", rate=48_000) if audio_seconds else None
+        )
         for index in range(len(images) if images is not None else frames):
             pixels = images[index] if images is not None else draw_code(index, width, height)
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")

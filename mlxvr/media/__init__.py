@@ -1,1 +1,29 @@
-"""Files to patches: decoding, sampling, resizing and patchifying, in numpy alone."""
+"""Files to patches: decoding, sampling, resizing and patchifying, in numpy alone.
+
+    spec = VisionSpec.from_files(config, image_processor, video_processor) vision = load_vision("clip.mp4",
+    spec)      # patches (rows, values), grid (t, h, w), the seconds of each row
+
+Below it lie `sampling` (which frames, what size), `video` and `image` (files to pixels), `resize` and
+`patches`.
+"""
+
+from mlxvr.media.frames import Frames
+from mlxvr.media.image import read_image
+from mlxvr.media.patches import VisionInput, normalise, patchify
+from mlxvr.media.spec import VisionSpec
+from mlxvr.media.video import VideoInfo, probe, read_video
+from mlxvr.media.vision import load_vision, read_frames
+
+__all__ = [
+    "Frames",
+    "VideoInfo",
+    "VisionInput",
+    "VisionSpec",
+    "load_vision",
+    "normalise",
+    "patchify",
+    "probe",
+    "read_frames",
+    "read_image",
+    "read_video",
+]

@@ -1,8 +1,9 @@
 """What a file is, told from its first bytes and its outline, so that an error can say what is wrong with it.
 
-FFmpeg answers "invalid data" to a text file and to a video cut off in the middle alike. The outlines of the three
-common containers (ISO base media, Matroska, RIFF) state how long the file should be, so a cut can be told apart:
-ISO/IEC 14496-12 section 4.2 (boxes), RFC 8794 section 4 to 6 (EBML), and Microsoft's RIFF (chunks).
+FFmpeg answers "invalid data" to a text file and to a video cut off in the middle alike. The outlines of the
+three common containers (ISO base media, Matroska, RIFF) state how long the file should be, so a cut can be
+told apart: ISO/IEC 14496-12 section 4.2 (boxes), RFC 8794 section 4 to 6 (EBML), and Microsoft's RIFF
+(chunks).
 """
 
 import os

@@ -51,18 +51,14 @@ def patchify(pixels: np.ndarray, spec: VisionSpec) -> tuple[np.ndarray, tuple[in
         raise ConfigError(f"pixels are {pixels.dtype} {pixels.shape}: expected uint8 (n, height, width, 3)")
     count, height, width, _ = pixels.shape
     if height % spec.factor or width % spec.factor:
-        raise ConfigError(
-            f"frames have {width}x{height} pixels: both sides must be multiples of {spec.factor}"
-        )
+        raise ConfigError(f"frames have {width}x{height} pixels: both sides must be multiples of {spec.factor}")
     temporal, merge, patch = spec.temporal_patch_size, spec.merge_size, spec.patch_size
     grid = (-(-count // temporal), height // patch, width // patch)
     rows = np.empty(
         (grid[0], grid[1] // merge, grid[2] // merge, merge, merge, 3, temporal, patch, patch), dtype=np.uint8
     )
     for index in range(grid[0] * temporal):  # frame by frame: the strided copy then stays within the cache
-        frame = pixels[min(index, count - 1)].reshape(
-            grid[1] // merge, merge, patch, grid[2] // merge, merge, patch, 3
-        )
+        frame = pixels[min(index, count - 1)].reshape(grid[1] // merge, merge, patch, grid[2] // merge, merge, patch, 3)
         # (block y, merge y, y, block x, merge x, x, rgb) -> (block y, block x, merge y, merge x, rgb, y, x)
         rows[index // temporal, ..., index % temporal, :, :] = frame.transpose(0, 3, 1, 4, 6, 2, 5)
     return rows.reshape(grid[0] * grid[1] * grid[2], -1), grid

@@ -1,13 +1,15 @@
 """Antialiased bicubic resizing, as the training code computes it, without torch.
 
-The checkpoints saw frames that `torch.nn.functional.interpolate(mode="bicubic", antialias=True)` resized in float,
-then clamped and rounded (torchvision's `resize`). That is a separable filter: Keys' cubic with a = -0.5, stretched by
-the scale when shrinking, weights normalised at the borders. One pass of weights over the rows, one over the columns.
+The checkpoints saw frames that `torch.nn.functional.interpolate(mode="bicubic", antialias=True)` resized in
+float, then clamped and rounded (torchvision's `resize`). That is a separable filter: Keys' cubic with a =
+-0.5, stretched by the scale when shrinking, weights normalised at the borders. One pass of weights over the
+rows, one over the columns.
 
-A weight matrix is banded (12 of 720 entries a row when 720p becomes 256 rows), so that multiplying by the whole of it
-would waste nearly all the work, and picking the taps one by one is bound by memory. Both passes are therefore done in
-blocks: a few output rows at a time, times the few input rows that they read. Faster scalers (swscale, Pillow, OpenCV)
-differ from the training code by up to 98 levels of 255; this one by at most 1.
+A weight matrix is banded (12 of 720 entries a row when 720p becomes 256 rows), so that multiplying by the
+whole of it would waste nearly all the work, and picking the taps one by one is bound by memory. Both passes
+are therefore done in
+blocks: a few output rows at a time, times the few input rows that they read. Faster scalers (swscale, Pillow,
+OpenCV) differ from the training code by up to 98 levels of 255; this one by at most 1.
 """
 
 from dataclasses import dataclass
@@ -99,8 +101,8 @@ def _blocks(source: int, target: int) -> tuple[_Block, ...]:
 def _interleaved_blocks(source: int, target: int, channels: int) -> tuple[_Block, ...]:
     """The same filter for samples whose channels lie side by side, its weights (inputs, outputs).
 
-    Each weight is spread over a channels x channels diagonal: three times the arithmetic, but both factors of the
-    product stay contiguous, which is faster than separating the channels.
+    Each weight is spread over a channels x channels diagonal: three times the arithmetic, but both factors of
+    the product stay contiguous, which is faster than separating the channels.
     """
     diagonal = np.eye(channels, dtype=np.float32)
     return tuple(

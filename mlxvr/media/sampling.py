@@ -6,7 +6,8 @@ the checkpoints were trained with. Departures:
 - a clip (or range) of a single frame gives that frame instead of an error;
 - a side never shrinks to zero: it keeps at least one token, as in transformers' `smart_resize`;
 - a picture of a single row or column is refused, since there is nothing to see in it;
-- a product that misses a whole number by rounding alone counts as that number (1.1 s * 30 is frame 33, not 34).
+- a product that misses a whole number by rounding alone counts as that number (1.1 s * 30 is frame 33, not
+34).
 """
 
 import math
@@ -64,15 +65,11 @@ def frame_range(
     if total_frames < 1:
         raise MediaError("the clip has no frames: give a clip with at least one")
     if not 0 < source_fps < math.inf:
-        raise MediaError(
-            f"the clip's frame rate is {source_fps}: expected a positive number of frames per second"
-        )
+        raise MediaError(f"the clip's frame rate is {source_fps}: expected a positive number of frames per second")
     check_range(start, end)
     duration = total_frames / source_fps
     if start is not None and start >= duration:
-        raise MediaError(
-            f"start is {start:g} s, but the clip ends at {duration:.2f} s: give an earlier start"
-        )
+        raise MediaError(f"start is {start:g} s, but the clip ends at {duration:.2f} s: give an earlier start")
     first = 0 if start is None else math.ceil(_steady(start * source_fps))
     last = total_frames - 1 if end is None else min(math.floor(_steady(end * source_fps)), total_frames - 1)
     if first > last:
@@ -90,9 +87,7 @@ def check_range(start: float | None, end: float | None) -> None:
             raise ConfigError(f"{name} is {value:g} s: give a time in seconds, 0 or later")
     if end is not None and end <= (start or 0.0):
         kind = "empty" if end == (start or 0.0) else "backwards"
-        raise ConfigError(
-            f"the range from {start or 0:g} s to {end:g} s is {kind}: end must come after start"
-        )
+        raise ConfigError(f"the range from {start or 0:g} s to {end:g} s is {kind}: end must come after start")
 
 
 def frame_count(

@@ -61,9 +61,7 @@ class VisionSpec:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name} is {value!r}: give a whole number of at least 1")
         if isinstance(self.fps, bool) or not isinstance(self.fps, Real) or not 0 < self.fps < math.inf:
-            raise ConfigError(
-                f"fps is {self.fps!r}: give a positive number of frames per second, such as 2.0"
-            )
+            raise ConfigError(f"fps is {self.fps!r}: give a positive number of frames per second, such as 2.0")
         if self.max_frames < 2:
             raise ConfigError(f"max_frames is {self.max_frames}: frames go in pairs, give at least 2")
         for low, high in (("frame_min_tokens", "frame_max_tokens"), ("image_min_tokens", "image_max_tokens")):
@@ -91,9 +89,7 @@ class VisionSpec:
         """
         known = {field.name for field in fields(self)}
         if unknown := sorted(values.keys() - known):
-            raise ConfigError(
-                f"unknown vision setting {unknown[0]!r}: choose from {', '.join(sorted(known))}"
-            )
+            raise ConfigError(f"unknown vision setting {unknown[0]!r}: choose from {', '.join(sorted(known))}")
         return replace(self, **{name: value for name, value in values.items() if value is not None})
 
     @classmethod
@@ -175,9 +171,7 @@ def _agreed(
     found = {file: value for file, value in found.items() if value is not None}
     if len(set(found.values())) > 1:
         listed = ", ".join(f"{value} in {file}" for file, value in found.items())
-        raise CheckpointError(
-            f"the checkpoint's files disagree on {key} ({listed}): download the folder again"
-        )
+        raise CheckpointError(f"the checkpoint's files disagree on {key} ({listed}): download the folder again")
     return next(iter(found.values()), None)
 
 

@@ -1,15 +1,16 @@
 """When each frame of a stream is shown, where it lies in the file, and where decoding can start.
 
-Frame k of a clip is the k-th frame that a decoder gives when it decodes all of it, in presentation order. Decoding all
-of it to find out is what this module avoids: the packets of a healthy mp4, mov, mkv, webm, ts or mpg file carry
-presentation stamps, and reading them takes milliseconds. Not every packet is a frame that is shown:
+Frame k of a clip is the k-th frame that a decoder gives when it decodes all of it, in presentation order.
+Decoding all of it to find out is what this module avoids: the packets of a healthy mp4, mov, mkv, webm, ts or
+mpg file carry presentation stamps, and reading them takes milliseconds. Not every packet is a frame that is
+shown:
 
 - packets outside an edit list (a trimmed phone clip) are marked "discard": decoded, never shown;
 - the last packet of a file that was cut off is marked "corrupt";
 - VP8 has packets that only update references, told by a bit of their first byte.
 
-Where stamps are missing (raw streams), repeat (field pairs) or are made up by the demuxer (AVI), there is no timeline,
-and `count_frames` finds the frames by decoding.
+Where stamps are missing (raw streams), repeat (field pairs) or are made up by the demuxer (AVI), there is no
+timeline, and `count_frames` finds the frames by decoding.
 """
 
 import logging
@@ -21,7 +22,7 @@ from typing import Any
 import av
 import numpy as np
 
-from mlxvr.errors import Cancelled
+from mlxvr.errors import Cancelled, MediaError
 
 __all__ = ["Timeline", "count_frames", "scan"]
 
@@ -51,6 +52,22 @@ class Timeline:
 
     def __len__(self) -> int:
         return len(self.seconds)
+
+    def range(self, start: float | None, end: float | None) -> tuple[int, int]:
+        """Indices of the first and the last frame shown between two times in seconds, both included.
+
+        For streams of variable rate: where the rate is constant, `sampling.frame_range` is the training
+        code's rule. Raises `MediaError` if there is none.
+        """
+        tolerance = 1e-6  # stamps are ratios of whole numbers
+        first = 0 if start is None else int(np.searchsorted(self.seconds, start - tolerance))
+        last = len(self) - 1 if end is None else int(np.searchsorted(self.seconds, end + tolerance, side="right")) - 1
+        if first > last:
+            raise MediaError(
+                f"no frame is shown between {start or 0:g} s and {self.duration if end is None else end:g} s "
+                f"of the clip's {self.duration:.2f} s: give another range"
+            )
+        return first, last
 
 
 def scan(container: Any, stream: Any, *, should_stop: Callable[[], bool] | None = None) -> Timeline | None:

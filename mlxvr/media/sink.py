@@ -1,0 +1,117 @@
+"""Where decoded frames go: turned upright, resized on a few threads, only the small ones kept."""
+
+import os
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import av
+import numpy as np
+from av.video.reformatter import VideoReformatter
+
+from mlxvr.media.resize import resize
+
+__all__ = ["FrameSink", "Orientation"]
+
+_WORKERS = min(4, os.cpu_count() or 1)
+
+
+@dataclass(frozen=True)
+class Orientation:
+    """How stored pixels are turned for display: transposed first, then mirrored."""
+
+    transpose: bool = False
+    mirror_x: bool = False
+    mirror_y: bool = False
+
+    @classmethod
+    def of(cls, frame: av.VideoFrame) -> Self:
+        """Read the display matrix, which maps (x, y) to (a x + c y, b x + d y); other angles snap to a right one."""
+        data: Any = frame.side_data.get("DISPLAYMATRIX")
+        if data is None:
+            return cls()
+        a, b, _, c, d = (int(value) for value in np.frombuffer(data, dtype=np.int32)[:5])
+        transpose = abs(b) > abs(a)
+        return cls(transpose, (c if transpose else a) < 0, (b if transpose else d) < 0)
+
+    def size(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) after turning; its own inverse."""
+        return (width, height) if self.transpose else (height, width)
+
+    def apply(self, pixels: np.ndarray) -> np.ndarray:
+        """Turn (height, width, 3) pixels."""
+        if self.transpose:
+            pixels = pixels.swapaxes(0, 1)
+        return pixels[:: -1 if self.mirror_y else 1, :: -1 if self.mirror_x else 1]
+
+
+class FrameSink:
+    """Takes decoded frames, resizes them on a few threads and keeps only the small ones.
+
+    At most a handful of full-size frames exist at any time. `choose_size` maps the (height, width) of the
+    first frame, as displayed, to the target size; all frames get that size.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        choose_size: Callable[[int, int], tuple[int, int]],
+        progress: Callable[[str, int, int], None] | None = None,
+    ) -> None:
+        self.count = count
+        self.source_size = (0, 0)
+        self._choose_size = choose_size
+        self._progress = progress
+        self._pixels: np.ndarray | None = None  # (count, height, width, 3)
+        self._orientation = Orientation()
+        self._filled: set[int] = set()
+        self._waiting: deque[tuple[int, Future[None]]] = deque()
+        self._pool = ThreadPoolExecutor(_WORKERS, thread_name_prefix="mlxvr-resize")
+        self._local = threading.local()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def reset(self) -> None:
+        """Forget the frames taken so far; they will come again."""
+        self.finish()
+        self._filled.clear()
+
+    def add(self, slot: int, frame: av.VideoFrame) -> None:
+        """Take the frame for place `slot`; waits when the resizing threads are behind."""
+        if self._pixels is None:
+            self._orientation = Orientation.of(frame)
+            self.source_size = self._orientation.size(frame.height, frame.width)
+            self._pixels = np.empty((self.count, *self._choose_size(*self.source_size), 3), dtype=np.uint8)
+        while len(self._waiting) >= 2 * _WORKERS:
+            self._finish_one()
+        self._waiting.append((slot, self._pool.submit(self._convert, self._pixels[slot], frame)))
+
+    def finish(self) -> np.ndarray:
+        """Wait for the frames taken so far: uint8 (count, height, width, 3)."""
+        while self._waiting:
+            self._finish_one()
+        return self._pixels if self._pixels is not None else np.empty((0, 0, 0, 3), dtype=np.uint8)
+
+    def _finish_one(self) -> None:
+        slot, future = self._waiting.popleft()
+        future.result()
+        self._filled.add(slot)
+        if self._progress is not None:
+            self._progress("decoding", len(self._filled), self.count)
+
+    def _convert(self, target: np.ndarray, frame: av.VideoFrame) -> None:
+        if not hasattr(self._local, "reformatter"):
+            self._local.reformatter = VideoReformatter()  # one a thread: it keeps its tables between frames
+        rgb = self._local.reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
+        stored_size = self._orientation.size(*target.shape[:2])
+        target[:] = self._orientation.apply(resize(rgb, stored_size))

@@ -1,0 +1,263 @@
+"""Read the frames of a video file that a model should see, and nothing else.
+
+Three ways of reading, each slower and surer than the one before:
+
+1. the cheapest stretches by the timeline (`plan`), jumping between them;
+2. one stretch from the start, by the same timeline;
+3. decoding everything twice: once to count the frames, once to pick them.
+
+A healthy mp4, mov, mkv or webm file takes the first. The others are for files that break a promise on the
+way; the log says which way was taken. What comes back is the same in all cases: frame k is the k-th frame of
+a full decode.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+from av.stream import Disposition
+
+from mlxvr.errors import MediaError
+from mlxvr.media import container as outline
+from mlxvr.media.decoding import Unreliable, decode_counted, decode_stretch
+from mlxvr.media.frames import Frames
+from mlxvr.media.plan import plan_stretches, whole_stretch
+from mlxvr.media.sampling import check_range, frame_count, frame_range, frame_size, spread
+from mlxvr.media.sink import FrameSink, Orientation
+from mlxvr.media.spec import VisionSpec
+from mlxvr.media.timeline import Timeline, count_frames, scan
+
+__all__ = ["VideoInfo", "probe", "read_video"]
+
+logger = logging.getLogger(__name__)
+
+_MAX_REORDERING = 16  # frames that a decoder may hold back at most (H.264 and HEVC max_num_reorder_frames)
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What a video file holds."""
+
+    width: int  # pixels as displayed, after rotation
+    height: int
+    rotation: int  # degrees counter-clockwise that stored frames are turned for display: 0, 90, 180 or 270
+    fps: float  # average
+    frames: int
+    duration: float  # seconds
+    codec: str  # FFmpeg's name: h264, hevc, vp9, ...
+    variable_rate: bool
+
+
+@dataclass(frozen=True)
+class _Request:
+    """The arguments of one `read_video`."""
+
+    path: Path
+    spec: VisionSpec
+    nframes: int | None
+    start: float | None
+    end: float | None
+    progress: Callable[[str, int, int], None] | None
+    should_stop: Callable[[], bool] | None
+
+
+def probe(path: str | Path) -> VideoInfo:
+    """Describe a video; decodes only its first frame, or all of them where the file has no timeline.
+
+    Raises `MediaError` if the file is missing, is not a video or cannot be decoded.
+    """
+    path = Path(path)
+    outline.check_file(path)
+    with _open(path) as (container, stream):
+        timeline = scan(container, stream)
+    if timeline is None:
+        with _open(path) as (container, stream):
+            timeline = count_frames(container, stream)
+    with _open(path) as (container, stream):
+        frame = next(container.decode(stream), None)
+        if frame is None or not len(timeline):
+            raise MediaError(f"{path} holds no frame that can be decoded: copy or download it again")
+        height, width = Orientation.of(frame).size(frame.height, frame.width)
+        return VideoInfo(
+            width=width,
+            height=height,
+            rotation=frame.rotation % 360,
+            fps=timeline.fps,
+            frames=len(timeline),
+            duration=timeline.duration,
+            codec=stream.codec_context.name,
+            variable_rate=timeline.is_variable,
+        )
+
+
+def read_video(
+    path: str | Path,
+    spec: VisionSpec,
+    *,
+    nframes: int | None = None,
+    start: float | None = None,
+    end: float | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> Frames:
+    """Sample a video's frames, turned upright and resized for the model.
+
+    Args:
+        path: an mp4, mov, mkv, webm, avi, ts or other file that FFmpeg reads.
+        spec: sampling rate, bounds and sizes.
+        nframes: frames to sample in all, instead of `spec.fps` frames per second.
+        start, end: seconds; only frames shown in this range are sampled.
+        progress: called with ("decoding", frames done, frames wanted).
+        should_stop: asked between packets; True ends the reading.
+
+    Raises:
+        MediaError: the file or the range cannot be read; the message says why.
+        ConfigError: an option has a value that cannot be used.
+        Cancelled: `should_stop` said so.
+    """
+    request = _Request(Path(path), spec, nframes, start, end, progress, should_stop)
+    outline.check_file(request.path)
+    check_range(start, end)
+    with _open(request.path) as (container, stream):
+        timeline = scan(container, stream, should_stop=should_stop)
+        if timeline is not None:
+            frames = _read_by_timeline(request, container, stream, timeline)
+            if frames is not None:
+                return frames
+    return _read_by_counting(request)
+
+
+def _read_by_timeline(request: _Request, container: Any, stream: Any, timeline: Timeline) -> Frames | None:
+    """The first two ways of reading; None if the file does not keep to its timeline."""
+    indices, sampled_fps = _select(request, container, stream, timeline)
+    slots = {int(index): slot for slot, index in enumerate(indices)}
+    with _sink(request, len(indices)) as sink:
+        try:
+            for stretch in plan_stretches(timeline, indices):
+                decode_stretch(container, stream, timeline, stretch, slots, sink, should_stop=request.should_stop)
+            return _frames(timeline, indices, sampled_fps, sink)
+        except Unreliable as reason:
+            logger.info("%s: %s; decoding it from the start", request.path, reason)
+            sink.reset()
+        try:
+            whole = whole_stretch(timeline, indices)
+            with _open(request.path) as (fresh, fresh_stream):
+                decode_stretch(
+                    fresh, fresh_stream, timeline, whole, slots, sink, seek=False, should_stop=request.should_stop
+                )
+                return _frames(timeline, indices, sampled_fps, sink)
+        except Unreliable as reason:
+            logger.info("%s: %s; counting its frames", request.path, reason)
+    return None
+
+
+def _read_by_counting(request: _Request) -> Frames:
+    """The last way of reading: decode everything, twice."""
+    with _open(request.path) as (container, stream):
+        timeline = count_frames(container, stream, should_stop=request.should_stop)
+        if not len(timeline):
+            raise MediaError(f"{request.path} holds no frame that can be decoded: copy or download it again")
+        indices, sampled_fps = _select(request, container, stream, timeline)
+    slots = {int(index): slot for slot, index in enumerate(indices)}
+    with _sink(request, len(indices)) as sink, _open(request.path) as (container, stream):
+        decode_counted(container, stream, slots, sink, should_stop=request.should_stop)
+        return _frames(timeline, indices, sampled_fps, sink)
+
+
+def _select(request: _Request, container: Any, stream: Any, timeline: Timeline) -> tuple[np.ndarray, float]:
+    """(indices of the frames to read, frames per second that they amount to); refuses what a cut took away."""
+    total = readable = len(timeline)
+    missing = outline.missing_bytes(request.path)
+    if missing:
+        total = max(total, _stated_frames(container, stream, timeline))
+        # Of the last packets, some may be shown after frames that were cut off.
+        readable -= _MAX_REORDERING if stream.codec_context.has_b_frames else 0
+    fps = timeline.fps
+    if timeline.is_variable and total == len(timeline):
+        first, last = timeline.range(request.start, request.end)
+        if last > first and (request.start is not None or request.end is not None):
+            fps = (last - first) / float(timeline.seconds[last] - timeline.seconds[first])
+    else:
+        first, last = frame_range(total, fps, start=request.start, end=request.end)
+    available, spec = last - first + 1, request.spec
+    count = frame_count(
+        available,
+        fps,
+        fps=spec.fps,
+        nframes=request.nframes,
+        min_frames=spec.min_frames,
+        max_frames=spec.max_frames,
+    )
+    indices = spread(first, last, count)
+    if missing and indices[-1] >= max(readable, 1):
+        raise MediaError(
+            f"{request.path} is cut short ({missing:,} bytes are missing): "
+            f"{int((indices < readable).sum())} of the {count} wanted frames can be read, "
+            f"up to {max(readable, 0) / timeline.fps:.1f} s; copy or download it again, or end earlier"
+        )
+    return indices, count / available * fps
+
+
+def _stated_frames(container: Any, stream: Any, timeline: Timeline) -> int:
+    """How many frames a file that was cut short had, by its header."""
+    if stream.frames:
+        discarded = len(timeline.packet_pts) - len(timeline) if timeline.is_exact else 0
+        return int(stream.frames) - discarded
+    return round((container.duration or 0) / av.time_base * timeline.fps)
+
+
+def _sink(request: _Request, count: int) -> FrameSink:
+    def choose_size(height: int, width: int) -> tuple[int, int]:
+        try:
+            return frame_size(height, width, count, request.spec)
+        except MediaError as error:
+            raise MediaError(f"{request.path}: {error}") from error
+
+    return FrameSink(count, choose_size, request.progress)
+
+
+def _frames(timeline: Timeline, indices: np.ndarray, sampled_fps: float, sink: FrameSink) -> Frames:
+    return Frames(
+        pixels=sink.finish(),
+        seconds=timeline.seconds[indices],
+        sampled_fps=sampled_fps,
+        indices=indices,
+        source_size=sink.source_size,
+        duration=timeline.duration,
+    )
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[tuple[Any, Any]]:
+    """The container and its video stream, set up for decoding with all cores; FFmpeg's errors become ours."""
+    try:
+        # Local files only: a playlist must not make us fetch anything.
+        container = av.open(str(path), metadata_errors="replace", options={"protocol_whitelist": "file"})
+    except av.error.FFmpegError as error:
+        raise outline.unreadable(path) from error
+    with container:
+        stream = _video_stream(container, path)
+        stream.thread_type = "AUTO"
+        try:
+            yield container, stream
+        except av.error.FFmpegError as error:
+            raise MediaError(f"{path} is damaged ({error.strerror}): copy or download it again") from error
+
+
+def _video_stream(container: Any, path: Path) -> Any:
+    if container.format.name == "tty":  # FFmpeg takes any .txt for ANSI art
+        raise outline.unreadable(path)
+    streams = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
+    if not streams:
+        found = "sound but no moving picture" if container.streams.audio else "no moving picture"
+        raise MediaError(f"{path} holds {found}: give a file with a video track")
+    best = container.streams.best("video")
+    stream = best if best in streams else streams[0]
+    if stream.codec_context is None:
+        raise MediaError(f"{path} is coded in a way that FFmpeg cannot decode: convert it to H.264")
+    return stream
