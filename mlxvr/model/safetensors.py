@@ -1,0 +1,108 @@
+"""What a safetensors file holds, read from its header alone.
+
+The format (https://huggingface.co/docs/safetensors): eight bytes give the length of a JSON header in little-endian
+order, the header maps names to dtype, shape and byte range, and the data follow without gaps. Reading it here costs a
+few milliseconds for any size of model, needs no MLX, and tells a truncated or damaged file before anything is loaded.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlxvr.errors import CheckpointError
+
+__all__ = ["DTYPE_BYTES", "TensorInfo", "read_header"]
+
+DTYPE_BYTES = {
+    "BOOL": 1,
+    "U8": 1,
+    "I8": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "U16": 2,
+    "I16": 2,
+    "F16": 2,
+    "BF16": 2,
+    "U32": 4,
+    "I32": 4,
+    "F32": 4,
+    "U64": 8,
+    "I64": 8,
+    "F64": 8,
+}
+_LONGEST_HEADER = 100_000_000  # the reference implementation's own limit
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies on disk.
+
+    Attributes:
+        file: the file that holds it.
+        dtype: as the header spells it ("BF16", "F32", "U32", ..).
+        shape: its sizes.
+        offsets: first byte and the byte after the last, counted from the start of the file.
+    """
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offsets: tuple[int, int]
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """Name -> where each tensor of a file lies.
+
+    Raises `CheckpointError` when the file is no safetensors file, is cut short, or its header contradicts itself.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        length = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or size < 8 + length:
+            if len(prefix) == 8 and length > _LONGEST_HEADER:
+                raise _damaged(path, "it does not begin like a safetensors file")
+            raise _truncated(path, size, 8 + length)
+        if length > _LONGEST_HEADER:
+            raise _damaged(path, f"its header claims {length} bytes")
+        try:
+            header = json.loads(file.read(length))
+        except ValueError as error:
+            raise _damaged(path, "its header is not JSON") from error
+    if not isinstance(header, dict):
+        raise _damaged(path, "its header is not a JSON object")
+    header.pop("__metadata__", None)
+    tensors = {name: _tensor(path, name, entry, 8 + length) for name, entry in header.items()}
+    end = max((info.offsets[1] for info in tensors.values()), default=8 + length)
+    if size < end:
+        raise _truncated(path, size, end)
+    if size > end:
+        raise _damaged(path, f"it has {size - end} bytes more than its header describes")
+    return tensors
+
+
+def _tensor(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        numbers = [*shape, begin, end]
+        if not all(isinstance(number, int) and number >= 0 for number in numbers):
+            raise ValueError
+    except (KeyError, TypeError, ValueError) as error:
+        raise _damaged(path, f"its header describes {name} in a way that cannot be read") from error
+    if dtype not in DTYPE_BYTES:
+        raise CheckpointError(f"{path}: {name} has the dtype {dtype!r}, which is not supported: use a bf16 release")
+    if end - begin != math.prod(shape) * DTYPE_BYTES[dtype]:
+        raise _damaged(path, f"{name} is {dtype} {list(shape)} but takes {end - begin} bytes")
+    return TensorInfo(path, dtype, shape, (data_start + begin, data_start + end))
+
+
+def _truncated(path: Path, size: int, expected: int) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is cut short: it has {size} bytes of at least {expected}: download or copy it again"
+    )
+
+
+def _damaged(path: Path, why: str) -> CheckpointError:
+    return CheckpointError(f"{path} is damaged: {why}: download or copy it again")
