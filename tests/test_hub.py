@@ -125,7 +125,7 @@ def test_only_the_needed_files_are_downloaded(at):
         folder = hub.resolve("org/name")
     assert {path.name for path in folder.iterdir()} == WANTED
     assert (folder / "model.safetensors").read_bytes() == WEIGHTS
-    assert hub.commit_of(folder) == COMMIT
+    assert hub.origin_of(folder) == ("org/name", COMMIT)
     asked = " ".join(path for _, path, _ in server.requests)
     assert ".bin" not in asked
     assert ".py" not in asked

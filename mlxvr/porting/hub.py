@@ -19,7 +19,7 @@ from typing import Any
 
 from mlxvr.errors import CheckpointError, ConfigError
 
-__all__ = ["NEEDED_FILES", "Progress", "commit_of", "is_hub_id", "resolve"]
+__all__ = ["NEEDED_FILES", "Progress", "is_hub_id", "origin_of", "repo_id", "resolve"]
 
 Progress = Callable[[str, int, int], None]  # (stage, done, total)
 
@@ -41,11 +41,12 @@ NEEDED_FILES = (
     "video_preprocessor_config.json",
     "processor_config.json",
     "README.md",  # names the licence
+    "LICENSE*",
 )
 
 _HUB_SCHEME = "hf://"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*")
-_SNAPSHOT = re.compile(r"[0-9a-f]{40}")
+_SNAPSHOT = re.compile(r"/models--([^/]+?)--([^/]+)/snapshots/([0-9a-f]{40})$")
 _log = logging.getLogger(__name__)
 
 
@@ -66,7 +67,7 @@ def resolve(model: str | Path, *, revision: str | None = None, progress: Progres
         return folder
     if not is_hub_id(model):
         raise _no_such_folder(str(model), folder)
-    snapshot = _download(str(model).removeprefix(_HUB_SCHEME), revision, progress)
+    snapshot = _download(repo_id(str(model)), revision, progress)
     if not any(snapshot.glob("*.safetensors")):
         raise CheckpointError(
             f"{model} holds no safetensors weights; pickled weights (.bin, .pt) are never loaded, because "
@@ -84,11 +85,19 @@ def is_hub_id(model: str | Path) -> bool:
     return _HUB_ID.fullmatch(model) is not None and not Path(model).exists() and not Path(model).parent.is_dir()
 
 
-def commit_of(folder: Path) -> str:
-    """Return the commit of a folder that lies in the Hub's cache (`.../snapshots/<commit>`), else ''."""
-    resolved = folder.absolute()
-    inside = resolved.parent.name == "snapshots" and _SNAPSHOT.fullmatch(resolved.name) is not None
-    return resolved.name if inside else ""
+def repo_id(model: str) -> str:
+    """Return the `org/name` of a Hub id, without its scheme."""
+    return model.removeprefix(_HUB_SCHEME)
+
+
+def origin_of(folder: Path) -> tuple[str, str]:
+    """Return repository and commit of a folder in the Hub's cache, `('', '')` of any other.
+
+    The cache keeps a snapshot in `models--<org>--<name>/snapshots/<commit>`.
+    """
+    snapshot = folder.absolute()
+    found = _SNAPSHOT.search(snapshot.as_posix())
+    return (f"{found[1]}/{found[2]}", found[3]) if found else ("", "")
 
 
 def _no_such_folder(model: str, folder: Path) -> CheckpointError:

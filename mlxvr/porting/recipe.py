@@ -21,7 +21,7 @@ from typing import Any, get_args, get_type_hints
 from mlxvr.errors import CheckpointError, RecipeError
 
 __all__ = ["BITS", "DTYPES", "GROUP_SIZES", "Budgets", "Precision", "Quantization", "Recipe", "Rule"]
-__all__ += ["available", "choose", "for_config", "load"]
+__all__ += ["available", "for_config", "for_source", "load"]
 
 BITS = (0, 2, 3, 4, 6, 8)  # 0: the weights are not quantized
 GROUP_SIZES = (32, 64, 128)
@@ -44,6 +44,11 @@ class Rule:
     min_bits: int = 8
     group_size: int | None = None  # None: the recipe's
 
+    def __post_init__(self) -> None:
+        _check("min_bits", self.min_bits, self.min_bits in BITS[1:], f"one of {BITS[1:]}")
+        known = self.group_size is None or self.group_size in GROUP_SIZES
+        _check("group_size", self.group_size, known, f"one of {GROUP_SIZES}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Quantization:
@@ -54,6 +59,11 @@ class Quantization:
     dtype: str = "bfloat16"
     keep: tuple[str, ...] = ("vision_tower.*",)
     rules: tuple[Rule, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check("bits", self.bits, self.bits in BITS, f"one of {BITS}")
+        _check("group_size", self.group_size, self.group_size in GROUP_SIZES, f"one of {GROUP_SIZES}")
+        _check("dtype", self.dtype, self.dtype in DTYPES, f"one of {DTYPES}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +78,10 @@ class Budgets:
     video_tokens: int | None = None
     image_min_tokens: int | None = None
     image_max_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        for key, value in dataclasses.asdict(self).items():
+            _check(key, value, value is None or value > 0, "a number above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,27 +100,7 @@ class Recipe:
     budgets: Budgets = field(default_factory=Budgets)
 
     def __post_init__(self) -> None:
-        def check(key: str, value: object, holds: bool, expected: str) -> None:
-            if not holds:
-                raise RecipeError(f"recipe {self.name}: {key} = {value!r}; expected {expected}")
-
-        ours = self.quantization
-        check("threshold", self.threshold, 0.0 <= self.threshold <= 1.0, "a number from 0 to 1")
-        check("quantization.bits", ours.bits, ours.bits in BITS, f"one of {BITS}")
-        check(
-            "quantization.group_size",
-            ours.group_size,
-            ours.group_size in GROUP_SIZES,
-            f"one of {GROUP_SIZES}",
-        )
-        check("quantization.dtype", ours.dtype, ours.dtype in DTYPES, f"one of {DTYPES}")
-        for rule in ours.rules:
-            where = f"quantization.rules ({rule.match!r})"
-            check(f"{where} min_bits", rule.min_bits, rule.min_bits in BITS[1:], f"one of {BITS[1:]}")
-            known = rule.group_size is None or rule.group_size in GROUP_SIZES
-            check(f"{where} group_size", rule.group_size, known, f"one of {GROUP_SIZES}")
-        for key, value in dataclasses.asdict(self.budgets).items():
-            check(f"budgets.{key}", value, value is None or value > 0, "a number above 0")
+        _check("threshold", self.threshold, 0.0 <= self.threshold <= 1.0, "a number from 0 to 1")
 
     def with_quantization(
         self, *, bits: int | None = None, group_size: int | None = None, dtype: str | None = None
@@ -169,12 +163,12 @@ def for_config(config: Mapping[str, Any]) -> Recipe:
     return families[model_type]
 
 
-def choose(source: str, config: Mapping[str, Any]) -> Recipe:
-    """Return the recipe written for the checkpoint that is called `source` (a Hub id), else its family's."""
+def for_source(source: str) -> Recipe | None:
+    """Return the recipe that was written for the checkpoint of this Hub id, if there is one."""
     for recipe in _shipped().values():
         if recipe.source and recipe.source.casefold() == source.casefold():
             return recipe
-    return for_config(config)
+    return None
 
 
 @functools.cache
@@ -220,7 +214,10 @@ def _build(cls: Any, table: Mapping[str, Any], *, where: str, prefix: str) -> An
         if key not in table:
             raise RecipeError(f"{where}: the key {prefix + key!r} is missing; every recipe needs it")
     values = {key: _convert(hints[key], value, where=where, key=prefix + key) for key, value in table.items()}
-    return cls(**values)
+    try:
+        return cls(**values)
+    except RecipeError as error:
+        raise RecipeError(f"{where}: {prefix}{error}") from error
 
 
 def _convert(hint: Any, value: Any, *, where: str, key: str) -> Any:
@@ -238,6 +235,11 @@ def _convert(hint: Any, value: Any, *, where: str, key: str) -> Any:
         names = " or ".join(kind.__name__ for kind in accepted)
         raise RecipeError(f"{where}: {key} = {value!r} has the wrong type; expected {names}")
     return value
+
+
+def _check(key: str, value: object, holds: bool, expected: str) -> None:
+    if not holds:
+        raise RecipeError(f"{key} = {value!r}; expected {expected}")
 
 
 def _without_unset(value: Any) -> Any:

@@ -66,7 +66,7 @@ def write_index(folder: Path, shards: dict[str, list[OutputTensor]]) -> int:
     total = sum(tensor.nbytes for tensors in shards.values() for tensor in tensors)
     weight_map = {tensor.name: file for file, tensors in shards.items() for tensor in tensors}
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    write_synced(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+    write_synced(folder / "model.safetensors.index.json", (json.dumps(index, indent=2) + "\n").encode())
     return total
 
 

@@ -73,9 +73,9 @@ def staged(target: Path) -> Iterator[Path]:
         os.close(lock)
 
 
-def write_synced(path: Path, content: str) -> None:
-    """Write a text file and wait until it is on the disk."""
-    with path.open("w", encoding="utf-8") as file:
+def write_synced(path: Path, content: bytes) -> None:
+    """Write a file and wait until it is on the disk."""
+    with path.open("wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())

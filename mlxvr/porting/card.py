@@ -1,0 +1,138 @@
+"""What goes into a converted folder beside the weights: config, tokenizer files, `mlxvr.json`, the model card.
+
+`mlxvr.json` is for programs (where the weights come from, how they were made, the threshold and budgets that go with
+them), the card for people. Neither holds a date or a path, so that the same conversion gives the same bytes.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from mlxvr.model.folder import ModelFolder
+from mlxvr.porting import hub
+from mlxvr.porting.recipe import Recipe
+from mlxvr.porting.staging import write_synced
+
+__all__ = ["Origin", "origin", "settings", "write"]
+
+_WRITTEN_HERE = ("config.json", "mlxvr.json", "README.md")
+_VERSIONED = ("mlxvr", "mlx", "mlx-vlm")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where weights come from: a Hub id (or, for a folder of the user's own, its name) and a commit ('': unknown)."""
+
+    name: str
+    commit: str
+    is_hub: bool
+
+
+def origin(folder: ModelFolder, source: str | Path) -> Origin:
+    """Find out where a source comes from; an earlier conversion says so itself."""
+    repo_id, commit = hub.origin_of(folder.path)
+    if hub.is_hub_id(source):
+        return Origin(hub.repo_id(str(source)), commit, is_hub=True)
+    if repo_id:
+        return Origin(repo_id, commit, is_hub=True)
+    recorded = folder.settings.get("source")
+    if isinstance(recorded, str) and recorded:
+        return Origin(recorded, str(folder.settings.get("commit") or ""), is_hub="/" in recorded)
+    return Origin(folder.path.resolve().name, "", is_hub=False)
+
+
+def settings(folder: ModelFolder, origin: Origin, recipe: Recipe, *, keep_measured: bool) -> dict[str, Any]:
+    """Return the content of `mlxvr.json`.
+
+    `keep_measured`: a threshold and budgets in the source's own `mlxvr.json` stand above the recipe's.
+    """
+    resolved = recipe.to_dict()
+    own = folder.settings if keep_measured else {}
+    quantization = recipe.quantization
+    return {
+        "source": origin.name,
+        "commit": origin.commit,
+        "family": folder.family.name,
+        "threshold": own.get("threshold", recipe.threshold),
+        "budgets": own.get("budgets", resolved.get("budgets", {})),
+        "quantization": {
+            "bits": quantization.bits,
+            "group_size": quantization.group_size,
+            "mode": "affine",
+            "dtype": quantization.dtype,
+        },
+        "recipe": resolved,
+        "versions": {name: version(name) for name in _VERSIONED},
+    }
+
+
+def write(stage: Path, folder: ModelFolder, config: dict[str, Any], settings: dict[str, Any], title: str) -> None:
+    """Write everything but the weights into `stage`."""
+    for pattern in hub.NEEDED_FILES:
+        for file in sorted(folder.path.glob(pattern)):
+            if file.name not in _WRITTEN_HERE and "safetensors" not in file.name:
+                write_synced(stage / file.name, file.read_bytes())
+    write_synced(stage / "config.json", _json(config))
+    write_synced(stage / "mlxvr.json", _json(settings))
+    write_synced(stage / "README.md", _card(folder, settings, title).encode())
+
+
+def _json(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _card(folder: ModelFolder, settings: dict[str, Any], title: str) -> str:
+    """Compose the model card: metadata that the Hub reads, then how the weights were made and how to use them."""
+    recipe, quantization = settings["recipe"], settings["quantization"]
+    source, commit = settings["source"], settings["commit"]
+    licence = _licence(folder.path / "README.md") or (
+        [f"license: {recipe['license']}"] if recipe.get("license") else []
+    )
+    is_hub = "/" in source
+    meta = ["library_name: mlx", "pipeline_tag: video-text-to-text", *licence]
+    meta += [f"base_model: {source}", "base_model_relation: quantized"] if is_hub else []
+    meta += ["tags:", "- mlx", "- mlxvr", "- video", f"- {settings['family']}"]
+    link = f"[`{source}`](https://huggingface.co/{source})" if is_hub else f"`{source}`"
+    bits, dtype = quantization["bits"], quantization["dtype"]
+    how = f"quantized to {bits} bits in groups of {quantization['group_size']}" if bits else f"kept in {dtype}"
+    rows = {
+        "Source": link + (f", commit `{commit}`" if commit else ""),
+        "Weights": f"{how}; vision tower and norms in {dtype}" if bits else how,
+        "Bits per weight": f"{quantization['bits_per_weight']:.2f}, everything included",
+        "Recipe": f"`{recipe['name']}`",
+        "Threshold": f"a direct answer stands from a confidence of {settings['threshold']}",
+        "Made with": ", ".join(f"{name} {number}" for name, number in settings["versions"].items()),
+    }
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+    return f"""---
+{chr(10).join(meta)}
+---
+
+# {title}
+
+{recipe.get("description") or source}, converted to MLX by [mlxvr](https://pypi.org/project/mlxvr/). The model answers
+a question about a video directly, and mlxvr lets it reason only when it is not sure of that answer.
+
+| | |
+|---|---|
+{table}
+
+## Use
+
+    pip install mlxvr
+    python -m mlxvr.generate --model {title} --video clip.mp4 --prompt "What happens at the end?"
+
+The folder also loads in stock mlx-vlm (`mlx_vlm.load`).
+"""
+
+
+def _licence(readme: Path) -> list[str]:
+    """Return the licence lines of a model card's metadata, as they are."""
+    if not readme.is_file():
+        return []
+    text = readme.read_text(encoding="utf-8", errors="replace")
+    front = re.match(r"---\n(.*?)\n---", text, flags=re.DOTALL)
+    return re.findall(r"^license(?:_name|_link)?: *\S.*$", front[1], flags=re.MULTILINE) if front else []
