@@ -1,0 +1,128 @@
+"""Clips on disk: scenes drawn and encoded as H.264, and the seeded sets of clips with their questions.
+
+Every clip of a set has its own frame rate, size, quality, keyframe distance and look. The sizes are those of real files:
+some are what the model was trained on, others are larger and reach it through the processor's token budget.
+"""
+
+import json
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import av
+
+from .drawing import Painter, frame_times, make_look
+from .questions import PERCEPTION, Example, make_example, make_question
+from .world import TRAINED_SWAPS, Clock, Scene, most_swaps
+
+SIZES = ((128, 128), (256, 256), (128, 160), (160, 128), (256, 320), (320, 256), (240, 320), (360, 640))
+NATIVE_SIZES = ((128, 128), (128, 160), (160, 128))
+QUALITIES = (20, 23, 26, 29, 32)
+GROUPS = ("perception", "counting", "easy", "tracking", "held-out sequences", "longer games")
+
+
+@dataclass(frozen=True)
+class ClipSpec:
+    """Everything that decides one file."""
+
+    scene: Scene
+    clock: Clock
+    size: tuple[int, int]  # height, width
+    crf: int
+    keyframes: int
+    seed: int  # of the look
+
+
+def write_clip(path: Path, spec: ClipSpec) -> None:
+    """Draw and encode one clip."""
+    height, width = spec.size
+    painter = Painter(spec.scene, make_look(random.Random(spec.seed), len(spec.scene.sprites)), height, width)
+    options = {"crf": str(spec.crf), "preset": "veryfast", "g": str(spec.keyframes), "threads": "1"}
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=spec.clock.rate, options=options)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for seconds in frame_times(spec.clock):
+            frame = av.VideoFrame.from_ndarray(painter.frame(seconds), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def make_spec(rng: random.Random, example: Example, size: tuple[int, int]) -> ClipSpec:
+    """Random encoding choices for an example's clip."""
+    return ClipSpec(
+        scene=example.scene,
+        clock=example.clock,
+        size=size,
+        crf=rng.choice(QUALITIES),
+        keyframes=rng.choice((12, 48, 250)),
+        seed=rng.randrange(1 << 30),
+    )
+
+
+def extent_of(size: tuple[int, int]) -> tuple[float, float]:
+    """The (width, height) of a picture in world units."""
+    return size[1] / min(size), size[0] / min(size)
+
+
+def record(name: str, number: int, example: Example, spec: ClipSpec, group: str) -> dict:
+    """One line of `clips.jsonl`."""
+    return {
+        "id": f"{name}-{number}",
+        "video": f"{name}.mp4",
+        "question": example.question,
+        "options": list(example.options) if example.options else None,
+        "answer": example.answer,
+        "kind": example.ask,
+        "group": group,
+        "about": example.kind,
+        "swaps": example.swaps,
+        "trace": "".join(example.trace).strip(),
+        "size": list(spec.size),
+        "fps": str(spec.clock.rate),
+        "frames": spec.clock.frames,
+        "crf": spec.crf,
+    }
+
+
+def held_out_set(seed: int, clips: int) -> Iterable[tuple[str, ClipSpec, list[dict]]]:
+    """`clips` fresh clips: (name, spec, records), the groups in turn; a tracking clip is also asked about what it shows."""
+    rng = random.Random(f"shellgame held-out set {seed}")
+    plan = ["moving", "tracking", "game", "held-out sequences", "easy", "moving", "longer games", "counting"]
+    for index in range(clips):
+        turn = plan[index % len(plan)]
+        size = SIZES[(index // len(plan) + index) % len(SIZES)]
+        examples = _examples_for(rng, turn, index // len(plan), extent_of(size))
+        name = f"clip{index:04d}"
+        spec = make_spec(rng, examples[0], size)
+        groups = [turn if e.kind == "final_cup" and turn in GROUPS else e.group for e in examples]
+        yield name, spec, [record(name, n, e, spec, g) for n, (e, g) in enumerate(zip(examples, groups))]
+
+
+def _examples_for(rng: random.Random, turn: str, number: int, extent: tuple[float, float]) -> list[Example]:
+    moving, game = PERCEPTION[:5], PERCEPTION[5:]
+    if turn == "moving":
+        return [make_example(rng, rng.choice(moving), rng.randint(7, 16), extent)]
+    if turn == "game":
+        return [make_example(rng, game[number % len(game)], rng.randint(7, 16), extent)]
+    if turn == "counting":
+        return [make_example(rng, "count", rng.randint(7, 16), extent)]
+    if turn == "easy":
+        return [make_example(rng, "final_cup", rng.randint(7, 16), extent, swaps=number % 2)]
+    swaps = TRAINED_SWAPS + 1 + number % 2 if turn == "longer games" else 2 + number % (TRAINED_SWAPS - 1)
+    pairs = rng.choice([p for p in range(7, 17) if most_swaps(p) >= swaps])
+    example = make_example(rng, "final_cup", pairs, extent, swaps=swaps, held_out=turn == "held-out sequences")
+    about = rng.choice(("start_cup", "ball_color", "cup_color", "first_swap"))
+    return [example, make_question(rng, about, example.clock, example.scene)]
+
+
+def write_set(folder: Path, clips: Iterable[tuple[str, ClipSpec, list[dict]]]) -> list[dict]:
+    """Write the videos and `clips.jsonl` into a folder; the records are returned."""
+    folder.mkdir(parents=True, exist_ok=True)
+    records = []
+    for name, spec, lines in clips:
+        write_clip(folder / f"{name}.mp4", spec)
+        records += lines
+    text = "".join(json.dumps(line) + "\n" for line in records)
+    (folder / "clips.jsonl").write_text(text, encoding="utf-8")
+    return records
