@@ -44,16 +44,15 @@ class VerbParser(argparse.ArgumentParser):
 
 def run_verb(parser: VerbParser, body: Body, argv: Sequence[str] | None = None) -> int:
     """Parse `argv` (None: the process's own arguments), run `body`, and return the exit code."""
+    args = argparse.Namespace(debug=False)
     try:
-        args = parser.parse_args(argv)
-    except SystemExit as stop:  # argparse has printed its help or its error line
-        return stop.code if isinstance(stop.code, int) else 1
-    logging.basicConfig(
-        level=logging.DEBUG if args.debug else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
-    )
-    try:
+        parser.parse_args(argv, args)
+        level = logging.DEBUG if args.debug else logging.WARNING
+        logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
         code = body(args) or 0
         sys.stdout.flush()
+    except SystemExit as stop:  # argparse, or a body through `parser.error`, has printed what there is to say
+        return stop.code if isinstance(stop.code, int) else 1
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130

@@ -113,8 +113,7 @@ def _card(folder: ModelFolder, settings: dict[str, Any], title: str) -> str:
 
 # {title}
 
-{recipe.get("description") or source}, converted to MLX by [mlxvr](https://pypi.org/project/mlxvr/). The model answers
-a question about a video directly, and mlxvr lets it reason only when it is not sure of that answer.
+{recipe.get("description") or source}, converted to MLX by mlxvr. The model answers a question about a video directly, and mlxvr lets it reason only when it is not sure of that answer.
 
 | | |
 |---|---|
@@ -122,7 +121,6 @@ a question about a video directly, and mlxvr lets it reason only when it is not 
 
 ## Use
 
-    pip install mlxvr
     python -m mlxvr.generate --model {title} --video clip.mp4 --prompt "What happens at the end?"
 
 The folder also loads in stock mlx-vlm (`mlx_vlm.load`).
