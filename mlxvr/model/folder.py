@@ -92,11 +92,15 @@ class ModelFolder:
             settings=_read_json(folder / "mlxvr.json") or {},
         )
 
+    def mlx_names(self) -> dict[str, str]:
+        """Name on disk -> MLX name, of the tensors that the network uses."""
+        tied = bool(self.family.mlx_config(self.config)["tie_word_embeddings"])
+        named = ((name, self.family.mlx_key(name, tied=tied)) for name in self.tensors)
+        return {name: key for name, key in named if key is not None}
+
     def mlx_tensors(self) -> dict[str, TensorInfo]:
         """The tensors that the network uses, by their MLX names; the shapes are those on disk."""
-        tied = bool(self.family.mlx_config(self.config)["tie_word_embeddings"])
-        named = ((self.family.mlx_key(name, tied=tied), info) for name, info in self.tensors.items())
-        return {key: info for key, info in named if key is not None}
+        return {key: self.tensors[name] for name, key in self.mlx_names().items()}
 
     def check_shapes(self) -> None:
         """Compare every tensor with what the architecture needs, quantized ones included.

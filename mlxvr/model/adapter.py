@@ -1,0 +1,85 @@
+"""LoRA weights on top of a loaded network.
+
+An adapter folder has mlx-vlm 0.7.10's layout: `adapters.safetensors`, whose tensors are `<module>.lora_a` and
+`<module>.lora_b` (and `.m` for DoRA), and `adapter_config.json` with `lora_parameters` {"rank", "scale", "dropout",
+"keys"}. mlx-vlm's own function puts the layers in, but then loads the weights without looking: a folder made for
+another model would leave them untrained and say nothing. So names and shapes are compared here.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, cast
+
+from mlx.utils import tree_flatten
+
+from mlxvr.errors import CheckpointError
+from mlxvr.model.safetensors import TensorInfo, read_header
+
+__all__ = ["apply_adapter"]
+
+_LORA_ENDINGS = (".lora_a", ".lora_b", ".m", ".A", ".B")
+
+
+def apply_adapter(network: Any, folder: Path) -> str:
+    """Put an adapter's layers into a network and load their weights.
+
+    Returns a short hash of the adapter's files.
+
+    Raises `CheckpointError` when a file is missing or damaged, or the adapter was made for another model.
+    """
+    weights, config_file = folder / "adapters.safetensors", folder / "adapter_config.json"
+    for file in (weights, config_file):
+        if not file.is_file():
+            raise CheckpointError(
+                f"{folder} has no {file.name}: give the folder of an adapter, with adapters.safetensors and "
+                "adapter_config.json"
+            )
+    try:
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{config_file} cannot be read as JSON ({error}): copy the adapter again") from error
+    tensors = read_header(weights)
+    _check_config(config, config_file)
+    _attach(network, folder, config)
+    _check_fit(network, tensors, folder)
+    network.load_weights(str(weights), strict=False)
+    return hashlib.sha256(weights.read_bytes() + config_file.read_bytes()).hexdigest()[:16]
+
+
+def _check_config(config: Any, file: Path) -> None:
+    kind = config.get("fine_tune_type", "lora") if isinstance(config, dict) else None
+    if kind == "full":
+        raise CheckpointError(f"{file} describes a fully fine-tuned model, not an adapter: load that model itself")
+    if kind not in ("lora", "dora") or not isinstance(config.get("lora_parameters"), dict):
+        raise CheckpointError(
+            f"{file} does not describe a LoRA adapter as mlx-vlm or mlxvr writes it (lora_parameters with rank, scale, "
+            "dropout and keys): convert the adapter, or fuse it into its model first"
+        )
+
+
+def _attach(network: Any, folder: Path, config: dict[str, Any]) -> None:
+    """Replace the modules that the adapter names by LoRA layers around them."""
+    from mlx_vlm.trainer.peft import utils as peft
+
+    try:
+        peft._restore_quantization(network, config.get("base_quantization", {}))
+        peft._apply_lora_layers(network, config)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"the adapter {folder} does not fit this model: {error}") from error
+
+
+def _check_fit(network: Any, tensors: dict[str, TensorInfo], folder: Path) -> None:
+    """Every LoRA weight of the network is in the file in its shape, and the file holds nothing else."""
+    present = {key: tuple(array.shape) for key, array in cast("list[Any]", tree_flatten(network.parameters()))}
+    wanted = {key for key in present if key.endswith(_LORA_ENDINGS)}
+    if missing := sorted(wanted - tensors.keys()):
+        raise CheckpointError(f"the adapter {folder} lacks {missing[0]}: it was made for another model")
+    for key, info in tensors.items():
+        if key not in present:
+            raise CheckpointError(f"the adapter {folder} holds {key}, which this model does not have")
+        if present[key] != info.shape:
+            raise CheckpointError(
+                f"the adapter {folder}: {key} has the shape {list(info.shape)}, expected {list(present[key])}: it was "
+                "made for another model"
+            )

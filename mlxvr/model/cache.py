@@ -1,0 +1,131 @@
+"""Keys and values of what the network has read: how long, rewound exactly, saved and loaded.
+
+A cache is a list with one mlx-vlm `KVCache` (or `QuantizedKVCache`) a layer. It grows by 256 tokens at a time, and
+rewinding it is free: entries past the length are never read, and what is computed next is written over them. A rewound
+cache therefore gives bit for bit what it gave before.
+
+On disk a cache is one safetensors file: `0.keys.0`, `0.values.0`, .. (packed, scales and biases are 0, 1 and 2 of a
+quantized layer), and the layout and the caller's own notes as metadata.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import mlx.core as mx
+
+from mlxvr.errors import ConfigError
+
+__all__ = ["KV_BITS", "length", "load", "make", "nbytes", "save", "trim"]
+
+KV_BITS = (2, 3, 4, 6, 8)
+_GROUP_SIZES = (128, 64, 32)
+_LAYOUT = "mlxvr_cache"
+
+
+def make(layers: int, *, head_dim: int, kv_bits: int | None = None) -> list[Any]:
+    """An empty cache for a network of `layers` layers.
+
+    Args:
+        layers: how many.
+        head_dim: of keys and values; a quantized cache scales groups of at most 64 of them.
+        kv_bits: bits of each stored number, None: as computed.
+
+    Raises `ConfigError` when keys and values cannot be kept in `kv_bits`.
+    """
+    from mlx_vlm.models.cache import KVCache, QuantizedKVCache
+
+    if kv_bits is None:
+        return [KVCache() for _ in range(layers)]
+    if kv_bits not in KV_BITS:
+        raise ConfigError(f"kv_bits {kv_bits!r} is not supported: use {', '.join(map(str, KV_BITS))}, or leave it out")
+    group_size = next((size for size in (64, 32) if head_dim % size == 0), None)
+    if group_size is None or head_dim * kv_bits % 32:
+        raise ConfigError(f"kv_bits cannot be used with this model: its heads have {head_dim} numbers, not 32 or 64 k")
+    return [QuantizedKVCache(group_size=group_size, bits=kv_bits) for _ in range(layers)]
+
+
+def length(cache: Sequence[Any]) -> int:
+    """How many tokens a cache holds."""
+    return int(cache[0].offset)
+
+
+def trim(cache: Sequence[Any], to_length: int) -> None:
+    """Forget all tokens after the first `to_length`; `ValueError` if the cache holds fewer."""
+    held = length(cache)
+    if not 0 <= to_length <= held:
+        raise ValueError(f"cannot rewind a cache of {held} tokens to {to_length}")
+    for layer in cache:
+        layer.trim(held - to_length)
+
+
+def nbytes(cache: Sequence[Any]) -> int:
+    """Bytes that a cache has reserved."""
+    return sum(int(layer.nbytes) for layer in cache if layer.keys is not None)
+
+
+def save(cache: Sequence[Any], path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a cache as safetensors, atomically: a stopped run leaves the old file or the new one.
+
+    Args:
+        cache: with at least one token.
+        path: of the file; its folder must exist.
+        metadata: the caller's notes, given back by `load`.
+
+    Raises `ConfigError` when the file cannot be written.
+    """
+    target = Path(path)
+    arrays: dict[str, mx.array] = {}
+    for index, layer in enumerate(cache):
+        for kind, state in zip(("keys", "values"), _held(layer)):
+            arrays |= {f"{index}.{kind}.{part}": array for part, array in enumerate(state)}
+    quantized = [
+        {"bits": layer.bits, "group_size": layer.group_size} if _is_quantized(layer) else {} for layer in cache
+    ]
+    notes = {**(metadata or {}), _LAYOUT: json.dumps(quantized)}
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.safetensors")  # MLX insists on the ending
+    try:
+        mx.save_safetensors(str(temporary), arrays, notes)
+        os.replace(temporary, target)
+    except (OSError, RuntimeError) as error:
+        raise ConfigError(f"the cache cannot be written to {target}: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load(path: str | os.PathLike[str]) -> tuple[list[Any], dict[str, str]]:
+    """Read what `save` wrote: the cache and the caller's notes.
+
+    Raises `ConfigError` when the file cannot be read or is no saved cache.
+    """
+    from mlx_vlm.models.cache import KVCache, QuantizedKVCache
+
+    try:
+        loaded = mx.load(str(path), format="safetensors", return_metadata=True)
+        arrays, notes = cast("tuple[dict[str, mx.array], dict[str, str]]", loaded)
+        layers = json.loads(notes.pop(_LAYOUT))
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read as a saved cache: {error}") from error
+    except KeyError as error:
+        raise ConfigError(f"{path} is a safetensors file but no saved cache") from error
+    cache: list[Any] = []
+    for index, quantized in enumerate(layers):
+        layer = QuantizedKVCache(**quantized) if quantized else KVCache()
+        parts = 3 if quantized else 1
+        keys, values = ([arrays[f"{index}.{kind}.{part}"] for part in range(parts)] for kind in ("keys", "values"))
+        layer.keys, layer.values = (tuple(keys), tuple(values)) if quantized else (keys[0], values[0])
+        layer.offset = keys[0].shape[2]
+        cache.append(layer)
+    return cache, notes
+
+
+def _is_quantized(layer: Any) -> bool:
+    return hasattr(layer, "bits")
+
+
+def _held(layer: Any) -> tuple[tuple[mx.array, ...], tuple[mx.array, ...]]:
+    """What a layer holds, without the room that it has reserved."""
+    keys, values = layer.state
+    return (tuple(keys), tuple(values)) if _is_quantized(layer) else ((keys,), (values,))

@@ -1,0 +1,236 @@
+"""Reading a prompt and writing an answer, in tokens: nothing here knows text.
+
+`prefill` reads ids into a cache and returns the logits of what comes next; `decode` goes on from there, one token at a
+time. Both continue after whatever the cache holds.
+
+Decoding runs ahead by one: while a caller looks at a token, the network already reads it, so that the device never
+waits for Python. A caller that stops there has paid for one forward pass that nobody waits for; a caller that goes on,
+on the same iterator, has paid for nothing twice. After any number of tokens, and also once the iterator is closed, the
+cache holds what it held before and every token that was handed out.
+"""
+
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlxvr.errors import Cancelled, ConfigError
+from mlxvr.model import cache as kv
+from mlxvr.model.network import VideoModel, VisionFeatures
+
+__all__ = ["Decoder", "Sampler", "Token", "decode", "prefill"]
+
+Progress = Callable[[str, int, int], None]
+ShouldStop = Callable[[], bool]
+
+_TOKENS_BETWEEN_CLEARINGS = 256  # MLX keeps freed buffers; mlx-lm gives them back as often
+
+
+@dataclass(frozen=True)
+class Token:
+    """A decoded token.
+
+    Attributes:
+        id: its id.
+        logprob: natural log of its probability under the model's own distribution, whatever it was sampled from.
+    """
+
+    id: int
+    logprob: float
+
+
+class Sampler:
+    """Draws tokens at a temperature, from the smallest set that holds `top_p` of the probability.
+
+    Its random state is its own, so that a seed gives the same tokens whatever else runs.
+    """
+
+    def __init__(self, temperature: float = 1.0, *, top_p: float = 1.0, seed: int | None = None):
+        """Raises `ConfigError` for a temperature that is not positive or a `top_p` outside (0, 1]."""
+        if not 0.0 < temperature < float("inf"):
+            raise ConfigError(
+                f"temperature {temperature} cannot be sampled at: use a positive number, or decode greedily"
+            )
+        if not 0.0 < top_p <= 1.0:
+            raise ConfigError(f"top_p {top_p} is outside (0, 1]: 1 keeps every token")
+        self.temperature = temperature
+        self.top_p = top_p
+        if seed is None:
+            seed = int(np.random.SeedSequence().generate_state(1)[0])
+        self._key = mx.random.key(seed)
+
+    def __call__(self, logits: mx.array) -> mx.array:
+        """Draw from float32 logits (.., vocab): ids (..)."""
+        self._key, key = mx.random.split(self._key)
+        scaled = logits / self.temperature
+        if self.top_p < 1.0:
+            scaled = self._keep_nucleus(scaled)
+        return mx.random.categorical(scaled, key=key)
+
+    def _keep_nucleus(self, scaled: mx.array) -> mx.array:
+        """Rule out what lies beyond `top_p` when tokens are taken by falling probability; the first always stays."""
+        order = mx.argsort(-scaled, axis=-1)
+        sorted_probabilities = mx.take_along_axis(mx.softmax(scaled, axis=-1), order, axis=-1)
+        before = mx.cumsum(sorted_probabilities, axis=-1) - sorted_probabilities
+        rank = mx.argsort(order, axis=-1)
+        keep = mx.take_along_axis(before < self.top_p, rank, axis=-1)
+        return mx.where(keep, scaled, -mx.inf)
+
+
+def prefill(
+    model: VideoModel,
+    prompt_ids: np.ndarray,
+    positions: np.ndarray,
+    cache: list[Any],
+    *,
+    features: VisionFeatures | None = None,
+    media_mask: np.ndarray | None = None,
+    step_size: int = 2048,
+    progress: Progress | None = None,
+    should_stop: ShouldStop | None = None,
+) -> mx.array:
+    """Read tokens into a cache, after what it holds already.
+
+    Args:
+        model: reads them.
+        prompt_ids: int32 (n,), at least one.
+        positions: int32 (3, n).
+        cache: is extended by n tokens; when the work is cancelled, it holds what was read until then.
+        features: of the visual tokens among `prompt_ids`, in order.
+        media_mask: bool (n,), where they stand.
+        step_size: tokens that go through the network at once; bounds the memory.
+        progress: called with ("prefill", tokens done, n).
+        should_stop: asked before each step.
+
+    Returns:
+        Logits of the token that follows, float32 (vocab,), not yet evaluated.
+
+    Raises:
+        ConfigError: there is nothing to read, or `step_size` is not positive.
+        Cancelled: `should_stop` said so.
+    """
+    total = len(prompt_ids)
+    if total == 0:
+        raise ConfigError("the prompt is empty: there must be at least one token to go on from")
+    if step_size < 1:
+        raise ConfigError(f"the prefill step size is {step_size}: use a positive number of tokens, such as 2048")
+    mask = np.zeros(total, dtype=bool) if media_mask is None else media_mask
+    seen = np.concatenate([[0], np.cumsum(mask)])  # visual tokens before each place
+    if features is not None and len(features) != seen[-1]:
+        raise ValueError(f"{len(features)} rows of visual features for {seen[-1]} visual tokens")
+    for start in range(0, total, step_size):
+        if should_stop is not None and should_stop():
+            raise Cancelled("the prompt was cancelled while the model read it")
+        end = min(start + step_size, total)
+        own = features[int(seen[start]) : int(seen[end])] if features is not None and seen[end] > seen[start] else None
+        hidden = model.hidden(
+            mx.array(prompt_ids[start:end])[None],
+            mx.array(positions[:, start:end])[:, None],
+            cache=cache,
+            features=own,
+            media_mask=mask[None, start:end],
+        )
+        if end < total:
+            mx.eval([layer.state for layer in cache])
+            mx.clear_cache()
+        if progress is not None:
+            progress("prefill", end, total)
+    return model.logits(hidden[:, -1])[0].astype(mx.float32)
+
+
+class Decoder:
+    """Decodes one token at a time and can go on at any time; `decode` is the usual way to it.
+
+    Attributes:
+        position: rope position of the token that `logits` are about.
+        logits: float32 (vocab,), not yet evaluated: what comes after all that was handed out.
+    """
+
+    def __init__(
+        self,
+        model: VideoModel,
+        logits: mx.array,
+        cache: list[Any],
+        position: int,
+        *,
+        sampler: Sampler | None = None,
+        banned_ids: Collection[int] = (),
+    ):
+        """Begin after what `cache` holds; see `decode` for the arguments."""
+        self._model = model
+        self._cache = cache
+        self._sampler = sampler
+        self._ban: mx.array | None = None
+        if banned_ids:
+            ban = np.zeros(logits.shape[-1], dtype=np.float32)
+            ban[sorted(banned_ids)] = -np.inf
+            self._ban = mx.array(ban)
+        self.position = position
+        self._handed_out = 0
+        self._choose(logits)
+
+    def __iter__(self) -> "Decoder":
+        return self
+
+    def __next__(self) -> Token:
+        """The next token; by the time it is returned, the network is already reading it."""
+        choice, logprob = self._choice, self._logprob
+        hidden = self._model.hidden(
+            choice.reshape(1, 1), mx.full((3, 1, 1), self.position, dtype=mx.int32), cache=self._cache
+        )
+        self.position += 1
+        self._choose(self._model.logits(hidden[:, -1])[0].astype(mx.float32))
+        self._handed_out += 1
+        if self._handed_out % _TOKENS_BETWEEN_CLEARINGS == 0:
+            mx.clear_cache()
+        return Token(int(choice.item()), float(logprob.item()))  # type: ignore[arg-type]
+
+    def _choose(self, logits: mx.array) -> None:
+        """Choose the next token on the device, without waiting for it."""
+        self.logits = logits
+        allowed = logits if self._ban is None else logits + self._ban
+        self._choice = mx.argmax(allowed) if self._sampler is None else self._sampler(allowed)
+        self._logprob = logits[self._choice] - mx.logsumexp(logits)
+        mx.async_eval(self._choice, self._logprob)
+
+
+def decode(
+    model: VideoModel,
+    logits: mx.array,
+    cache: list[Any],
+    position: int,
+    *,
+    max_tokens: int,
+    sampler: Sampler | None = None,
+    banned_ids: Collection[int] = (),
+    stop_ids: Collection[int] = (),
+) -> Iterator[Token]:
+    """Write tokens until `max_tokens`, or one of `stop_ids`, which is handed out too.
+
+    Stopping early means not taking the next token; going on means taking it. Once the iterator is closed, the cache
+    holds what it held before and every token that was handed out.
+
+    Args:
+        model: writes them.
+        logits: of the first token, as `prefill` returns them.
+        cache: what was read so far; is extended.
+        position: rope position of the first token (`Prompt.next_position`).
+        max_tokens: the most tokens.
+        sampler: None decodes greedily.
+        banned_ids: are never chosen; the log-probabilities of the others are not changed by it.
+        stop_ids: end the answer.
+    """
+    held = kv.length(cache)
+    handed_out = 0
+    decoder = Decoder(model, logits, cache, position, sampler=sampler, banned_ids=banned_ids)
+    try:
+        while handed_out < max_tokens:
+            token = next(decoder)
+            handed_out += 1
+            yield token
+            if token.id in stop_ids:
+                return
+    finally:
+        kv.trim(cache, held + handed_out)

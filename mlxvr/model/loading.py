@@ -1,0 +1,121 @@
+"""A model folder -> a `VideoModel`.
+
+Everything that can be wrong with a folder is found before weights are read (see `folder`). Weights are mapped, renamed
+and laid out lazily, so that loading costs the time of reading the files once and no second copy of them.
+
+Quantized folders say in `config.json` how each module is packed (`quantization`), as mlx-lm and mlx-vlm write it.
+"""
+
+import logging
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlxvr.errors import CheckpointError
+from mlxvr.media.spec import VisionSpec
+from mlxvr.model.adapter import apply_adapter
+from mlxvr.model.folder import ModelFolder
+from mlxvr.model.network import VideoModel
+from mlxvr.model.tokenizer import ChatTokenizer
+
+__all__ = ["load_model"]
+
+_log = logging.getLogger(__name__)
+
+
+def load_model(folder: str | PathLike[str], *, adapter: str | PathLike[str] | None = None) -> VideoModel:
+    """Load a model from disk; no network is touched.
+
+    Args:
+        folder: as transformers writes it, as mlxvr converts it or as mlx-vlm converts it; quantized or not.
+        adapter: folder of LoRA weights to put on top (`adapters.safetensors` and `adapter_config.json`).
+
+    Raises `CheckpointError` when a file is missing, damaged, unsupported, unsafe or does not fit the others.
+    """
+    found = ModelFolder.open(folder)
+    found.check_shapes()
+    if found.chat_template is None:
+        raise CheckpointError(
+            f"{found.path} has no chat template: copy chat_template.jinja (or tokenizer_config.json) from the "
+            "checkpoint that the model comes from"
+        )
+    config = found.family.mlx_config(found.config)
+    spec = VisionSpec.from_files(config, found.image_processor, found.video_processor)
+    tokenizer = _load_tokenizer(found, config)
+    network = found.family.build(config)
+    weights = _load_weights(found)
+    _prepare_quantized(network, found, weights)
+    network.load_weights(list(weights.items()), strict=True)
+    fingerprint = found.fingerprint()
+    if adapter is not None:
+        fingerprint += apply_adapter(network, Path(adapter))
+    network.eval()
+    mx.eval(network.parameters())
+    _log.info("loaded %s (%s)", found.path, found.family.name)
+    return VideoModel(
+        network,
+        found.family,
+        config,
+        spec=spec,
+        tokenizer=tokenizer,
+        settings=found.settings,
+        fingerprint=fingerprint,
+    )
+
+
+def _load_weights(folder: ModelFolder) -> dict[str, mx.array]:
+    """Every tensor that the network uses, under its MLX name, in MLX's layout; read when it is first needed."""
+    names = folder.mlx_names()
+    arrays: dict[str, mx.array] = {}
+    for file in sorted({info.file for info in folder.tensors.values()}):
+        try:
+            loaded = cast("dict[str, mx.array]", mx.load(str(file), format="safetensors"))
+        except (OSError, RuntimeError) as error:
+            raise CheckpointError(f"{file} cannot be loaded: {error}") from error
+        arrays |= {
+            names[name]: folder.family.mlx_tensor(names[name], array) for name, array in loaded.items() if name in names
+        }
+    modules = {key.rpartition(".")[0] for key in folder.family.expected_shapes(folder.config)}
+    return {key: array for key, array in arrays.items() if key.rpartition(".")[0] in modules}
+
+
+def _prepare_quantized(network: nn.Module, folder: ModelFolder, weights: Mapping[str, mx.array]) -> None:
+    """Give the modules whose weights are packed the layers that unpack them."""
+
+    def how(path: str, _: nn.Module) -> bool | dict[str, Any]:
+        return folder.quantization_of(path) if f"{path}.scales" in weights else False
+
+    if any(key.endswith(".scales") for key in weights):
+        nn.quantize(network, class_predicate=how)
+
+
+def _load_tokenizer(folder: ModelFolder, config: Mapping[str, Any]) -> ChatTokenizer:
+    """The tokenizer with its template, and every token that some file calls the end of a turn."""
+    texts = {
+        key: value["content"] if isinstance(value, Mapping) else value
+        for key, value in folder.tokenizer_config.items()
+        if key.endswith("_token") and (isinstance(value, str) or (isinstance(value, Mapping) and "content" in value))
+    }
+    tokenizer = ChatTokenizer(folder.tokenizer_path, chat_template=folder.chat_template, special_texts=texts)
+    ends: set[int] = set()
+    for found in (folder.generation_config.get("eos_token_id"), config["text_config"].get("eos_token_id")):
+        ends.update(found if isinstance(found, list) else [] if found is None else [found])
+    named = tokenizer.special_ids.get(texts.get("eos_token", ""))
+    if named is not None:
+        ends.add(named)
+    if not ends:
+        raise CheckpointError(
+            f"{folder.path} does not say which token ends an answer: its generation_config.json is missing"
+        )
+    tokenizer.eos_ids = frozenset(ends)
+    rows = int(config["text_config"]["vocab_size"])
+    if tokenizer.vocabulary_size > rows:
+        raise CheckpointError(
+            f"{folder.tokenizer_path} has {tokenizer.vocabulary_size} tokens and the model's embedding {rows} rows: "
+            "the files do not belong together"
+        )
+    return tokenizer

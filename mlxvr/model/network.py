@@ -1,0 +1,245 @@
+"""A loaded model: vision tower, language model, and what belongs to them.
+
+The weights and layers are mlx-vlm's. What is done here instead of there:
+
+- every forward pass gets explicit positions and goes through the inner decoder, which honours mask and positions; the
+  outer call of mlx-vlm 0.7.10 keeps rope state between calls and drops masks,
+- the output head runs only where logits are asked for,
+- visual features are put in place for images and videos alike, in order of appearance, and a chunk of a prompt gets the
+  part of them that is its own.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlxvr.errors import Cancelled
+from mlxvr.media.patches import VisionInput, normalise
+from mlxvr.media.spec import VisionSpec
+from mlxvr.model import cache as kv
+from mlxvr.model.families import Family
+from mlxvr.model.tokenizer import ChatTokenizer
+from mlxvr.model.vision import FramePlan, plan_frame, run_tower
+
+__all__ = ["VideoModel", "VisionFeatures"]
+
+_log = logging.getLogger(__name__)
+
+Progress = Callable[[str, int, int], None]
+ShouldStop = Callable[[], bool]
+
+# Patches that go through the vision tower at once. Rows are independent: this bounds memory and changes nothing else.
+_PATCHES_AT_ONCE = 16_384
+
+
+@dataclass(frozen=True, eq=False)
+class VisionFeatures:
+    """What the vision tower makes of a prompt's media.
+
+    Attributes:
+        embeds: (n, hidden), one row for each visual token in the order of the prompt.
+        deepstack: for each of the first language layers that take visual features, what is added there: (n, hidden).
+    """
+
+    embeds: mx.array
+    deepstack: list[mx.array] = field(default_factory=list)
+
+    def __getitem__(self, rows: slice) -> "VisionFeatures":
+        """The features of some of the visual tokens."""
+        return VisionFeatures(self.embeds[rows], [level[rows] for level in self.deepstack])
+
+    def __len__(self) -> int:
+        return int(self.embeds.shape[0])
+
+
+class VideoModel:
+    """A model of either family, ready to run; made by `mlxvr.model.loading.load_model`.
+
+    Attributes:
+        family: what is particular to the architecture.
+        config: `config.json`, normalised.
+        spec: what the checkpoint expects of its pictures.
+        tokenizer: with the chat template.
+        settings: `mlxvr.json` of a converted folder, else {}.
+        fingerprint: tells one set of weights from another.
+        network: mlx-vlm's module, for those who train or convert it.
+    """
+
+    def __init__(
+        self,
+        network: Any,
+        family: Family,
+        config: dict[str, Any],
+        *,
+        spec: VisionSpec,
+        tokenizer: ChatTokenizer,
+        settings: dict[str, Any] | None = None,
+        fingerprint: str = "",
+    ):
+        """Put the parts together; `load_model` is the usual way."""
+        self.network = network
+        self.family = family
+        self.config = config
+        self.spec = spec
+        self.tokenizer = tokenizer
+        self.settings = settings or {}
+        self.fingerprint = fingerprint
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """Tokens that end a turn."""
+        return self.tokenizer.eos_ids
+
+    @property
+    def context_length(self) -> int:
+        """The most tokens of prompt and answer together."""
+        return int(self.config["text_config"]["max_position_embeddings"])
+
+    @property
+    def placeholder_ids(self) -> tuple[int, ...]:
+        """Tokens that stand for visual features in a prompt and mean nothing in an answer."""
+        return (int(self.config["image_token_id"]), int(self.config["video_token_id"]))
+
+    @property
+    def layers(self) -> list[Any]:
+        """The language model's layers."""
+        layers: list[Any] = self.network.language_model.model.layers
+        return layers
+
+    def make_cache(self, kv_bits: int | None = None) -> list[Any]:
+        """An empty KV cache; see `mlxvr.model.cache.make`."""
+        text = self.config["text_config"]
+        head_dim = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
+        return kv.make(len(self.layers), head_dim=head_dim, kv_bits=kv_bits)
+
+    def encode(
+        self,
+        media: Sequence[VisionInput],
+        *,
+        progress: Progress | None = None,
+        should_stop: ShouldStop | None = None,
+        patches_at_once: int = _PATCHES_AT_ONCE,
+    ) -> VisionFeatures:
+        """Run the vision tower over media, some temporal rows at a time.
+
+        Args:
+            media: in the order of the prompt.
+            progress: called with ("vision", rows done, rows in all).
+            should_stop: asked before each chunk.
+            patches_at_once: bounds the memory; the result does not depend on it.
+
+        Returns:
+            Features of all visual tokens, evaluated.
+
+        Raises `Cancelled` when `should_stop` says so.
+        """
+        total, done = sum(one.grid[0] for one in media), 0
+        chunks: list[VisionFeatures] = []
+        for one in media:
+            rows, height, width = one.grid
+            per_row = height * width
+            step = max(1, patches_at_once // per_row)
+            plan, full_layers = self._plan(height, width)
+            for first in range(0, rows, step):
+                if should_stop is not None and should_stop():
+                    raise Cancelled("the clip was cancelled while the model looked at it")
+                last = min(first + step, rows)
+                pixels = mx.array(normalise(one.patches[first * per_row : last * per_row], self.spec))
+                embeds, deep = run_tower(self.network.vision_tower, pixels, last - first, plan, full_layers=full_layers)
+                mx.eval(embeds, deep)
+                chunks.append(VisionFeatures(embeds, deep))
+                done += last - first
+                if progress is not None:
+                    progress("vision", done, total)
+        return _joined(chunks)
+
+    def embed(
+        self,
+        ids: mx.array,
+        *,
+        features: VisionFeatures | None = None,
+        media_mask: np.ndarray | None = None,
+    ) -> mx.array:
+        """Embeddings of ids (b, n) with visual features where `media_mask` (b, n) is True: (b, n, hidden).
+
+        `features` has one row for each True, row by row of the batch.
+        """
+        embeds: mx.array = self.network.language_model.model.embed_tokens(ids)
+        if features is None or media_mask is None or not media_mask.any():
+            return embeds
+        where = mx.array(np.flatnonzero(media_mask).astype(np.int32))
+        flat = embeds.reshape(-1, embeds.shape[-1])
+        flat[where] = features.embeds.astype(embeds.dtype)
+        return flat.reshape(embeds.shape)
+
+    def hidden(
+        self,
+        ids: mx.array,
+        positions: mx.array,
+        *,
+        cache: list[Any] | None = None,
+        mask: mx.array | str | None = None,
+        features: VisionFeatures | None = None,
+        media_mask: np.ndarray | None = None,
+        embeds: mx.array | None = None,
+    ) -> mx.array:
+        """Run the language model, without its head.
+
+        Args:
+            ids: int32 (b, n).
+            positions: int32 (3, b, n), the rope positions of these tokens.
+            cache: is read and extended; None: nothing came before.
+            mask: None for causal attention; else what `mx.fast.scaled_dot_product_attention` takes, over all that the
+                cache holds and these tokens.
+            features: of the visual tokens among `ids`.
+            media_mask: bool (b, n), where they stand.
+            embeds: (b, n, hidden) instead of `embed(ids, ...)`, for those who change them.
+
+        Returns:
+            (b, n, hidden), normalised, in the dtype of the weights.
+        """
+        if embeds is None:
+            embeds = self.embed(ids, features=features, media_mask=media_mask)
+        extra: dict[str, Any] = {}
+        if features is not None and features.deepstack and media_mask is not None and media_mask.any():
+            # The mask stays in numpy: mlx-vlm looks its places up on the host, once a layer.
+            levels = [level.astype(embeds.dtype) for level in features.deepstack]
+            extra = {"visual_pos_masks": media_mask, "deepstack_visual_embeds": levels}
+        out: mx.array = self.network.language_model.model(
+            ids, inputs_embeds=embeds, mask=mask, cache=cache, position_ids=positions, **extra
+        )
+        return out
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """The output head: (.., hidden) -> (.., vocab), in the dtype of the weights."""
+        language = self.network.language_model
+        if self.config["tie_word_embeddings"]:
+            tied: mx.array = language.model.embed_tokens.as_linear(hidden)
+            return tied
+        out: mx.array = language.lm_head(hidden)
+        return out
+
+    def _plan(self, height: int, width: int) -> tuple[FramePlan, frozenset[int] | None]:
+        """The plan of a frame, and the layers that see all of it at once."""
+        vision = self.config["vision_config"]
+        merge = vision["spatial_merge_size"]
+        head_dim = vision["hidden_size"] // vision["num_heads"]
+        if "window_size" in vision and "fullatt_block_indexes" in vision:
+            window = vision["window_size"] // merge // vision["patch_size"]
+            plan = plan_frame(height, width, merge=merge, head_dim=head_dim, window=window)
+            return plan, frozenset(vision["fullatt_block_indexes"])
+        side = round(vision["num_position_embeddings"] ** 0.5)
+        return plan_frame(height, width, merge=merge, head_dim=head_dim, table_side=side), None
+
+
+def _joined(chunks: Sequence[VisionFeatures]) -> VisionFeatures:
+    if len(chunks) == 1:
+        return chunks[0]
+    embeds = mx.concatenate([chunk.embeds for chunk in chunks])
+    deep = [mx.concatenate(list(level)) for level in zip(*(chunk.deepstack for chunk in chunks))]
+    mx.eval(embeds, deep)
+    return VisionFeatures(embeds, deep)

@@ -1,0 +1,62 @@
+"""Three-dimensional rotary positions: time, height and width of every token of a prompt.
+
+Text counts up by one on all three axes. A visual token stands, counted from where its block begins, at
+
+    time    floor(row * time_step)     height    its row of tokens     width    its column
+
+in float32, as transformers computes it. Qwen2.5-VL's `time_step` is `second_per_grid * tokens_per_second` (arXiv
+2502.13923, section 2.1.3), not rounded before it is multiplied; in Qwen3-VL each temporal row is a block of its own and
+time runs with the text. What is generated goes on from the largest position of all axes.
+
+Where the text after a block begins is told in two ways. Up to transformers 5.2, and so for the published checkpoints,
+after the block's largest position on any axis. From transformers 5.3 on, `max(height, width)` tokens after the block's
+beginning, whatever its length in time. The two agree on images and on Qwen3-VL; they differ on a Qwen2.5-VL video whose
+last temporal position lies beyond its sides. `time_is_extent` chooses (see `mlxvr.model.dialects.time_is_extent`).
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from mlxvr.model.families import VisionBlock
+
+__all__ = ["rope_positions"]
+
+
+def rope_positions(
+    media_mask: np.ndarray, blocks: Sequence[VisionBlock], *, time_is_extent: bool = True
+) -> tuple[np.ndarray, int]:
+    """Positions of a prompt.
+
+    Args:
+        media_mask: bool (n,), True for visual tokens.
+        blocks: the prompt's vision blocks in order; together they have as many tokens as the mask is True.
+        time_is_extent: whether a block's extent in time moves the text after it.
+
+    Returns:
+        int32 (3, n): time, height, width; and the position of the first token that is generated.
+    """
+    if int(media_mask.sum()) != sum(block.tokens for block in blocks):
+        raise ValueError("the vision blocks do not have as many tokens as the mask")
+    positions = np.empty((3, len(media_mask)), dtype=np.int32)
+    at = following = 0  # token, and the position of the next text token
+    for block in blocks:
+        start = at + int(np.argmax(media_mask[at:]))
+        positions[:, at:start] = following + np.arange(start - at)
+        following += start - at
+        at = start + block.tokens
+        positions[:, start:at] = following + _inside(block)
+        _, height, width = block.grid
+        extent = max(height, width)
+        if time_is_extent:
+            extent = max(extent, int(positions[0, at - 1]) - following + 1)
+        following += extent
+    positions[:, at:] = following + np.arange(len(media_mask) - at)
+    return positions, int(positions.max(initial=-1)) + 1
+
+
+def _inside(block: VisionBlock) -> np.ndarray:
+    """int32 (3, tokens): positions within a block, counted from its beginning."""
+    t, h, w = np.indices(block.grid).reshape(3, -1)
+    time = np.floor(t.astype(np.float32) * np.float32(block.time_step))
+    return np.stack([time.astype(np.int32), h, w]).astype(np.int32)
