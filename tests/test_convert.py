@@ -20,6 +20,7 @@ from hub_server import COMMIT, Repo, serve
 from mlxvr import convert as verb
 from mlxvr.convert import convert, main
 from mlxvr.errors import CheckpointError, ConfigError, MlxvrError, RecipeError
+from mlxvr.model.loading import load_model
 from mlxvr.porting import checkpoint, shards, staging
 
 # What MLX calls a tensor of a checkpoint in transformers' current spelling; written down from the public checkpoints.
@@ -147,6 +148,25 @@ def test_a_folder_that_is_mlx_already_gives_the_same_bytes(family, tmp_path):
     assert read_json(tmp_path / "twice" / "mlxvr.json")["source"] == "source"
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_same_weights_as_mlx_vlms_own_converter_and_its_output_as_a_source(family, tmp_path):
+    from mlx_vlm.convert import convert as stock_convert
+
+    names = {"qwen2_5_vl": "old", "qwen3_vl": "new"}[family]  # the only spelling of each that mlx-vlm knows
+    folder = write_checkpoint(tmp_path / "source", family, dialect="4.57", names=names, dtype="BF16")
+    convert(folder, tmp_path / "out", bits=4, group_size=64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        stock_convert(str(folder), str(tmp_path / "stock"), quantize=True, q_bits=4, q_group_size=64)
+        stock_convert(str(folder), str(tmp_path / "float"))
+    ours, theirs = output_tensors(tmp_path / "out"), output_tensors(tmp_path / "stock")
+    assert ours.keys() == theirs.keys()
+    assert all(same(ours[name], theirs[name]) for name in ours)
+    convert(tmp_path / "float", tmp_path / "again", bits=4, group_size=64)
+    again = output_tensors(tmp_path / "again")
+    assert all(same(ours[name], again[name]) for name in ours)
+
+
 def test_rows_that_groups_do_not_divide_stay_as_they_are(source, tmp_path):
     report = convert(source, tmp_path / "out", group_size=128)
     found = output_tensors(tmp_path / "out")
@@ -254,8 +274,7 @@ def test_stock_mlx_vlm_and_ours_load_the_output_and_agree(family, bits, tmp_path
     expected = logits_of(stock_model(tmp_path / "out"))
     assert mx.isfinite(expected).all().item()
     assert expected.std().item() > 0.1
-    loading = pytest.importorskip("mlxvr.model.loading")
-    model = loading.load_model(tmp_path / "out")
+    model = load_model(tmp_path / "out")
     ids = mx.array([[5, 80, 12, 300, 7, 7, 42]])
     positions = mx.broadcast_to(mx.arange(7), (3, 1, 7))
     ours = model.logits(model.hidden(ids, positions)).astype(mx.float32)
@@ -361,6 +380,14 @@ def test_measured_settings_of_the_source_stand_above_the_recipe(source, tmp_path
     settings = read_json(tmp_path / "a" / "mlxvr.json")
     assert (settings["threshold"], settings["budgets"]) == (0.9, {"max_frames": 7})
     assert convert(source, tmp_path / "b", recipe="qwen3_vl").threshold == 0.98  # asked for by name
+
+
+@pytest.mark.parametrize("settings", [{"threshold": 1.5}, {"threshold": "0.9"}, {"threshold": True}, {"budgets": [1]}])
+def test_settings_of_the_source_that_make_no_sense(settings, source, tmp_path, left_behind):
+    (source / "mlxvr.json").write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError, match=r"mlxvr\.json: (threshold|budgets) = .*; expected"):
+        convert(source, tmp_path / "out")
+    assert left_behind() == []
 
 
 def test_from_the_hub_with_the_recipe_of_that_checkpoint(source, tmp_path, monkeypatch):
@@ -508,6 +535,7 @@ def test_other_refusals(source, tmp_path, left_behind):
     for call, kind, says in [
         (lambda: convert(tmp_path / "gone", tmp_path / "out"), CheckpointError, "no such folder"),
         (lambda: convert(source, tmp_path / "out", bits=5), RecipeError, "bits = 5; expected one of"),
+        (lambda: convert(source, tmp_path / "out", group_size=0), RecipeError, "group_size = 0"),
         (lambda: convert(source, tmp_path / "out", group_size=48), RecipeError, "group_size = 48"),
         (lambda: convert(source, tmp_path / "out", dtype="int8"), RecipeError, "dtype = 'int8'"),
         (lambda: convert(source, tmp_path / "out", recipe="nope"), RecipeError, "no recipe is called 'nope'"),

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from mlxvr.errors import CheckpointError, RecipeError
+from mlxvr.model.families import FAMILIES
 from mlxvr.porting import recipe
 from mlxvr.porting.recipe import Budgets, Precision, Quantization, Recipe, Rule
 
@@ -48,6 +49,11 @@ def test_a_family_finds_its_recipe_and_a_known_checkpoint_its_own():
     assert recipe.for_source("ivul-kaust/videoauto-r1-qwen3-vl-8b").name == "videoauto-r1-qwen3-vl-8b"
     assert recipe.for_source("Qwen/Qwen3-VL-4B-Instruct") is None
     assert recipe.for_source("") is None
+
+
+def test_the_family_recipes_agree_with_the_adapters():
+    for family in FAMILIES:
+        assert recipe.for_config({"model_type": family.name}).threshold == family.default_threshold
 
 
 @pytest.mark.parametrize("config", [{}, {"model_type": "llama"}, {"model_type": "shellgame"}, {"model_type": None}])

@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from mlxvr.errors import CheckpointError
 from mlxvr.model.folder import ModelFolder
 from mlxvr.porting import hub
 from mlxvr.porting.recipe import Recipe
@@ -48,16 +49,22 @@ def settings(folder: ModelFolder, origin: Origin, recipe: Recipe, *, keep_measur
     """Return the content of `mlxvr.json`.
 
     `keep_measured`: a threshold and budgets in the source's own `mlxvr.json` stand above the recipe's.
+    Raises `CheckpointError` when they make no sense.
     """
-    resolved = recipe.to_dict()
     own = folder.settings if keep_measured else {}
+    threshold, budgets = own.get("threshold", recipe.threshold), own.get("budgets", {})
+    if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
+        raise _unusable(folder, "threshold", threshold, "a number from 0 to 1")
+    if not isinstance(budgets, dict):
+        raise _unusable(folder, "budgets", budgets, "an object")
+    resolved = recipe.to_dict()
     quantization = recipe.quantization
     return {
         "source": origin.name,
         "commit": origin.commit,
         "family": folder.family.name,
-        "threshold": own.get("threshold", recipe.threshold),
-        "budgets": own.get("budgets", resolved.get("budgets", {})),
+        "threshold": threshold,
+        "budgets": budgets or resolved["budgets"],
         "quantization": {
             "bits": quantization.bits,
             "group_size": quantization.group_size,
@@ -78,6 +85,12 @@ def write(stage: Path, folder: ModelFolder, config: dict[str, Any], settings: di
     write_synced(stage / "config.json", _json(config))
     write_synced(stage / "mlxvr.json", _json(settings))
     write_synced(stage / "README.md", _card(folder, settings, title).encode())
+
+
+def _unusable(folder: ModelFolder, key: str, value: object, expected: str) -> CheckpointError:
+    return CheckpointError(
+        f"{folder.path / 'mlxvr.json'}: {key} = {value!r}; expected {expected}: correct it, or name a recipe"
+    )
 
 
 def _json(value: dict[str, Any]) -> bytes:
@@ -113,7 +126,8 @@ def _card(folder: ModelFolder, settings: dict[str, Any], title: str) -> str:
 
 # {title}
 
-{recipe.get("description") or source}, converted to MLX by mlxvr. The model answers a question about a video directly, and mlxvr lets it reason only when it is not sure of that answer.
+{recipe.get("description") or source}, converted to MLX by mlxvr. The model answers a question about a video
+directly, and mlxvr lets it reason only when it is not sure of that answer.
 
 | | |
 |---|---|

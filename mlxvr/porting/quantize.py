@@ -101,8 +101,8 @@ def convert(
     `RecipeError` for a bad recipe or value, `ConfigError` for an output that must not or cannot be written.
     """
     started = time.perf_counter()
-    Quantization(bits=bits or 0, group_size=group_size or 64, dtype=dtype or "bfloat16")  # refused before a download
     named = None if recipe is None else recipes.load(recipe)
+    _check_values(bits, group_size, dtype)
     check_target(Path(out), force=force)
     folder = hub.resolve(source, revision=revision or _pinned(source, named), progress=progress)
     target = check_target(Path(out), folder, force=force)
@@ -144,6 +144,16 @@ def convert(
         card.write(stage, checkpoint.folder, _config(checkpoint, chosen, jobs), settings, target.name)
     _log.info("wrote %s: %.2f bits per weight", target, report.bits_per_weight)
     return report
+
+
+def _check_values(bits: int | None, group_size: int | None, dtype: str | None) -> None:
+    """Refuse what no recipe would take, before anything is downloaded."""
+    usual = Quantization()
+    Quantization(
+        bits=usual.bits if bits is None else bits,
+        group_size=usual.group_size if group_size is None else group_size,
+        dtype=usual.dtype if dtype is None else dtype,
+    )
 
 
 def _pinned(source: str | Path, recipe: Recipe | None) -> str | None:
