@@ -19,6 +19,7 @@ from mlxvr.errors import CheckpointError
 from mlxvr.media.spec import VisionSpec
 from mlxvr.model.adapter import apply_adapter
 from mlxvr.model.folder import ModelFolder
+from mlxvr.model.memory import avoid_cpu_compiler
 from mlxvr.model.network import VideoModel
 from mlxvr.model.tokenizer import ChatTokenizer
 
@@ -43,6 +44,7 @@ def load_model(folder: str | PathLike[str], *, adapter: str | PathLike[str] | No
             f"{found.path} has no chat template: copy chat_template.jinja (or tokenizer_config.json) from the "
             "checkpoint that the model comes from"
         )
+    avoid_cpu_compiler()
     config = found.family.mlx_config(found.config)
     spec = VisionSpec.from_files(config, found.image_processor, found.video_processor)
     tokenizer = _load_tokenizer(found, config)
