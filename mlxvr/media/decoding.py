@@ -38,33 +38,34 @@ def decode_stretch(
     slots: Mapping[int, int],
     sink: FrameSink,
     *,
-    seek: bool = True,
-    should_stop: Callable[[], bool] | None = None,
+    is_new: bool = False,
+    tolerant: bool = False,
+    should_stop: Callable[[], bool] = bool,
 ) -> None:
     """Decode one stretch and hand its frame k to the sink as `slots[k]`.
 
     Args:
-        seek: jump to the stretch first. False: the container is new and the stretch begins at its start;
-        damaged
-            packets are then left out, and only a wanted frame that does not come is a failure.
+        is_new: nothing was read from the container yet, so that no jump is needed to the start of the file.
+        tolerant: leave out packets that cannot be decoded; only a wanted frame that does not come is a
+        failure then.
 
     Raises:
         Unreliable: something was not as the timeline says.
         Cancelled: `should_stop` said so.
     """
-    if seek:
+    if stretch.first or not is_new:
         container.seek(int(timeline.packet_pts[stretch.first]), stream=stream)
     wanted = {int(timeline.pts[index]): slots[index] for index in stretch.frames}  # stamp -> place
     needed = {int(timeline.positions[index]) for index in stretch.frames}
     latest: int | None = None
-    for frame in _frames(container, stream, timeline, stretch, needed, tolerant=not seek, should_stop=should_stop):
+    for frame in _frames(container, stream, timeline, stretch, needed, tolerant=tolerant, should_stop=should_stop):
         if frame.pts is None or (latest is not None and frame.pts <= latest):
             raise Unreliable(f"a frame stamped {frame.pts} came after one stamped {latest}")
         latest = frame.pts
         slot = wanted.pop(frame.pts, None)
         if slot is None:
             continue
-        if frame.is_corrupt and seek:
+        if frame.is_corrupt and not tolerant:
             raise Unreliable(f"the frame stamped {frame.pts} came out damaged")
         sink.add(slot, frame)
         if not wanted:
@@ -78,13 +79,12 @@ def decode_counted(
     slots: Mapping[int, int],
     sink: FrameSink,
     *,
-    should_stop: Callable[[], bool] | None = None,
+    should_stop: Callable[[], bool] = bool,
 ) -> None:
     """Decode a new container from its start, counting frames, and hand frame k to the sink as `slots[k]`."""
     left, index = len(slots), 0
     for packet in container.demux(stream):
-        if should_stop is not None and should_stop():
-            raise Cancelled("stopped while the video was decoded")
+        _check(should_stop)
         for frame in _decode(packet, tolerant=True):
             if index in slots:
                 sink.add(slots[index], frame)
@@ -102,14 +102,13 @@ def _frames(
     needed: set[int],
     *,
     tolerant: bool,
-    should_stop: Callable[[], bool] | None,
+    should_stop: Callable[[], bool],
 ) -> Iterator[av.VideoFrame]:
     """Frames that the packets of a stretch give; those that nothing refers to only where they are needed."""
     codec = stream.codec_context
     can_skip = codec.name in _CAN_SKIP
     for position, packet in _stretch_packets(container, stream, timeline, stretch):
-        if should_stop is not None and should_stop():
-            raise Cancelled("stopped while the video was decoded")
+        _check(should_stop)
         if can_skip:
             codec.skip_frame = "DEFAULT" if position in needed else "NONREF"
         yield from _decode(packet, tolerant=tolerant)
@@ -152,3 +151,8 @@ def _decode(packet: av.Packet, *, tolerant: bool) -> list[Any]:
             raise Unreliable(f"a packet cannot be decoded: {error}") from error
         logger.warning("a damaged packet of the video was left out")
         return []
+
+
+def _check(should_stop: Callable[[], bool]) -> None:
+    if should_stop():
+        raise Cancelled("stopped while the video was decoded")

@@ -2,9 +2,8 @@
 
 import os
 import threading
-from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -50,26 +49,21 @@ class Orientation:
 
 
 class FrameSink:
-    """Takes decoded frames, resizes them on a few threads and keeps only the small ones.
+    """Takes decoded frames from any thread, resizes them on a few threads and keeps only the small ones.
 
-    At most a handful of full-size frames exist at any time. `choose_size` maps the (height, width) of the
-    first frame, as displayed, to the target size; all frames get that size.
+    At most a handful of full-size frames wait at any time; `add` blocks while that many do. `choose_size`
+    maps the (height, width) of the first frame, as displayed, to the target size; all frames get that size.
     """
 
-    def __init__(
-        self,
-        count: int,
-        choose_size: Callable[[int, int], tuple[int, int]],
-        progress: Callable[[str, int, int], None] | None = None,
-    ) -> None:
+    def __init__(self, count: int, choose_size: Callable[[int, int], tuple[int, int]]) -> None:
         self.count = count
-        self.source_size = (0, 0)
+        self.source_size = (0, 0)  # (height, width) as displayed
         self._choose_size = choose_size
-        self._progress = progress
         self._pixels: np.ndarray | None = None  # (count, height, width, 3)
         self._orientation = Orientation()
-        self._filled: set[int] = set()
-        self._waiting: deque[tuple[int, Future[None]]] = deque()
+        self._futures: dict[int, Future[None]] = {}
+        self._lock = threading.Lock()
+        self._room = threading.BoundedSemaphore(2 * _WORKERS)
         self._pool = ThreadPoolExecutor(_WORKERS, thread_name_prefix="mlxvr-resize")
         self._local = threading.local()
 
@@ -81,37 +75,40 @@ class FrameSink:
     ) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def reset(self) -> None:
-        """Forget the frames taken so far; they will come again."""
-        self.finish()
-        self._filled.clear()
+    @property
+    def done(self) -> int:
+        """Frames finished so far."""
+        return sum(future.done() for future in tuple(self._futures.values()))
 
     def add(self, slot: int, frame: av.VideoFrame) -> None:
-        """Take the frame for place `slot`; waits when the resizing threads are behind."""
-        if self._pixels is None:
-            self._orientation = Orientation.of(frame)
-            self.source_size = self._orientation.size(frame.height, frame.width)
-            self._pixels = np.empty((self.count, *self._choose_size(*self.source_size), 3), dtype=np.uint8)
-        while len(self._waiting) >= 2 * _WORKERS:
-            self._finish_one()
-        self._waiting.append((slot, self._pool.submit(self._convert, self._pixels[slot], frame)))
+        """Take the frame for place `slot`."""
+        with self._lock:
+            if self._pixels is None:
+                self._orientation = Orientation.of(frame)
+                self.source_size = self._orientation.size(frame.height, frame.width)
+                self._pixels = np.empty((self.count, *self._choose_size(*self.source_size), 3), dtype=np.uint8)
+            target = self._pixels[slot]
+        self._room.acquire()
+        self._futures[slot] = self._pool.submit(self._convert, target, frame)
 
     def finish(self) -> np.ndarray:
         """Wait for the frames taken so far: uint8 (count, height, width, 3)."""
-        while self._waiting:
-            self._finish_one()
-        return self._pixels if self._pixels is not None else np.empty((0, 0, 0, 3), dtype=np.uint8)
+        for future in self._futures.values():
+            future.result()
+        assert self._pixels is not None, "finished before any frame came"
+        return self._pixels
 
-    def _finish_one(self) -> None:
-        slot, future = self._waiting.popleft()
-        future.result()
-        self._filled.add(slot)
-        if self._progress is not None:
-            self._progress("decoding", len(self._filled), self.count)
+    def reset(self) -> None:
+        """Forget the frames taken so far; they will come again."""
+        wait(self._futures.values())
+        self._futures.clear()
 
     def _convert(self, target: np.ndarray, frame: av.VideoFrame) -> None:
-        if not hasattr(self._local, "reformatter"):
-            self._local.reformatter = VideoReformatter()  # one a thread: it keeps its tables between frames
-        rgb = self._local.reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
-        stored_size = self._orientation.size(*target.shape[:2])
-        target[:] = self._orientation.apply(resize(rgb, stored_size))
+        try:
+            if not hasattr(self._local, "reformatter"):
+                self._local.reformatter = VideoReformatter()  # one a thread: it keeps its tables between frames
+            rgb = self._local.reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
+            stored = self._orientation.size(target.shape[0], target.shape[1])
+            target[:] = self._orientation.apply(resize(rgb, stored))
+        finally:
+            self._room.release()

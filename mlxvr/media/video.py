@@ -2,7 +2,7 @@
 
 Three ways of reading, each slower and surer than the one before:
 
-1. the cheapest stretches by the timeline (`plan`), jumping between them;
+1. the cheapest stretches by the timeline (`plan`), shared out to several decoders;
 2. one stretch from the start, by the same timeline;
 3. decoding everything twice: once to count the frames, once to pick them.
 
@@ -12,9 +12,11 @@ a full decode.
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +26,10 @@ from av.stream import Disposition
 
 from mlxvr.errors import MediaError
 from mlxvr.media import container as outline
+from mlxvr.media.crew import core_count, run_crew
 from mlxvr.media.decoding import Unreliable, decode_counted, decode_stretch
 from mlxvr.media.frames import Frames
-from mlxvr.media.plan import plan_stretches, whole_stretch
+from mlxvr.media.plan import Stretch, plan_stretches, whole_stretch
 from mlxvr.media.sampling import check_range, frame_count, frame_range, frame_size, spread
 from mlxvr.media.sink import FrameSink, Orientation
 from mlxvr.media.spec import VisionSpec
@@ -36,6 +39,9 @@ __all__ = ["VideoInfo", "probe", "read_video"]
 
 logger = logging.getLogger(__name__)
 
+_PARTS_PER_CORE = 4  # stretches that a decoder gets in turn, so that all end at about the same time
+_DECODER_BYTES = 1 << 30  # for the frames of all decoders together
+_FRAMES_PER_DECODER = 16  # full-size frames that a decoder keeps for reference and reordering, at most
 _MAX_REORDERING = 16  # frames that a decoder may hold back at most (H.264 and HEVC max_num_reorder_frames)
 
 
@@ -136,24 +142,67 @@ def _read_by_timeline(request: _Request, container: Any, stream: Any, timeline: 
     """The first two ways of reading; None if the file does not keep to its timeline."""
     indices, sampled_fps = _select(request, container, stream, timeline)
     slots = {int(index): slot for slot, index in enumerate(indices)}
+    cores = core_count()
+    stretches = plan_stretches(timeline, indices, parts=_PARTS_PER_CORE * cores)
+    decoders = _decoder_count(stretches, cores, stream.width * stream.height)
+    threads = 0 if decoders == 1 else cores // decoders  # 0: FFmpeg's choice
     with _sink(request, len(indices)) as sink:
         try:
-            for stretch in plan_stretches(timeline, indices):
-                decode_stretch(container, stream, timeline, stretch, slots, sink, should_stop=request.should_stop)
+            queue = deque(sorted(stretches, key=lambda stretch: -stretch.cost))  # the longest first, to end together
+            work = partial(_decode_queue, request.path, timeline, queue, slots, sink, threads=threads)
+            _run(request, sink, [work] * decoders)
             return _frames(timeline, indices, sampled_fps, sink)
         except Unreliable as reason:
             logger.info("%s: %s; decoding it from the start", request.path, reason)
             sink.reset()
         try:
-            whole = whole_stretch(timeline, indices)
-            with _open(request.path) as (fresh, fresh_stream):
-                decode_stretch(
-                    fresh, fresh_stream, timeline, whole, slots, sink, seek=False, should_stop=request.should_stop
-                )
-                return _frames(timeline, indices, sampled_fps, sink)
+            queue = deque([whole_stretch(timeline, indices)])
+            _run(request, sink, [partial(_decode_queue, request.path, timeline, queue, slots, sink, tolerant=True)])
+            return _frames(timeline, indices, sampled_fps, sink)
         except Unreliable as reason:
             logger.info("%s: %s; counting its frames", request.path, reason)
     return None
+
+
+def _decode_queue(
+    path: Path,
+    timeline: Timeline,
+    queue: deque[Stretch],
+    slots: Mapping[int, int],
+    sink: FrameSink,
+    should_stop: Callable[[], bool],
+    *,
+    threads: int = 0,
+    tolerant: bool = False,
+) -> None:
+    """Decode stretches from a queue shared with other decoders until it is empty."""
+    with _open(path, threads=threads) as (container, stream):
+        is_new = True
+        while queue:
+            try:
+                stretch = queue.popleft()
+            except IndexError:  # another decoder was faster
+                return
+            decode_stretch(
+                container,
+                stream,
+                timeline,
+                stretch,
+                slots,
+                sink,
+                is_new=is_new,
+                tolerant=tolerant,
+                should_stop=should_stop,
+            )
+            is_new = False
+
+
+def _decoder_count(stretches: list[Stretch], cores: int, pixels: int) -> int:
+    """How many decoders to run: one a core, as far as work can be shared out evenly and memory allows."""
+    costs = [stretch.cost for stretch in stretches]
+    even = int(sum(costs) / max(costs))
+    affordable = _DECODER_BYTES // max(1, pixels * 3 // 2 * _FRAMES_PER_DECODER)
+    return max(1, min(cores, even, affordable, len(stretches)))
 
 
 def _read_by_counting(request: _Request) -> Frames:
@@ -165,8 +214,16 @@ def _read_by_counting(request: _Request) -> Frames:
         indices, sampled_fps = _select(request, container, stream, timeline)
     slots = {int(index): slot for slot, index in enumerate(indices)}
     with _sink(request, len(indices)) as sink, _open(request.path) as (container, stream):
-        decode_counted(container, stream, slots, sink, should_stop=request.should_stop)
+        _run(request, sink, [lambda stop: decode_counted(container, stream, slots, sink, should_stop=stop)])
         return _frames(timeline, indices, sampled_fps, sink)
+
+
+def _run(request: _Request, sink: FrameSink, works: Sequence[Callable[[Callable[[], bool]], None]]) -> None:
+    def report() -> None:
+        if request.progress is not None:
+            request.progress("decoding", sink.done, sink.count)
+
+    run_crew(works, report=report, should_stop=request.should_stop)
 
 
 def _select(request: _Request, container: Any, stream: Any, timeline: Timeline) -> tuple[np.ndarray, float]:
@@ -218,7 +275,7 @@ def _sink(request: _Request, count: int) -> FrameSink:
         except MediaError as error:
             raise MediaError(f"{request.path}: {error}") from error
 
-    return FrameSink(count, choose_size, request.progress)
+    return FrameSink(count, choose_size)
 
 
 def _frames(timeline: Timeline, indices: np.ndarray, sampled_fps: float, sink: FrameSink) -> Frames:
@@ -233,8 +290,8 @@ def _frames(timeline: Timeline, indices: np.ndarray, sampled_fps: float, sink: F
 
 
 @contextmanager
-def _open(path: Path) -> Iterator[tuple[Any, Any]]:
-    """The container and its video stream, set up for decoding with all cores; FFmpeg's errors become ours."""
+def _open(path: Path, *, threads: int = 0) -> Iterator[tuple[Any, Any]]:
+    """The container and its video stream, decoded on `threads` threads (0: all cores); FFmpeg's errors become ours."""
     try:
         # Local files only: a playlist must not make us fetch anything.
         container = av.open(str(path), metadata_errors="replace", options={"protocol_whitelist": "file"})
@@ -243,6 +300,7 @@ def _open(path: Path) -> Iterator[tuple[Any, Any]]:
     with container:
         stream = _video_stream(container, path)
         stream.thread_type = "AUTO"
+        stream.thread_count = threads
         try:
             yield container, stream
         except av.error.FFmpegError as error:
