@@ -30,7 +30,7 @@ class FirstAnswer:
 
 @dataclass(frozen=True)
 class ReasoningDelta:
-    """A piece of the text that follows the first box: the reasoning, and then the second box."""
+    """A piece of the reasoning, without its marks; all of them together are `Answer.reasoning`."""
 
     text: str
 

@@ -129,6 +129,7 @@ def think_once(
     parser = DualAnswerParser(detokenize)
     started = time.perf_counter()
     closed_at: float | None = None
+    shown = 0  # characters of the reasoning that were passed on
     ended = False
     for token in tokens:
         outcome.token_ids.append(token.id)
@@ -136,10 +137,12 @@ def think_once(
         if token.id in stop_ids:
             ended = True
             break
-        delta = parser.push(token.id)
+        parser.push(token.id)
         if closed_at is not None:
-            if delta:
-                yield ReasoningDelta(delta)
+            told = _settled(parser)
+            if len(told) > shown:
+                yield ReasoningDelta(told[shown:])
+                shown = len(told)
         elif parser.first_closed:
             closed_at = time.perf_counter()
             outcome.first_answer_tokens = len(outcome.token_ids)
@@ -160,6 +163,15 @@ def think_once(
     outcome.reasoning_seconds = 0.0 if closed_at is None else now - closed_at
     if closed_at is None:
         outcome.first_answer_tokens = len(outcome.token_ids)
+
+
+def _settled(parser: DualAnswerParser) -> str:
+    """The reasoning so far, without what may turn out to be the beginning of its end mark."""
+    reasoning = parser.reasoning or ""
+    if parser.stage != "reasoning":
+        return reasoning
+    held = next((size for size in range(len(_END_THINK) - 1, 0, -1) if reasoning.endswith(_END_THINK[:size])), 0)
+    return reasoning[: len(reasoning) - held].rstrip()
 
 
 def make_answer(outcome: Outcome, threshold: float, usage: Usage) -> Answer:
@@ -191,4 +203,5 @@ def make_answer(outcome: Outcome, threshold: float, usage: Usage) -> Answer:
     )
 
 
+_END_THINK = "</think>"
 _MISSING_AFTER_EXIT = frozenset({"no_think", "no_second_box"})  # what an early exit leaves out on purpose

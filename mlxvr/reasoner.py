@@ -24,16 +24,17 @@ from weakref import WeakSet, finalize
 
 from mlxvr.answer import Answer, Event, FirstAnswer, ReasoningDelta, Usage
 from mlxvr.asking import Kind, Mode, Outcome, Question, TokenLike, make_answer, think_once
-from mlxvr.errors import Cancelled, ConfigError
+from mlxvr.callbacks import Progress, ShouldStop
+from mlxvr.errors import Cancelled, CheckpointError, ConfigError
 from mlxvr.media import VisionInput, load_vision
 from mlxvr.model import decode, loading, memory
 from mlxvr.model.prefix import Prefix, PrefixCost
 from mlxvr.model.prompt import Prompt, build_prompt
 from mlxvr.porting import hub, recipe
-from mlxvr.worker import ShouldStop, Worker
+from mlxvr.worker import Worker
 
 if TYPE_CHECKING:
-    from mlxvr.media import Progress, Source
+    from mlxvr.media.vision import VisionSource
     from mlxvr.model.network import VideoModel
 
 __all__ = ["Answer", "Clip", "FirstAnswer", "Reasoner", "ReasoningDelta", "Usage", "demo_folder", "load"]
@@ -53,7 +54,7 @@ def load(
     revision: str | None = None,
     kv_bits: int | None = None,
     prefill_step_size: int = 2048,
-    progress: "Progress | None" = None,
+    progress: Progress | None = None,
 ) -> "Reasoner":
     """Load a model and start the thread that runs it.
 
@@ -70,14 +71,12 @@ def load(
         CheckpointError: the model cannot be found, is damaged, incomplete, unsupported or unsafe.
         ConfigError: an option has a value that cannot be used.
     """
-    if kv_bits not in (None, 2, 3, 4, 6, 8):
-        raise ConfigError(f"kv_bits {kv_bits} is not supported: use 2, 3, 4, 6 or 8, or leave it out")
     if prefill_step_size < 1:
         raise ConfigError(f"prefill_step_size {prefill_step_size} is not positive: 2048 is the default")
     if model is None:
         folder = demo_folder() / "checkpoint"
     else:
-        folder = hub.resolve(str(model), revision=revision, progress=progress)
+        folder = hub.resolve(model if isinstance(model, str) else Path(model), revision=revision, progress=progress)
     worker = Worker("mlxvr-reasoner")
     try:
         network = worker.call(lambda _: loading.load_model(folder, adapter=adapter))
@@ -106,11 +105,12 @@ class Reasoner:
         self._finalizer = finalize(self, _shut_down, worker, self._clips)
         self.kv_bits = kv_bits
         self.prefill_step_size = prefill_step_size
-        self.threshold = default_threshold(network)
+        self.threshold = _default_threshold(network)
+        self.spec = network.spec.with_overrides(**network.settings.get("budgets", {}))
 
     def open(
         self,
-        source: "Source",
+        source: "VisionSource",
         *,
         fps: float | None = None,
         max_frames: int | None = None,
@@ -118,7 +118,7 @@ class Reasoner:
         video_tokens: int | None = None,
         start: float | None = None,
         end: float | None = None,
-        progress: "Progress | None" = None,
+        progress: Progress | None = None,
     ) -> "Clip":
         """Read a clip's frames; the model first sees them when a question is asked.
 
@@ -137,7 +137,8 @@ class Reasoner:
             MediaError: the file cannot be read as a video or an image, or the range is empty.
             ConfigError: an option has a value that cannot be used.
         """
-        spec = self._alive().spec.with_overrides(fps=fps, max_frames=max_frames, video_tokens=video_tokens)
+        self._alive()
+        spec = self.spec.with_overrides(fps=fps, max_frames=max_frames, video_tokens=video_tokens)
         started = time.perf_counter()
         vision = self._worker.call(
             lambda should_stop: load_vision(
@@ -148,7 +149,7 @@ class Reasoner:
         self._clips.add(clip)
         return clip
 
-    def ask(self, source: "Source", question: str, **options: Any) -> Answer:
+    def ask(self, source: "VisionSource", question: str, **options: Any) -> Answer:
         """Open a clip, ask one question and close the clip; takes the options of `open` and of `Clip.ask`."""
         opening = {name: options.pop(name) for name in _OPENING & options.keys()}
         with self.open(source, **opening) as clip:
@@ -197,7 +198,7 @@ class Clip:
         vision: VisionInput,
         *,
         decode_seconds: float,
-        progress: "Progress | None" = None,
+        progress: Progress | None = None,
     ):
         """`Reasoner.open` is the way in."""
         self._reasoner = reasoner
@@ -390,10 +391,14 @@ class Clip:
 _OPENING = frozenset(signature(Reasoner.open).parameters) - {"self", "source"}
 
 
-def default_threshold(network: "VideoModel") -> float:
+def _default_threshold(network: "VideoModel") -> float:
     """The checkpoint's own threshold: what `mlxvr.json` says, else what the recipe of its family says."""
     own = network.settings.get("threshold")
-    return float(own) if own is not None else recipe.for_config(network.config).threshold
+    if own is None:
+        return recipe.for_config(network.config).threshold
+    if isinstance(own, bool) or not isinstance(own, int | float) or not 0.0 <= own <= 1.0:
+        raise CheckpointError(f"mlxvr.json says threshold {own!r}; expected a number from 0 to 1: correct the file")
+    return float(own)
 
 
 def _room(network: "VideoModel", prompt: Prompt) -> int:

@@ -15,13 +15,12 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
+from mlxvr.callbacks import ShouldStop
 from mlxvr.errors import Cancelled, ConfigError
 
-__all__ = ["ShouldStop", "Worker"]
+__all__ = ["Worker"]
 
 T = TypeVar("T")
-ShouldStop = Callable[[], bool]
-
 _END = object()
 
 

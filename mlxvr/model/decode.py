@@ -9,7 +9,7 @@ on the same iterator, has paid for nothing twice. After any number of tokens, an
 cache holds what it held before and every token that was handed out.
 """
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -206,7 +206,7 @@ def decode(
     sampler: Sampler | None = None,
     banned_ids: Collection[int] = (),
     stop_ids: Collection[int] = (),
-) -> Iterator[Token]:
+) -> Generator[Token, None, None]:
     """Write tokens until `max_tokens`, or one of `stop_ids`, which is handed out too.
 
     Stopping early means not taking the next token; going on means taking it. Once the iterator is closed, the cache

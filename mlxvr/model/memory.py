@@ -46,7 +46,7 @@ def wired() -> Iterator[None]:
     if not mx.metal.is_available():
         yield
         return
-    limit = mx.set_wired_limit(mx.device_info()["max_recommended_working_set_size"])
+    limit = mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
     try:
         yield
     finally:

@@ -7,7 +7,6 @@ nothing: the cache forgets what came later, and the next tokens are written over
 A prefix can be saved and loaded. A loaded one knows the shape of its media, not the pixels: enough for any question.
 """
 
-import hashlib
 import json
 import time
 from dataclasses import dataclass
@@ -17,8 +16,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlxvr.callbacks import Progress, ShouldStop
 from mlxvr.errors import ConfigError
-from mlxvr.media import Progress, ShouldStop, VisionInput
+from mlxvr.media import VisionInput
 from mlxvr.model import cache as kv
 from mlxvr.model.decode import prefill
 from mlxvr.model.network import VideoModel
@@ -115,7 +115,7 @@ class Prefix:
             {"kind": one.kind, "grid": one.grid, "seconds": one.seconds, "second_per_grid": one.second_per_grid}
             for one in self.media
         ]
-        described = {"model": _fingerprint(network), "ids": json.dumps(self.ids.tolist()), "media": json.dumps(media)}
+        described = {"model": network.fingerprint, "ids": json.dumps(self.ids.tolist()), "media": json.dumps(media)}
         kv.save(self.cache, path, described)
 
     @classmethod
@@ -124,7 +124,7 @@ class Prefix:
         cache, described = kv.load(path)
         if not {"model", "ids", "media"} <= described.keys():
             raise ConfigError(f"{path} is no saved clip: write one with Clip.save")
-        if described["model"] != _fingerprint(network):
+        if described["model"] != network.fingerprint:
             raise ConfigError(f"{path} was saved with another model: open the clip itself with this one")
         media = tuple(
             VisionInput(
@@ -141,11 +141,3 @@ class Prefix:
 
 def _without_patches(one: VisionInput) -> VisionInput:
     return VisionInput(one.kind, one.patches[:0], one.grid, one.seconds, one.second_per_grid)
-
-
-def _fingerprint(network: VideoModel) -> str:
-    """Tells models apart: the configuration, and the bytes of every layer's first normalisation weight."""
-    digest = hashlib.sha256(json.dumps(network.config, sort_keys=True, default=str).encode())
-    for layer in network.layers:
-        digest.update(np.array(layer.input_layernorm.weight.astype(mx.float32)).tobytes())
-    return digest.hexdigest()

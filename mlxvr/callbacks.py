@@ -1,0 +1,14 @@
+"""What long work tells its caller, and asks of it.
+
+    progress(stage, done, total)    called as the work gets on; stages are "download", "decoding", "vision", "prefill"
+    should_stop() -> bool           asked between steps; True ends the work with `mlxvr.Cancelled`
+
+Both are called on the thread that does the work, and should return at once.
+"""
+
+from collections.abc import Callable
+
+__all__ = ["Progress", "ShouldStop"]
+
+Progress = Callable[[str, int, int], None]
+ShouldStop = Callable[[], bool]

@@ -1,0 +1,191 @@
+r"""The decision loop on scripted tokens: what it reads, when it stops, what it reports.
+
+Each script is a list of (piece of text, probability); the confidences below are worked by hand from the probabilities.
+"""
+
+import math
+
+import pytest
+
+from mlxvr.answer import FirstAnswer, ReasoningDelta, Usage
+from mlxvr.asking import Outcome, Question, make_answer, think_once
+from mlxvr.errors import ConfigError
+
+END = "<|im_end|>"
+FULL = [
+    ("\\", 1.0),
+    ("boxed", 1.0),
+    ("{", 0.5),
+    ("B", 0.9),
+    ("}<", 0.8),
+    ("think", 1.0),
+    (">", 1.0),
+    ("It", 0.7),
+    (" moves", 0.6),
+    (".", 1.0),
+    ("</", 1.0),
+    ("think", 1.0),
+    (">", 1.0),
+    ("\\", 1.0),
+    ("boxed", 1.0),
+    ("{", 1.0),
+    ("C", 0.99),
+    ("}", 1.0),
+    (END, 1.0),
+]
+FALLBACK = [("\\boxed{", 1.0), ("Let's", 0.9), (" analyze", 0.9), (" the problem step by step.", 1.0), ("}", 1.0)]
+
+
+class Scripted:
+    """A model that says what it was told to; counts how far it was read."""
+
+    def __init__(self, script):
+        self.script = script
+        self.read = 0
+
+    def __iter__(self):
+        for number, (_, probability) in enumerate(self.script):
+            self.read = number + 1
+            yield type("Token", (), {"id": number, "logprob": math.log(probability)})()
+
+    def detokenize(self, ids):
+        return "".join(self.script[number][0] for number in ids)
+
+    def run(self, *, mode="auto", threshold=0.97, max_tokens=100):
+        outcome = Outcome()
+        ends = frozenset(number for number, (text, _) in enumerate(self.script) if text == END)
+        events = list(
+            think_once(
+                self,
+                self.detokenize,
+                outcome,
+                mode=mode,
+                threshold=threshold,
+                max_tokens=max_tokens,
+                stop_ids=ends,
+            )
+        )
+        return events, outcome, make_answer(outcome, threshold, Usage())
+
+
+def test_an_unsure_first_answer_is_reasoned_about():
+    model = Scripted(FULL)
+    events, outcome, answer = model.run(threshold=0.97)
+    first = events[0]
+    assert isinstance(first, FirstAnswer)
+    assert (first.text, first.threshold, first.reasons) == ("B", 0.97, True)
+    assert first.confidence == pytest.approx(0.9, abs=1e-12)
+    assert all(isinstance(event, ReasoningDelta) for event in events[1:])
+    assert (answer.text, answer.first, answer.second) == ("C", "B", "C")
+    assert answer.reasoning.strip() == "It moves."
+    assert answer.reasoned
+    assert answer.problems == ()
+    assert answer.confidence == pytest.approx(0.9, abs=1e-12)
+    assert answer.token_ids == tuple(range(19))
+    assert answer.token_logprobs[3] == pytest.approx(math.log(0.9))
+    assert (outcome.first_answer_tokens, len(outcome.token_ids)) == (5, 19)
+
+
+def test_a_sure_first_answer_ends_it_at_the_closing_brace():
+    model = Scripted(FULL)
+    events, outcome, answer = model.run(threshold=0.9 - 1e-9)
+    assert [type(event) for event in events] == [FirstAnswer]
+    assert not events[0].reasons
+    assert model.read == 5, "no token is taken after the one that closes the box"
+    assert (answer.text, answer.first, answer.second, answer.reasoning) == ("B", "B", None, None)
+    assert not answer.reasoned
+    assert answer.problems == ()
+    assert outcome.first_answer_tokens == 5
+
+
+def test_early_exit_is_a_prefix_of_thinking():
+    _, _, short = Scripted(FULL).run(mode="direct")
+    _, _, long = Scripted(FULL).run(mode="think", threshold=0.0)
+    assert long.token_ids[: len(short.token_ids)] == short.token_ids
+    assert long.text == "C"
+    assert long.reasoned
+
+
+@pytest.mark.parametrize(("mode", "reasoned"), [("direct", False), ("think", True)])
+def test_modes_override_the_threshold(mode, reasoned):
+    for threshold in (0.0, 1.0):
+        _, _, answer = Scripted(FULL).run(mode=mode, threshold=threshold)
+        assert answer.reasoned is reasoned
+
+
+def test_the_fallback_has_no_confidence_and_always_reasons():
+    events, _, answer = Scripted([*FALLBACK, *FULL[5:]]).run(threshold=0.0)
+    assert events[0].confidence is None
+    assert events[0].reasons
+    assert answer.confidence is None
+    assert answer.text == "C"
+
+
+def test_a_fallback_in_direct_mode_is_no_answer():
+    _, _, answer = Scripted(FALLBACK).run(mode="direct")
+    assert answer.text == ""
+    assert answer.first == "Let's analyze the problem step by step."
+    assert answer.confidence is None
+    assert not answer.reasoned
+
+
+def test_reasoning_deltas_add_up_to_the_reasoning_without_its_marks():
+    script = [*FULL[:7], ("\n", 1.0), ("a <", 1.0), (" b", 1.0), ("</", 1.0), ("i>", 1.0), (" c\n", 1.0), *FULL[10:]]
+    events, _, answer = Scripted(script).run(mode="think")
+    pieces = [event.text for event in events[1:]]
+    assert "".join(pieces) == answer.reasoning == "a < b</i> c"
+    assert len(pieces) > 2, "it comes in pieces, as it is written"
+
+
+@pytest.mark.parametrize(
+    ("script", "text", "problem"),
+    [
+        ([("It is red", 0.9), (".", 1.0), (END, 1.0)], "It is red.", "no_box"),
+        ([("\\boxed{", 1.0), ("B", 0.9)], "B", "unterminated_box"),
+        ([*FULL[:9]], "B", "unterminated_think"),
+        ([*FULL[:13], (END, 1.0)], "B", "no_second_box"),
+    ],
+)
+def test_broken_output_gives_an_honest_answer(script, text, problem):
+    _, _, answer = Scripted(script).run(mode="think")
+    assert problem in answer.problems
+    if problem not in {"unterminated_box"}:
+        assert answer.text == text
+
+
+def test_the_token_limit_is_reported():
+    model = Scripted(FULL)
+    _, outcome, answer = model.run(mode="think", max_tokens=8)
+    assert "token_limit" in answer.problems
+    assert len(outcome.token_ids) == model.read == 8
+    assert answer.text == "B"
+    _, _, whole = Scripted(FULL).run(mode="think", max_tokens=len(FULL))
+    assert "token_limit" not in whole.problems, "the last token that fits was the end of the turn"
+
+
+def test_direct_mode_does_not_wait_for_a_box_that_reasoning_has_replaced():
+    script = [("<think>", 1.0), *[("hm ", 1.0)] * 50, ("</think>", 1.0), ("\\boxed{A}", 0.9), (END, 1.0)]
+    model = Scripted(script)
+    _, _, answer = model.run(mode="direct")
+    assert model.read < 5
+    assert answer.text == ""
+    assert answer.confidence is None
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"text": "  "}, "empty"),
+        ({"text": "x", "kind": "poem"}, "use one of qa, grounding, grounded_qa"),
+        ({"text": "x", "mode": "maybe"}, "use one of auto, direct, think"),
+        ({"text": "x", "threshold": 1.5}, r"outside \[0, 1\]"),
+        ({"text": "x", "threshold": math.nan}, r"outside \[0, 1\]"),
+        ({"text": "x", "max_tokens": 0}, "at least 1"),
+        ({"text": "x", "temperature": -1.0}, "temperature"),
+        ({"text": "x", "temperature": math.nan}, "temperature"),
+        ({"text": "x", "top_p": 0.0}, "top_p"),
+    ],
+)
+def test_a_question_refuses_what_it_cannot_use(wrong, says):
+    with pytest.raises(ConfigError, match=says):
+        Question(**wrong)
