@@ -95,6 +95,9 @@ class DualAnswerParser:
     def __init__(self, detokenize: Callable[[list[int]], str]) -> None:
         self._detokenizer = Detokenizer(detokenize)
         self._scanner = Scanner()
+        self._told = 0  # characters of the reasoning that `take_reasoning` returned ..
+        self._told_to = 0  # .. and where they end in the text
+        self._transcript: Transcript | None = None
 
     def push(self, token_id: int) -> str:
         """Take the next token; return the text that has become readable (none within a character)."""
@@ -111,7 +114,32 @@ class DualAnswerParser:
     def finish(self, *, hit_limit: bool = False) -> Transcript:
         """Sum up what was written; `hit_limit` says that the token limit stopped the model."""
         self.flush()
-        return _sum_up(self._scanner, hit_limit)
+        self._transcript = _sum_up(self._scanner, hit_limit)
+        return self._transcript
+
+    def take_reasoning(self) -> str:
+        """Return the reasoning that became certain since the last call.
+
+        Outer white space and what may be the beginning of a tag wait until more is known, so the pieces add up to the
+        transcript's reasoning; call it once more after `finish`. (Only a box that ended the turn in the place of
+        ``</think>`` will have been returned as reasoning, which at the time it was.)
+        """
+        if self._transcript is not None:
+            rest = (self._transcript.reasoning or "")[self._told :]
+            self._told += len(rest)
+            return rest
+        if self._scanner.reasoning is None:
+            return ""
+        begin, end = self._scanner.reasoning
+        start = self._told_to if self._told else begin
+        piece = self._scanner.text_from(start, end)
+        if not self._told:
+            start += len(piece) - len(piece.lstrip())
+            piece = piece.lstrip()
+        piece = piece.rstrip()
+        self._told += len(piece)
+        self._told_to = start + len(piece)
+        return piece
 
     @property
     def text(self) -> str:
@@ -189,10 +217,10 @@ def _sum_up(scanner: Scanner, hit_limit: bool) -> Transcript:
     transcript = Transcript(
         text=text,
         first=_content(text, first),
-        first_span=first and first.content,
+        first_span=first.content if first else None,
         reasoning=reasoning,
         second=_content(text, second),
-        second_span=second and second.content,
+        second_span=second.content if second else None,
         is_fallback=first is not None and is_fallback(text[slice(*first.content)]),
         outside=_join(text, _loose(scanner, text) + _unclosed(scanner, text)),
     )
@@ -228,10 +256,7 @@ def _problems(scanner: Scanner, transcript: Transcript, hit_limit: bool) -> Iter
     yield "unterminated_think", scanner.section == "reasoning"
     yield "empty_think", transcript.reasoning == ""
     yield "repeated_think", scanner.thinks > 1 or scanner.thinks_ended > 1
-    yield (
-        "no_second_box",
-        "opening" in scanner.opened and "closing" not in scanner.opened and not second and not left_open,
-    )
+    yield "no_second_box", awaits_second and not second and not left_open
     yield "extra_text", bool(extra.strip())
     yield "token_limit", hit_limit
 

@@ -71,6 +71,18 @@ class Scanner:
             self._pieces = ["".join(self._pieces)]
         return self._pieces[0] if self._pieces else ""
 
+    def text_from(self, start: int, end: int | None = None) -> str:
+        """The text in [start, end), without an end that a mark could begin with; as dear as what is returned."""
+        stop = self._begun_at if end is None else end
+        pieces: list[str] = []
+        at = self._begun_at + len(self.begun)
+        for piece in reversed(self._pieces):
+            if at <= start:
+                break
+            at -= len(piece)
+            pieces.append(piece)
+        return "".join(reversed(pieces))[max(0, start - at) : max(0, stop - at)]
+
     def feed(self, piece: str) -> None:
         """Read on."""
         if not piece:
