@@ -10,11 +10,14 @@ and shapes are written down here from the public checkpoints, not taken from the
 
 import functools
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from mlxvr.media.patches import VisionInput
 
 FAMILIES = ("qwen2_5_vl", "qwen3_vl")
 SPECIAL_TOKENS = (
@@ -108,6 +111,25 @@ def write_checkpoint(
     write_weights(folder, tensors, shards=shards, dtype=dtype)
     write_side_files(folder, family, vision_config)
     return folder
+
+
+def random_media(
+    family: str,
+    kind: str,
+    grid: tuple[int, int, int],
+    *,
+    second_per_grid: float = 1.0,
+    first: float = 0.25,
+    seed: int = 0,
+) -> VisionInput:
+    """A video or an image of noise; row i of a video was filmed `first + i * second_per_grid` seconds in."""
+    rows = math.prod(grid)
+    values = 3 * 2 * vision_settings(family)["patch_size"] ** 2
+    patches = np.random.default_rng(seed).integers(0, 256, (rows, values), dtype=np.uint8)
+    if kind == "image":
+        return VisionInput("image", patches, grid, (), 0.0)
+    seconds = tuple(first + second_per_grid * row for row in range(grid[0]))
+    return VisionInput("video", patches, grid, seconds, second_per_grid)
 
 
 def write_side_files(folder: Path, family: str, vision: Mapping[str, Any] | None = None) -> None:

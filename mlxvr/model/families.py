@@ -160,6 +160,8 @@ class Qwen3VL(Family):
         t, h, w = _token_grid(media, config["vision_config"])
         if media.kind == "image":
             return [VisionBlock("", (t, h, w), 1.0)]
+        if len(media.seconds) != t:
+            raise ValueError(f"the video has {t} temporal rows and {len(media.seconds)} times for them")
         return [VisionBlock(f"<{seconds:.1f} seconds>", (1, h, w), 1.0) for seconds in media.seconds]
 
 

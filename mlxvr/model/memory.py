@@ -57,8 +57,8 @@ def wired() -> Iterator[None]:
 def avoid_cpu_compiler() -> None:
     """Turn `mx.compile` off where MLX runs on the CPU; a no-op on Metal and CUDA.
 
-    There it writes C++ and calls the system's compiler while the program runs: some eight seconds for the first answer on
-    a fresh machine, an error on one without a compiler, and no faster afterwards (measured on Linux, mlx 0.32.4).
+    There it writes C++ and calls the system's compiler while the program runs: some eight seconds for the first answer
+    on a fresh machine, an error on one without a compiler, and no faster afterwards (Linux, mlx 0.32.4).
     """
     if mx.default_device() == mx.Device(mx.cpu):
         mx.disable_compile()
