@@ -19,6 +19,7 @@ from mlxvr.answer import Answer, Event, FirstAnswer, ReasoningDelta
 from mlxvr.asking import Kind, Mode, Question
 from mlxvr.cli import VerbParser, run_verb
 from mlxvr.errors import ConfigError
+from mlxvr.media.container import check_file
 
 __all__ = ["main", "make_parser"]
 
@@ -92,7 +93,8 @@ def _generate(args: argparse.Namespace) -> int:
     sampling: dict[str, Any] = {
         name: getattr(args, name) for name in ("mode", "threshold", "max_tokens", "temperature", "top_p", "seed")
     }
-    for one in asked:  # a wrong option is found before anything is loaded
+    check_file(video)  # what can be found wrong before the model is loaded is
+    for one in asked:
         Question(one.prompt, one.options, one.kind, **sampling)
     answers = []
     with (

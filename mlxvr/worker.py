@@ -13,6 +13,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from mlxvr.callbacks import ShouldStop
@@ -94,7 +95,9 @@ class Worker:
             for stop in self._pending:
                 stop.set()
             if release is not None:
-                self._executor.submit(release)
+                # At the interpreter's exit the executor has already ended its thread: nothing is left to release.
+                with suppress(RuntimeError):
+                    self._executor.submit(release)
         self._executor.shutdown(wait=True)
 
     def _submit(self, work: Callable[[ShouldStop], T]) -> tuple[threading.Event, "Future[T]"]:

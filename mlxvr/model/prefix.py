@@ -94,12 +94,12 @@ class Prefix:
         step_size: int = 2048,
         should_stop: ShouldStop | None = None,
     ) -> mx.array:
-        """Rewind to the prefix, compute the rest of `prompt`, and return the logits of its last token, (vocab,)."""
+        """Rewind to the prefix, compute the rest of `prompt`, and return the logits of its last token: (vocab,), evaluated."""
         start = self.length
         if not np.array_equal(prompt.ids[:start], self.ids):
             raise ConfigError("the prompt does not begin with what the clip holds: open the clip again")
         kv.trim(self.cache, start)
-        return prefill(
+        logits = prefill(
             network,
             prompt.ids[start:],
             prompt.positions[:, start:],
@@ -107,6 +107,8 @@ class Prefix:
             step_size=step_size,
             should_stop=should_stop,
         )
+        mx.eval(logits)
+        return logits
 
     def save(self, path: Path, network: VideoModel) -> None:
         """Write the prefix as safetensors, atomically."""

@@ -1,0 +1,300 @@
+"""The embeddable API on random checkpoints of both families: reuse, threads, cancelling, closing, saving.
+
+The oracle for a question on a used clip is the same question on a clip that was just opened, whose prompt is computed
+from nothing; what that computes is compared with transformers in test_network.
+"""
+
+import dataclasses
+import gc
+import json
+import threading
+import time
+
+import numpy as np
+import pytest
+
+import mlxvr
+from mlxvr.errors import Cancelled, CheckpointError, ConfigError, MediaError
+from tests.checkpoints import write_checkpoint
+from tests.clips import write_clip
+
+FAMILIES = ("qwen2_5_vl", "qwen3_vl")
+MODEST = {"fps": 2.0, "video_tokens": 64}
+
+
+@pytest.fixture(scope="module")
+def clip_path(tmp_path_factory):
+    return write_clip(tmp_path_factory.mktemp("clips") / "clip.mp4", frames=90, fps=30, size=(160, 112))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    return {family: write_checkpoint(root / family, family) for family in FAMILIES}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def reasoner(request, folders):
+    with mlxvr.load(folders[request.param]) as loaded:
+        yield loaded
+
+
+@pytest.fixture(scope="module")
+def qwen3(folders):
+    with mlxvr.load(folders["qwen3_vl"]) as loaded:
+        yield loaded
+
+
+def assert_same(one, other):
+    assert one.token_ids == other.token_ids
+    np.testing.assert_allclose(one.token_logprobs, other.token_logprobs, atol=1e-4)
+
+
+def test_a_follow_up_equals_a_fresh_prompt(reasoner, clip_path):
+    asked = {"mode": "think", "max_tokens": 24}
+    used = reasoner.open(clip_path, **MODEST)
+    first = used.ask("What is the first thing that happens here?", **asked)
+    second = used.ask("Which?", options=["left", "right"], **asked)
+    third = used.ask("the box is open", kind="grounding", **asked)
+    again = used.ask("What is the first thing that happens here?", **asked)
+    assert_same(again, first)
+    assert_same(second, reasoner.ask(clip_path, "Which?", options=["left", "right"], **MODEST, **asked))
+    assert_same(third, reasoner.ask(clip_path, "the box is open", kind="grounding", **MODEST, **asked))
+    assert first.usage.cached_tokens == 0
+    assert first.usage.decode_seconds > 0
+    assert first.usage.vision_seconds > 0
+    for later in (second, third, again):
+        assert later.usage.cached_tokens > later.usage.video_tokens > 0
+        assert later.usage.decode_seconds == later.usage.vision_seconds == 0
+
+
+def test_a_small_prefill_step_gives_the_same_answer(folders, clip_path):
+    answers = []
+    for step in (7, 2048):
+        with mlxvr.load(folders["qwen3_vl"], prefill_step_size=step) as loaded:
+            answers.append(loaded.ask(clip_path, "What?", mode="think", max_tokens=24, **MODEST))
+    assert_same(*answers)
+
+
+def test_the_modes_generate_one_sequence(reasoner, clip_path):
+    clip = reasoner.open(clip_path, **MODEST)
+    long = clip.ask("What?", mode="think", max_tokens=32)
+    for mode in ("direct", "auto"):
+        short = clip.ask("What?", mode=mode, max_tokens=32, threshold=0.0)
+        assert long.token_ids[: len(short.token_ids)] == short.token_ids
+
+
+def test_usage_counts_what_was_done(qwen3, clip_path):
+    clip = qwen3.open(clip_path, **MODEST)
+    answer = clip.ask("What?", mode="think", max_tokens=9)
+    t, h, w = clip.grid
+    assert len(clip.seconds) == t == 3  # 90 frames at 30 fps, 2 a second: 6 frames, in pairs
+    assert answer.usage.video_tokens == t * h * w // 4
+    assert answer.usage.first_answer_tokens + answer.usage.reasoning_tokens == len(answer.token_ids) == 9
+    assert len(answer.token_logprobs) == 9
+    assert answer.usage.prompt_tokens > answer.usage.video_tokens
+    assert answer.usage.peak_memory_bytes > 0
+    assert "token_limit" in answer.problems
+    assert max(answer.token_logprobs) <= 0
+    json.dumps(answer.to_dict())
+
+
+def test_leaving_a_stream_keeps_the_clip_usable(reasoner, clip_path):
+    clip = reasoner.open(clip_path, **MODEST)
+    events = clip.stream("What?", mode="think", max_tokens=2000)
+    events.close()
+    asked = {"mode": "think", "max_tokens": 16}
+    assert_same(clip.ask("Which?", **asked), reasoner.ask(clip_path, "Which?", **MODEST, **asked))
+
+
+def test_any_thread_may_ask(reasoner, clip_path):
+    clip = reasoner.open(clip_path, **MODEST)
+    alone = {n: clip.ask(f"Number {n}?", mode="think", max_tokens=8).token_ids for n in range(6)}
+    together = {}
+    threads = [
+        threading.Thread(
+            target=lambda n=n: together.update({n: clip.ask(f"Number {n}?", mode="think", max_tokens=8).token_ids})
+        )
+        for n in range(6)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert together == alone
+
+
+def test_cancel_stops_a_long_answer_and_the_clip_goes_on(qwen3, clip_path):
+    clip = qwen3.open(clip_path, **MODEST)
+    before = clip.ask("What?", mode="think", max_tokens=8)
+    outcome = []
+
+    def ask():
+        try:
+            # Hot sampling on random weights: it would take thousands of tokens to end by itself.
+            outcome.append(clip.ask("What?", mode="think", max_tokens=100_000, temperature=5.0, seed=1))
+        except Cancelled as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    while not qwen3._worker._pending:
+        time.sleep(0.001)
+    time.sleep(0.1)
+    qwen3.cancel()
+    thread.join(10)
+    assert not thread.is_alive()
+    assert isinstance(outcome[0], Cancelled)
+    assert_same(clip.ask("What?", mode="think", max_tokens=8), before)
+
+
+def test_sampling_is_repeatable_and_confidence_untempered(qwen3, clip_path):
+    clip = qwen3.open(clip_path, **MODEST)
+    asked = {"mode": "think", "max_tokens": 12}
+    drawn = clip.ask("What?", temperature=1.5, seed=3, **asked)
+    assert_same(drawn, clip.ask("What?", temperature=1.5, seed=3, **asked))
+    assert clip.ask("What?", temperature=1.5, seed=4, **asked).token_ids != drawn.token_ids
+    greedy = clip.ask("What?", **asked)
+    nearly = clip.ask("What?", temperature=1e-4, seed=0, **asked)
+    assert_same(nearly, greedy)  # the log-probabilities too: they are read at temperature 1
+
+
+def test_close_ends_everything(folders, clip_path):
+    loaded = mlxvr.load(folders["qwen3_vl"])
+    clip = loaded.open(clip_path, **MODEST)
+    clip.ask("What?", max_tokens=4)
+    loaded.close()
+    loaded.close()
+    for use in (
+        lambda: clip.ask("What?"),
+        lambda: loaded.open(clip_path),
+        lambda: loaded.ask(clip_path, "What?"),
+        lambda: clip.save("nowhere"),
+    ):
+        with pytest.raises(ConfigError, match="closed"):
+            use()
+    clip.close()
+
+
+def test_close_gives_the_memory_back(folders, clip_path):
+    import mlx.core as mx
+
+    gc.collect()
+    before = mx.get_active_memory()
+    loaded = mlxvr.load(folders["qwen3_vl"])
+    loaded.open(clip_path, **MODEST).ask("What?", max_tokens=4)
+    held = mx.get_active_memory() - before
+    loaded.close()
+    del loaded
+    gc.collect()
+    assert held > 100_000
+    assert mx.get_active_memory() - before < held / 20
+
+
+def test_a_forgotten_reasoner_ends_its_thread(folders):
+    loaded = mlxvr.load(folders["qwen3_vl"])
+    worker = loaded._worker
+    thread = worker.call(lambda _: threading.current_thread())
+    del loaded
+    gc.collect()
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+def test_a_saved_clip_needs_no_video(folders, clip_path, tmp_path):
+    file = tmp_path / "clip.safetensors"
+    asked = {"mode": "think", "max_tokens": 16}
+    with mlxvr.load(folders["qwen3_vl"]) as loaded:
+        clip = loaded.open(clip_path, **MODEST)
+        clip.save(file)
+        expected = clip.ask("What?", **asked)
+    with mlxvr.load(folders["qwen3_vl"]) as loaded:
+        restored = loaded.restore(file)
+        answer = restored.ask("What?", **asked)
+        assert_same(answer, expected)
+        assert answer.usage.cached_tokens > 0
+        assert (restored.grid, restored.seconds) == (clip.grid, clip.seconds)
+    with mlxvr.load(folders["qwen2_5_vl"]) as loaded, pytest.raises(ConfigError, match="another model"):
+        loaded.restore(file)
+    (tmp_path / "junk").write_text("junk")
+    with mlxvr.load(folders["qwen3_vl"]) as loaded, pytest.raises(ConfigError, match="junk"):
+        loaded.restore(tmp_path / "junk")
+
+
+def test_quantized_keys_and_values(folders, clip_path):
+    asked = {"mode": "think", "max_tokens": 8}
+    with mlxvr.load(folders["qwen3_vl"], kv_bits=8) as loaded:
+        clip = loaded.open(clip_path, **MODEST)
+        coarse = clip.ask("What?", **asked)
+        assert_same(clip.ask("What?", **asked), coarse)
+    with mlxvr.load(folders["qwen3_vl"]) as loaded:
+        exact = loaded.ask(clip_path, "What?", **MODEST, **asked)
+    assert abs(coarse.token_logprobs[0] - exact.token_logprobs[0]) < 0.05
+    with mlxvr.load(folders["qwen3_vl"], kv_bits=5) as loaded, pytest.raises(ConfigError, match="kv_bits 5"):
+        loaded.ask(clip_path, "What?", **MODEST)
+
+
+def test_images_and_lists_of_frames(reasoner):
+    rng = np.random.default_rng(0)
+    frames = rng.integers(0, 256, (6, 96, 96, 3), dtype=np.uint8)
+    image = reasoner.open(frames[0])
+    assert image.seconds == ()
+    assert image.ask("What?", max_tokens=4).usage.video_tokens == np.prod(image.grid) // 4
+    clip = reasoner.open(list(frames), fps=2.0)
+    assert clip.grid[0] == 3
+    assert clip.seconds == (0.25, 1.25, 2.25)
+    assert_same(clip.ask("What?", max_tokens=4), reasoner.open(frames, fps=2.0).ask("What?", max_tokens=4))
+
+
+def test_the_threshold_is_the_flags_else_the_folders_else_the_recipes(folders, clip_path, tmp_path):
+    with mlxvr.load(folders["qwen2_5_vl"]) as loaded:
+        assert loaded.threshold == 0.97
+    with mlxvr.load(folders["qwen3_vl"]) as loaded:
+        assert loaded.threshold == 0.98
+        assert loaded.ask(clip_path, "What?", max_tokens=2, **MODEST).threshold == 0.98
+    own = write_checkpoint(tmp_path / "own", "qwen3_vl")
+    settings = {"threshold": 0.6, "budgets": {"video_tokens": 32, "fps": 1.0}}
+    (own / "mlxvr.json").write_text(json.dumps(settings))
+    with mlxvr.load(own) as loaded:
+        assert loaded.ask(clip_path, "What?", max_tokens=2).threshold == 0.6
+        assert loaded.ask(clip_path, "What?", max_tokens=2, threshold=0.2).threshold == 0.2
+        assert (loaded.spec.video_tokens, loaded.spec.fps) == (32, 1.0)
+    for wrong in ("0.5", 1.5, True):
+        (own / "mlxvr.json").write_text(json.dumps({"threshold": wrong}))
+        with pytest.raises(CheckpointError, match="threshold"):
+            mlxvr.load(own)
+
+
+def test_a_prompt_that_does_not_fit_is_refused_and_loses_nothing(tmp_path, clip_path):
+    folder = write_checkpoint(tmp_path / "short", "qwen3_vl", text={"max_position_embeddings": 512})
+    with mlxvr.load(folder) as loaded:
+        clip = loaded.open(clip_path, **MODEST)
+        answer = clip.ask("What?", mode="think", max_tokens=4096)
+        assert answer.usage.prompt_tokens + len(answer.token_ids) <= 512
+        with pytest.raises(ConfigError, match=r"context is 512"):
+            clip.ask("What? " * 200)
+        assert_same(clip.ask("What?", mode="think", max_tokens=4096), answer)
+
+
+def test_wrong_values_are_refused(qwen3, clip_path, tmp_path):
+    clip = qwen3.open(clip_path, **MODEST)
+    for wrong in ({"mode": "perhaps"}, {"kind": "poem"}, {"threshold": 2.0}, {"max_tokens": 0}, {"options": [""]}):
+        with pytest.raises(ConfigError):
+            clip.ask("What?", **wrong)
+    with pytest.raises(ConfigError):
+        clip.ask(" ")
+    for wrong in ({"fps": -1.0}, {"max_frames": 0}, {"video_tokens": 0}, {"start": 3.0, "end": 1.0}, {"frames": 0}):
+        with pytest.raises(ConfigError):
+            qwen3.open(clip_path, **wrong)
+    with pytest.raises(MediaError):
+        qwen3.open(tmp_path / "missing.mp4")
+    with pytest.raises(ConfigError, match="prefill_step_size"):
+        mlxvr.load(prefill_step_size=0)
+
+
+def test_an_answer_is_plain_data(qwen3, clip_path):
+    answer = qwen3.ask(clip_path, "What?", max_tokens=4, **MODEST)
+    assert set(answer.to_dict()) == {field.name for field in dataclasses.fields(mlxvr.Answer)}
+    assert {"text", "confidence", "reasoned", "first", "reasoning", "second", "threshold", "usage"} <= set(
+        answer.to_dict()
+    )
