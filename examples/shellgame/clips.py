@@ -69,7 +69,7 @@ def record(name: str, number: int, example: Example, spec: ClipSpec, group: str)
     """One line of `clips.jsonl`."""
     return {
         "id": f"{name}-{number}",
-        "video": f"{name}.mp4",
+        "video": f"clips/{name}.mp4",
         "question": example.question,
         "options": list(example.options) if example.options else None,
         "answer": example.answer,
@@ -117,11 +117,11 @@ def _examples_for(rng: random.Random, turn: str, number: int, extent: tuple[floa
 
 
 def write_set(folder: Path, clips: Iterable[tuple[str, ClipSpec, list[dict]]]) -> list[dict]:
-    """Write the videos and `clips.jsonl` into a folder; the records are returned."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write `clips/*.mp4` and `clips.jsonl` into a folder; the records are returned."""
+    (folder / "clips").mkdir(parents=True, exist_ok=True)
     records = []
     for name, spec, lines in clips:
-        write_clip(folder / f"{name}.mp4", spec)
+        write_clip(folder / "clips" / f"{name}.mp4", spec)
         records += lines
     text = "".join(json.dumps(line) + "\n" for line in records)
     (folder / "clips.jsonl").write_text(text, encoding="utf-8")

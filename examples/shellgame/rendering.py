@@ -6,6 +6,7 @@ noise. How soft and how noisy is drawn anew for every clip, wide enough to cover
 processor's token budget leads to. `tests/test_shellgame.py` compares these patches with those of real files.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -50,14 +51,20 @@ class Lighting:
     noise: torch.Tensor  # (batch,)
 
 
+@functools.cache
+def palette(device: torch.device) -> torch.Tensor:
+    """The colours as (colors, 3) float32 in 0..255."""
+    return torch.tensor(list(COLORS.values()), dtype=torch.float32, device=device)
+
+
 def random_lighting(color_ids: torch.Tensor) -> Lighting:
     """Lighting for the clips whose sprites have these colours: (batch, sprites) indices into `COLORS`."""
     device, batch = color_ids.device, len(color_ids)
-    palette = torch.tensor(list(COLORS.values()), dtype=torch.float32, device=device)
     softness = torch.rand(batch, device=device) * 2.0 + 0.4
-    shift = (torch.rand(batch, 2, 3, device=device) - 0.5) * 28  # the first sprite's, and all others'
+    first, others = ((torch.rand(batch, n, 3, device=device) - 0.5) * 28 for n in (1, 1))
+    shift = torch.cat((first, others.expand(-1, color_ids.shape[1] - 1, -1)), 1)  # the cups are shifted alike
     return Lighting(
-        colors=palette[color_ids] + shift[:, [0] + [1] * (color_ids.shape[1] - 1)],
+        colors=palette(device)[color_ids] + shift,
         background=torch.rand(batch, 3, device=device) * 66,
         slope=(torch.rand(batch, 2, device=device) - 0.5) * 36,
         softness=softness,
@@ -71,10 +78,9 @@ def random_lighting(color_ids: torch.Tensor) -> Lighting:
 def plain_lighting(color_ids: torch.Tensor, background: float = 30.0) -> Lighting:
     """Lighting without disturbance, for comparing with other painters."""
     device, batch = color_ids.device, len(color_ids)
-    palette = torch.tensor(list(COLORS.values()), dtype=torch.float32, device=device)
     ones, zeros = torch.ones(batch, device=device), torch.zeros(batch, device=device)
     ground = torch.full((batch, 3), background, device=device)
-    return Lighting(palette[color_ids], ground, torch.zeros(batch, 2, device=device), ones, ones, ones, zeros, zeros)
+    return Lighting(palette(device)[color_ids], ground, torch.zeros(batch, 2, device=device), ones, ones, ones, zeros, zeros)
 
 
 def paint(

@@ -184,6 +184,13 @@ def _merge(x, shuffled_norm: bool, nw, nb, fc1_w, fc1_b, fc2_w, fc2_b):  # noqa:
     return _linear(F.gelu(_linear(y, fc1_w, fc1_b)), fc2_w, fc2_b)
 
 
+def vary(tensor: torch.Tensor, *axes: int) -> torch.Tensor:
+    """Tell the compiler that these axes differ between calls, so that it compiles one kernel for all of them."""
+    for axis in axes:
+        torch._dynamo.maybe_mark_dynamic(tensor, axis)
+    return tensor
+
+
 class FastQwen3VL:
     """Logits of a `Qwen3VLForConditionalGeneration` for batches of clips of one shape, computed in `dtype`.
 
@@ -225,7 +232,7 @@ class FastQwen3VL:
         x = x.index_copy(0, where, features).view(batch, length, -1)
         for layer in range(self.size.layers):
             names = [f"{_TEXT}layers.{layer}.{key}.weight" for key in _LM_KEYS]
-            x = self._decoder_layer(x, cos, sin, *[w[name] for name in names])
+            x = self._decoder_layer(vary(x, 1), vary(cos, 1), vary(sin, 1), *[w[name] for name in names])
             if layer < len(deep):
                 x = x.reshape(batch * length, -1).index_add(0, where, deep[layer]).view(batch, length, -1)
         return F.linear(_rms(x[:, start:-1], w[_TEXT + "norm.weight"]), table.to(self.dtype))
@@ -242,11 +249,12 @@ class FastQwen3VL:
         x = x + (layout.resample @ w[_VISION + "pos_embed.weight"]).to(self.dtype)
         deep = []
         for block in range(self.size.vision_layers):
-            x = self._vision_block(x, layout.cos, layout.sin, *self._pairs(f"blocks.{block}.", _BLOCK_KEYS))
+            angles = vary(layout.cos, 1), vary(layout.sin, 1)
+            x = self._vision_block(vary(x, 0, 1), *angles, *self._pairs(f"blocks.{block}.", _BLOCK_KEYS))
             if block in self.size.deepstack:
                 name = f"deepstack_merger_list.{self.size.deepstack.index(block)}."
-                deep.append(self._merge(x, True, *self._pairs(name, _MERGER_KEYS)).flatten(0, 1))
-        return self._merge(x, False, *self._pairs("merger.", _MERGER_KEYS)).flatten(0, 1), deep
+                deep.append(self._merge(vary(x, 0, 1), True, *self._pairs(name, _MERGER_KEYS)).flatten(0, 1))
+        return self._merge(vary(x, 0, 1), False, *self._pairs("merger.", _MERGER_KEYS)).flatten(0, 1), deep
 
     def _pairs(self, name: str, keys: tuple[str, ...]) -> list[torch.Tensor]:
         return [self.weights[f"{_VISION}{name}{key}.{part}"] for key in keys for part in ("weight", "bias")]

@@ -36,7 +36,7 @@ from .pool import (
 )
 from .rendering import paint, pixel_centres, random_lighting
 from .tokens import IGNORED, Codec, build_tokenizer
-from .torch_model import FastQwen3VL, Layout, Size, initialise, make_config
+from .torch_model import FastQwen3VL, Layout, Size, initialise, make_config, vary
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -73,7 +73,7 @@ class Lane:
         learned = pool.arrays["labels"] != IGNORED
         self.start = int(learned.argmax(1).min()) - 1  # nothing before is learned by any row
         self.layout = Layout(self.bucket.height, self.bucket.width, device)
-        self.pixels = pixel_centres(self.bucket.height, self.bucket.width, device)
+        self.pixels = [vary(grid, 0) for grid in pixel_centres(self.bucket.height, self.bucket.width, device)]
         self.index = torch.zeros(batch, dtype=torch.long, device=device)
         self.graph: torch.cuda.CUDAGraph | None = None
 
@@ -127,9 +127,9 @@ class Trainer:
         shape = (lane.batch, lane.bucket.pairs, 4 * lane.layout.tokens, 3, 2, 16, 16)
         noise = torch.randn(shape, device=self.device, dtype=self.dtype)
         patches = self.paint(
-            *lane.pixels, rows["places"].float(), rows["radius"], rows["outline"], rows["scale"],
+            *lane.pixels, vary(rows["places"].float(), 1), rows["radius"], rows["outline"], rows["scale"],
             light.colors, light.background, light.slope, light.softness, light.chroma_softness,
-            light.gain, light.offset, light.noise, noise,
+            light.gain, light.offset, light.noise, vary(noise, 1, 2),
         )  # fmt: skip
         logits = self.network.logits(rows["ids"].long(), patches, lane.layout, lane.start)
         return logits, rows["labels"][:, lane.start + 1 :].long()
@@ -151,7 +151,7 @@ class Trainer:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for lane in lanes:
+            for lane in sorted(lanes, key=lambda lane: lane.bucket.pairs != 10):  # 10: equal to no other axis
                 for _ in range(2):
                     lane.draw()
                     self.step(lane)

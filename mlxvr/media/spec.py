@@ -123,6 +123,8 @@ class VisionSpec:
         low, high = _pixel_range(video, token)
         if is_qwen3:  # its range counts the pixels of all frames of a clip together
             video_tokens = min(video_tokens, high // temporal) if high else video_tokens
+            # the cap per frame that transformers has had since 5.22
+            frame_tokens = _overlap((None, _first("max_video_tokens", video)), frame_tokens)
         else:
             frame_tokens = _overlap((low, high), frame_tokens)
         try:
