@@ -29,6 +29,7 @@ __all__ = ["Timeline", "count_frames", "scan"]
 logger = logging.getLogger(__name__)
 
 _DEFAULT_FPS = Fraction(25)  # FFmpeg's own, for streams that say nothing
+_MAX_REORDERING = 16  # frames that a decoder may hold back at most (H.264 and HEVC max_num_reorder_frames)
 _CHECK_EVERY = 256  # packets between two looks at should_stop
 
 
@@ -70,15 +71,18 @@ class Timeline:
         return first, last
 
 
-def scan(container: Any, stream: Any, *, should_stop: Callable[[], bool] | None = None) -> Timeline | None:
+def scan(
+    container: Any, stream: Any, *, is_cut: bool = False, should_stop: Callable[[], bool] | None = None
+) -> Timeline | None:
     """Read the timeline from the packets, without decoding; None if it cannot be relied on.
 
-    The container must be at its start, and is left at its end.
+    The container must be at its start, and is left at its end. If the file `is_cut` short, the frames at its
+    end that may be shown after missing ones are left out, since their place is not known.
     """
     stamps: list[int] = []
     shown: list[bool] = []
     keys: list[int] = []
-    duration = 0
+    durations: list[int] = []
     made_up = container.format.name == "avi"
     has_hidden = stream.codec_context.name == "vp8"
     for number, packet in enumerate(container.demux(stream)):
@@ -93,24 +97,25 @@ def scan(container: Any, stream: Any, *, should_stop: Callable[[], bool] | None 
         hidden = has_hidden and not memoryview(packet)[0] & 0x10
         shown.append(not (packet.is_discard or packet.is_corrupt or hidden))
         stamps.append(packet.pts)
-        duration = max(duration, packet.duration or 0)
+        durations.append(packet.duration or 0)
     packet_pts = np.array(stamps, dtype=np.int64)
     positions = np.flatnonzero(shown)
     positions = positions[np.argsort(packet_pts[positions], kind="stable")]
+    positions = positions[: _certain(len(positions), stream, is_cut)]
     pts = packet_pts[positions]
     key_positions = np.array(keys, dtype=np.int64)
     key_pts = packet_pts[key_positions]
     if not len(pts) or not len(keys) or np.any(np.diff(pts) <= 0) or np.any(np.diff(key_pts) <= 0):
         return None
-    seconds, fps, is_variable, length = _clock(stream, (pts - pts[0]) * float(stream.time_base), duration)
+    times = (pts - pts[0]) * float(stream.time_base)
+    seconds, fps, is_variable, length = _clock(stream, times, durations[positions[-1]])
     return Timeline(seconds, fps, is_variable, length, True, pts, positions, packet_pts, key_positions, key_pts)
 
 
-def count_frames(container: Any, stream: Any, *, should_stop: Callable[[], bool] | None = None) -> Timeline:
-    """Find the frames by decoding all of them; for streams whose packets do not tell.
-
-    The container must be at its start, and is left at its end.
-    """
+def count_frames(
+    container: Any, stream: Any, *, is_cut: bool = False, should_stop: Callable[[], bool] | None = None
+) -> Timeline:
+    """Find the frames by decoding all of them, for streams whose packets do not tell; arguments as for `scan`."""
     count = 0
     for packet in container.demux(stream):
         if should_stop is not None and should_stop():
@@ -119,9 +124,15 @@ def count_frames(container: Any, stream: Any, *, should_stop: Callable[[], bool]
             count += len(packet.decode())
         except av.error.InvalidDataError:  # what cannot be decoded is not shown; the second pass skips it as well
             logger.warning("a damaged packet of the video was skipped")
+    count = _certain(count, stream, is_cut)
     fps = float(stream.guessed_rate or stream.average_rate or _DEFAULT_FPS)
     none = np.empty(0, dtype=np.int64)
     return Timeline(np.arange(count) / fps, fps, False, count / fps, False, none, none, none, none, none)
+
+
+def _certain(count: int, stream: Any, is_cut: bool) -> int:
+    """How many of `count` frames are certain to have their place."""
+    return max(0, count - _MAX_REORDERING) if is_cut and stream.codec_context.has_b_frames else count
 
 
 def _clock(stream: Any, times: np.ndarray, last: int) -> tuple[np.ndarray, float, bool, float]:

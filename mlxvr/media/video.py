@@ -42,7 +42,6 @@ logger = logging.getLogger(__name__)
 _PARTS_PER_CORE = 4  # stretches that a decoder gets in turn, so that all end at about the same time
 _DECODER_BYTES = 1 << 30  # for the frames of all decoders together
 _FRAMES_PER_DECODER = 16  # full-size frames that a decoder keeps for reference and reordering, at most
-_MAX_REORDERING = 16  # frames that a decoder may hold back at most (H.264 and HEVC max_num_reorder_frames)
 
 
 @dataclass(frozen=True)
@@ -70,6 +69,7 @@ class _Request:
     end: float | None
     progress: Callable[[str, int, int], None] | None
     should_stop: Callable[[], bool] | None
+    missing: int  # bytes that the file was cut short by
 
 
 def probe(path: str | Path) -> VideoInfo:
@@ -126,11 +126,13 @@ def read_video(
         ConfigError: an option has a value that cannot be used.
         Cancelled: `should_stop` said so.
     """
-    request = _Request(Path(path), spec, nframes, start, end, progress, should_stop)
-    outline.check_file(request.path)
+    path = Path(path)
+    outline.check_file(path)
     check_range(start, end)
-    with _open(request.path) as (container, stream):
-        timeline = scan(container, stream, should_stop=should_stop)
+    missing = outline.missing_bytes(path)
+    request = _Request(path, spec, nframes, start, end, progress, should_stop, missing)
+    with _open(path) as (container, stream):
+        timeline = scan(container, stream, is_cut=missing > 0, should_stop=should_stop)
         if timeline is not None:
             frames = _read_by_timeline(request, container, stream, timeline)
             if frames is not None:
@@ -208,9 +210,10 @@ def _decoder_count(stretches: list[Stretch], cores: int, pixels: int) -> int:
 def _read_by_counting(request: _Request) -> Frames:
     """The last way of reading: decode everything, twice."""
     with _open(request.path) as (container, stream):
-        timeline = count_frames(container, stream, should_stop=request.should_stop)
+        timeline = count_frames(container, stream, is_cut=request.missing > 0, should_stop=request.should_stop)
         if not len(timeline):
-            raise MediaError(f"{request.path} holds no frame that can be decoded: copy or download it again")
+            found = f"is cut short ({request.missing:,} bytes are missing) and" if request.missing else ""
+            raise MediaError(f"{request.path} {found} holds no frame that can be read: copy or download it again")
         indices, sampled_fps = _select(request, container, stream, timeline)
     slots = {int(index): slot for slot, index in enumerate(indices)}
     with _sink(request, len(indices)) as sink, _open(request.path) as (container, stream):
@@ -228,12 +231,9 @@ def _run(request: _Request, sink: FrameSink, works: Sequence[Callable[[Callable[
 
 def _select(request: _Request, container: Any, stream: Any, timeline: Timeline) -> tuple[np.ndarray, float]:
     """(indices of the frames to read, frames per second that they amount to); refuses what a cut took away."""
-    total = readable = len(timeline)
-    missing = outline.missing_bytes(request.path)
-    if missing:
+    total = len(timeline)
+    if request.missing:
         total = max(total, _stated_frames(container, stream, timeline))
-        # Of the last packets, some may be shown after frames that were cut off.
-        readable -= _MAX_REORDERING if stream.codec_context.has_b_frames else 0
     fps = timeline.fps
     if timeline.is_variable and total == len(timeline):
         first, last = timeline.range(request.start, request.end)
@@ -251,11 +251,11 @@ def _select(request: _Request, container: Any, stream: Any, timeline: Timeline) 
         max_frames=spec.max_frames,
     )
     indices = spread(first, last, count)
-    if missing and indices[-1] >= max(readable, 1):
+    if indices[-1] >= len(timeline):
         raise MediaError(
-            f"{request.path} is cut short ({missing:,} bytes are missing): "
-            f"{int((indices < readable).sum())} of the {count} wanted frames can be read, "
-            f"up to {max(readable, 0) / timeline.fps:.1f} s; copy or download it again, or end earlier"
+            f"{request.path} is cut short ({request.missing:,} bytes are missing): "
+            f"{int((indices < len(timeline)).sum())} of the {count} wanted frames can be read, "
+            f"up to {timeline.duration:.1f} s; copy or download it again, or end earlier"
         )
     return indices, count / available * fps
 
@@ -263,8 +263,7 @@ def _select(request: _Request, container: Any, stream: Any, timeline: Timeline) 
 def _stated_frames(container: Any, stream: Any, timeline: Timeline) -> int:
     """How many frames a file that was cut short had, by its header."""
     if stream.frames:
-        discarded = len(timeline.packet_pts) - len(timeline) if timeline.is_exact else 0
-        return int(stream.frames) - discarded
+        return int(stream.frames)
     return round((container.duration or 0) / av.time_base * timeline.fps)
 
 
