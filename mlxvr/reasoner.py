@@ -80,6 +80,7 @@ def load(
     worker = Worker("mlxvr-reasoner")
     try:
         network = worker.call(lambda _: loading.load_model(folder, adapter=adapter))
+        network.make_cache(kv_bits)  # refuses what this model cannot do, before a clip is read
         return Reasoner(network, worker, kv_bits=kv_bits, prefill_step_size=prefill_step_size)
     except BaseException:
         worker.close(memory.release_thread)

@@ -1,0 +1,136 @@
+"""The command line, as a user types it: results on stdout, progress and mistakes on stderr, exit codes."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mlxvr import generate
+from tests.checkpoints import write_checkpoint
+from tests.clips import write_clip, write_sound
+
+ASK = ["--prompt", "What?", "--max-tokens", "6", "--video-tokens", "64"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return str(write_checkpoint(tmp_path_factory.mktemp("models") / "model", "qwen3_vl"))
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory):
+    return str(write_clip(tmp_path_factory.mktemp("clips") / "clip.mp4", frames=60, fps=30, size=(128, 96)))
+
+
+def run(capfd, *arguments):
+    code = generate.main(list(arguments))
+    out, err = capfd.readouterr()
+    return code, out, err
+
+
+def assert_one_line(code, out, err, says):
+    assert code == 2
+    assert out == ""
+    assert err.count("\n") == 1, err
+    assert err.startswith("error: ")
+    assert re.search(says, err), err
+    assert "Traceback" not in err
+
+
+def test_json_is_one_object_with_the_fields_of_the_answer(capfd, model, video):
+    code, out, _ = run(capfd, "--model", model, "--video", video, *ASK, "--json")
+    assert code == 0
+    answer = json.loads(out)
+    assert {"text", "confidence", "reasoned", "first", "second", "threshold", "usage", "token_ids"} <= set(answer)
+    assert len(answer["token_ids"]) == 6
+    assert answer["usage"]["prompt_tokens"] > 0
+
+
+def test_several_questions_share_one_clip(capfd, model, video):
+    code, out, _ = run(capfd, "--model", model, "--video", video, *ASK, "--prompt", "Which?", "--json")
+    assert code == 0
+    first, second = json.loads(out)["answers"]
+    assert first["usage"]["cached_tokens"] == 0 < second["usage"]["cached_tokens"]
+
+
+def test_the_result_is_for_people_without_json(capfd, model, video):
+    code, out, _ = run(capfd, "--model", model, "--video", video, *ASK, "--option", "left", "--option", "right")
+    assert code == 0
+    assert "question    What?" in out
+    assert "A. left" in out
+    assert "answer" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--video", "V"], "no question"),
+        (["--prompt", "What?"], "no clip"),
+        (["--model", "M"], "no clip and no question"),
+        (["--video", "V", "--prompt", ""], "empty"),
+        (["--video", "V", "--prompt", "x", "--mode", "perhaps"], "invalid choice: 'perhaps'"),
+        (["--video", "V", "--prompt", "x", "--kind", "poem"], "invalid choice: 'poem'"),
+        (["--video", "V", "--prompt", "x", "--threshold", "1.5"], r"outside \[0, 1\]"),
+        (["--video", "V", "--prompt", "x", "--max-tokens", "0"], "at least 1"),
+        (["--video", "V", "--prompt", "x", "--max-tokens", "many"], "invalid int value: 'many'"),
+        (["--video", "V", "--prompt", "x", "--fps", "-1"], "fps"),
+        (["--video", "V", "--prompt", "x", "--fps", "0"], "fps"),
+        (["--video", "V", "--prompt", "x", "--max-frames", "0"], "max_frames"),
+        (["--video", "V", "--prompt", "x", "--start", "9"], "start is 9 s, but the clip ends at 2.00 s"),
+        (["--video", "V", "--prompt", "x", "--start", "1", "--end", "0.5"], "backwards"),
+        (["--video", "V", "--prompt", "x", "--start", "1", "--end", "1"], "empty"),
+        (["--video", "V", "--prompt", "x", "--temperature", "-1"], "temperature"),
+        (["--video", "V", "--prompt", "x", "--kv-bits", "5"], "kv_bits 5"),
+        (["--video", "V", "--prompt", "x", "--prefill-step-size", "0"], "prefill_step_size"),
+        (["--video", "V", "--prompt", "x", "--no-such-flag"], "unrecognized arguments"),
+        (["--video", "V", "--prompt", "x", "--model", "./no/such/folder"], "no such folder"),
+        (["--video", "V", "--prompt", "x", "--adapter", "./no/such/folder"], "no/such/folder"),
+        (["--video", "no/such.mp4", "--prompt", "x"], "does not exist"),
+    ],
+)
+def test_mistakes_are_one_line(capfd, model, video, arguments, says):
+    places = {"V": video, "M": model}
+    typed = [places.get(argument, argument) for argument in arguments]
+    if "--model" not in typed:
+        typed += ["--model", model] if "--video" in typed and says != "no question" else []
+    assert_one_line(*run(capfd, *typed), says)
+
+
+def test_files_that_are_no_videos_are_one_line(capfd, model, video, tmp_path):
+    (tmp_path / "empty.mp4").touch()
+    (tmp_path / "text.mp4").write_text("I am not a video. " * 100)
+    (tmp_path / "folder.mp4").mkdir()
+    (tmp_path / "cut.mp4").write_bytes(Path(video).read_bytes()[:2000])
+    write_sound(tmp_path / "sound.mp4")
+    for name, says in [
+        ("empty.mp4", "empty"),
+        ("text.mp4", "text.mp4"),
+        ("folder.mp4", "folder"),
+        ("cut.mp4", "cut.mp4"),
+        ("sound.mp4", "sound|audio"),
+    ]:
+        assert_one_line(*run(capfd, "--model", model, "--video", str(tmp_path / name), *ASK), says)
+
+
+def test_debug_adds_the_traceback(capfd, model):
+    code, _, err = run(capfd, "--debug", "--model", model, "--video", "no/such.mp4", "--prompt", "x")
+    assert code == 2
+    assert "Traceback" in err
+
+
+def test_the_verbs_are_reached_both_ways(model, video):
+    arguments = ["--model", model, "--video", video, *ASK, "--json"]
+    outputs = [
+        subprocess.run([sys.executable, "-m", *way, *arguments], capture_output=True, text=True, timeout=120)
+        for way in (["mlxvr.generate"], ["mlxvr", "generate"])
+    ]
+    assert [done.returncode for done in outputs] == [0, 0], outputs[0].stderr
+    one, other = (json.loads(done.stdout) for done in outputs)
+    assert one["token_ids"] == other["token_ids"]
+    wrong = subprocess.run([sys.executable, "-m", "mlxvr", "sing"], capture_output=True, text=True, timeout=60)
+    assert wrong.returncode == 2
+    assert wrong.stderr.startswith("error: unknown verb 'sing'")
+    assert subprocess.run([sys.executable, "-m", "mlxvr", "--help"], capture_output=True, timeout=60).returncode == 0
