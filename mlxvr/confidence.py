@@ -12,9 +12,9 @@ Departures from the public evaluator
 - It encodes the normalised content anew and looks for those ids from the start of the output, so it can find another
   place, or none where a token straddles the box. Overlap finds the place where the answer stands, always.
 - Its letter patterns also take ``X-ray``, ``U.S.``, ``x - 1``, ``[B]`` and the letter of ``(A) <> [1.5, 2.0]``, whose
-  interval is half of the answer. Here a letter needs the separators above, with white space or the end after ``.``,
-  ``:`` and ``-``; lower case, at home in formulas, only counts with ``.`` or ``)``; and an answer in two parts
-  (``<>``) is whole. When in doubt the whole content counts, which may cost some reasoning but no wrong exit.
+  interval is half of the answer. Here a letter needs the separators above, set apart from what follows (``A.M.``);
+  lower case, at home in formulas, only counts alone and with ``.`` or ``)``; and an answer in two parts (``<>``) is
+  whole. When in doubt the whole content counts, which may cost some reasoning but no wrong exit.
 - ``-1`` for "no answer" is None.
 """
 
@@ -27,17 +27,19 @@ from mlxvr.protocol import DualAnswerParser, is_fallback
 
 __all__ = ["FirstAnswer", "answer_span", "score_first_answer", "should_exit"]
 
+_APART = r"(?= \s | \Z | [^\x00-\x7f] )"  # a script without spaces may follow at once
 _LETTER = re.compile(
-    r"""\s*(?:
-      \( \s* (?P<enclosed> [A-Za-z] ) \s* \) (?= [\s.:] | \Z )      # (B)   (B) a dog   (B): a dog
-    | (?P<marked> [A-Za-z] ) (?: \s*\) | \. (?= \s | \Z ) )         # B)    B) a dog    B.   B. a dog
-    | (?P<named> [A-Z] ) (?: \s*: | \s+- ) (?= \s | \Z )            # B: a dog          B - a dog
+    rf"""\s*(?:
+      \( \s* (?P<enclosed> [A-Za-z] ) \s* \) [.:]? {_APART}            # (B)   (B) a dog   (B): a dog
+    | (?P<marked> [A-Za-z] ) \s* (?: \) | \. {_APART} )               # B)    B) a dog    B.   B. a dog
+    | (?P<named> [A-Z] ) (?: \s* : {_APART} | \s+ - (?= \s | \Z ) )   # B: a dog          B - a dog
     | (?P<alone> [A-Za-z] ) \s* \Z
     )""",
     re.VERBOSE,
 )
 _TWO_PARTS = "<>"
 _ROUNDING = 1e-3  # a log-probability may be this much above zero; more is not a log-probability
+_LEAST = -1e300  # below any that matters, and a sum of them is still a number
 
 
 @dataclass(frozen=True)
@@ -125,4 +127,5 @@ def _mean_probability(logprobs: list[float]) -> float:
     """The geometric mean of probabilities given by their logs."""
     if not all(logprob <= _ROUNDING for logprob in logprobs):
         return math.nan
-    return math.exp(min(math.fsum(logprobs) / len(logprobs), 0.0))
+    total = math.fsum(max(logprob, _LEAST) for logprob in logprobs)
+    return math.exp(min(total / len(logprobs), 0.0))

@@ -12,7 +12,8 @@ Decisions
   anything else follows or `flush` is called, so a real U+FFFD is late by a token and never lost.
 - A token that carries a part of a character covers the whole character. A token without text of its own (a special
   token that the decoder skips) covers nothing.
-- A decoder may take text back that it wrote before; no sane one does. What was handed out stays handed out.
+- What was handed out stays handed out, even if a decoder takes it back (byte-fallback decoders do so next to a real
+  U+FFFD, which they also write for each pending byte; byte-level ones, such as Qwen's, never do).
 """
 
 from collections.abc import Callable
