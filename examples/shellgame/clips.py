@@ -108,7 +108,9 @@ def _examples_for(rng: random.Random, turn: str, number: int, extent: tuple[floa
     if turn == "counting":
         return [make_example(rng, "count", rng.randint(7, 16), extent)]
     if turn == "easy":
-        return [make_example(rng, "final_cup", rng.randint(7, 16), extent, swaps=number % 2)]
+        if number % 3 == 2:
+            return [make_example(rng, "after_first", rng.randint(7, 16), extent)]
+        return [make_example(rng, "final_cup", rng.randint(7, 16), extent, swaps=number % 3)]
     swaps = TRAINED_SWAPS + 1 + number % 2 if turn == "longer games" else 2 + number % (TRAINED_SWAPS - 1)
     pairs = rng.choice([p for p in range(7, 17) if most_swaps(p) >= swaps])
     example = make_example(rng, "final_cup", pairs, extent, swaps=swaps, held_out=turn == "held-out sequences")

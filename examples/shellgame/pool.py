@@ -19,9 +19,9 @@ from .world import COLORS, HIDDEN, MAX_SPRITES, OUTLINES, TRAINED_SWAPS, most_sw
 
 # What share of the rows asks about what; drills practise the reading of options.
 MIX = {
-    "color": 7, "shape": 6, "direction": 8, "visible": 9, "grounded_color": 6,
+    "color": 6, "shape": 9, "direction": 8, "visible": 8, "grounded_color": 7,
     "start_cup": 5, "ball_color": 4, "cup_color": 3, "first_swap": 5, "ball_visible": 3, "cups_moving": 4,
-    "count": 5, "final_cup": 27, "drill": 8,
+    "count": 5, "after_first": 6, "final_cup": 27, "drill": 12,
 }  # fmt: skip
 ROW_KINDS = (*MIX, "held_out")  # the last only when evaluating
 LONGEST_TAIL = 246  # tokens after the video; checked when rows are written

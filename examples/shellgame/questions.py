@@ -58,6 +58,10 @@ WORDINGS = {
     "ball_visible": ("the ball is visible.", "the ball can be seen."),
     "cups_moving": ("the cups are being swapped.", "cups are moving."),
     "count": ("How many swaps happen?", "How many times are two cups swapped?", "Count the swaps."),
+    "after_first": (
+        "Under which cup is the ball after the first swap?",
+        "Which cup hides the ball once the first swap is over?",
+    ),
     "final_cup": (
         "The ball is hidden under one cup and the cups are swapped. Under which cup is the ball at the end?",
         "Which cup hides the ball when the video ends?",
@@ -69,9 +73,10 @@ PERCEPTION = (
     "color", "shape", "direction", "visible", "grounded_color",
     "start_cup", "ball_color", "cup_color", "first_swap", "ball_visible", "cups_moving",
 )  # fmt: skip
-KINDS = (*PERCEPTION, "count", "final_cup")
+KINDS = (*PERCEPTION, "count", "after_first", "final_cup")
 _ABOUT_TIME = ("visible", "ball_visible", "cups_moving")
 _MOVING_KINDS = ("color", "shape", "direction", "visible", "grounded_color")
+_NEED_A_SWAP = ("first_swap", "cups_moving", "count", "after_first")
 _ALWAYS_OPTIONS = ("first_swap", "grounded_color")
 
 
@@ -108,7 +113,7 @@ class Example:
         """`perception`, `counting`, `easy` (too few swaps to need tracking) or `tracking`."""
         if self.kind == "final_cup":
             return "tracking" if self.swaps >= TRACKING_SWAPS else "easy"
-        return "counting" if self.kind == "count" else "perception"
+        return {"count": "counting", "after_first": "easy"}.get(self.kind, "perception")
 
 
 def make_example(
@@ -129,7 +134,7 @@ def make_example(
         scene = make_moving_shape(rng, clock, extent, partial=partial)
     else:
         if swaps is None:
-            fewest = 1 if kind in ("first_swap", "cups_moving", "count") else 0
+            fewest = 1 if kind in _NEED_A_SWAP else 0
             swaps = _random_swaps(rng, fewest, min(TRAINED_SWAPS, most_swaps(clock.duration)))
         scene = make_shell_game(rng, clock, extent, swaps=swaps, held_out=held_out)
     return make_question(rng, kind, clock, scene, open_answer=open_answer)
@@ -137,7 +142,7 @@ def make_example(
 
 def _random_swaps(rng: random.Random, fewest: int, most: int) -> int:
     counts = range(fewest, most + 1)
-    return rng.choices(counts, [(0.5, 1.0, 1.5, 2.0, 2.5, 3.0)[min(n, 5)] for n in counts])[0]
+    return rng.choices(counts, [(1.0, 2.0, 1.5, 2.0, 2.5, 3.0)[min(n, 5)] for n in counts])[0]
 
 
 def make_question(
@@ -325,6 +330,18 @@ def _count(clock: Clock, scene: ShellGame) -> tuple[str, list[str], list[str]]:
     return answer, [str(n) for n in range(low, low + 5)], [*trace, " Then nothing moves."]
 
 
+def _after_first(clock: Clock, scene: ShellGame) -> tuple[str, list[str], list[str]]:
+    start, answer = (SLOTS[slot] for slot in scene.ball_after()[:2])
+    trace = [
+        f" At {clock.labels[0]} seconds the ball is under the {start} cup.",
+        f" At {_swap_labels(clock, scene)[0]} seconds",
+        f" {_swap_name(scene.swaps[0].slots)} swap,",
+        f" ball under {answer}.",
+        " That is after the first swap.",
+    ]
+    return answer, list(SLOTS), trace
+
+
 def _final_cup(clock: Clock, scene: ShellGame) -> tuple[str, list[str], list[str]]:
     labels, slots = _swap_labels(clock, scene), scene.ball_after()
     trace = [f" At {clock.labels[0]} seconds the ball is under the {SLOTS[slots[0]]} cup."]
@@ -346,5 +363,6 @@ _FACTS: dict[str, Callable[[Clock, Scene], tuple[str, list[str], list[str]]]] = 
     "ball_visible": _ball_visible,
     "cups_moving": _cups_moving,
     "count": _count,
+    "after_first": _after_first,
     "final_cup": _final_cup,
 }
