@@ -21,10 +21,6 @@ __all__ = ["Unreliable", "decode_counted", "decode_stretch"]
 
 logger = logging.getLogger(__name__)
 
-# Codecs in which "no other frame refers to this one" holds without condition, so that such frames can be left out.
-# In HEVC it holds within one temporal layer only.
-_CAN_SKIP = {"h264", "mpeg1video", "mpeg2video", "mpeg4", "vp8", "vp9"}
-
 
 class Unreliable(Exception):
     """The file did something that its timeline did not announce: a signal to the caller, never shown."""
@@ -106,10 +102,9 @@ def _frames(
 ) -> Iterator[av.VideoFrame]:
     """Frames that the packets of a stretch give; those that nothing refers to only where they are needed."""
     codec = stream.codec_context
-    can_skip = codec.name in _CAN_SKIP
     for position, packet in _stretch_packets(container, stream, timeline, stretch):
         _check(should_stop)
-        if can_skip:
+        if timeline.can_skip:
             codec.skip_frame = "DEFAULT" if position in needed else "NONREF"
         yield from _decode(packet, tolerant=tolerant)
     yield from codec.decode(None)  # what the decoder still holds back for reordering

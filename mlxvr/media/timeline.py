@@ -23,6 +23,7 @@ import av
 import numpy as np
 
 from mlxvr.errors import Cancelled, MediaError
+from mlxvr.media.bitstream import SKIPPABLE, hevc_layer, hevc_length_size, is_shown_vp8
 
 __all__ = ["Timeline", "count_frames", "scan"]
 
@@ -44,7 +45,7 @@ class Timeline:
     fps: float  # average frames per second
     is_variable: bool
     duration: float  # seconds
-    is_exact: bool  # from packets (True), or counted by decoding (False)
+    can_skip: bool  # frames that no other refers to, by their marks, can be left out when decoding
     pts: np.ndarray  # int64 (n,): stamp of each frame, ascending
     positions: np.ndarray  # int64 (n,): place of each frame's packet in the order of decoding
     packet_pts: np.ndarray  # int64 (packets,): stamp of every packet in the order of decoding
@@ -84,7 +85,9 @@ def scan(
     keys: list[int] = []
     durations: list[int] = []
     made_up = container.format.name == "avi"
-    has_hidden = stream.codec_context.name == "vp8"
+    codec = stream.codec_context.name
+    length_size = hevc_length_size(stream.codec_context.extradata) if codec == "hevc" else None
+    can_skip = codec in SKIPPABLE or length_size is not None
     for number, packet in enumerate(container.demux(stream)):
         if should_stop is not None and number % _CHECK_EVERY == 0 and should_stop():
             raise Cancelled("stopped while the video's index was read")
@@ -94,7 +97,9 @@ def scan(
             return None
         if packet.is_keyframe:
             keys.append(len(stamps))
-        hidden = has_hidden and not memoryview(packet)[0] & 0x10
+        if can_skip and length_size is not None:
+            can_skip = not hevc_layer(packet, length_size)  # all in the base layer
+        hidden = codec == "vp8" and not is_shown_vp8(packet)
         shown.append(not (packet.is_discard or packet.is_corrupt or hidden))
         stamps.append(packet.pts)
         durations.append(packet.duration or 0)
@@ -109,7 +114,7 @@ def scan(
         return None
     times = (pts - pts[0]) * float(stream.time_base)
     seconds, fps, is_variable, length = _clock(stream, times, durations[positions[-1]])
-    return Timeline(seconds, fps, is_variable, length, True, pts, positions, packet_pts, key_positions, key_pts)
+    return Timeline(seconds, fps, is_variable, length, can_skip, pts, positions, packet_pts, key_positions, key_pts)
 
 
 def count_frames(
