@@ -57,7 +57,7 @@ class Detokenizer:
         delta = ""
         if not held or text.startswith(self._given):
             delta = self._give(len(text) - held)
-        if not held and len(text) > self._whole[1]:
+        if not held:
             self._whole_before, self._whole = self._whole, (len(self._window), len(text))
             if len(self._window) > _WINDOW:
                 self._shorten()
@@ -91,10 +91,10 @@ class Detokenizer:
         self.spans.append((self._base + min(start, after), self._base + after))
 
     def _shorten(self) -> None:
-        """Drop the window's tokens up to the last but one whole character, unless what remains has no text."""
+        """Drop the tokens up to the last but one whole character, unless the rest has no text to stand for them."""
         tokens, _ = self._whole_before
         context = self._decode(self._window[tokens:])
-        if tokens and context:
+        if context:
             self._restart(tokens, context)
 
     def _cut(self) -> str:

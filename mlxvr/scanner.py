@@ -36,7 +36,7 @@ class Scanner:
         section: the part that the text is in: before, within or after the reasoning.
         opening: boxes closed before any tag.
         closing: boxes closed after the last ``</think>``.
-        note: the last box closed within the reasoning that is not over yet.
+        note: the last box closed within the reasoning.
         open_box: where the open box and its content start.
         unclosed: contents of boxes outside the reasoning that a tag cut off.
         opened: the sections in which a box was opened.
@@ -139,7 +139,6 @@ class Scanner:
         self.covered = end
         self.closing.clear()
         self.opened.discard("closing")
-        self.note = None
         self.section = "closing"
 
     def _cut_box(self, end: int) -> None:

@@ -100,6 +100,7 @@ OUTPUTS = [
         "C",
         ("repeated_think",),
     ),
+    (WHOLE + "</think>", "A", "it moves</think>\\boxed{B}", None, ("repeated_think", "no_second_box")),
     (WHOLE + "<think>no", "A", "it moves", "B", ("unterminated_think", "repeated_think")),
     ("\\boxed{A}<think>a</think>b</think>\\boxed{B}", "A", "a</think>b", "B", ("repeated_think",)),
 ]
