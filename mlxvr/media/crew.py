@@ -32,7 +32,7 @@ def run_crew(
 
     Args:
         works: each gets a function that says whether to stop, and asks it often.
-        report: called on this thread, several times a second and once at the end.
+        report: called on this thread, several times a second.
         should_stop: asked on this thread; True stops the works.
 
     Raises `Cancelled` if asked to stop, else the first error that a work raised; the others are stopped then.
@@ -52,4 +52,3 @@ def run_crew(
             stopping.set()
     for future in futures:
         future.result()
-    report()

@@ -13,8 +13,7 @@ a full decode.
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,12 +21,12 @@ from typing import Any
 
 import av
 import numpy as np
-from av.stream import Disposition
 
 from mlxvr.errors import MediaError
 from mlxvr.media import container as outline
 from mlxvr.media.crew import core_count, run_crew
 from mlxvr.media.decoding import Unreliable, decode_counted, decode_stretch
+from mlxvr.media.demux import open_video
 from mlxvr.media.frames import Frames
 from mlxvr.media.plan import Stretch, plan_stretches, whole_stretch
 from mlxvr.media.sampling import check_range, frame_count, frame_range, frame_size, spread
@@ -79,12 +78,13 @@ def probe(path: str | Path) -> VideoInfo:
     """
     path = Path(path)
     outline.check_file(path)
-    with _open(path) as (container, stream):
-        timeline = scan(container, stream)
+    is_cut = outline.missing_bytes(path) > 0
+    with open_video(path) as (container, stream):
+        timeline = scan(container, stream, is_cut=is_cut)
     if timeline is None:
-        with _open(path) as (container, stream):
-            timeline = count_frames(container, stream)
-    with _open(path) as (container, stream):
+        with open_video(path) as (container, stream):
+            timeline = count_frames(container, stream, is_cut=is_cut)
+    with open_video(path) as (container, stream):
         frame = next(container.decode(stream), None)
         if frame is None or not len(timeline):
             raise MediaError(f"{path} holds no frame that can be decoded: copy or download it again")
@@ -119,7 +119,7 @@ def read_video(
         nframes: frames to sample in all, instead of `spec.fps` frames per second.
         start, end: seconds; only frames shown in this range are sampled.
         progress: called with ("decoding", frames done, frames wanted).
-        should_stop: asked between packets; True ends the reading.
+        should_stop: asked several times a second; True ends the reading.
 
     Raises:
         MediaError: the file or the range cannot be read; the message says why.
@@ -131,7 +131,7 @@ def read_video(
     check_range(start, end)
     missing = outline.missing_bytes(path)
     request = _Request(path, spec, nframes, start, end, progress, should_stop, missing)
-    with _open(path) as (container, stream):
+    with open_video(path) as (container, stream):
         timeline = scan(container, stream, is_cut=missing > 0, should_stop=should_stop)
         if timeline is not None:
             frames = _read_by_timeline(request, container, stream, timeline)
@@ -178,24 +178,18 @@ def _decode_queue(
     tolerant: bool = False,
 ) -> None:
     """Decode stretches from a queue shared with other decoders until it is empty."""
-    with _open(path, threads=threads) as (container, stream):
+    with open_video(path, threads=threads) as (container, stream):
         is_new = True
         while queue:
             try:
                 stretch = queue.popleft()
             except IndexError:  # another decoder was faster
                 return
-            decode_stretch(
-                container,
-                stream,
-                timeline,
-                stretch,
-                slots,
-                sink,
-                is_new=is_new,
-                tolerant=tolerant,
-                should_stop=should_stop,
-            )
+            decode = partial(decode_stretch, is_new=is_new, tolerant=tolerant, should_stop=should_stop)
+            try:
+                decode(container, stream, timeline, stretch, slots, sink)
+            except av.error.FFmpegError as error:
+                raise Unreliable(f"FFmpeg says {error.strerror}") from error
             is_new = False
 
 
@@ -209,14 +203,14 @@ def _decoder_count(stretches: list[Stretch], cores: int, pixels: int) -> int:
 
 def _read_by_counting(request: _Request) -> Frames:
     """The last way of reading: decode everything, twice."""
-    with _open(request.path) as (container, stream):
+    with open_video(request.path) as (container, stream):
         timeline = count_frames(container, stream, is_cut=request.missing > 0, should_stop=request.should_stop)
         if not len(timeline):
-            found = f"is cut short ({request.missing:,} bytes are missing) and" if request.missing else ""
-            raise MediaError(f"{request.path} {found} holds no frame that can be read: copy or download it again")
+            found = f"is cut short ({request.missing:,} bytes are missing) and holds" if request.missing else "holds"
+            raise MediaError(f"{request.path} {found} no frame that can be read: copy or download it again")
         indices, sampled_fps = _select(request, container, stream, timeline)
     slots = {int(index): slot for slot, index in enumerate(indices)}
-    with _sink(request, len(indices)) as sink, _open(request.path) as (container, stream):
+    with _sink(request, len(indices)) as sink, open_video(request.path) as (container, stream):
         _run(request, sink, [lambda stop: decode_counted(container, stream, slots, sink, should_stop=stop)])
         return _frames(timeline, indices, sampled_fps, sink)
 
@@ -227,6 +221,8 @@ def _run(request: _Request, sink: FrameSink, works: Sequence[Callable[[Callable[
             request.progress("decoding", sink.done, sink.count)
 
     run_crew(works, report=report, should_stop=request.should_stop)
+    sink.finish()  # the last frames are still being resized
+    report()
 
 
 def _select(request: _Request, container: Any, stream: Any, timeline: Timeline) -> tuple[np.ndarray, float]:
@@ -286,35 +282,3 @@ def _frames(timeline: Timeline, indices: np.ndarray, sampled_fps: float, sink: F
         source_size=sink.source_size,
         duration=timeline.duration,
     )
-
-
-@contextmanager
-def _open(path: Path, *, threads: int = 0) -> Iterator[tuple[Any, Any]]:
-    """The container and its video stream, decoded on `threads` threads (0: all cores); FFmpeg's errors become ours."""
-    try:
-        # Local files only: a playlist must not make us fetch anything.
-        container = av.open(str(path), metadata_errors="replace", options={"protocol_whitelist": "file"})
-    except av.error.FFmpegError as error:
-        raise outline.unreadable(path) from error
-    with container:
-        stream = _video_stream(container, path)
-        stream.thread_type = "AUTO"
-        stream.thread_count = threads
-        try:
-            yield container, stream
-        except av.error.FFmpegError as error:
-            raise MediaError(f"{path} is damaged ({error.strerror}): copy or download it again") from error
-
-
-def _video_stream(container: Any, path: Path) -> Any:
-    if container.format.name == "tty":  # FFmpeg takes any .txt for ANSI art
-        raise outline.unreadable(path)
-    streams = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
-    if not streams:
-        found = "sound but no moving picture" if container.streams.audio else "no moving picture"
-        raise MediaError(f"{path} holds {found}: give a file with a video track")
-    best = container.streams.best("video")
-    stream = best if best in streams else streams[0]
-    if stream.codec_context is None:
-        raise MediaError(f"{path} is coded in a way that FFmpeg cannot decode: convert it to H.264")
-    return stream

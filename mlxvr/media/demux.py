@@ -1,0 +1,49 @@
+"""Open a file with FFmpeg and choose its video stream; FFmpeg's errors become ours."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import av
+from av.stream import Disposition
+
+from mlxvr.errors import MediaError
+from mlxvr.media.container import unreadable
+
+__all__ = ["open_video"]
+
+
+@contextmanager
+def open_video(path: Path, *, threads: int = 0) -> Iterator[tuple[Any, Any]]:
+    """The container and its video stream, to be decoded on `threads` threads (0: FFmpeg's choice, all cores).
+
+    Raises `MediaError` if the file cannot be read or holds no video, and for FFmpeg's errors within the block.
+    """
+    try:
+        # Local files only: a playlist must not make us fetch anything.
+        container = av.open(str(path), metadata_errors="replace", container_options={"protocol_whitelist": "file"})
+    except av.error.FFmpegError as error:
+        raise unreadable(path) from error
+    with container:
+        stream = _video_stream(container, path)
+        stream.thread_type = "AUTO"  # FFmpeg's default, by slices, does nothing for most files
+        stream.thread_count = threads
+        try:
+            yield container, stream
+        except av.error.FFmpegError as error:
+            raise MediaError(f"{path} is damaged ({error.strerror}): copy or download it again") from error
+
+
+def _video_stream(container: Any, path: Path) -> Any:
+    if container.format.name == "tty":  # FFmpeg takes any .txt for ANSI art
+        raise unreadable(path)
+    streams = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
+    if not streams:
+        found = "sound but no moving picture" if container.streams.audio else "no moving picture"
+        raise MediaError(f"{path} holds {found}: give a file with a video track")
+    best = container.streams.best("video")
+    stream = best if best in streams else streams[0]
+    if stream.codec_context is None:
+        raise MediaError(f"{path} is coded in a way that FFmpeg cannot decode: convert it to H.264")
+    return stream
