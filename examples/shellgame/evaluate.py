@@ -1,4 +1,4 @@
-"""Measure a checkpoint on fresh clips: `python -m shellgame.evaluate --clips /tmp/heldout --out figures.json`.
+"""Measure a checkpoint on fresh clips: `python -m shellgame.evaluate --clips heldout --out figures.json`.
 
 The held-out set is written if the folder has none (seeded: the same files every time). Every question is asked once in
 mode `think`, and what `direct` and `auto` would have answered follows from that: greedy decoding makes the answer of

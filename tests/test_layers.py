@@ -1,0 +1,209 @@
+"""The house has layers: imports point downward only, and the lower ones need little.
+
+Every import in the package is read from the source: at the top of a file, inside functions, under `TYPE_CHECKING`, and
+by `import_module`. The rules are functions from that graph to the list of its violations, so they are also tried on
+imports that break them.
+"""
+
+import ast
+import subprocess
+import sys
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import mlxvr
+
+PACKAGE = Path(mlxvr.__file__).parent
+
+# From the bottom up. Modules of one layer may use each other only where it says so; a package is one module here.
+LAYERS = [
+    ({"callbacks", "confidence", "detokenizer", "errors", "protocol", "rewards", "scanner"}, True),
+    ({"media"}, False),
+    ({"model"}, False),
+    ({"porting"}, False),
+    ({"answer", "asking", "reasoner", "worker"}, True),
+    ({"evaluation", "grpo"}, False),
+    ({"cli"}, False),
+    ({"bench", "convert", "eval", "fuse", "generate", "train"}, False),
+    ({"__init__", "__main__"}, False),
+]
+RANKS = {name: rank for rank, (names, _) in enumerate(LAYERS) for name in names}
+
+PURE = LAYERS[0][0]
+OPTIONAL = {"rewards": {"math_verify"}}  # an extra, imported when it is there
+MEDIA_NEEDS = {"PIL", "av", "numpy"}
+NEVER = {"cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve", "torch", "torchvision"}
+MLX_VLM = {f"mlxvr.model.{name}" for name in ("adapter", "cache", "decode", "families", "loading", "network")}
+TOKENS_ONLY = {"mlxvr.model.cache", "mlxvr.model.decode"}
+
+
+def read_package():
+    """Source of every module of the package, by its dotted name."""
+    sources = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = ["mlxvr", *path.relative_to(PACKAGE).with_suffix("").parts]
+        sources[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path.read_text(encoding="utf-8")
+    return sources
+
+
+def names_imported(node, package):
+    """The dotted names that a statement may import: the module, and each name as if it were a submodule."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        base = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+        module = ".".join([*base, *([node.module] if node.module else [])])
+        return [f"{module}.{alias.name}" for alias in node.names]
+    if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in {"import_module", "__import__"}:
+        return [part.value for part in ast.walk(node) if isinstance(part, ast.Constant) and isinstance(part.value, str)]
+    return []
+
+
+def graph(sources):
+    """For each module the modules that it imports: ours by their full name, others by their first."""
+    packages = {name.rpartition(".")[0] for name in sources}
+    result = {}
+    for module, source in sources.items():
+        package = module if module in packages else module.rpartition(".")[0]
+        found = set()
+        for node in ast.walk(ast.parse(source)):
+            for name in names_imported(node, package):
+                if name.partition(".")[0] == "mlxvr":
+                    while name not in sources and "." in name:  # a name in a module, not a module
+                        name = name.rpartition(".")[0]
+                    found.add(name)
+                elif not isinstance(node, ast.Call) or name.isidentifier():
+                    found.add(name.partition(".")[0])
+        result[module] = found
+    return result
+
+
+def part(module):
+    """The name in LAYERS that a module belongs to."""
+    return module.split(".")[1] if "." in module else "__init__"
+
+
+def upward(imports):
+    """Imports that do not point downward."""
+    wrong = []
+    for module, names in imports.items():
+        for name in sorted(names):
+            if name.partition(".")[0] != "mlxvr" or part(name) == part(module):
+                continue
+            above, below = RANKS[part(module)], RANKS[part(name)]
+            version = name == "mlxvr"  # the root itself holds the version; its other names come from modules
+            if not version and (below > above or (below == above and not LAYERS[above][1])):
+                wrong.append(f"{module} imports {name}")
+    return wrong
+
+
+def cycles(imports):
+    """The first cycle among the modules, as text; empty if there is none."""
+    ours = {module: {name for name in names if name in imports} for module, names in imports.items()}
+    # importing a module runs its package first: that is no dependency on what else the package offers
+    edges = {module: {name for name in names if not module.startswith(f"{name}.")} for module, names in ours.items()}
+    try:
+        TopologicalSorter({module: names - {module, "mlxvr"} for module, names in edges.items()}).prepare()
+    except CycleError as error:
+        return " -> ".join(error.args[1])
+    return ""
+
+
+def misplaced(imports):
+    """Imports of other packages where they do not belong."""
+    wrong = []
+    for module, names in imports.items():
+        others = {name for name in names if name.partition(".")[0] != "mlxvr"} - set(sys.stdlib_module_names)
+        bad = names & NEVER
+        if part(module) in PURE:
+            bad |= others - OPTIONAL.get(part(module), set())
+        if part(module) == "media":
+            bad |= others - MEDIA_NEEDS
+        if module not in MLX_VLM:
+            bad |= names & {"mlx_vlm"}
+        if module in TOKENS_ONLY:
+            bad |= names & {"tokenizers", "transformers", "mlxvr.model.tokenizer"}
+        wrong += [f"{module} imports {name}" for name in sorted(bad)]
+    return wrong
+
+
+@pytest.fixture(scope="module")
+def imports():
+    return graph(read_package())
+
+
+def test_every_module_has_a_layer(imports):
+    assert {part(module) for module in imports} <= set(RANKS)
+
+
+def test_imports_point_downward(imports):
+    assert upward(imports) == []
+
+
+def test_there_are_no_cycles(imports):
+    assert cycles(imports) == ""
+
+
+def test_other_packages_stay_where_they_belong(imports):
+    assert misplaced(imports) == []
+
+
+# What the rules must catch: a line that a module of the package is given, and the import that is then wrong.
+@pytest.mark.parametrize(
+    ("rule", "module", "line", "wrong"),
+    [
+        (upward, "mlxvr.errors", "import mlxvr.media", "mlxvr.media"),
+        (upward, "mlxvr.media.image", "from mlxvr.model import folder", "mlxvr.model.folder"),
+        (upward, "mlxvr.media.image", "from ..model import folder", "mlxvr.model.folder"),
+        (upward, "mlxvr.media", "from ..model import folder", "mlxvr.model.folder"),
+        (upward, "mlxvr.model.decode", "from mlxvr.porting.hub import resolve", "mlxvr.porting.hub"),
+        (upward, "mlxvr.model.decode", 'import_module("mlxvr.asking")', "mlxvr.asking"),
+        (upward, "mlxvr.porting.hub", "def f():\n    from mlxvr import reasoner", "mlxvr.reasoner"),
+        (upward, "mlxvr.reasoner", "if TYPE_CHECKING:\n    import mlxvr.cli", "mlxvr.cli"),
+        (upward, "mlxvr.generate", "from mlxvr.convert import convert", "mlxvr.convert"),
+        (upward, "mlxvr.reasoner", "from mlxvr import __version__", None),
+        (misplaced, "mlxvr.errors", "import numpy", "numpy"),
+        (misplaced, "mlxvr.protocol", "import mlx.core as mx", "mlx"),
+        (misplaced, "mlxvr.media.video", "def f():\n    import mlx.core", "mlx"),
+        (misplaced, "mlxvr.reasoner", "import torch", "torch"),
+        (misplaced, "mlxvr.model.folder", "def f():\n    import pickle", "pickle"),
+        (misplaced, "mlxvr.model.folder", 'importlib.import_module("torch")', "torch"),
+        (misplaced, "mlxvr.reasoner", "from mlx_vlm import load", "mlx_vlm"),
+        (misplaced, "mlxvr.model.decode", "from mlxvr.model.tokenizer import x", "mlxvr.model.tokenizer"),
+    ],
+)
+def test_the_rules_catch(rule, module, line, wrong):
+    sources = read_package()
+    found = rule(graph({**sources, module: f"{sources[module]}\n{line}\n"}))
+    assert found == ([f"{module} imports {wrong}"] if wrong else [])
+
+
+def test_the_rules_catch_a_cycle():
+    sources = read_package()
+    sources["mlxvr.model.families"] += "\ndef f():\n    from mlxvr.model.folder import ModelFolder\n"
+    assert "mlxvr.model.families" in cycles(graph(sources))
+
+
+def test_a_new_module_needs_a_layer():
+    assert part("mlxvr.utils") not in RANKS
+
+
+@pytest.mark.parametrize("module", ["mlxvr", "mlxvr.errors", "mlxvr.media", "mlxvr.protocol", "mlxvr.confidence"])
+def test_what_is_light_loads_nothing_heavy(module):
+    """In a fresh process, since this one may have loaded anything."""
+    code = (
+        f"import sys, {module}\n"
+        "heavy = {'mlx', 'mlx_lm', 'mlx_vlm', 'transformers', 'tokenizers', 'torch', 'huggingface_hub'}\n"
+        "sys.stdout.write(' '.join(sorted(heavy & set(sys.modules))))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == ""
+
+
+def test_protocol_and_confidence_need_nothing_but_the_standard_library():
+    """Without site-packages they can still be imported."""
+    command = [sys.executable, "-S", "-c", "import mlxvr.confidence, mlxvr.protocol, mlxvr.errors"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=PACKAGE.parent)
+    assert done.returncode == 0, done.stderr
