@@ -1,0 +1,70 @@
+"""The README cannot go stale: its `--help` blocks are what the verbs print, its files exist, its Python parses.
+
+`python -m tests.test_docs` writes the blocks anew.
+"""
+
+import ast
+import re
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+VERBS = ("generate", "convert")
+
+
+def help_of(verb: str) -> str:
+    """What `mlxvr <verb> --help` prints in a terminal of 100 columns."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", "100")
+        patch.setenv("NO_COLOR", "1")
+        return import_module(f"mlxvr.{verb}").make_parser().format_help()
+
+
+def block(verb: str) -> re.Pattern[str]:
+    return re.compile(rf"<!-- help: {verb} -->\n+```text\n(.*?)```\n", re.DOTALL)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_readme_shows_the_help_of_every_verb(verb):
+    shown = block(verb).search(README.read_text(encoding="utf-8"))
+    assert shown, f"README has no help block for {verb}"
+    # Line breaks differ between Python versions, words do not.
+    assert shown.group(1).split() == help_of(verb).split(), "run: python -m tests.test_docs"
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "convert/README.md", "examples/shellgame/README.md"])
+def test_links_between_pages_lead_somewhere(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", text):
+        assert ((ROOT / page).parent / target).exists(), target
+
+
+def test_the_readmes_python_parses_and_names_what_exists():
+    import mlxvr
+
+    code = "\n".join(re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL))
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "mlxvr":
+            assert node.attr in mlxvr.__all__
+
+
+def test_the_readme_names_the_two_commands_that_ci_runs():
+    text, ci = README.read_text(encoding="utf-8"), (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    for command in ("pip install -e .", "-m mlxvr.generate", "pip install -e '.[test]'", "/pytest"):
+        assert command in text
+    for step in ("install -q -e .", "-m mlxvr.generate", "install -q -e '.[test]'", "/pytest"):
+        assert step in ci
+
+
+if __name__ == "__main__":
+    page = README.read_text(encoding="utf-8")
+    for name in VERBS:
+        fresh = f"<!-- help: {name} -->\n\n```text\n{help_of(name)}```\n"
+        if block(name).search(page):
+            page = block(name).sub(lambda _, fresh=fresh: fresh, page)
+        else:
+            page = page.replace(f"<!-- help: {name} -->\n", fresh)
+    README.write_text(page, encoding="utf-8")
