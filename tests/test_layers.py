@@ -174,10 +174,10 @@ def test_other_packages_stay_where_they_belong(imports):
         (misplaced, "mlxvr.model.decode", "from mlxvr.model.tokenizer import x", "mlxvr.model.tokenizer"),
     ],
 )
-def test_the_rules_catch(rule, module, line, wrong):
+def test_the_rules_catch(imports, rule, module, line, wrong):
     sources = read_package()
     found = rule(graph({**sources, module: f"{sources[module]}\n{line}\n"}))
-    assert found == ([f"{module} imports {wrong}"] if wrong else [])
+    assert [said for said in found if said not in rule(imports)] == ([f"{module} imports {wrong}"] if wrong else [])
 
 
 def test_the_rules_catch_a_cycle():
