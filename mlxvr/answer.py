@@ -4,6 +4,7 @@ A stream yields a `FirstAnswer` as soon as the first box closes, then `Reasoning
 `Answer` last. Nothing here holds arrays or handles, so an `Answer` can be kept, compared, pickled or written as JSON.
 """
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -115,8 +116,15 @@ class Answer:
     usage: Usage = field(default_factory=Usage)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON-ready values, nested dataclasses and tuples included."""
-        return asdict(self)
+        """The fields as JSON-ready values, nested dataclasses included; a number that is not finite becomes None."""
+        fields = asdict(self)
+        fields["confidence"] = _finite(self.confidence)
+        fields["token_logprobs"] = [_finite(logprob) for logprob in self.token_logprobs]
+        return fields
+
+
+def _finite(number: float | None) -> float | None:
+    return number if number is not None and math.isfinite(number) else None
 
 
 Event = FirstAnswer | ReasoningDelta | Answer

@@ -129,7 +129,6 @@ def think_once(
     parser = DualAnswerParser(detokenize)
     started = time.perf_counter()
     closed_at: float | None = None
-    shown = 0  # characters of the reasoning that were passed on
     ended = False
     for token in tokens:
         outcome.token_ids.append(token.id)
@@ -139,10 +138,8 @@ def think_once(
             break
         parser.push(token.id)
         if closed_at is not None:
-            told = _settled(parser)
-            if len(told) > shown:
-                yield ReasoningDelta(told[shown:])
-                shown = len(told)
+            if told := parser.take_reasoning():
+                yield ReasoningDelta(told)
         elif parser.first_closed:
             closed_at = time.perf_counter()
             outcome.first_answer_tokens = len(outcome.token_ids)
@@ -158,20 +155,13 @@ def think_once(
             break
     hit_limit = not ended and not outcome.exited and len(outcome.token_ids) >= max_tokens
     outcome.transcript = parser.finish(hit_limit=hit_limit)
+    if closed_at is not None and (told := parser.take_reasoning()):
+        yield ReasoningDelta(told)
     now = time.perf_counter()
     outcome.first_answer_seconds = (now if closed_at is None else closed_at) - started
     outcome.reasoning_seconds = 0.0 if closed_at is None else now - closed_at
     if closed_at is None:
         outcome.first_answer_tokens = len(outcome.token_ids)
-
-
-def _settled(parser: DualAnswerParser) -> str:
-    """The reasoning so far, without what may turn out to be the beginning of its end mark."""
-    reasoning = parser.reasoning or ""
-    if parser.stage != "reasoning":
-        return reasoning
-    held = next((size for size in range(len(_END_THINK) - 1, 0, -1) if reasoning.endswith(_END_THINK[:size])), 0)
-    return reasoning[: len(reasoning) - held].rstrip()
 
 
 def make_answer(outcome: Outcome, threshold: float, usage: Usage) -> Answer:
@@ -203,5 +193,4 @@ def make_answer(outcome: Outcome, threshold: float, usage: Usage) -> Answer:
     )
 
 
-_END_THINK = "</think>"
 _MISSING_AFTER_EXIT = frozenset({"no_think", "no_second_box"})  # what an early exit leaves out on purpose

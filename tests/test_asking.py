@@ -3,6 +3,8 @@ r"""The decision loop on scripted tokens: what it reads, when it stops, what it 
 Each script is a list of (piece of text, probability); the confidences below are worked by hand from the probabilities.
 """
 
+import dataclasses
+import json
 import math
 
 import pytest
@@ -170,6 +172,14 @@ def test_direct_mode_does_not_wait_for_a_box_that_reasoning_has_replaced():
     assert model.read < 5
     assert answer.text == ""
     assert answer.confidence is None
+
+
+def test_numbers_that_are_not_finite_are_null_in_json():
+    _, _, answer = Scripted(FULL).run(mode="think")
+    broken = dataclasses.replace(answer, confidence=math.nan, token_logprobs=(-math.inf, -0.5))
+    fields = json.loads(json.dumps(broken.to_dict(), allow_nan=False))
+    assert fields["confidence"] is None
+    assert fields["token_logprobs"] == [None, -0.5]
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ class Prefix:
         step_size: int = 2048,
         should_stop: ShouldStop | None = None,
     ) -> mx.array:
-        """Rewind to the prefix, compute the rest of `prompt`, and return the logits of its last token: (vocab,), evaluated."""
+        """Rewind to the prefix and compute the rest of `prompt`; the logits of its last token, (vocab,), evaluated."""
         start = self.length
         if not np.array_equal(prompt.ids[:start], self.ids):
             raise ConfigError("the prompt does not begin with what the clip holds: open the clip again")
