@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 
+from mlxvr.callbacks import ShouldStop
 from mlxvr.errors import Cancelled
 
 __all__ = ["core_count", "run_crew"]
@@ -23,10 +24,10 @@ def core_count() -> int:
 
 
 def run_crew(
-    works: Sequence[Callable[[Callable[[], bool]], None]],
+    works: Sequence[Callable[[ShouldStop], None]],
     *,
     report: Callable[[], None] = lambda: None,
-    should_stop: Callable[[], bool] | None = None,
+    should_stop: ShouldStop | None = None,
 ) -> None:
     """Run all works at once and wait for them.
 

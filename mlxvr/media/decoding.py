@@ -6,12 +6,13 @@ raises `Unreliable`, and the caller goes on to a slower, safer way.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import av
 import numpy as np
 
+from mlxvr.callbacks import ShouldStop
 from mlxvr.errors import Cancelled
 from mlxvr.media.plan import Stretch
 from mlxvr.media.sink import FrameSink
@@ -36,7 +37,7 @@ def decode_stretch(
     *,
     is_new: bool = False,
     tolerant: bool = False,
-    should_stop: Callable[[], bool] = bool,
+    should_stop: ShouldStop = bool,
 ) -> None:
     """Decode one stretch and hand its frame k to the sink as `slots[k]`.
 
@@ -75,7 +76,7 @@ def decode_counted(
     slots: Mapping[int, int],
     sink: FrameSink,
     *,
-    should_stop: Callable[[], bool] = bool,
+    should_stop: ShouldStop = bool,
 ) -> None:
     """Decode a new container from its start, counting frames, and hand frame k to the sink as `slots[k]`."""
     left, index = len(slots), 0
@@ -98,7 +99,7 @@ def _frames(
     needed: set[int],
     *,
     tolerant: bool,
-    should_stop: Callable[[], bool],
+    should_stop: ShouldStop,
 ) -> Iterator[av.VideoFrame]:
     """Frames that the packets of a stretch give; those that nothing refers to only where they are needed."""
     codec = stream.codec_context
@@ -148,6 +149,6 @@ def _decode(packet: av.Packet, *, tolerant: bool) -> list[Any]:
         return []
 
 
-def _check(should_stop: Callable[[], bool]) -> None:
+def _check(should_stop: ShouldStop) -> None:
     if should_stop():
         raise Cancelled("stopped while the video was decoded")

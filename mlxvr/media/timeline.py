@@ -14,7 +14,6 @@ timeline, and `count_frames` finds the frames by decoding.
 """
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -22,6 +21,7 @@ from typing import Any
 import av
 import numpy as np
 
+from mlxvr.callbacks import ShouldStop
 from mlxvr.errors import Cancelled, MediaError
 from mlxvr.media.bitstream import SKIPPABLE, hevc_layer, hevc_length_size, is_shown_vp8
 
@@ -73,7 +73,7 @@ class Timeline:
 
 
 def scan(
-    container: Any, stream: Any, *, is_cut: bool = False, should_stop: Callable[[], bool] | None = None
+    container: Any, stream: Any, *, is_cut: bool = False, should_stop: ShouldStop | None = None
 ) -> Timeline | None:
     """Read the timeline from the packets, without decoding; None if it cannot be relied on.
 
@@ -118,7 +118,7 @@ def scan(
 
 
 def count_frames(
-    container: Any, stream: Any, *, is_cut: bool = False, should_stop: Callable[[], bool] | None = None
+    container: Any, stream: Any, *, is_cut: bool = False, should_stop: ShouldStop | None = None
 ) -> Timeline:
     """Find the frames by decoding all of them, for streams whose packets do not tell; arguments as for `scan`."""
     count = 0

@@ -22,6 +22,7 @@ from typing import Any
 import av
 import numpy as np
 
+from mlxvr.callbacks import Progress, ShouldStop
 from mlxvr.errors import MediaError
 from mlxvr.media import container as outline
 from mlxvr.media.crew import core_count, run_crew
@@ -66,8 +67,8 @@ class _Request:
     nframes: int | None
     start: float | None
     end: float | None
-    progress: Callable[[str, int, int], None] | None
-    should_stop: Callable[[], bool] | None
+    progress: Progress | None
+    should_stop: ShouldStop | None
     missing: int  # bytes that the file was cut short by
 
 
@@ -108,8 +109,8 @@ def read_video(
     nframes: int | None = None,
     start: float | None = None,
     end: float | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
-    should_stop: Callable[[], bool] | None = None,
+    progress: Progress | None = None,
+    should_stop: ShouldStop | None = None,
 ) -> Frames:
     """Sample a video's frames, turned upright and resized for the model.
 
@@ -172,7 +173,7 @@ def _decode_queue(
     queue: deque[Stretch],
     slots: Mapping[int, int],
     sink: FrameSink,
-    should_stop: Callable[[], bool],
+    should_stop: ShouldStop,
     *,
     threads: int = 0,
     tolerant: bool = False,
@@ -215,7 +216,7 @@ def _read_by_counting(request: _Request) -> Frames:
         return _frames(timeline, indices, sampled_fps, sink)
 
 
-def _run(request: _Request, sink: FrameSink, works: Sequence[Callable[[Callable[[], bool]], None]]) -> None:
+def _run(request: _Request, sink: FrameSink, works: Sequence[Callable[[ShouldStop], None]]) -> None:
     def report() -> None:
         if request.progress is not None:
             request.progress("decoding", sink.done, sink.count)

@@ -1,13 +1,14 @@
 """Anything that can be looked at -> patches: the one entry to this layer for those above."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
 from PIL import Image
 
+from mlxvr.callbacks import Progress, ShouldStop
 from mlxvr.errors import ConfigError, MediaError
 from mlxvr.media.container import check_file, is_image
 from mlxvr.media.frames import Frames
@@ -30,8 +31,8 @@ def load_vision(
     nframes: int | None = None,
     start: float | None = None,
     end: float | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
-    should_stop: Callable[[], bool] | None = None,
+    progress: Progress | None = None,
+    should_stop: ShouldStop | None = None,
 ) -> VisionInput:
     """Read, sample, resize and cut a video or an image.
 

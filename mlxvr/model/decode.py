@@ -9,21 +9,20 @@ on the same iterator, has paid for nothing twice. After any number of tokens, an
 cache holds what it held before and every token that was handed out.
 """
 
-from collections.abc import Callable, Collection, Generator
+from collections.abc import Collection, Generator
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
+from mlxvr.callbacks import Progress, ShouldStop
 from mlxvr.errors import Cancelled, ConfigError
 from mlxvr.model import cache as kv
 from mlxvr.model.network import VideoModel, VisionFeatures
 
 __all__ = ["Decoder", "Sampler", "Token", "decode", "prefill"]
 
-Progress = Callable[[str, int, int], None]
-ShouldStop = Callable[[], bool]
 
 _TOKENS_BETWEEN_CLEARINGS = 256  # MLX keeps freed buffers; mlx-lm gives them back as often
 

@@ -10,13 +10,14 @@ The weights and layers are mlx-vlm's. What is done here instead of there:
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
+from mlxvr.callbacks import Progress, ShouldStop
 from mlxvr.errors import Cancelled
 from mlxvr.media.patches import VisionInput, normalise
 from mlxvr.media.spec import VisionSpec
@@ -29,8 +30,6 @@ __all__ = ["VideoModel", "VisionFeatures"]
 
 _log = logging.getLogger(__name__)
 
-Progress = Callable[[str, int, int], None]
-ShouldStop = Callable[[], bool]
 
 # Patches that go through the vision tower at once. Rows are independent: this bounds memory and changes nothing else.
 _PATCHES_AT_ONCE = 16_384

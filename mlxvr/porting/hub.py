@@ -13,15 +13,15 @@ import io
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mlxvr.callbacks import Progress
 from mlxvr.errors import CheckpointError, ConfigError
 
-__all__ = ["NEEDED_FILES", "Progress", "is_hub_id", "origin_of", "repo_id", "resolve"]
+__all__ = ["NEEDED_FILES", "is_hub_id", "origin_of", "repo_id", "resolve"]
 
-Progress = Callable[[str, int, int], None]  # (stage, done, total)
 
 NEEDED_FILES = (
     "*.safetensors",
