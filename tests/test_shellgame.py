@@ -287,7 +287,7 @@ def test_a_written_clip_shows_its_scene(tmp_path):
 def test_sets_are_seeded_and_cover_every_group():
     first, again = (list(clips.held_out_set(0, 16)) for _ in range(2))
     assert [records for *_, records in first] == [records for *_, records in again]
-    assert {record["group"] for *_, records in first for record in records} == set(clips.GROUPS)
+    assert {record["group"] for *_, records in first for record in records} == set(questions.GROUPS)
     other = list(clips.held_out_set(1, 16))
     assert [records for *_, records in first] != [records for *_, records in other]
     for *_, records in clips.held_out_set(0, 48):

@@ -1,9 +1,12 @@
 """Clips on disk: scenes drawn and encoded as H.264, and the seeded sets of clips with their questions.
 
-Every clip of a set has its own frame rate, size, quality, keyframe distance and look. The sizes are those of real files:
-some are what the model was trained on, others are larger and reach it through the processor's token budget.
+    python -m shellgame.clips ../mlxvr/demo          # the bundled clips
+
+Every clip of a set has its own frame rate, size, quality, keyframe distance and look. Some sizes are what the model was
+trained on, others are larger and reach it through the processor's token budget.
 """
 
+import argparse
 import json
 import random
 from collections.abc import Iterable
@@ -17,9 +20,7 @@ from .questions import PERCEPTION, Example, make_example, make_question
 from .world import TRAINED_SWAPS, Clock, Scene, most_swaps
 
 SIZES = ((128, 128), (256, 256), (128, 160), (160, 128), (256, 320), (320, 256), (240, 320), (360, 640))
-NATIVE_SIZES = ((128, 128), (128, 160), (160, 128))
 QUALITIES = (20, 23, 26, 29, 32)
-GROUPS = ("perception", "counting", "easy", "tracking", "held-out sequences", "longer games")
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def extent_of(size: tuple[int, int]) -> tuple[float, float]:
     return size[1] / min(size), size[0] / min(size)
 
 
-def record(name: str, number: int, example: Example, spec: ClipSpec, group: str) -> dict:
+def record(name: str, number: int, example: Example, spec: ClipSpec) -> dict:
     """One line of `clips.jsonl`."""
     return {
         "id": f"{name}-{number}",
@@ -74,7 +75,7 @@ def record(name: str, number: int, example: Example, spec: ClipSpec, group: str)
         "options": list(example.options) if example.options else None,
         "answer": example.answer,
         "kind": example.ask,
-        "group": group,
+        "group": example.group,
         "about": example.kind,
         "swaps": example.swaps,
         "trace": "".join(example.trace).strip(),
@@ -86,17 +87,14 @@ def record(name: str, number: int, example: Example, spec: ClipSpec, group: str)
 
 
 def held_out_set(seed: int, clips: int) -> Iterable[tuple[str, ClipSpec, list[dict]]]:
-    """`clips` fresh clips: (name, spec, records), the groups in turn; a tracking clip is also asked about what it shows."""
+    """Fresh clips as (name, spec, records), the groups in turn; tracking clips are also asked about what they show."""
     rng = random.Random(f"shellgame held-out set {seed}")
     plan = ["moving", "tracking", "game", "held-out sequences", "easy", "moving", "longer games", "counting"]
     for index in range(clips):
-        turn = plan[index % len(plan)]
         size = SIZES[(index // len(plan) + index) % len(SIZES)]
-        examples = _examples_for(rng, turn, index // len(plan), extent_of(size))
-        name = f"clip{index:04d}"
-        spec = make_spec(rng, examples[0], size)
-        groups = [turn if e.kind == "final_cup" and turn in GROUPS else e.group for e in examples]
-        yield name, spec, [record(name, n, e, spec, g) for n, (e, g) in enumerate(zip(examples, groups))]
+        examples = _examples_for(rng, plan[index % len(plan)], index // len(plan), extent_of(size))
+        name, spec = f"clip{index:04d}", make_spec(rng, examples[0], size)
+        yield name, spec, [record(name, number, example, spec) for number, example in enumerate(examples)]
 
 
 def _examples_for(rng: random.Random, turn: str, number: int, extent: tuple[float, float]) -> list[Example]:
@@ -108,14 +106,44 @@ def _examples_for(rng: random.Random, turn: str, number: int, extent: tuple[floa
     if turn == "counting":
         return [make_example(rng, "count", rng.randint(7, 16), extent)]
     if turn == "easy":
-        if number % 3 == 2:
-            return [make_example(rng, "after_first", rng.randint(7, 16), extent)]
-        return [make_example(rng, "final_cup", rng.randint(7, 16), extent, swaps=number % 3)]
+        return [make_example(rng, "final_cup", rng.randint(7, 16), extent, swaps=number % 2)]
     swaps = TRAINED_SWAPS + 1 + number % 2 if turn == "longer games" else 2 + number % (TRAINED_SWAPS - 1)
     pairs = rng.choice([p for p in range(7, 17) if most_swaps(p) >= swaps])
     example = make_example(rng, "final_cup", pairs, extent, swaps=swaps, held_out=turn == "held-out sequences")
     about = rng.choice(("start_cup", "ball_color", "cup_color", "first_swap"))
     return [example, make_question(rng, about, example.clock, example.scene)]
+
+
+def demo_set(seed: int = 0) -> Iterable[tuple[str, ClipSpec, list[dict]]]:
+    """The bundled clips, one for each kind of scene; the first is asked what can be seen and what must be followed."""
+    rng = random.Random(f"shellgame demo {seed}")
+    for index, (kind, swaps, held_out, more) in enumerate(_DEMO):
+        size = SIZES[(index + 1) % len(SIZES)]
+        pairs = rng.choice([p for p in range(7, 17) if most_swaps(p) >= (swaps or 0)])
+        open_answer = None if index else False  # the first clip's questions have options
+        main = make_example(rng, kind, pairs, extent_of(size), swaps=swaps, held_out=held_out, open_answer=open_answer)
+        others = [make_question(rng, k, main.clock, main.scene, open_answer=open_answer) for k in more]
+        name, spec = f"clip{index:02d}", make_spec(rng, main, size)
+        yield name, spec, [record(name, number, example, spec) for number, example in enumerate([*others, main])]
+
+
+# kind, swaps, whether its sequence is held out, and what else is asked about the clip, first
+_DEMO: tuple[tuple[str, int | None, bool, tuple[str, ...]], ...] = (
+    ("final_cup", 4, False, ("start_cup",)),
+    ("direction", None, False, ("color",)),
+    ("final_cup", 2, False, ("ball_color",)),
+    ("visible", None, False, ("shape",)),
+    ("final_cup", 3, False, ("first_swap",)),
+    ("grounded_color", None, False, ()),
+    ("final_cup", 5, False, ("count", "cup_color")),
+    ("color", None, False, ("direction",)),
+    ("final_cup", 0, False, ("ball_visible",)),
+    ("shape", None, False, ("color",)),
+    ("final_cup", 1, False, ("start_cup",)),
+    ("final_cup", 3, True, ("cups_moving",)),
+    ("final_cup", 6, False, ("first_swap",)),
+    ("count", 3, False, ("ball_color",)),
+)
 
 
 def write_set(folder: Path, clips: Iterable[tuple[str, ClipSpec, list[dict]]]) -> list[dict]:
@@ -128,3 +156,17 @@ def write_set(folder: Path, clips: Iterable[tuple[str, ClipSpec, list[dict]]]) -
     text = "".join(json.dumps(line) + "\n" for line in records)
     (folder / "clips.jsonl").write_text(text, encoding="utf-8")
     return records
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write the bundled clips."""
+    parser = argparse.ArgumentParser(description="Write the bundled clips and their questions.")
+    parser.add_argument("folder", type=Path, help="gets clips.jsonl and clips/*.mp4")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(argv)
+    write_set(options.folder, demo_set(options.seed))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import mlxvr
 
-from .clips import GROUPS, held_out_set, write_set
+from .clips import held_out_set, write_set
+from .questions import GROUPS
 
 COLUMNS = (
     ("direct", "first_right"),

@@ -29,7 +29,12 @@ class Muon:
     """Nesterov momentum with orthogonalised updates for two-dimensional parameters; `rate` is a scalar tensor."""
 
     def __init__(
-        self, parameters: Iterable[torch.nn.Parameter], rate: torch.Tensor, *, momentum: float = 0.95, decay: float = 0.05
+        self,
+        parameters: Iterable[torch.nn.Parameter],
+        rate: torch.Tensor,
+        *,
+        momentum: float = 0.95,
+        decay: float = 0.05,
     ) -> None:
         self.rate, self.momentum, self.decay = rate, momentum, decay
         self.groups: dict[tuple[int, ...], list[torch.nn.Parameter]] = {}

@@ -19,9 +19,9 @@ from .world import COLORS, HIDDEN, MAX_SPRITES, OUTLINES, TRAINED_SWAPS, most_sw
 
 # What share of the rows asks about what; drills practise the reading of options.
 MIX = {
-    "color": 6, "shape": 9, "direction": 8, "visible": 8, "grounded_color": 7,
+    "color": 7, "shape": 6, "direction": 8, "visible": 9, "grounded_color": 6,
     "start_cup": 5, "ball_color": 4, "cup_color": 3, "first_swap": 5, "ball_visible": 3, "cups_moving": 4,
-    "count": 5, "after_first": 6, "final_cup": 27, "drill": 12,
+    "count": 5, "final_cup": 27, "drill": 8,
 }  # fmt: skip
 ROW_KINDS = (*MIX, "held_out")  # the last only when evaluating
 LONGEST_TAIL = 246  # tokens after the video; checked when rows are written
@@ -81,7 +81,9 @@ class Pool:
             "scale": _shared(np.float32, rows, 2),
         }
 
-    def write(self, index: int, codec: Codec, rng: random.Random, kind: str, example: Example, guess_span: float) -> None:
+    def write(
+        self, index: int, codec: Codec, rng: random.Random, kind: str, example: Example, guess_span: float
+    ) -> None:
         """Encode one example into row `index`."""
         tokens = self.bucket.tokens_per_pair
         is_drill = kind == "drill"

@@ -28,6 +28,7 @@ from .world import (
     make_moving_shape,
     make_shell_game,
     most_swaps,
+    sequence_held_out,
 )
 
 LETTERS = "ABCDEF"
@@ -58,10 +59,6 @@ WORDINGS = {
     "ball_visible": ("the ball is visible.", "the ball can be seen."),
     "cups_moving": ("the cups are being swapped.", "cups are moving."),
     "count": ("How many swaps happen?", "How many times are two cups swapped?", "Count the swaps."),
-    "after_first": (
-        "Under which cup is the ball after the first swap?",
-        "Which cup hides the ball once the first swap is over?",
-    ),
     "final_cup": (
         "The ball is hidden under one cup and the cups are swapped. Under which cup is the ball at the end?",
         "Which cup hides the ball when the video ends?",
@@ -73,10 +70,10 @@ PERCEPTION = (
     "color", "shape", "direction", "visible", "grounded_color",
     "start_cup", "ball_color", "cup_color", "first_swap", "ball_visible", "cups_moving",
 )  # fmt: skip
-KINDS = (*PERCEPTION, "count", "after_first", "final_cup")
+KINDS = (*PERCEPTION, "count", "final_cup")
+GROUPS = ("perception", "counting", "easy", "tracking", "held-out sequences", "longer games")
 _ABOUT_TIME = ("visible", "ball_visible", "cups_moving")
 _MOVING_KINDS = ("color", "shape", "direction", "visible", "grounded_color")
-_NEED_A_SWAP = ("first_swap", "cups_moving", "count", "after_first")
 _ALWAYS_OPTIONS = ("first_swap", "grounded_color")
 
 
@@ -110,10 +107,14 @@ class Example:
 
     @property
     def group(self) -> str:
-        """`perception`, `counting`, `easy` (too few swaps to need tracking) or `tracking`."""
-        if self.kind == "final_cup":
-            return "tracking" if self.swaps >= TRACKING_SWAPS else "easy"
-        return {"count": "counting", "after_first": "easy"}.get(self.kind, "perception")
+        """One of `GROUPS`. A game of fewer than `TRACKING_SWAPS` swaps is easy; the last two were never trained on."""
+        if self.kind != "final_cup":
+            return "counting" if self.kind == "count" else "perception"
+        if self.swaps > TRAINED_SWAPS:
+            return "longer games"
+        if sequence_held_out([swap.slots for swap in self.scene.swaps]):
+            return "held-out sequences"
+        return "tracking" if self.swaps >= TRACKING_SWAPS else "easy"
 
 
 def make_example(
@@ -134,7 +135,7 @@ def make_example(
         scene = make_moving_shape(rng, clock, extent, partial=partial)
     else:
         if swaps is None:
-            fewest = 1 if kind in _NEED_A_SWAP else 0
+            fewest = 1 if kind in ("first_swap", "cups_moving", "count") else 0
             swaps = _random_swaps(rng, fewest, min(TRAINED_SWAPS, most_swaps(clock.duration)))
         scene = make_shell_game(rng, clock, extent, swaps=swaps, held_out=held_out)
     return make_question(rng, kind, clock, scene, open_answer=open_answer)
@@ -142,7 +143,7 @@ def make_example(
 
 def _random_swaps(rng: random.Random, fewest: int, most: int) -> int:
     counts = range(fewest, most + 1)
-    return rng.choices(counts, [(1.0, 2.0, 1.5, 2.0, 2.5, 3.0)[min(n, 5)] for n in counts])[0]
+    return rng.choices(counts, [(0.5, 1.0, 1.5, 2.0, 2.5, 3.0)[min(n, 5)] for n in counts])[0]
 
 
 def make_question(
@@ -165,9 +166,7 @@ def make_question(
         return Example(kind, "qa", wording, options, letter, tuple(trace), letters, clock, scene)
     span = _span(clock, scene.visible(clock.times))
     guesses = tuple(f"{x} <> {rng.choice((span, _random_span(rng, clock)))}" for x in letters)
-    return Example(
-        kind, "grounded_qa", wording, options, f"{letter} <> {span}", tuple(trace), guesses, clock, scene
-    )
+    return Example(kind, "grounded_qa", wording, options, f"{letter} <> {span}", tuple(trace), guesses, clock, scene)
 
 
 def _choose_options(rng: random.Random, answer: str, words: list[str]) -> tuple[str, ...]:
@@ -330,18 +329,6 @@ def _count(clock: Clock, scene: ShellGame) -> tuple[str, list[str], list[str]]:
     return answer, [str(n) for n in range(low, low + 5)], [*trace, " Then nothing moves."]
 
 
-def _after_first(clock: Clock, scene: ShellGame) -> tuple[str, list[str], list[str]]:
-    start, answer = (SLOTS[slot] for slot in scene.ball_after()[:2])
-    trace = [
-        f" At {clock.labels[0]} seconds the ball is under the {start} cup.",
-        f" At {_swap_labels(clock, scene)[0]} seconds",
-        f" {_swap_name(scene.swaps[0].slots)} swap,",
-        f" ball under {answer}.",
-        " That is after the first swap.",
-    ]
-    return answer, list(SLOTS), trace
-
-
 def _final_cup(clock: Clock, scene: ShellGame) -> tuple[str, list[str], list[str]]:
     labels, slots = _swap_labels(clock, scene), scene.ball_after()
     trace = [f" At {clock.labels[0]} seconds the ball is under the {SLOTS[slots[0]]} cup."]
@@ -363,6 +350,5 @@ _FACTS: dict[str, Callable[[Clock, Scene], tuple[str, list[str], list[str]]]] = 
     "ball_visible": _ball_visible,
     "cups_moving": _cups_moving,
     "count": _count,
-    "after_first": _after_first,
     "final_cup": _final_cup,
 }

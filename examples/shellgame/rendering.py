@@ -1,4 +1,4 @@
-"""Frames for training, drawn on the GPU straight into patches: what decoded and resized video looks like, without video.
+"""Frames for training, drawn on the GPU straight into patches: what decoded video looks like, without the video.
 
 Encoding a million clips is out of reach, so training frames imitate what comes out of an H.264 file: edges are softened
 by resizing, colour edges more than brightness edges (4:2:0 chroma), levels are off by a gain and an offset, there is
@@ -19,7 +19,7 @@ PAIR = 2
 
 
 def patch_grid(height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Row and column of each patch in the order that Qwen-VL's processors emit them (blocks of 2x2): (patches,) each."""
+    """Row and column of each patch, in blocks of 2x2 as Qwen-VL's processors order them: (patches,) each."""
     rows, columns = torch.meshgrid(torch.arange(height // PATCH), torch.arange(width // PATCH), indexing="ij")
 
     def blocked(grid: torch.Tensor) -> torch.Tensor:
@@ -80,7 +80,9 @@ def plain_lighting(color_ids: torch.Tensor, background: float = 30.0) -> Lightin
     device, batch = color_ids.device, len(color_ids)
     ones, zeros = torch.ones(batch, device=device), torch.zeros(batch, device=device)
     ground = torch.full((batch, 3), background, device=device)
-    return Lighting(palette(device)[color_ids], ground, torch.zeros(batch, 2, device=device), ones, ones, ones, zeros, zeros)
+    return Lighting(
+        palette(device)[color_ids], ground, torch.zeros(batch, 2, device=device), ones, ones, ones, zeros, zeros
+    )
 
 
 def paint(

@@ -9,11 +9,12 @@ As in Qwen3, `<think>` and `</think>` are single tokens that are not special.
 """
 
 import functools
+import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from .questions import KINDS, LETTERS, Example, make_example
 from .world import COLORS, DIRECTIONS, SHAPES, SLOTS
@@ -30,9 +31,8 @@ SYSTEM_PROMPT = "\n".join(
         "Output format: \\boxed{...}<think>...</think>\\boxed{...}",
     )
 )
-SPECIAL = (
-    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>",
-)  # fmt: skip
+_MARKS = ("im_start", "im_end", "vision_start", "vision_end", "image_pad", "video_pad")
+SPECIAL = ("<|endoftext|>", *(f"<|{mark}|>" for mark in _MARKS))
 THINK = ("<think>", "</think>")
 VOCABULARY = 768
 IGNORED = -100  # the label of a token that is not learned
@@ -98,8 +98,6 @@ def _pre_tokenizer(pattern: str) -> pre_tokenizers.PreTokenizer:
 
 def _with_plain_think(tokenizer: Tokenizer) -> Tokenizer:
     """The same tokenizer with `<think>` and `</think>` as added tokens that decoding does not skip."""
-    import json
-
     data = json.loads(tokenizer.to_str())
     for token in data["added_tokens"]:
         token["special"] = token["content"] not in THINK
@@ -157,7 +155,7 @@ class Codec:
     def row(
         self, rng: random.Random, example: Example, tokens_per_pair: int, *, guess: float = 1.0, guess_span: float = 0.5
     ) -> Row:
-        """A training sequence in which the first answer that is fed back is often a guess, though its label is the truth.
+        """A training sequence whose first answer is often a guess where it is fed back, though its label is the truth.
 
         What is learned for the first box is then the honest distribution over answers, and the second box can't copy
         it. `guess` and `guess_span` are the shares of rows with a guess, for words and letters and for times; after a

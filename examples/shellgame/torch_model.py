@@ -17,8 +17,8 @@ from .rendering import patch_grid
 
 _TEXT, _VISION = "model.language_model.", "model.visual."
 _LM_KEYS = (
-    "input_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.q_norm", "self_attn.k_norm",
-    "self_attn.o_proj", "post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
+    "input_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.q_norm",
+    "self_attn.k_norm", "self_attn.o_proj", "post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
 )  # fmt: skip
 _BLOCK_KEYS = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.linear_fc1", "mlp.linear_fc2")
 _MERGER_KEYS = ("norm", "linear_fc1", "linear_fc2")
@@ -147,7 +147,7 @@ def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = N
     return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
-def _decoder_layer(x, cos, sin, norm1, wq, wk, wv, q_norm, k_norm, wo, norm2, gate, up, down):  # noqa: ANN001, ANN202
+def _decoder_layer(x, cos, sin, norm1, wq, wk, wv, q_norm, k_norm, wo, norm2, gate, up, down):
     """(batch, length, hidden) -> the same; cos and sin (batch, length, 1, head_dim)."""
     batch, length, _ = x.shape
     y = _rms(x, norm1)
@@ -164,7 +164,7 @@ def _layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> to
     return F.layer_norm(x.float(), x.shape[-1:], weight, bias, 1e-6).to(x.dtype)
 
 
-def _vision_block(x, cos, sin, n1w, n1b, qkv_w, qkv_b, out_w, out_b, n2w, n2b, fc1_w, fc1_b, fc2_w, fc2_b):  # noqa: ANN001, ANN202
+def _vision_block(x, cos, sin, n1w, n1b, qkv_w, qkv_b, out_w, out_b, n2w, n2b, fc1_w, fc1_b, fc2_w, fc2_b):
     """(images, patches, hidden) -> the same."""
     images, patches, hidden = x.shape
     q, k, v = _linear(_layer_norm(x, n1w, n1b), qkv_w, qkv_b).view(images, patches, 3, -1, HEAD).unbind(2)
@@ -174,7 +174,7 @@ def _vision_block(x, cos, sin, n1w, n1b, qkv_w, qkv_b, out_w, out_b, n2w, n2b, f
     return x + _linear(y, fc2_w, fc2_b)
 
 
-def _merge(x, shuffled_norm: bool, nw, nb, fc1_w, fc1_b, fc2_w, fc2_b):  # noqa: ANN001, ANN202
+def _merge(x, shuffled_norm: bool, nw, nb, fc1_w, fc1_b, fc2_w, fc2_b):
     """(images, patches, hidden) -> (images, patches / 4, text hidden)."""
     images, patches, hidden = x.shape
     if shuffled_norm:

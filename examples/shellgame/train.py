@@ -1,9 +1,10 @@
-"""Train the bundled checkpoint from scratch: `python -m shellgame.train --seconds 280 --out OUT`.
+"""Train the bundled checkpoint from scratch: `python -m shellgame.train --out OUT`.
 
 A pool of examples is made by forked workers while the model is built and compiled. Each step draws a bucket (frame size
 and clip length), draws rows of it, renders their frames on the GPU and takes one step; on CUDA the whole step is one
 captured graph. Matrices learn by Muon, everything else by AdamW, at a rate that is constant for the first 30% of the
-time and falls linearly after that. The result is written as transformers writes it, in bfloat16, beside `training.json`.
+time and falls linearly after that. The result is written in bfloat16, as transformers writes it, beside
+`training.json`.
 """
 
 import argparse
@@ -44,7 +45,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--out", type=Path, default=Path(os.environ.get("OUT", "out")))
-    add("--seconds", type=float, default=280.0, help="training time, without start-up and compilation")
+    add("--seconds", type=float, default=220.0, help="training time, without start-up and compilation")
     add("--steps", type=int, default=None, help="stop after so many steps instead (for trying things out)")
     add("--batch", type=int, default=128)
     add("--rows", type=int, default=800_000, help="examples in the pool")

@@ -274,7 +274,7 @@ def _visible_span(rng: random.Random, clock: Clock) -> tuple[float, float]:
 def _still_neighbour(
     rng: random.Random, mover: Sprite, extent: tuple[float, float], axis: int, cross: float
 ) -> tuple[Sprite | None, tuple[float, float]]:
-    """A second shape of another colour and outline beside the mover's path, in half of the clips, where there is room."""
+    """A second shape of another colour and outline beside the mover's path: in half of the clips, if it fits."""
     radius = rng.uniform(0.09, 0.13)
     side = [c for c in (radius * 1.1, extent[1 - axis] - radius * 1.1) if abs(c - cross) > mover.radius + radius + 0.06]
     if not side or rng.random() < 0.5:
