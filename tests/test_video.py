@@ -4,6 +4,7 @@ Every clip is a real file whose frames show their own index (`clips`). The truth
 whole file by PyAV, and the drawn index itself.
 """
 
+import dataclasses
 import logging
 import os
 import threading
@@ -271,6 +272,19 @@ class TestWaysOfReading:
             frames = read_video(clip("h264.mp4"), SPEC, nframes=10)
         assert "counting its frames" in caplog.text
         assert clips.read_codes(frames.pixels) == frames.indices.tolist()
+
+    def test_frames_that_never_come_are_an_error(self, clip, monkeypatch):
+        # As if the second pass over a file without a timeline gave fewer frames than the first.
+        real = video_module.count_frames
+
+        def generous(container, stream, **options):
+            timeline = real(container, stream, **options)
+            longer = np.arange(FRAMES + 10) / 30
+            return dataclasses.replace(timeline, seconds=longer, duration=longer[-1])
+
+        monkeypatch.setattr(video_module, "count_frames", generous)
+        with pytest.raises(MediaError, match=r"is damaged: 1 of 4 wanted frames did not come"):
+            read_video(clip("h264.avi"), SPEC, nframes=4)
 
     @pytest.mark.parametrize("cores", [1, 2, 3, 8])
     def test_any_number_of_cores(self, clip, monkeypatch, cores):

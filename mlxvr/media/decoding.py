@@ -78,7 +78,10 @@ def decode_counted(
     *,
     should_stop: ShouldStop = bool,
 ) -> None:
-    """Decode a new container from its start, counting frames, and hand frame k to the sink as `slots[k]`."""
+    """Decode a new container from its start, counting frames, and hand frame k to the sink as `slots[k]`.
+
+    Raises `Unreliable` if fewer frames come than were counted, `Cancelled` if `should_stop` said so.
+    """
     left, index = len(slots), 0
     for packet in container.demux(stream):
         _check(should_stop)
@@ -89,6 +92,7 @@ def decode_counted(
             index += 1
         if not left:
             return
+    raise Unreliable(f"{left} of {len(slots)} wanted frames did not come")
 
 
 def _frames(

@@ -18,7 +18,8 @@ __all__ = ["open_video"]
 def open_video(path: Path, *, threads: int = 0) -> Iterator[tuple[Any, Any]]:
     """The container and its video stream, to be decoded on `threads` threads (0: FFmpeg's choice, all cores).
 
-    Raises `MediaError` if the file cannot be read or holds no video, and for FFmpeg's errors within the block.
+    Raises `MediaError` if the file cannot be read or holds no video, and for FFmpeg's errors within the
+    block.
     """
     try:
         # Local files only: a playlist must not make us fetch anything.

@@ -8,7 +8,7 @@ Three ways of reading, each slower and surer than the one before:
 
 A healthy mp4, mov, mkv or webm file takes the first. The others are for files that break a promise on the
 way; the log says which way was taken. What comes back is the same in all cases: frame k is the k-th frame of
-a full decode.
+a full decode. Colours are those of the stream's own matrix and range, without tone mapping.
 """
 
 import logging
@@ -212,7 +212,10 @@ def _read_by_counting(request: _Request) -> Frames:
         indices, sampled_fps = _select(request, container, stream, timeline)
     slots = {int(index): slot for slot, index in enumerate(indices)}
     with _sink(request, len(indices)) as sink, open_video(request.path) as (container, stream):
-        _run(request, sink, [lambda stop: decode_counted(container, stream, slots, sink, should_stop=stop)])
+        try:
+            _run(request, sink, [lambda stop: decode_counted(container, stream, slots, sink, should_stop=stop)])
+        except Unreliable as reason:
+            raise MediaError(f"{request.path} is damaged: {reason}; copy or download it again") from reason
         return _frames(timeline, indices, sampled_fps, sink)
 
 
