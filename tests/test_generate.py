@@ -115,6 +115,16 @@ def test_files_that_are_no_videos_are_one_line(capfd, model, video, tmp_path):
         assert_one_line(*run(capfd, "--model", model, "--video", str(tmp_path / name), *ASK), says)
 
 
+def test_no_arguments_show_both_kinds_of_answer(capfd):
+    code, out, _ = run(capfd)
+    assert code == 0
+    direct, thought = out.split("\n\n")
+    assert "no need to think" in direct
+    assert "reasoning" not in direct
+    assert "so it thinks" in thought
+    assert "reasoning" in thought
+
+
 def test_debug_adds_the_traceback(capfd, model):
     code, _, err = run(capfd, "--debug", "--model", model, "--video", "no/such.mp4", "--prompt", "x")
     assert code == 2
