@@ -20,7 +20,7 @@ from inspect import signature
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
-from weakref import WeakSet, finalize
+from weakref import WeakSet
 
 from mlxvr.answer import Answer, Event, FirstAnswer, ReasoningDelta, Usage
 from mlxvr.asking import Kind, Mode, Outcome, Question, TokenLike, make_answer, think_once
@@ -77,13 +77,13 @@ def load(
         folder = demo_folder() / "checkpoint"
     else:
         folder = hub.resolve(model if isinstance(model, str) else Path(model), revision=revision, progress=progress)
-    worker = Worker("mlxvr-reasoner")
+    worker = Worker("mlxvr-reasoner", release=memory.release_thread)
     try:
         network = worker.call(lambda _: loading.load_model(folder, adapter=adapter))
         network.make_cache(kv_bits)  # refuses what this model cannot do, before a clip is read
         return Reasoner(network, worker, kv_bits=kv_bits, prefill_step_size=prefill_step_size)
     except BaseException:
-        worker.close(memory.release_thread)
+        worker.close()
         raise
 
 
@@ -102,8 +102,6 @@ class Reasoner:
         self._network: VideoModel | None = network
         self._worker = worker
         self._clips: WeakSet[Clip] = WeakSet()
-        # Also runs when the reasoner is forgotten, and at the interpreter's exit.
-        self._finalizer = finalize(self, _shut_down, worker, self._clips)
         self.kv_bits = kv_bits
         self.prefill_step_size = prefill_step_size
         self.threshold = _default_threshold(network)
@@ -176,7 +174,13 @@ class Reasoner:
     def close(self) -> None:
         """Stop all work, give the memory back and end the thread. Clips of this reasoner can no longer be asked."""
         self._network = None
-        self._finalizer()
+        clips = self._clips
+
+        def drop() -> None:
+            for clip in list(clips):
+                clip._prefix = None
+
+        self._worker.close(drop)
 
     def __enter__(self) -> "Reasoner":
         return self
@@ -419,14 +423,3 @@ def _until(tokens: Iterator[TokenLike], should_stop: ShouldStop) -> Iterator[Tok
         if should_stop():
             raise Cancelled("the answer was cancelled while it was written")
         yield token
-
-
-def _shut_down(worker: Worker, clips: "WeakSet[Clip]") -> None:
-    """Stop the work, and on its own thread give back what it holds."""
-
-    def release() -> None:
-        for clip in list(clips):
-            clip._prefix = None
-        memory.release_thread()
-
-    worker.close(release)

@@ -1,5 +1,8 @@
 """One thread does all the work, whoever asks; work can be cancelled, abandoned and closed."""
 
+import gc
+import subprocess
+import sys
 import threading
 import time
 
@@ -106,7 +109,7 @@ def test_cancel_stops_running_and_waiting_work_and_the_worker_goes_on(worker):
 
 
 def test_close_stops_work_releases_on_the_thread_and_refuses_more():
-    worker = Worker("test")
+    worker = Worker("test", release=lambda: outcome.append(threading.get_ident()))
     begun = threading.Event()
     outcome = []
 
@@ -126,10 +129,10 @@ def test_close_stops_work_releases_on_the_thread_and_refuses_more():
     assert begun.wait(5)
     worker.close(lambda: outcome.append(threading.get_ident()))
     caller.join(5)
-    assert len(outcome) == 2
-    assert outcome[0] == outcome[1]
+    assert len(outcome) == 3
+    assert len(set(outcome)) == 1
     worker.close(lambda: outcome.append(0))
-    assert len(outcome) == 2
+    assert len(outcome) == 3
     with pytest.raises(ConfigError, match="closed"):
         worker.call(lambda _: 1)
     with pytest.raises(ConfigError, match="closed"):
@@ -152,3 +155,35 @@ def test_an_interrupted_caller_does_not_leave_the_work_running(worker):
     with pytest.raises(KeyboardInterrupt):
         worker.call(long)
     assert stopped.wait(5)
+
+
+def test_a_forgotten_worker_releases_and_ends():
+    outcome = []
+    worker = Worker("test", release=lambda: outcome.append("released"))
+    thread = worker.call(lambda _: threading.current_thread())
+    del worker
+    gc.collect()
+    thread.join(5)
+    assert outcome == ["released"]
+    assert not thread.is_alive()
+
+
+def test_the_interpreters_exit_releases_too():
+    """MLX aborts the process when a thread has ended without releasing its streams."""
+    script = """
+import mlx.core as mx
+from mlxvr.model.memory import release_thread
+from mlxvr.worker import Worker
+
+worker = Worker(release=release_thread)
+def numbers(should_stop):
+    while not should_stop():
+        mx.eval(mx.ones((64, 64)) @ mx.ones((64, 64)))
+        yield 1
+stream = worker.stream(numbers)
+next(stream)
+print("left open")
+"""
+    for _ in range(3):
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "left open\n", "")
