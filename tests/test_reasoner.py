@@ -193,8 +193,7 @@ def test_close_gives_the_memory_back(folders, clip_path):
 
 def test_a_forgotten_reasoner_ends_its_thread(folders):
     loaded = mlxvr.load(folders["qwen3_vl"])
-    worker = loaded._worker
-    thread = worker.call(lambda _: threading.current_thread())
+    thread = loaded._worker.call(lambda _: threading.current_thread())
     del loaded
     gc.collect()
     thread.join(10)
