@@ -11,9 +11,9 @@ The loop knows tokens, log-probabilities and text, and nothing of MLX, so that i
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, get_args
+from typing import Literal, Protocol, TypedDict, get_args
 
 from mlxvr.answer import Answer, Event, FirstAnswer, ReasoningDelta, Usage
 from mlxvr.confidence import FirstAnswer as ScoredAnswer
@@ -21,7 +21,7 @@ from mlxvr.confidence import score_first_answer, should_exit
 from mlxvr.errors import ConfigError
 from mlxvr.protocol import DualAnswerParser, Transcript
 
-__all__ = ["Kind", "Mode", "Outcome", "Question", "TokenLike", "make_answer", "think_once"]
+__all__ = ["AskOptions", "Kind", "Mode", "Outcome", "Question", "TokenLike", "make_answer", "think_once"]
 
 Kind = Literal["qa", "grounding", "grounded_qa"]
 Mode = Literal["auto", "direct", "think"]
@@ -33,7 +33,7 @@ class Question:
 
     Attributes:
         text: the question, or for `grounding` the description of the segment to find.
-        options: the choices of a multiple-choice question, without letters.
+        options: the choices of a multiple-choice question, without letters; any sequence, kept as a tuple.
         kind: which of the public prompts is used.
         mode: "auto" reasons only when the first answer is not sure enough; "direct" never; "think" always.
         threshold: confidence at which "auto" takes the first answer, in [0, 1]; None: the checkpoint's own.
@@ -44,7 +44,7 @@ class Question:
     """
 
     text: str
-    options: tuple[str, ...] | None = None
+    options: Sequence[str] | None = None
     kind: Kind = "qa"
     mode: Mode = "auto"
     threshold: float | None = None
@@ -54,6 +54,8 @@ class Question:
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        if self.options is not None and not isinstance(self.options, str):  # a text is refused with the prompt
+            object.__setattr__(self, "options", tuple(self.options) or None)
         if not isinstance(self.text, str) or not self.text.strip():
             raise ConfigError("the question is empty: ask something, for example 'What happens at the end?'")
         for name, value, allowed in (
@@ -70,6 +72,19 @@ class Question:
             raise ConfigError(f"temperature {self.temperature} cannot be used: 0 is greedy, 1 the model's own")
         if not 0.0 < self.top_p <= 1.0:
             raise ConfigError(f"top_p {self.top_p} is outside (0, 1]: 1 keeps every token")
+
+
+class AskOptions(TypedDict, total=False):
+    """The optional arguments of `Clip.ask` and `Clip.stream`: those of `Question`, with any sequence as options."""
+
+    options: Sequence[str] | None
+    kind: Kind
+    mode: Mode
+    threshold: float | None
+    max_tokens: int
+    temperature: float
+    top_p: float
+    seed: int | None
 
 
 class TokenLike(Protocol):

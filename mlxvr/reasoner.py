@@ -13,17 +13,17 @@ are served one after another.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing
 from importlib.resources import files
 from inspect import signature
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Unpack
 from weakref import WeakSet
 
 from mlxvr.answer import Answer, Event, FirstAnswer, ReasoningDelta, Usage
-from mlxvr.asking import Kind, Mode, Outcome, Question, TokenLike, make_answer, think_once
+from mlxvr.asking import AskOptions, Outcome, Question, TokenLike, make_answer, think_once
 from mlxvr.callbacks import Progress, ShouldStop
 from mlxvr.errors import Cancelled, CheckpointError, ConfigError
 from mlxvr.media import VisionInput, load_vision
@@ -38,8 +38,6 @@ if TYPE_CHECKING:
     from mlxvr.model.network import VideoModel
 
 __all__ = ["Answer", "Clip", "FirstAnswer", "Reasoner", "ReasoningDelta", "Usage", "demo_folder", "load"]
-
-T = TypeVar("T")
 
 
 def demo_folder() -> Path:
@@ -222,68 +220,24 @@ class Clip:
         """Source time of each temporal row of patches (the mean of its frames); empty for an image."""
         return self._vision.seconds
 
-    def ask(
-        self,
-        question: str,
-        *,
-        options: Sequence[str] | None = None,
-        kind: Kind = "qa",
-        mode: Mode = "auto",
-        threshold: float | None = None,
-        max_tokens: int = 4096,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int | None = None,
-    ) -> Answer:
-        """Ask a question and wait for its answer; the arguments are those of `mlxvr.asking.Question`.
+    def ask(self, question: str, **options: Unpack[AskOptions]) -> Answer:
+        """Ask a question and wait for its answer; the options are those of `mlxvr.asking.Question`.
 
         Raises:
             ConfigError: an option has a value that cannot be used, or the prompt is longer than the model's context.
             Cancelled: `Reasoner.cancel` or `Reasoner.close` was called meanwhile.
         """
-        for event in self.stream(
-            question,
-            options=options,
-            kind=kind,
-            mode=mode,
-            threshold=threshold,
-            max_tokens=max_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
-        ):
-            if isinstance(event, Answer):
-                answer = event
+        *_, answer = self.stream(question, **options)
+        assert isinstance(answer, Answer), "a stream ends with its Answer"
         return answer
 
-    def stream(
-        self,
-        question: str,
-        *,
-        options: Sequence[str] | None = None,
-        kind: Kind = "qa",
-        mode: Mode = "auto",
-        threshold: float | None = None,
-        max_tokens: int = 4096,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int | None = None,
-    ) -> Iterator[Event]:
+    def stream(self, question: str, **options: Unpack[AskOptions]) -> Iterator[Event]:
         """Ask a question and get events as they happen: `FirstAnswer`, `ReasoningDelta`s, and the `Answer` last.
 
-        Work begins at once. Closing the iterator (or leaving its loop) stops it; the clip stays usable.
+        Work begins at once. Closing the iterator (or leaving its loop) stops it; the clip stays usable. Options and
+        errors are those of `ask`.
         """
-        asked = Question(
-            question,
-            tuple(options) if options else None,
-            kind,
-            mode,
-            threshold,
-            max_tokens,
-            temperature,
-            top_p,
-            seed,
-        )
+        asked = Question(question, **options)
         self._reasoner._alive()
         return self._reasoner._worker.stream(lambda should_stop: self._answer(asked, should_stop))
 
