@@ -110,6 +110,21 @@ def test_a_closed_iterator_leaves_prompt_and_tokens(model: VideoModel, prompt: P
     np.testing.assert_allclose(np.array(logits), expected, atol=2e-4)
 
 
+def test_a_failure_leaves_the_same(model: VideoModel, prompt: Prompt, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The network has read a token that is never handed out, for example because of Ctrl-C."""
+    logits, cache = read(model, prompt)
+    tokens = decode(model, logits, cache, prompt.next_position, max_tokens=20)
+    list(itertools.islice(tokens, 3))
+
+    def fail(hidden: mx.array) -> mx.array:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model, "logits", fail)
+    with pytest.raises(KeyboardInterrupt):
+        next(tokens)
+    assert kv.length(cache) == len(prompt.ids) + 3
+
+
 @pytest.mark.parametrize("count", [0, 1, 5])
 def test_an_exhausted_iterator_leaves_the_same(model: VideoModel, prompt: Prompt, count: int) -> None:
     logits, cache = read(model, prompt)

@@ -89,6 +89,17 @@ def test_unsupported_architecture(whole: Path) -> None:
     assert "qwen2_5_vl and qwen3_vl" in refused(whole, "'llava'")
 
 
+def test_quantization_of_other_libraries_is_refused(whole: Path) -> None:
+    config = json.loads((whole / "config.json").read_text())
+    foreign = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (whole / "config.json").write_text(json.dumps({**config, "quantization_config": foreign}))
+    refused(whole, r"quantized already \(fp8\)")
+    # mlx-vlm writes its own settings under both names
+    ours = {"bits": 4, "group_size": 64}
+    (whole / "config.json").write_text(json.dumps({**config, "quantization": ours, "quantization_config": ours}))
+    ModelFolder.open(whole).check_shapes()
+
+
 def test_missing_shard(sharded: Path) -> None:
     (sharded / "model-00002-of-00003.safetensors").unlink()
     refused(sharded, "lacks the shard model-00002-of-00003.safetensors: its download is not complete")

@@ -232,6 +232,14 @@ def test_vision_in_chunks_is_vision(model: VideoModel, family: str, patches_at_o
     assert len(calls) == {1: 8, 300: 4, 10**9: 2}[patches_at_once]
 
 
+def test_big_frames_go_one_by_one(model: VideoModel, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention that is not fused holds all scores of a chunk: 2 heads x 64 x 64 for each row here."""
+    monkeypatch.setattr("mlxvr.model.network._SCORES_AT_ONCE", 3 * 2 * 64 * 64)
+    calls: list[int] = []
+    model.encode([random_media(family, "video", (7, 8, 8))], progress=lambda stage, done, total: calls.append(done))
+    assert calls == [3, 6, 7]
+
+
 def test_vision_can_be_stopped(model: VideoModel, family: str) -> None:
     answers = iter([False, True])
     with pytest.raises(Cancelled):

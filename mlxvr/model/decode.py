@@ -5,8 +5,8 @@ time. Both continue after whatever the cache holds.
 
 Decoding runs ahead by one: while a caller looks at a token, the network already reads it, so that the device never
 waits for Python. A caller that stops there has paid for one forward pass that nobody waits for; a caller that goes on,
-on the same iterator, has paid for nothing twice. After any number of tokens, and also once the iterator is closed, the
-cache holds what it held before and every token that was handed out.
+on the same iterator, has paid for nothing twice. After any number of tokens, and also once the iterator is closed or
+has failed, the cache holds what it held before and every token that was handed out.
 """
 
 from collections.abc import Collection, Generator
@@ -131,9 +131,8 @@ def prefill(
             features=own,
             media_mask=mask[None, start:end],
         )
-        if end < total:
-            mx.eval([layer.state for layer in cache])
-            mx.clear_cache()
+        mx.eval([layer.state for layer in cache])
+        mx.clear_cache()
         if progress is not None:
             progress("prefill", end, total)
     return model.logits(hidden[:, -1])[0].astype(mx.float32)

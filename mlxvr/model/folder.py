@@ -75,6 +75,7 @@ class ModelFolder:
                 f"{folder} has no config.json: it is not a model folder, or its download is not complete"
             )
         family = family_of(config)
+        _refuse_foreign_quantization(folder, config)
         tensors = _read_weights(folder)
         nested = _read_json(folder / "processor_config.json")
         tokenizer_config = _read_json(folder / "tokenizer_config.json") or {}
@@ -173,6 +174,15 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a {type(value).__name__}, expected a JSON object: download it again")
     return value
+
+
+def _refuse_foreign_quantization(folder: Path, config: Mapping[str, Any]) -> None:
+    """FP8, AWQ, GPTQ and the like keep their scales in tensors that would be overlooked."""
+    method = (config.get("quantization_config") or {}).get("quant_method")
+    if method is not None and "quantization" not in config:
+        raise CheckpointError(
+            f"{folder} is quantized already ({method}), in a way that is not MLX's: get the release in bf16 and convert it"
+        )
 
 
 def _read_weights(folder: Path) -> dict[str, TensorInfo]:

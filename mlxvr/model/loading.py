@@ -91,8 +91,12 @@ def _prepare_quantized(network: nn.Module, folder: ModelFolder, weights: Mapping
     def how(path: str, _: nn.Module) -> bool | dict[str, Any]:
         return folder.quantization_of(path) if f"{path}.scales" in weights else False
 
-    if any(key.endswith(".scales") for key in weights):
+    if not any(key.endswith(".scales") for key in weights):
+        return
+    try:
         nn.quantize(network, class_predicate=how)
+    except ValueError as error:
+        raise CheckpointError(f"{folder.path} is quantized in a way that MLX does not know: {error}") from error
 
 
 def _load_tokenizer(folder: ModelFolder, config: Mapping[str, Any]) -> ChatTokenizer:

@@ -33,6 +33,8 @@ _log = logging.getLogger(__name__)
 
 # Patches that go through the vision tower at once. Rows are independent: this bounds memory and changes nothing else.
 _PATCHES_AT_ONCE = 16_384
+# Attention scores that may exist at once where attention is not fused (1 GiB in float32).
+_SCORES_AT_ONCE = 2**28
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,7 +143,8 @@ class VideoModel:
         for one in media:
             rows, height, width = one.grid
             per_row = height * width
-            step = max(1, patches_at_once // per_row)
+            scores = self.config["vision_config"]["num_heads"] * per_row**2
+            step = max(1, min(patches_at_once // per_row, _SCORES_AT_ONCE // scores))
             plan, full_layers = self._plan(height, width)
             for first in range(0, rows, step):
                 if should_stop is not None and should_stop():
