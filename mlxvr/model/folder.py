@@ -181,7 +181,8 @@ def _refuse_foreign_quantization(folder: Path, config: Mapping[str, Any]) -> Non
     method = (config.get("quantization_config") or {}).get("quant_method")
     if method is not None and "quantization" not in config:
         raise CheckpointError(
-            f"{folder} is quantized already ({method}), in a way that is not MLX's: get the release in bf16 and convert it"
+            f"{folder} is quantized already ({method}), in a way that is not MLX's: get the release in bf16 and "
+            "convert that"
         )
 
 
