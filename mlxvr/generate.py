@@ -20,6 +20,7 @@ from mlxvr.asking import Kind, Mode, Question
 from mlxvr.cli import VerbParser, run_verb
 from mlxvr.errors import ConfigError
 from mlxvr.media.container import check_file
+from mlxvr.model.loading import DTYPES
 
 __all__ = ["main", "make_parser"]
 
@@ -68,6 +69,7 @@ def make_parser() -> VerbParser:
     frames.add_argument("--end", metavar="S", type=float, help="seconds")
 
     run = parser.add_argument_group("memory and output")
+    run.add_argument("--dtype", choices=DTYPES, help="what to compute in (default: the checkpoint's)")
     run.add_argument("--kv-bits", metavar="N", type=int, help="quantize keys and values to this many bits")
     run.add_argument("--prefill-step-size", metavar="N", type=int, default=2048, help="default: %(default)s")
     run.add_argument("--json", action="store_true", help="print one JSON object: the answer, or {answers: [..]}")
@@ -103,6 +105,7 @@ def _generate(args: argparse.Namespace) -> int:
             args.model,
             adapter=args.adapter,
             revision=args.revision,
+            dtype=args.dtype,
             kv_bits=args.kv_bits,
             prefill_step_size=args.prefill_step_size,
             progress=progress,

@@ -233,6 +233,19 @@ def test_quantized_keys_and_values(folders, clip_path):
         mlxvr.load(folders["qwen3_vl"], kv_bits=5)
 
 
+def test_the_dtype_can_be_chosen(folders, clip_path):
+    asked = {"mode": "think", "max_tokens": 8}
+    found = {}
+    for dtype in (None, "float32", "bfloat16"):
+        with mlxvr.load(folders["qwen3_vl"], dtype=dtype) as loaded:
+            found[dtype] = loaded.ask(clip_path, "What?", **MODEST, **asked)
+    assert_same(found[None], found["float32"])  # the folder's own
+    assert found["bfloat16"].token_logprobs[0] != found["float32"].token_logprobs[0]
+    assert abs(found["bfloat16"].token_logprobs[0] - found["float32"].token_logprobs[0]) < 0.05
+    with pytest.raises(ConfigError, match="float8"):
+        mlxvr.load(folders["qwen3_vl"], dtype="float8")
+
+
 def test_images_and_lists_of_frames(reasoner):
     rng = np.random.default_rng(0)
     frames = rng.integers(0, 256, (6, 96, 96, 3), dtype=np.uint8)

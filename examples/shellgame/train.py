@@ -296,7 +296,7 @@ def main(argv: list[str] | None = None) -> int:
     outcome = train(trainer, lanes, checks, say)
     outcome["final"] = trainer.measure(checks)
     outcome["parameters"], outcome["device"] = parameters, torch.cuda.get_device_name() if device == "cuda" else "cpu"
-    outcome["options"] = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
+    outcome["options"] = {name: value for name, value in vars(options).items() if name != "out"}
     for kind, figures in outcome["final"].items():
         say(f"{kind:16s}", figures)
     save(trainer, options.out / "checkpoint")

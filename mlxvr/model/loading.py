@@ -15,7 +15,7 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxvr.errors import CheckpointError
+from mlxvr.errors import CheckpointError, ConfigError
 from mlxvr.media.spec import VisionSpec
 from mlxvr.model.adapter import apply_adapter
 from mlxvr.model.folder import ModelFolder
@@ -23,20 +23,29 @@ from mlxvr.model.memory import avoid_cpu_compiler
 from mlxvr.model.network import VideoModel
 from mlxvr.model.tokenizer import ChatTokenizer
 
-__all__ = ["load_model"]
+__all__ = ["DTYPES", "load_model"]
+
+DTYPES = ("float32", "float16", "bfloat16")
 
 _log = logging.getLogger(__name__)
 
 
-def load_model(folder: str | PathLike[str], *, adapter: str | PathLike[str] | None = None) -> VideoModel:
+def load_model(
+    folder: str | PathLike[str], *, adapter: str | PathLike[str] | None = None, dtype: str | None = None
+) -> VideoModel:
     """Load a model from disk; no network is touched.
 
     Args:
         folder: as transformers writes it, as mlxvr converts it or as mlx-vlm converts it; quantized or not.
         adapter: folder of LoRA weights to put on top (`adapters.safetensors` and `adapter_config.json`).
+        dtype: one of `DTYPES`, what to compute in and keep unpacked weights in; None: as they are on disk.
 
-    Raises `CheckpointError` when a file is missing, damaged, unsupported, unsafe or does not fit the others.
+    Raises:
+        CheckpointError: a file is missing, damaged, unsupported, unsafe or does not fit the others.
+        ConfigError: `dtype` is unknown.
     """
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"dtype {dtype!r} is unknown: use one of {', '.join(DTYPES)}")
     found = ModelFolder.open(folder)
     found.check_shapes()
     if found.chat_template is None:
@@ -55,6 +64,9 @@ def load_model(folder: str | PathLike[str], *, adapter: str | PathLike[str] | No
     fingerprint = found.fingerprint()
     if adapter is not None:
         fingerprint += apply_adapter(network, Path(adapter))
+    if dtype is not None:
+        network.set_dtype(getattr(mx, dtype))
+        fingerprint += dtype
     network.eval()
     mx.eval(network.parameters())
     _log.info("loaded %s (%s)", found.path, found.family.name)

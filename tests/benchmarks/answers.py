@@ -1,12 +1,14 @@
 """What an answer costs: early exit, thinking, the public demo's way, follow-up questions, and mlx-vlm beside us.
 
-    python -m tests.benchmarks.answers [--tokens 1536] [--repeats 5] [--json]
+    python -m tests.benchmarks.answers [--shape mid|8b] [--tokens 1536] [--repeats 5] [--json]
 
-Runs on a mid-size random Qwen3-VL (8 layers of 512, written to a temporary folder) and a random clip, all ways in turn
-in each repeat, so that a machine whose speed drifts slows all of them; medians and ratios are printed. Random weights
-close no box, so the length of the first answer (8 tokens) and of the reasoning (150) is set, and is the same for all.
+Runs on random weights and a random clip, all ways in turn in each repeat, so that a machine whose speed drifts slows all
+of them; medians and ratios are printed. Shape `mid` is a Qwen3-VL of 8 layers of 512; `8b` is Qwen3-VL-8B's own shape at
+4 bits, for machines with the memory for it. Random weights close no box, so the length of the first answer (8 tokens)
+and of the reasoning (150) is set, and is the same for all.
 
-The public demo stops at `<think>` and then runs prompt and video through the model a second time.
+The public demo stops at `<think>` and then runs prompt and video through the model a second time. mlx-vlm's generate runs
+on the same weights and must write the same tokens.
 """
 
 import argparse
@@ -18,32 +20,93 @@ from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
+from mlxvr.media.spec import VisionSpec
 from mlxvr.model.decode import decode, prefill
-from mlxvr.model.loading import load_model
+from mlxvr.model.families import family_of
 from mlxvr.model.network import VideoModel
 from mlxvr.model.prefix import Prefix
 from mlxvr.model.prompt import Prompt, build_prompt
-from tests.checkpoints import random_media, write_checkpoint
+from mlxvr.model.tokenizer import ChatTokenizer
+from tests.checkpoints import (
+    CHAT_TEMPLATE,
+    SPECIAL_TOKENS,
+    make_config,
+    random_media,
+    text_settings,
+    train_tokenizer,
+    vision_settings,
+)
 
 FIRST, REASONING = 8, 150
-TEXT = {
-    "hidden_size": 512,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 16,  # of 32
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 32768,
-    "vocab_size": 8192,
+SHAPES: dict[str, tuple[dict[str, object], dict[str, object], tuple[int, ...]]] = {
+    "mid": (
+        {
+            "hidden_size": 512,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 8,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 32768,
+            "vocab_size": 8192,
+        },
+        {
+            "depth": 4,
+            "hidden_size": 192,
+            "intermediate_size": 768,
+            "num_heads": 3,
+            "deepstack_visual_indexes": [0, 1, 2],
+        },
+        (16, 16),
+    ),
+    "8b": (
+        {
+            "hidden_size": 4096,
+            "intermediate_size": 12288,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 262144,
+            "vocab_size": 151936,
+        },
+        {
+            "depth": 27,
+            "hidden_size": 1152,
+            "intermediate_size": 4304,
+            "num_heads": 16,
+            "num_position_embeddings": 2304,
+            "deepstack_visual_indexes": [8, 16, 24],
+        },
+        (20, 36),  # 180 tokens a row
+    ),
 }
-VISION = {
-    "depth": 4,
-    "hidden_size": 192,
-    "intermediate_size": 768,
-    "num_heads": 3,
-    "deepstack_visual_indexes": [0, 1, 2],
-}
+
+
+def make_model(shape: str) -> VideoModel:
+    """A Qwen3-VL of this shape with random weights: float32, or for 8b bfloat16 with a language model of 4 bits."""
+    text, vision, _ = SHAPES[shape]
+    tokenizer = train_tokenizer()
+    ids = {token: tokenizer.token_to_id(token) for token in SPECIAL_TOKENS}
+    text = text_settings("qwen3_vl") | text | {"head_dim": 128}
+    vision = vision_settings("qwen3_vl") | vision | {"out_hidden_size": text["hidden_size"]}
+    raw = make_config("qwen3_vl", text, vision, ids)
+    rope = {"mrope_section": [24, 20, 20], "rope_theta": 5e6, "rope_type": "default", "mrope_interleaved": True}
+    raw["text_config"]["rope_parameters"] = rope
+    family = family_of(raw)
+    config = family.mlx_config(raw)
+    network = family.build(config)
+    if shape == "8b":
+        network.set_dtype(mx.bfloat16)
+        nn.quantize(network.language_model, group_size=64, bits=4)
+    mx.eval(network.parameters())
+    mx.clear_cache()
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save(f"{folder}/tokenizer.json")
+        chat = ChatTokenizer(Path(folder) / "tokenizer.json", chat_template=CHAT_TEMPLATE)
+    chat.eos_ids = frozenset()  # nothing ends an answer but its length
+    return VideoModel(network, family, config, spec=VisionSpec.from_files(config), tokenizer=chat)
 
 
 def timed(work: Callable[[], object]) -> float:
@@ -58,13 +121,11 @@ def timed(work: Callable[[], object]) -> float:
 class Ways:
     """The ways to get an answer, on one model and one clip."""
 
-    def __init__(self, folder: Path, tokens: int):
-        from mlx_vlm.utils import load_model as load_stock
-
-        self.model: VideoModel = load_model(folder)
-        self.stock = load_stock(folder)
-        rows = max(1, tokens // 64)
-        self.media = [random_media("qwen3_vl", "video", (rows, 16, 16))]
+    def __init__(self, shape: str, tokens: int):
+        self.model = make_model(shape)
+        height, width = SHAPES[shape][2]
+        rows = max(1, tokens * 4 // (height * width))
+        self.media = [random_media("qwen3_vl", "video", (rows, height, width))]
         self.prompt = self.ask("What happens at the end of the clip, and who is there to see it?")
         self.other = self.ask("Which?")
 
@@ -132,7 +193,7 @@ class Ways:
         one = self.media[0]
         steps = generate_step(
             mx.array(self.prompt.ids)[None],
-            self.stock,
+            self.model.network,
             None,
             None,
             max_tokens=count,
@@ -183,14 +244,13 @@ def measure(ways: Ways, repeats: int) -> dict[str, float]:
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=SHAPES, default="mid")
     parser.add_argument("--tokens", type=int, default=1536, help="video tokens of the clip")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        path = write_checkpoint(Path(folder) / "model", "qwen3_vl", dialect="4.57", text=TEXT, vision=VISION)
-        ways = Ways(path, options.tokens)
-        found = measure(ways, options.repeats)
+    ways = Ways(options.shape, options.tokens)
+    found = measure(ways, options.repeats)
     base = found["prefill + first answer"]
     ratios = {
         "early exit / (prefill + first answer)": found["early exit"] / base,
