@@ -172,6 +172,18 @@ def test_progress_and_chunks(model: VideoModel, prompt: Prompt) -> None:
     assert kv.length(cache) == total
 
 
+def test_the_last_token_of_a_long_step_goes_alone(
+    model: VideoModel, prompt: Prompt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together, _ = read(model, prompt)
+    monkeypatch.setattr("mlxvr.model.decode._LONG_STEP", 100)
+    calls: list[int] = []
+    logits, cache = read(model, prompt, progress=lambda stage, done, total: calls.append(done))
+    assert calls == [len(prompt.ids) - 1, len(prompt.ids)]
+    assert kv.length(cache) == len(prompt.ids)
+    np.testing.assert_allclose(np.array(logits), np.array(together), atol=1e-4)
+
+
 def test_prefill_can_be_stopped_between_chunks(model: VideoModel, prompt: Prompt) -> None:
     cache, answers = model.make_cache(), iter([False, False, True])
     with pytest.raises(Cancelled):

@@ -11,6 +11,7 @@ has failed, the cache holds what it held before and every token that was handed 
 
 from collections.abc import Collection, Generator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import mlx.core as mx
@@ -24,6 +25,7 @@ from mlxvr.model.network import VideoModel, VisionFeatures
 __all__ = ["Decoder", "Sampler", "Token", "decode", "prefill"]
 
 
+_LONG_STEP = 512  # tokens from which saving a layer is worth a pass for one token more
 _TOKENS_BETWEEN_CLEARINGS = 256  # MLX keeps freed buffers; mlx-lm gives them back as often
 
 
@@ -119,10 +121,9 @@ def prefill(
     seen = np.concatenate([[0], np.cumsum(mask)])  # visual tokens before each place
     if features is not None and len(features) != seen[-1]:
         raise ValueError(f"{len(features)} rows of visual features for {seen[-1]} visual tokens")
-    for start in range(0, total, step_size):
+    for start, end in pairwise(_steps(total, step_size)):
         if should_stop is not None and should_stop():
             raise Cancelled("the prompt was cancelled while the model read it")
-        end = min(start + step_size, total)
         own = features[int(seen[start]) : int(seen[end])] if features is not None and seen[end] > seen[start] else None
         hidden = model.hidden(
             mx.array(prompt_ids[start:end])[None],
@@ -136,6 +137,18 @@ def prefill(
         if progress is not None:
             progress("prefill", end, total)
     return model.logits(hidden[:, -1])[0].astype(mx.float32)
+
+
+def _steps(total: int, step_size: int) -> list[int]:
+    """Where steps begin and end. The last token of a long last step goes alone.
+
+    A step is evaluated through its keys and values, which the last layer's attention output and MLP are no part of.
+    Only a step whose hidden states are used computes them: better for one token than for all.
+    """
+    edges = [*range(0, total, step_size), total]
+    if edges[-1] - edges[-2] > _LONG_STEP:
+        edges.insert(-1, total - 1)
+    return edges
 
 
 class Decoder:
