@@ -2,13 +2,13 @@
 
     python -m tests.benchmarks.answers [--shape mid|8b] [--tokens 1536] [--repeats 5] [--json]
 
-Runs on random weights and a random clip, all ways in turn in each repeat, so that a machine whose speed drifts slows all
-of them; medians and ratios are printed. Shape `mid` is a Qwen3-VL of 8 layers of 512; `8b` is Qwen3-VL-8B's own shape at
-4 bits, for machines with the memory for it. Random weights close no box, so the length of the first answer (8 tokens)
-and of the reasoning (150) is set, and is the same for all.
+Runs on random weights and a random clip, all ways in turn in each repeat, so that a machine whose speed drifts slows
+all of them; medians and ratios are printed. Shape `mid` is a Qwen3-VL of 8 layers of 512; `8b` is Qwen3-VL-8B's own
+shape at 4 bits, for machines with the memory for it. Random weights close no box, so the length of the first answer (8
+tokens) and of the reasoning (150) is set, and is the same for all.
 
-The public demo stops at `<think>` and then runs prompt and video through the model a second time. mlx-vlm's generate runs
-on the same weights and must write the same tokens.
+The public demo stops at `<think>` and then runs prompt and video through the model a second time. mlx-vlm's generate
+runs on the same weights and must write the same tokens.
 """
 
 import argparse
