@@ -21,7 +21,7 @@ from mlxvr.errors import ConfigError
 __all__ = ["KV_BITS", "length", "load", "make", "nbytes", "save", "trim"]
 
 KV_BITS = (2, 3, 4, 6, 8)
-_GROUP_SIZES = (128, 64, 32)
+_GROUP_SIZES = (64, 32)
 _LAYOUT = "mlxvr_cache"
 
 
@@ -41,9 +41,11 @@ def make(layers: int, *, head_dim: int, kv_bits: int | None = None) -> list[Any]
         return [KVCache() for _ in range(layers)]
     if kv_bits not in KV_BITS:
         raise ConfigError(f"kv_bits {kv_bits!r} is not supported: use {', '.join(map(str, KV_BITS))}, or leave it out")
-    group_size = next((size for size in (64, 32) if head_dim % size == 0), None)
+    group_size = next((size for size in _GROUP_SIZES if head_dim % size == 0), None)
     if group_size is None or head_dim * kv_bits % 32:
-        raise ConfigError(f"kv_bits cannot be used with this model: its heads have {head_dim} numbers, not 32 or 64 k")
+        raise ConfigError(
+            f"kv_bits cannot be used with this model: its heads have {head_dim} numbers, not a multiple of 32"
+        )
     return [QuantizedKVCache(group_size=group_size, bits=kv_bits) for _ in range(layers)]
 
 
