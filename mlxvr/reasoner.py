@@ -277,8 +277,7 @@ class Clip:
         threshold = self._reasoner.threshold if question.threshold is None else question.threshold
         with memory.track_peak() as peak, memory.wired():
             prompt = self._prompt(network, question)
-            room = _room(network, prompt)
-            max_tokens = min(question.max_tokens, room)
+            max_tokens = min(question.max_tokens, network.context_length - len(prompt.ids))
             fresh = self._prefix is None
             prefix, cost = self._prepare(network, prompt, should_stop)
             started = time.perf_counter()
@@ -294,7 +293,6 @@ class Clip:
                 prompt.next_position,
                 max_tokens=max_tokens,
                 sampler=sampler,
-                banned_ids=network.placeholder_ids,
                 stop_ids=network.eos_ids,
             )
             outcome = Outcome()
@@ -361,17 +359,6 @@ def _default_threshold(network: "VideoModel") -> float:
     if isinstance(own, bool) or not isinstance(own, int | float) or not 0.0 <= own <= 1.0:
         raise CheckpointError(f"mlxvr.json says threshold {own!r}; expected a number from 0 to 1: correct the file")
     return float(own)
-
-
-def _room(network: "VideoModel", prompt: Prompt) -> int:
-    """How many tokens may be generated before the model's context is full."""
-    room = network.context_length - len(prompt.ids)
-    if room < 1:
-        raise ConfigError(
-            f"the prompt is {len(prompt.ids)} tokens and the model's context {network.context_length}: "
-            "lower video_tokens or max_frames, or cut the clip with start and end"
-        )
-    return room
 
 
 def _until(tokens: Iterator[TokenLike], should_stop: ShouldStop) -> Iterator[TokenLike]:
