@@ -1,6 +1,7 @@
 """The command line, as a user types it: results on stdout, progress and mistakes on stderr, exit codes."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -113,6 +114,72 @@ def test_files_that_are_no_videos_are_one_line(capfd, model, video, tmp_path):
         ("sound.mp4", "sound|audio"),
     ]:
         assert_one_line(*run(capfd, "--model", model, "--video", str(tmp_path / name), *ASK), says)
+
+
+def break_folder(folder, how):
+    config = json.loads((folder / "config.json").read_text())
+    weights = folder / "model.safetensors"
+    if how == "missing shard":
+        next(iter(folder.glob("model-*.safetensors"))).unlink()
+    elif how == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif how == "pickle":
+        weights.rename(folder / "pytorch_model.bin")
+    elif how == "architecture":
+        (folder / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
+    elif how == "shape":
+        config["text_config"]["intermediate_size"] *= 2
+        (folder / "config.json").write_text(json.dumps(config))
+    else:
+        (folder / how).unlink()
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ("missing shard", r"model-0000\d-of-0000\d\.safetensors"),
+        ("truncated", "model.safetensors"),
+        ("pickle", "safetensors"),
+        ("architecture", "llama"),
+        ("shape", "mlp"),
+        ("tokenizer.json", "tokenizer.json"),
+        ("config.json", "config.json"),
+        ("chat_template.jinja", "chat template"),
+    ],
+)
+def test_damaged_models_are_one_line(capfd, tmp_path, video, how, says):
+    folder = write_checkpoint(tmp_path / "model", "qwen3_vl", shards=3 if how == "missing shard" else 1)
+    break_folder(folder, how)
+    before = sorted(path.name for path in folder.iterdir())
+    assert_one_line(*run(capfd, "--model", str(folder), "--video", video, *ASK), says)
+    assert sorted(path.name for path in folder.iterdir()) == before
+
+
+def test_a_prompt_beyond_the_context_is_one_line(capfd, tmp_path, video):
+    folder = write_checkpoint(tmp_path / "model", "qwen3_vl", text={"max_position_embeddings": 256})
+    code, out, err = run(capfd, "--model", str(folder), "--video", video, "--prompt", "What?", "--json")
+    assert_one_line(code, out, err, "context is 256")
+
+
+def test_a_local_folder_touches_no_network(model, video):
+    script = """
+import socket, sys
+
+def refuse(*_, **__):
+    raise AssertionError("the network was touched")
+
+socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = refuse
+from mlxvr import generate
+
+sys.exit(generate.main(sys.argv[1:]))
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+    arguments = ["--model", model, "--video", video, *ASK, "--json"]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments], capture_output=True, text=True, env=environment, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["token_ids"]
 
 
 def test_no_arguments_show_both_kinds_of_answer(capfd):
