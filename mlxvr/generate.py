@@ -148,7 +148,9 @@ def _what_to_ask(args: argparse.Namespace) -> tuple[Path, list[_Asked]]:
     folder = reasoner.demo_folder()
     rows = [json.loads(line) for line in (folder / "clips.jsonl").read_text(encoding="utf-8").splitlines()]
     shown = [row for row in rows if row["video"] == rows[0]["video"]][:2]
-    asked = [_Asked(row["question"], tuple(row["options"]) if row.get("options") else None, "qa") for row in shown]
+    asked = [
+        _Asked(row["question"], tuple(row["options"]) if row.get("options") else None, row["kind"]) for row in shown
+    ]
     return folder / shown[0]["video"], asked
 
 

@@ -573,8 +573,10 @@ def test_a_disk_that_fills_up_leaves_nothing(source, tmp_path, monkeypatch, left
 # --- whole or not there ---------------------------------------------------------------------------------
 
 HALF_WAY = """
-import sys, time
+import signal, sys, time
 from mlxvr.porting.quantize import convert
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by what was started in the background
 
 def stop_half_way(stage, done, total):
     if done > total // 2:
