@@ -264,6 +264,10 @@ class TestSpecFromFiles:
         spec = VisionSpec.from_files({"model_type": "qwen3_vl"}, None, {"fps": 4, "min_frames": 8, "max_frames": 32})
         assert (spec.fps, spec.min_frames, spec.max_frames) == (4.0, 8, 32)
 
+    def test_a_cap_on_the_tokens_of_a_frame(self):
+        spec = VisionSpec.from_files({"model_type": "qwen3_vl"}, None, {**QWEN3_VIDEO, "max_video_tokens": 20})
+        assert (spec.frame_min_tokens, spec.frame_max_tokens) == (16, 20)
+
     def test_nested_processor_config_of_transformers_5(self):
         nested = {"image_processor": QWEN3_IMAGE, "video_processor": QWEN3_VIDEO}
         split = VisionSpec.from_files({"model_type": "qwen3_vl"}, QWEN3_IMAGE, QWEN3_VIDEO)
