@@ -93,7 +93,7 @@ VIDEO_PROCESSOR = {
     "min_frames": 4,
     "max_frames": _LONGEST_CLIP,
 }
-MLXVR_SETTINGS = {"source": "shellgame", "family": "qwen3_vl", "threshold": 0.97}
+MLXVR_SETTINGS = {"source": "shellgame", "family": "qwen3_vl", "threshold": 0.97, "recipe": "shellgame"}
 
 
 def assemble(trained: Path, folder: Path) -> None:
