@@ -86,7 +86,7 @@ class _Asked:
     """One question of the command line."""
 
     prompt: str
-    options: tuple[str, ...] | None
+    options: Sequence[str] | None
     kind: Kind
 
 
@@ -121,13 +121,13 @@ def _generate(args: argparse.Namespace) -> int:
         ) as clip,
     ):
         for number, one in enumerate(asked):
-            events = clip.stream(one.prompt, options=one.options, kind=one.kind, **sampling)
+            asking: dict[str, Any] = {"options": one.options, "kind": one.kind, **sampling}
             if args.json:
-                answers.append(_last(events))
-            else:
-                if number:
-                    print()
-                answers.append(_tell(one, events, progress, sys.stdout))
+                answers.append(clip.ask(one.prompt, **asking))
+                continue
+            if number:
+                print()
+            _tell(one, clip.stream(one.prompt, **asking), progress, sys.stdout)
     if args.json:
         fields = [answer.to_dict() for answer in answers]
         print(json.dumps(fields[0] if len(fields) == 1 else {"answers": fields}, ensure_ascii=False))
@@ -141,31 +141,17 @@ def _what_to_ask(args: argparse.Namespace) -> tuple[Path, list[_Asked]]:
     if args.video is None and args.prompt:
         raise ConfigError("no clip to ask about: name one with --video FILE")
     if args.prompt:
-        options = tuple(args.option) if args.option else None
-        return Path(args.video), [_Asked(prompt, options, args.kind) for prompt in args.prompt]
+        return Path(args.video), [_Asked(prompt, args.option, args.kind) for prompt in args.prompt]
     if args.model is not None:
         raise ConfigError("no clip and no question for this model: add --video FILE --prompt 'What happens?'")
     folder = reasoner.demo_folder()
     rows = [json.loads(line) for line in (folder / "clips.jsonl").read_text(encoding="utf-8").splitlines()]
     shown = [row for row in rows if row["video"] == rows[0]["video"]][:2]
-    asked = [
-        _Asked(row["question"], tuple(row["options"]) if row.get("options") else None, row["kind"]) for row in shown
-    ]
-    return folder / shown[0]["video"], asked
+    return folder / shown[0]["video"], [_Asked(row["question"], row["options"], row["kind"]) for row in shown]
 
 
-def _last(events: Iterator[Event]) -> Answer:
-    """Read a stream to its end."""
-    answer = None
-    for event in events:
-        if isinstance(event, Answer):
-            answer = event
-    assert answer is not None, "a stream ends with its Answer"
-    return answer
-
-
-def _tell(asked: _Asked, events: Iterator[Event], progress: "_Progress", out: TextIO) -> Answer:
-    """Print a question and its answer as they come; returns the answer."""
+def _tell(asked: _Asked, events: Iterator[Event], progress: "_Progress", out: TextIO) -> None:
+    """Print a question and its answer as they come."""
     print(f"question    {asked.prompt}", file=out)
     for letter, option in zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", asked.options or ()):
         print(f"            {letter}. {option}", file=out)
@@ -184,8 +170,6 @@ def _tell(asked: _Asked, events: Iterator[Event], progress: "_Progress", out: Te
                 print(file=out)
             print(f"answer      {event.text or '(none)'}", file=out)
             print(f"            {_cost(event)}", file=out, flush=True)
-            answer = event
-    return answer
 
 
 def _gauge(first: FirstAnswer) -> str:
