@@ -6,8 +6,12 @@ mode `think`, and what `direct` and `auto` would have answered follows from that
 """
 
 import argparse
+import functools
+import itertools
 import json
+import multiprocessing
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import mlxvr
@@ -25,6 +29,7 @@ COLUMNS = (
     ("tokens think", "think_tokens"),
     ("tokens auto", "auto_tokens"),
 )
+_reasoner: mlxvr.Reasoner | None = None  # of a worker process
 MIXES = {"even mix": {"perception": 1, "tracking": 1}, "3:1 mix": {"perception": 3, "tracking": 1}}
 
 
@@ -67,6 +72,35 @@ def ask_all(
             "trace_right": (answer.reasoning or "").strip() == row["trace"],
             "prompt_tokens": answer.usage.prompt_tokens,
         }
+
+
+def ask_in_parallel(
+    model: str | None,
+    folder: Path,
+    rows: Sequence[dict],
+    *,
+    threshold: float,
+    live: bool,
+    dtype: str | None,
+    workers: int,
+) -> Iterator[dict]:
+    """`ask_all` in several processes, each with a model of its own; results come in the order of the rows."""
+    clips = [list(group) for _, group in itertools.groupby(rows, key=lambda row: row["video"])]
+    context = multiprocessing.get_context("spawn")  # MLX does not survive a fork
+    with ProcessPoolExecutor(workers, context, initializer=_load, initargs=(model, dtype)) as pool:
+        ask = functools.partial(_ask_clip, folder=folder, threshold=threshold, live=live)
+        for results in pool.map(ask, clips):
+            yield from results
+
+
+def _load(model: str | None, dtype: str | None) -> None:
+    global _reasoner
+    _reasoner = mlxvr.load(model, dtype=dtype)
+
+
+def _ask_clip(rows: Sequence[dict], *, folder: Path, threshold: float, live: bool) -> list[dict]:
+    assert _reasoner is not None
+    return list(ask_all(_reasoner, folder, rows, threshold=threshold, live=live))
 
 
 def summarise(results: Sequence[dict]) -> dict[str, dict[str, float]]:
@@ -124,18 +158,26 @@ def main(argv: Iterable[str] | None = None) -> int:
     add("--seed", type=int, default=0, help="of the clips")
     add("--limit", type=int, default=None, help="ask only so many questions")
     add("--dtype", default=None, help="what to compute in; float32 is fastest on a CPU with a good BLAS")
+    add("--workers", type=int, default=2, help="processes")
     add("--threshold", type=float, default=0.97)
     add("--live", action="store_true", help="also ask in mode auto and compare")
     add("--out", type=Path, default=None, help="where to write the figures as JSON")
     options = parser.parse_args(argv)
     rows = load_rows(options.clips, seed=options.seed, count=options.count)[: options.limit]
     results = []
-    with mlxvr.load(options.model, dtype=options.dtype) as reasoner:
-        asked = ask_all(reasoner, options.clips, rows, threshold=options.threshold, live=options.live)
-        for number, result in enumerate(asked, 1):
-            results.append(result)
-            if number % 50 == 0:
-                print(f"{number} of {len(rows)} questions", flush=True)
+    asked = ask_in_parallel(
+        options.model,
+        options.clips,
+        rows,
+        threshold=options.threshold,
+        live=options.live,
+        dtype=options.dtype,
+        workers=options.workers,
+    )
+    for number, result in enumerate(asked, 1):
+        results.append(result)
+        if number % 50 == 0:
+            print(f"{number} of {len(rows)} questions", flush=True)
     table = summarise(results)
     print(markdown(table))
     if options.out is not None:
