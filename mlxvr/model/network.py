@@ -9,7 +9,6 @@ The weights and layers are mlx-vlm's. What is done here instead of there:
   part of them that is its own.
 """
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,8 +26,6 @@ from mlxvr.model.tokenizer import ChatTokenizer
 from mlxvr.model.vision import FramePlan, plan_frame, run_tower
 
 __all__ = ["VideoModel", "VisionFeatures"]
-
-_log = logging.getLogger(__name__)
 
 
 # Patches that go through the vision tower at once. Rows are independent: this bounds memory and changes nothing else.
