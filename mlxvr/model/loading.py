@@ -23,7 +23,7 @@ from mlxvr.model.memory import avoid_cpu_compiler
 from mlxvr.model.network import VideoModel
 from mlxvr.model.tokenizer import ChatTokenizer
 
-__all__ = ["DTYPES", "load_model"]
+__all__ = ["DTYPES", "load_model", "map_weights"]
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -31,7 +31,11 @@ _log = logging.getLogger(__name__)
 
 
 def load_model(
-    folder: str | PathLike[str], *, adapter: str | PathLike[str] | None = None, dtype: str | None = None
+    folder: str | PathLike[str],
+    *,
+    adapter: str | PathLike[str] | None = None,
+    dtype: str | None = None,
+    lazy: bool = False,
 ) -> VideoModel:
     """Load a model from disk; no network is touched.
 
@@ -39,6 +43,7 @@ def load_model(
         folder: as transformers writes it, as mlxvr converts it or as mlx-vlm converts it; quantized or not.
         adapter: folder of LoRA weights to put on top (`adapters.safetensors` and `adapter_config.json`).
         dtype: one of `DTYPES`, what to compute in and keep unpacked weights in; None: as they are on disk.
+        lazy: leave each weight on disk until it is first used, for those who never use all at once.
 
     Raises:
         CheckpointError: a file is missing, damaged, unsupported, unsafe or does not fit the others.
@@ -58,7 +63,7 @@ def load_model(
     spec = VisionSpec.from_files(config, found.image_processor, found.video_processor)
     tokenizer = _load_tokenizer(found, config)
     network = found.family.build(config)
-    weights = _load_weights(found)
+    weights = map_weights(found)
     _prepare_quantized(network, found, weights)
     network.load_weights(list(weights.items()), strict=True)
     fingerprint = found.fingerprint()
@@ -68,7 +73,8 @@ def load_model(
         network.set_dtype(getattr(mx, dtype))
         fingerprint += dtype
     network.eval()
-    mx.eval(network.parameters())
+    if not lazy:
+        mx.eval(network.parameters())
     _log.info("loaded %s (%s)", found.path, found.family.name)
     return VideoModel(
         network,
@@ -81,7 +87,7 @@ def load_model(
     )
 
 
-def _load_weights(folder: ModelFolder) -> dict[str, mx.array]:
+def map_weights(folder: ModelFolder) -> dict[str, mx.array]:
     """Every tensor that the network uses, under its MLX name, in MLX's layout; read when it is first needed."""
     names = folder.mlx_names()
     arrays: dict[str, mx.array] = {}
