@@ -1,0 +1,1 @@
+"""What the early exit buys, measured: rows, samples, grades, figures, thresholds, reports."""
