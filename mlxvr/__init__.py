@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         MlxvrError,
         OutOfMemoryError,
         RecipeError,
+        VerificationError,
     )
     from mlxvr.reasoner import Answer, Clip, FirstAnswer, Reasoner, ReasoningDelta, Usage, load
 
@@ -43,6 +44,7 @@ __all__ = [
     "ReasoningDelta",
     "RecipeError",
     "Usage",
+    "VerificationError",
     "load",
 ]
 

@@ -7,12 +7,15 @@
     ├── DataError           a dataset row is wrong
     ├── ConfigError         an option has a value that cannot be used
     ├── OutOfMemoryError    the work cannot fit in the memory that is allowed
+    ├── VerificationError   a converted model is too far from its source
     └── Cancelled           the caller asked for the work to stop
 
 Every message is one line: what was found, what was expected, and what to do. The command line prints that line and
 exits with 2 for all of them, since each is something that the caller can put right; any other exception is a failure
 of ours and exits with 1.
 """
+
+from typing import Any
 
 __all__ = [
     "Cancelled",
@@ -23,6 +26,7 @@ __all__ = [
     "MlxvrError",
     "OutOfMemoryError",
     "RecipeError",
+    "VerificationError",
 ]
 
 
@@ -52,6 +56,15 @@ class ConfigError(MlxvrError):
 
 class OutOfMemoryError(MlxvrError):
     """The work does not fit in the memory that is allowed."""
+
+
+class VerificationError(MlxvrError):
+    """A converted model is further from its source than its recipe allows; `report` holds the figures."""
+
+    def __init__(self, message: str, report: Any = None):
+        """`report`: a `mlxvr.porting.verify.VerificationReport`."""
+        super().__init__(message)
+        self.report = report
 
 
 class Cancelled(MlxvrError):

@@ -217,7 +217,7 @@ def test_large_outputs_are_split_into_shards(source, tmp_path, monkeypatch):
 
 def test_chunks_of_rows_change_nothing(source, tmp_path, monkeypatch):
     convert(source, tmp_path / "whole")
-    monkeypatch.setattr("mlxvr.porting.quantize._CHUNK_BYTES", 1000)
+    monkeypatch.setattr("mlxvr.porting.stream._CHUNK_BYTES", 1000)
     convert(source, tmp_path / "chunks")
     for name in ("model.safetensors", "config.json", "mlxvr.json"):
         assert (tmp_path / "chunks" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
@@ -534,7 +534,7 @@ def test_quantized_sources_are_refused_with_the_reason(source, tmp_path):
 def test_other_refusals(source, tmp_path, left_behind):
     for call, kind, says in [
         (lambda: convert(tmp_path / "gone", tmp_path / "out"), CheckpointError, "no such folder"),
-        (lambda: convert(source, tmp_path / "out", bits=5), RecipeError, "bits = 5; expected one of"),
+        (lambda: convert(source, tmp_path / "out", bits=7), RecipeError, "bits = 7; expected one of"),
         (lambda: convert(source, tmp_path / "out", group_size=0), RecipeError, "group_size = 0"),
         (lambda: convert(source, tmp_path / "out", group_size=48), RecipeError, "group_size = 48"),
         (lambda: convert(source, tmp_path / "out", dtype="int8"), RecipeError, "dtype = 'int8'"),
@@ -631,7 +631,7 @@ def test_force_replaces_a_model_folder_only_at_the_end(source, tmp_path, monkeyp
     convert(source, out, bits=8)
     old = (out / "model.safetensors").read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr("mlxvr.porting.quantize._write_chunk", lambda *args: 1 / 0)
+        patch.setattr("mlxvr.porting.stream._write_rows", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             convert(source, out, bits=4, force=True)
     assert (out / "model.safetensors").read_bytes() == old
@@ -645,7 +645,7 @@ def test_the_gap_in_replacing_is_closed_by_the_next_run(tmp_path):
     aside = tmp_path / ".out.mlxvr-replaced"
     aside.mkdir()
     (aside / "config.json").write_text("old")
-    with pytest.raises(RuntimeError), staging.staged(target):
+    with pytest.raises(RuntimeError), staging.staged(target, "plan"):
         raise RuntimeError("died again")
     assert (target / "config.json").read_text() == "old"
     assert not aside.exists()
@@ -718,7 +718,7 @@ def test_mistakes_are_one_line_and_exit_code_2(arguments, capsys, tmp_path, monk
 
 
 def test_failures_exit_with_1_and_debug_shows_the_traceback(source, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("mlxvr.porting.quantize._write_chunk", lambda *args: 1 / 0)
+    monkeypatch.setattr("mlxvr.porting.stream._write_rows", lambda *args: 1 / 0)
     arguments = ["--hf-path", str(source), "--mlx-path", str(tmp_path / "out")]
     assert main(arguments) == 1
     line = capsys.readouterr().err

@@ -11,7 +11,7 @@ import pytest
 from mlxvr.errors import CheckpointError, RecipeError
 from mlxvr.model.families import FAMILIES
 from mlxvr.porting import recipe
-from mlxvr.porting.recipe import Budgets, Precision, Quantization, Recipe, Rule
+from mlxvr.porting.recipe import Budgets, KeyRule, Limits, Precision, Quantization, Recipe, Rule
 
 FOLDER = Path(__file__).parent.parent / "convert"
 MINIMAL = 'family = "qwen3_vl"\nthreshold = 0.5\n'
@@ -138,8 +138,8 @@ def test_flags_stand_above_the_recipe(read):
     mine = read(MINIMAL).with_quantization(bits=8, dtype="float32")
     assert mine.quantization == Quantization(bits=8, group_size=64, dtype="float32")
     assert read(MINIMAL).with_quantization(bits=0).precision("language_model.lm_head") is None
-    with pytest.raises(RecipeError, match="bits = 5; expected one of"):
-        read(MINIMAL).with_quantization(bits=5)
+    with pytest.raises(RecipeError, match="bits = 7; expected one of"):
+        read(MINIMAL).with_quantization(bits=7)
 
 
 @pytest.mark.parametrize(
@@ -151,9 +151,9 @@ def test_flags_stand_above_the_recipe(read):
         (MINIMAL + "[budgets]\nframes = 4", "unknown key 'budgets.frames'"),
         (MINIMAL + '[[quantization.rules]]\nmatch = "*"\nbits = 4', "unknown key 'quantization.rules.bits'"),
         (MINIMAL + "[[quantization.rules]]\nmin_bits = 4", "'quantization.rules.match' is missing"),
-        (MINIMAL + '[[quantization.rules]]\nmatch = "*"\nmin_bits = 5', "min_bits = 5; expected one of"),
+        (MINIMAL + '[[quantization.rules]]\nmatch = "*"\nmin_bits = 7', "min_bits = 7; expected one of"),
         (MINIMAL + '[[quantization.rules]]\nmatch = "*"\ngroup_size = 5', "group_size = 5; expected one of"),
-        (MINIMAL + "[quantization]\nbits = 5", "quantization.bits = 5; expected one of"),
+        (MINIMAL + "[quantization]\nbits = 7", "quantization.bits = 7; expected one of"),
         (MINIMAL + "[quantization]\nbits = true", "quantization.bits = True has the wrong type; expected int"),
         (MINIMAL + '[quantization]\nbits = "4"', "expected int"),
         (MINIMAL + "[quantization]\ngroup_size = 48", "quantization.group_size = 48"),
@@ -192,13 +192,13 @@ def test_unknown_names_and_missing_files(tmp_path):
 def test_the_readme_documents_every_key_and_every_recipe():
     text = (FOLDER / "README.md").read_text()
     tables = {"## Keys": Recipe, "### `[quantization]`": Quantization, "### `[[quantization.rules]]`": Rule}
-    tables["### `[budgets]`"] = Budgets
+    tables |= {"### `[budgets]`": Budgets, "### `[[key_rules]]`": KeyRule, "### `[[verification]]`": Limits}
     for heading, cls in tables.items():
         section = text.split(heading + "\n")[1]
         section = section.split("### At the top")[1] if cls is Recipe else section
         documented = re.findall(r"^\| `(\w+)` \|", section.split("\n#")[0], flags=re.MULTILINE)
         declared = {field.name for field in dataclasses.fields(cls)}
-        assert set(documented) == declared - {"name", "quantization", "budgets"}, heading
+        assert set(documented) == declared - {"name", "quantization", "budgets", "key_rules", "verification"}, heading
     recipes = re.findall(r"^\| `([\w.\-]+)` \| [^|]+\| (0\.\d+) \|$", text, flags=re.MULTILINE)
     assert sorted(recipes) == [(name, str(recipe.load(name).threshold)) for name in recipe.available()]
 

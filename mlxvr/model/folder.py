@@ -10,7 +10,7 @@ Weights come from safetensors only. A pickle (`.bin`, `.pt`) can run any code wh
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -59,8 +59,15 @@ class ModelFolder:
     settings: dict[str, Any]
 
     @classmethod
-    def open(cls, path: str | PathLike[str]) -> "ModelFolder":
+    def open(
+        cls, path: str | PathLike[str], *, prefixes: Sequence[tuple[str, str]] = (), allow_fp8: bool = False
+    ) -> "ModelFolder":
         """Read and check a folder.
+
+        Args:
+            path: the folder.
+            prefixes: (prefix on disk, prefix to read it as) of tensor names that are spelt in a way of their own.
+            allow_fp8: take weights in 8-bit floats with a scale for each block, which can be converted but not run.
 
         Raises `CheckpointError`: not a folder, no or unreadable `config.json`, an unsupported architecture, weights
         that are missing, truncated, damaged or only there as pickles, no `tokenizer.json`.
@@ -75,8 +82,8 @@ class ModelFolder:
                 f"{folder} has no config.json: it is not a model folder, or its download is not complete"
             )
         family = family_of(config)
-        _refuse_foreign_quantization(folder, config)
-        tensors = _read_weights(folder)
+        _refuse_foreign_quantization(folder, config, allow_fp8=allow_fp8)
+        tensors = _renamed(folder, _read_weights(folder), prefixes)
         nested = _read_json(folder / "processor_config.json")
         tokenizer_config = _read_json(folder / "tokenizer_config.json") or {}
         return cls(
@@ -119,7 +126,10 @@ class ModelFolder:
             wanted = {key: shape}
             if found[key].dtype == "U32":
                 wanted = _packed_shapes(key, shape, self.quantization_of(key.removesuffix(".weight")))
-                companions |= wanted.keys() - {key}
+            elif found[key].dtype == "F8_E4M3":
+                blocks = zip(shape, self.fp8_block, strict=True)
+                wanted = {key: shape, f"{key}_scale_inv": tuple(-(-size // block) for size, block in blocks)}
+            companions |= wanted.keys() - {key}
             for name, size in wanted.items():
                 if name not in found:
                     raise CheckpointError(f"{self.path} lacks {name}, without which {key} cannot be unpacked")
@@ -131,6 +141,19 @@ class ModelFolder:
                     )
         for key in sorted(found.keys() - expected.keys() - companions):
             _log.warning("%s holds %s, which the network does not use", self.path, key)
+
+    @property
+    def fp8_block(self) -> tuple[int, int]:
+        """Rows and columns of a block of 8-bit floats that shares a scale.
+
+        Raises `CheckpointError` when `config.json` does not say so.
+        """
+        block = (self.config.get("quantization_config") or {}).get("weight_block_size")
+        if not (isinstance(block, list) and len(block) == 2 and all(isinstance(n, int) and n > 0 for n in block)):
+            raise CheckpointError(
+                f"{self.path} has 8-bit float weights and its config.json no weight_block_size: get the bf16 release"
+            )
+        return block[0], block[1]
 
     def quantization_of(self, module: str) -> dict[str, Any]:
         """`{"bits", "group_size", "mode"}` of a quantized module, by its MLX path.
@@ -176,14 +199,29 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     return value
 
 
-def _refuse_foreign_quantization(folder: Path, config: Mapping[str, Any]) -> None:
+def _refuse_foreign_quantization(folder: Path, config: Mapping[str, Any], *, allow_fp8: bool) -> None:
     """FP8, AWQ, GPTQ and the like keep their scales in tensors that would be overlooked."""
     method = (config.get("quantization_config") or {}).get("quant_method")
-    if method is not None and "quantization" not in config:
-        raise CheckpointError(
-            f"{folder} is quantized already ({method}), in a way that is not MLX's: get the release in bf16 and "
-            "convert that"
-        )
+    if method is None or "quantization" in config or (method == "fp8" and allow_fp8):
+        return
+    advice = "convert it first" if method == "fp8" else "get the release in bf16 and convert that"
+    raise CheckpointError(f"{folder} is quantized already ({method}), in a way that is not MLX's: {advice}")
+
+
+def _renamed(
+    folder: Path, tensors: dict[str, TensorInfo], prefixes: Sequence[tuple[str, str]]
+) -> dict[str, TensorInfo]:
+    """Tensors under the names that `prefixes` make of theirs; the first that fits is taken."""
+    if not prefixes:
+        return tensors
+    renamed: dict[str, TensorInfo] = {}
+    for name, info in tensors.items():
+        known = next((pair for pair in prefixes if name.startswith(pair[0])), ("", ""))
+        becomes = known[1] + name[len(known[0]) :]
+        if becomes in renamed:
+            raise CheckpointError(f"{folder} holds two tensors that the key rules call {becomes}: correct the rules")
+        renamed[becomes] = info
+    return renamed
 
 
 def _read_weights(folder: Path) -> dict[str, TensorInfo]:

@@ -68,9 +68,10 @@ def settings(folder: ModelFolder, origin: Origin, recipe: Recipe, *, keep_measur
         "quantization": {
             "bits": quantization.bits,
             "group_size": quantization.group_size,
-            "mode": "affine",
+            "mode": quantization.mode,
             "dtype": quantization.dtype,
         },
+        "system_prompt": recipe.system_prompt,
         "recipe": resolved,
         "versions": {name: version(name) for name in _VERSIONED},
     }
@@ -110,13 +111,19 @@ def _card(folder: ModelFolder, settings: dict[str, Any], title: str) -> str:
     meta += ["tags:", "- mlx", "- mlxvr", "- video", f"- {settings['family']}"]
     link = f"[`{source}`](https://huggingface.co/{source})" if is_hub else f"`{source}`"
     bits, dtype = quantization["bits"], quantization["dtype"]
-    how = f"quantized to {bits} bits in groups of {quantization['group_size']}" if bits else f"kept in {dtype}"
+    how = f"kept in {dtype}"
+    if bits == "auto":
+        how = f"quantized to bits measured for each module, to fit {quantization['target_bytes'] / 1e9:.2f} GB"
+    elif bits:
+        mode = "" if quantization["mode"] == "affine" else f" ({quantization['mode']})"
+        how = f"quantized to {bits} bits{mode} in groups of {quantization['group_size']}"
     rows = {
         "Source": link + (f", commit `{commit}`" if commit else ""),
         "Weights": f"{how}; vision tower and norms in {dtype}" if bits else how,
         "Bits per weight": f"{quantization['bits_per_weight']:.2f}, everything included",
         "Recipe": f"`{recipe['name']}`",
         "Threshold": f"a direct answer stands from a confidence of {settings['threshold']}",
+        **_verified(settings.get("verification")),
         "Made with": ", ".join(f"{name} {number}" for name, number in settings["versions"].items()),
     }
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
@@ -139,6 +146,17 @@ directly, and mlxvr lets it reason only when it is not sure of that answer.
 
 The folder also loads in stock mlx-vlm (`mlx_vlm.load`).
 """
+
+
+def _verified(figures: dict[str, Any] | None) -> dict[str, str]:
+    """Rows of the card that tell how far the weights are from their source."""
+    if figures is None:
+        return {}
+    shown = {key: value for key, value in figures.items() if isinstance(value, int | float)}
+    rows = {"Verified": ", ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in shown.items())}
+    if figures["shortfalls"]:
+        rows["Falls short"] = "; ".join(figures["shortfalls"])
+    return rows
 
 
 def _licence(readme: Path) -> list[str]:

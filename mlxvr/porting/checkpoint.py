@@ -1,13 +1,13 @@
-"""The checkpoint that is to be converted: judged from its headers, then read a few megabytes at a time.
+"""The checkpoint that is to be converted, judged from its headers.
 
 Everything that can be known without reading weights is checked here, before a byte of output exists: tensors that
-are missing, extra, there twice, of a wrong shape or of a type that is not a plain float, and weights that are
-quantized already. Reading is plain file reads rather than a memory map, so that what has been passed on leaves
-memory. No MLX is needed.
+are missing, extra, there twice, of a wrong shape or of a type that cannot be converted, and weights that are quantized
+already. How tensors lie on disk and how they are read is told in `encodings`.
 """
 
+import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,14 @@ import numpy as np
 
 from mlxvr.errors import CheckpointError
 from mlxvr.model.folder import ModelFolder, TensorInfo
+from mlxvr.porting.encodings import HELD_AS, Encoding, Fp8Blocks, Packed, Plain
 
 __all__ = ["Checkpoint", "SourceTensor", "all_finite"]
 
-# How each dtype is held in numpy; it has no bfloat16, so those travel as their bit patterns.
-_HELD_AS: dict[str, np.dtype[Any]] = {"BF16": np.dtype("<u2"), "F16": np.dtype("<f2"), "F32": np.dtype("<f4")}
 # The bit patterns from here on, sign aside, are infinity and NaN.
 _INFINITY = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F80_0000}
+_FLOATS = frozenset(_INFINITY)
+_DECLARED = {"quantization", "quantization_config"}
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,7 @@ class SourceTensor:
 
     key: str
     shape: tuple[int, ...]
-    info: TensorInfo
-    folder: ModelFolder
+    encoding: Encoding
 
     @property
     def module(self) -> str:
@@ -41,111 +41,174 @@ class SourceTensor:
 
     @property
     def is_matrix(self) -> bool:
-        """Whether it is the weight of a linear layer or an embedding: what can be quantized."""
-        return len(self.shape) == 2 and self.key.endswith(".weight")
+        """Whether it is the weight of a linear layer or an embedding, in floats: what can be quantized."""
+        return len(self.shape) == 2 and self.key.endswith(".weight") and self.dtype in _FLOATS
+
+    @property
+    def dtype(self) -> str:
+        """What its rows come as, as safetensors spells it."""
+        return self.encoding.dtype
 
     @property
     def nbytes(self) -> int:
         """Size on disk in bytes."""
-        return self.info.offsets[1] - self.info.offsets[0]
+        return self.encoding.nbytes
 
     def chunks(self, max_bytes: int) -> Iterator[np.ndarray]:
-        """Yield the tensor in MLX's layout, whole rows at a time, as `<u2` (bfloat16), `<f2` or `<f4` arrays.
-
-        A tensor of more than two dimensions comes in one piece, because its axes may have to change places.
-        """
-        dtype, shape = _HELD_AS[self.info.dtype], self.info.shape
-        rows, width = (shape[0], math.prod(shape[1:])) if len(shape) == 2 else (1, math.prod(shape))
-        step = max(1, max_bytes // max(1, width * dtype.itemsize))
-        with self.info.file.open("rb", buffering=0) as file:
-            file.seek(self.info.offsets[0])
-            for start in range(0, rows, step):
-                count = min(step, rows - start) * width
-                values = np.fromfile(file, dtype=dtype, count=count)
-                if values.size != count:
-                    raise CheckpointError(f"{self.info.file} became shorter while it was read: download it again")
-                if len(shape) == 2:
-                    yield values.reshape(-1, width)
-                else:
-                    moved = self.folder.family.mlx_tensor(self.key, values.reshape(shape))
-                    yield np.ascontiguousarray(moved)
+        """Yield the tensor in MLX's layout, whole rows at a time, as `encodings.HELD_AS[self.dtype]` arrays."""
+        return self.encoding.chunks(max_bytes)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An unquantized checkpoint whose headers are in order; `tensors` are in the network's own order."""
+    """A checkpoint whose headers are in order; `tensors` are in the network's own order.
+
+    Attributes:
+        folder: where it lies.
+        tensors: what is read, see `open`.
+        parameters: how many numbers the network has.
+    """
 
     folder: ModelFolder
     tensors: tuple[SourceTensor, ...]
+    parameters: int
 
     @classmethod
-    def open(cls, path: Path) -> "Checkpoint":
+    def open(
+        cls,
+        path: Path,
+        *,
+        prefixes: Sequence[tuple[str, str]] = (),
+        unpack: Callable[[str], bool] | None = None,
+    ) -> "Checkpoint":
         """Check a folder (as transformers writes it, or MLX in any float type).
+
+        Args:
+            path: the folder.
+            prefixes: see `ModelFolder.open`.
+            unpack: takes weights that MLX has quantized, and tells by a module's MLX path whether its weight is
+                unpacked to floats or copied as it is (its scales are then tensors of their own); None refuses them.
 
         Raises `CheckpointError` naming the first thing that is wrong with it.
         """
-        folder = ModelFolder.open(path)
-        _refuse_quantized(folder)
-        tied = bool(folder.family.mlx_config(folder.config)["tie_word_embeddings"])
-        spelled: dict[str, str] = {}
-        for name in folder.tensors:
-            key = folder.family.mlx_key(name, tied=tied)
-            if key is None:
-                continue
-            if key in spelled:
-                raise CheckpointError(
-                    f"{path} holds {key} twice, as {spelled[key]} and as {name}: keep the one that belongs to it"
-                )
-            spelled[key] = name
+        folder = ModelFolder.open(path, prefixes=prefixes, allow_fp8=True)
+        if unpack is None:
+            _refuse_packed(folder)
+        spelled = _spelled(folder)
+        _refuse_dtypes(folder, spelled)
         folder.check_shapes()
         expected = folder.family.expected_shapes(folder.config)
-        if extra := sorted(spelled.keys() - expected.keys(), key=_network_order):
+        tensors: dict[str, SourceTensor] = {}
+        companions: set[str] = set()
+        for key in sorted(expected.keys() & spelled.keys(), key=_network_order):
+            for tensor, made_of in _read_as(folder, spelled, key, expected[key], unpack):
+                tensors[tensor.key] = tensor
+                companions |= made_of
+        if extra := sorted(spelled.keys() - tensors.keys() - companions, key=_network_order):
             more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
             raise CheckpointError(
                 f"{path} holds {spelled[extra[0]]}{more}, which a {folder.family.name} network of this config.json "
                 "has no place for: the files do not belong together, or the checkpoint is of another kind"
             )
-        keys = sorted(spelled, key=_network_order)
-        return cls(
-            folder, tuple(SourceTensor(key, expected[key], folder.tensors[spelled[key]], folder) for key in keys)
-        )
+        return cls(folder, tuple(tensors.values()), sum(math.prod(expected[key]) for key in expected))
 
     @property
     def nbytes(self) -> int:
         """Size of the tensors that are read, in bytes."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
-    @property
-    def parameters(self) -> int:
-        """How many numbers the network has."""
-        return sum(math.prod(tensor.shape) for tensor in self.tensors)
+    def identity(self) -> str:
+        """Tell this very source from any other, and from itself after a change: names, sizes and times of its files."""
+        files = sorted({info.file for tensor in self.tensors for info in tensor.encoding.infos})
+        stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        return json.dumps([stats, self.folder.fingerprint()])
 
 
 def all_finite(values: np.ndarray, dtype: str) -> bool:
-    """Whether bits read as `dtype` ("BF16", "F16" or "F32") hold neither infinity nor NaN.
+    """Whether bits read as `dtype` hold neither infinity nor NaN; integers always.
 
     Looks at the exponent bits as integers, which is several times as fast as `isfinite` and needs no bfloat16.
     """
-    if values.size == 0:
+    if values.size == 0 or dtype not in _INFINITY:
         return True
     bits = values.view(np.dtype(f"<u{values.dtype.itemsize}"))
     largest = int((bits & np.iinfo(bits.dtype).max // 2).max())
     return largest < _INFINITY[dtype]
 
 
-def _refuse_quantized(folder: ModelFolder) -> None:
+def _spelled(folder: ModelFolder) -> dict[str, str]:
+    """MLX name -> name on disk, of the tensors that the network uses."""
+    tied = bool(folder.family.mlx_config(folder.config)["tie_word_embeddings"])
+    spelled: dict[str, str] = {}
+    for name in folder.tensors:
+        key = folder.family.mlx_key(name, tied=tied)
+        if key is None:
+            continue
+        if key in spelled:
+            raise CheckpointError(
+                f"{folder.path} holds {key} twice, as {spelled[key]} and as {name}: keep the one that belongs to it"
+            )
+        spelled[key] = name
+    return spelled
+
+
+def _read_as(
+    folder: ModelFolder,
+    spelled: dict[str, str],
+    key: str,
+    shape: tuple[int, ...],
+    unpack: Callable[[str], bool] | None,
+) -> Iterator[tuple[SourceTensor, set[str]]]:
+    """Yield the source tensors of one of the network's, each with the keys of what else it is made of."""
+    info = folder.tensors[spelled[key]]
+    module = key.removesuffix(".weight")
+    if info.dtype == "F8_E4M3":
+        scale = f"{key}_scale_inv"
+        yield SourceTensor(key, shape, Fp8Blocks(info, folder.tensors[spelled[scale]], folder.fp8_block)), {scale}
+        return
+    if info.dtype != "U32" or unpack is None:
+        yield SourceTensor(key, shape, Plain(key, info, folder.family)), set()
+        return
+    parts = {
+        part: folder.tensors[spelled[part]] for part in (f"{module}.scales", f"{module}.biases") if part in spelled
+    }
+    if unpack(module):
+        scales, biases = parts[f"{module}.scales"], parts.get(f"{module}.biases")
+        how = folder.quantization_of(module)
+        yield SourceTensor(key, shape, Packed(info, scales, biases, how)), set(parts)
+        return
+    for part, raw in {key: info, **parts}.items():
+        yield SourceTensor(part, raw.shape, Plain(part, raw, folder.family)), set()
+
+
+def _refuse_packed(folder: ModelFolder) -> None:
+    """Refuse what MLX has quantized; blocks of 8-bit floats are how some sources are published."""
     config = folder.config
     declared: Any = config.get("quantization") or config.get("quantization_config")
     declared = declared or (config.get("text_config") or {}).get("quantization_config")
+    method = declared.get("quant_method") if isinstance(declared, dict) else None
+    if not declared or (method == "fp8" and "quantization" not in config):
+        return
+    kind = method or f"{declared.get('bits', '?')}-bit" if isinstance(declared, dict) else ""
     original = folder.settings.get("source") or "the bfloat16 checkpoint that it was made from"
-    advice = f"rounding twice loses more than either rounding alone: convert {original}"
-    if declared:
-        kind = declared.get("quant_method") or f"{declared.get('bits', '?')}-bit" if isinstance(declared, dict) else ""
-        raise CheckpointError(f"{folder.path} is quantized already ({kind}); {advice}")
-    for name, info in folder.tensors.items():
-        if info.dtype not in _HELD_AS and folder.family.mlx_key(name) is not None:
+    raise CheckpointError(
+        f"{folder.path} is quantized already ({kind}); rounding twice loses more than either rounding alone: "
+        f"convert {original} (or --dequantize this one)"
+    )
+
+
+def _refuse_dtypes(folder: ModelFolder, spelled: dict[str, str]) -> None:
+    for key, name in spelled.items():
+        info: TensorInfo = folder.tensors[name]
+        if info.dtype not in HELD_AS:
             raise CheckpointError(
-                f"{folder.path}: {name} has the type {info.dtype}; expected BF16, F16 or F32 weights; {advice}"
+                f"{folder.path}: {name} has the type {info.dtype}; expected BF16, F16 or F32 weights (or F8_E4M3 "
+                "blocks): get the bf16 release"
+            )
+        if info.dtype in ("U8", "U32") and not _DECLARED & folder.config.keys():
+            raise CheckpointError(
+                f"{folder.path}: {name} has the type {info.dtype} and config.json says nothing of quantization: "
+                f"expected floats for {key}, get the bf16 release"
             )
 
 

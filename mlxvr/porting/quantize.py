@@ -1,9 +1,8 @@
 """Converting a checkpoint: a Hub id or folder of float weights becomes a folder of quantized MLX weights.
 
-One tensor after the other is read, a few megabytes of rows at a time, cast, quantized and written to its place in a
-shard (see `shards`). Affine quantization works within a row, so rows can be cut anywhere without changing a bit of
-the result, and memory depends neither on the model's size nor on its largest tensor. mlx-vlm's converter, which the
-layout of the output follows, builds the whole network first.
+The headers are judged (`checkpoint`), what becomes of every tensor is decided (`plan`), and one tensor after the other
+is read, cast, quantized and written (`stream`) into a folder that appears when all of it is there (`staging`).
+mlx-vlm's converter, which the layout of the output follows, builds the whole network first.
 
 The output is what stock mlx-vlm loads: MLX's tensor names and layout, `quantization` in `config.json` (written twice,
 as mlx-lm's tools do) with an entry for each module that departs from the rest.
@@ -14,45 +13,51 @@ import resource
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import mlx.core as mx
-import numpy as np
-
-from mlxvr.errors import CheckpointError, ConfigError, RecipeError
+from mlxvr.callbacks import Progress
+from mlxvr.errors import ConfigError, RecipeError, VerificationError
 from mlxvr.porting import card, hub
 from mlxvr.porting import recipe as recipes
-from mlxvr.porting.checkpoint import Checkpoint, SourceTensor, all_finite
-from mlxvr.porting.hub import Progress
-from mlxvr.porting.recipe import Precision, Quantization, Recipe
-from mlxvr.porting.shards import OutputTensor, ShardWriter, plan_shards, write_index
+from mlxvr.porting.checkpoint import Checkpoint
+from mlxvr.porting.plan import Plan, make_plan
+from mlxvr.porting.recipe import Limits, Precision, Quantization, Recipe
+from mlxvr.porting.shards import is_finished, write_index
 from mlxvr.porting.staging import check_target, staged
+from mlxvr.porting.stream import write_shards
 
-__all__ = ["ConversionReport", "convert"]
+if TYPE_CHECKING:
+    from mlxvr.porting.verify import VerificationReport
 
-_CHUNK_BYTES = 8 * 2**20  # of the source; large enough for the accelerator, small enough not to be noticed
+__all__ = ["ConversionReport", "Judge", "convert", "peak_memory", "write_model"]
+
 _SPARE_DISK = 64 * 2**20  # for tokenizer, config and card
-_MLX_DTYPES = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}
-_DTYPE_CODES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 _log = logging.getLogger(__name__)
+
+# A finished folder that has no name yet -> how far it is from its source.
+Judge = Callable[[Path], "VerificationReport"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConversionReport:
     """What a conversion made.
 
-    `bytes_before` and `bytes_after` count tensors; `indivisible` are the modules that the recipe wanted quantized and
-    whose rows cannot be divided into groups; `peak_memory` is the process's largest resident size in bytes.
+    `bits` is the recipe's or what was asked for (0: unquantized, "auto": chosen for each module); `bytes_before` and
+    `bytes_after` count tensors; `indivisible` are the modules that the recipe wanted quantized and whose rows cannot
+    be divided into groups; `resumed_shards` of `shards` were there from an interrupted run; `peak_memory` is the
+    process's largest resident size in bytes, without the verification; `verification` is None if none was asked for.
     """
 
     path: Path
     source: str
     commit: str
     recipe: str
-    bits: int
+    bits: int | str
     group_size: int
+    mode: str
     dtype: str
     threshold: float
     parameters: int
@@ -60,8 +65,12 @@ class ConversionReport:
     indivisible: tuple[str, ...]
     bytes_before: int
     bytes_after: int
+    shards: int
+    resumed_shards: int
     seconds: float
     peak_memory: int
+    verification: "VerificationReport | None" = None
+    shortfalls: tuple[str, ...] = ()
 
     @property
     def bits_per_weight(self) -> float:
@@ -69,44 +78,56 @@ class ConversionReport:
         return 8 * self.bytes_after / self.parameters
 
 
-@dataclass(frozen=True)
-class _Job:
-    """One tensor of the source and how it is written."""
-
-    source: SourceTensor
-    precision: Precision | None
-    outputs: list[OutputTensor]
-
-
 def convert(
     source: str | Path,
     out: str | Path,
     *,
     recipe: str | Path | None = None,
-    bits: int | None = None,
+    bits: int | str | None = None,
     group_size: int | None = None,
+    mode: str | None = None,
+    target_bytes: int | None = None,
     dtype: str | None = None,
+    dequantize: bool = False,
     revision: str | None = None,
+    verify: bool = False,
     force: bool = False,
     progress: Progress | None = None,
+    on_tensor: Callable[[str], None] | None = None,
 ) -> ConversionReport:
-    """Convert `source`, a model folder or Hub id of unquantized weights, into the new folder `out`.
+    """Convert `source`, a model folder or Hub id, into the new folder `out`.
 
-    `bits` (2, 3, 4, 6, 8; 0 leaves the weights unquantized), `group_size` (32, 64, 128) and `dtype` ("bfloat16",
-    "float16", "float32": scales and what is not quantized) stand above the recipe's; `recipe` is a name or a TOML
-    file (None: the checkpoint's own, else its family's). `force` replaces a model folder that lies at `out`.
-    `progress(stage, done, total)` counts bytes, stage "download" or "convert".
+    Args:
+        source: weights in float types, or fp8 blocks; quantized MLX weights with `dequantize` only.
+        out: the folder to write. It appears when it is complete, or not at all.
+        recipe: a name or a TOML file; None: the checkpoint's own, else its family's. The next four stand above it.
+        bits: 2, 3, 4, 5, 6, 8, 0 for unquantized weights, or "auto": what each module needs (see `sensitivity`).
+        group_size: 32, 64 or 128 weights to a scale.
+        mode: "affine", or MLX's floating-point formats "mxfp4", "nvfp4" and "mxfp8".
+        dtype: "bfloat16", "float16" or "float32", for scales and all that is not quantized.
+        target_bytes: with "auto", what the weights of the output may take in all.
+        dequantize: unpack quantized MLX weights; the output is unquantized.
+        revision: branch, tag or commit of a Hub id.
+        verify: compare the result with its source (see `verify`) before it gets its name.
+        force: replace a model folder that lies at `out`, and keep a result that verification finds too far off.
+        progress: called with (stage, done, total); the stages "download", "check" and "convert" count bytes.
+        on_tensor: called with the name of each tensor as it is begun.
 
-    `out` appears when it is complete, or not at all. Raises `CheckpointError` for a source that cannot be converted,
-    `RecipeError` for a bad recipe or value, `ConfigError` for an output that must not or cannot be written.
+    Raises:
+        CheckpointError: the source cannot be converted.
+        RecipeError: a bad recipe or value.
+        ConfigError: an output that must not or cannot be written, or options that contradict each other.
+        VerificationError: the result is further from its source than the recipe allows; finished shards are kept for
+            a second run with `force`.
     """
     started = time.perf_counter()
     named = None if recipe is None else recipes.load(recipe)
-    _check_values(bits, group_size, dtype)
+    _check_options(bits, group_size, mode, dtype, target_bytes, dequantize=dequantize)
     check_target(Path(out), force=force)
     folder = hub.resolve(source, revision=revision or _pinned(source, named), progress=progress)
     target = check_target(Path(out), folder, force=force)
-    checkpoint = Checkpoint.open(folder)
+    prefixes = [(rule.prefix, rule.becomes) for rule in named.key_rules] if named is not None else []
+    checkpoint = Checkpoint.open(folder, prefixes=prefixes, unpack=(lambda _: True) if dequantize else None)
     origin = card.origin(checkpoint.folder, source)
     chosen = named or _choose(checkpoint, origin)
     if chosen.family != checkpoint.folder.family.name:
@@ -114,46 +135,157 @@ def convert(
             f"the recipe {chosen.name} is for {chosen.family}, the checkpoint is {checkpoint.folder.family.name}; "
             "leave out the recipe, or name one of that family"
         )
-    chosen = chosen.with_quantization(bits=bits, group_size=group_size, dtype=dtype)
-    jobs, indivisible = _plan(checkpoint, chosen)
-    shards = plan_shards(job.outputs for job in jobs)
-    _check_disk(target, sum(output.nbytes for job in jobs for output in job.outputs))
-
+    fixed = 0 if dequantize else None if bits == "auto" else bits
+    chosen = chosen.with_quantization(bits=fixed, group_size=group_size, mode=mode, dtype=dtype)
+    precision: Callable[[str], Precision | None] = chosen.precision
+    if bits == "auto":
+        assert target_bytes is not None, "checked with the options"
+        precision = _measured(folder, chosen, target_bytes, progress)
+    plan = make_plan(checkpoint, precision, chosen.quantization.dtype)
     settings = card.settings(checkpoint.folder, origin, chosen, keep_measured=named is None)
-    with staged(target) as stage:
-        _write_shards(stage, jobs, shards, dtype=_DTYPE_CODES[chosen.quantization.dtype], progress=progress)
-        bytes_after = write_index(stage, shards)
-        report = ConversionReport(
-            path=target,
-            source=origin.name,
-            commit=origin.commit,
-            recipe=chosen.name,
-            bits=chosen.quantization.bits,
-            group_size=chosen.quantization.group_size,
-            dtype=chosen.quantization.dtype,
-            threshold=settings["threshold"],
-            parameters=checkpoint.parameters,
-            quantized=sum(job.precision is not None for job in jobs),
-            indivisible=indivisible,
-            bytes_before=checkpoint.nbytes,
-            bytes_after=bytes_after,
-            seconds=time.perf_counter() - started,
-            peak_memory=_peak_memory(),
-        )
-        settings["quantization"]["bits_per_weight"] = round(report.bits_per_weight, 3)
-        card.write(stage, checkpoint.folder, _config(checkpoint, chosen, jobs), settings, target.name)
+    if bits == "auto":
+        settings["quantization"] |= {"bits": "auto", "target_bytes": target_bytes}
+
+    def judge(stage: Path) -> "VerificationReport":
+        from mlxvr.porting.verify import verify as compare
+
+        return compare(folder, stage, threshold=settings["threshold"], progress=progress)
+
+    made = write_model(
+        target,
+        checkpoint,
+        plan,
+        chosen.quantization,
+        settings,
+        judge=judge if verify else None,
+        limits=chosen.limits_for(plan.bits),
+        force=force,
+        progress=progress,
+        on_tensor=on_tensor,
+    )
+    report = ConversionReport(
+        path=target,
+        source=origin.name,
+        commit=origin.commit,
+        recipe=chosen.name,
+        bits=settings["quantization"]["bits"],
+        group_size=chosen.quantization.group_size,
+        mode=chosen.quantization.mode,
+        dtype=chosen.quantization.dtype,
+        threshold=settings["threshold"],
+        parameters=checkpoint.parameters,
+        quantized=sum(how is not None for how in plan.stored.values()),
+        indivisible=plan.indivisible,
+        bytes_before=checkpoint.nbytes,
+        bytes_after=plan.nbytes,
+        shards=len(plan.shards),
+        resumed_shards=made.resumed_shards,
+        seconds=time.perf_counter() - started,
+        peak_memory=made.peak_memory,
+        verification=made.verification,
+        shortfalls=made.shortfalls,
+    )
     _log.info("wrote %s: %.2f bits per weight", target, report.bits_per_weight)
     return report
 
 
-def _check_values(bits: int | None, group_size: int | None, dtype: str | None) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Made:
+    """What `write_model` found out while it worked; the fields are those of `ConversionReport`."""
+
+    resumed_shards: int
+    peak_memory: int
+    verification: "VerificationReport | None"
+    shortfalls: tuple[str, ...]
+
+
+def write_model(
+    target: Path,
+    checkpoint: Checkpoint,
+    plan: Plan,
+    quantization: Quantization,
+    settings: dict[str, Any],
+    *,
+    judge: Judge | None = None,
+    limits: Limits | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+    on_tensor: Callable[[str], None] | None = None,
+) -> Made:
+    """Carry out `plan` and write everything that belongs to a model folder around it.
+
+    Args:
+        target: see `staging.staged`.
+        checkpoint: the source, whose other files are taken over.
+        plan: what becomes of its tensors.
+        quantization: the usual precision, and the dtype of the rest.
+        settings: for `mlxvr.json` (see `card`); gets the figures that are known when the weights are.
+        judge: compares the finished folder with its source.
+        limits: what `judge`'s figures must meet.
+        force: keep the folder if they do not.
+        progress: see `convert`.
+        on_tensor: see `convert`.
+
+    Raises what `convert` raises.
+    """
+    bits_per_weight = 8 * plan.nbytes / checkpoint.parameters
+    settings["quantization"]["bits_per_weight"] = round(bits_per_weight, 3)
+    config = _config(checkpoint, plan, quantization)
+    verification, shortfalls = None, ()
+    with staged(target, plan.fingerprint(checkpoint)) as stage:
+        _check_disk(stage, plan)
+        resumed = write_shards(stage, plan, progress=progress, on_tensor=on_tensor)
+        write_index(stage, plan.shards)
+        peak = peak_memory()
+        card.write(stage, checkpoint.folder, config, settings, target.name)
+        if judge is not None:
+            verification = judge(stage)
+            shortfalls = verification.failures(limits or Limits(bits=16))
+            if shortfalls and not force:
+                raise VerificationError(
+                    f"the converted model is too far from its source: {'; '.join(shortfalls)}: use more bits or a "
+                    "smaller group size, or --force to keep it",
+                    verification,
+                )
+            settings["verification"] = {**verification.to_dict(), "shortfalls": list(shortfalls)}
+            card.write(stage, checkpoint.folder, config, settings, target.name)
+    return Made(resumed_shards=resumed, peak_memory=peak, verification=verification, shortfalls=shortfalls)
+
+
+def peak_memory() -> int:
+    """Return the most memory that the process has held, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _check_options(
+    bits: int | str | None,
+    group_size: int | None,
+    mode: str | None,
+    dtype: str | None,
+    target_bytes: int | None,
+    *,
+    dequantize: bool,
+) -> None:
     """Refuse what no recipe would take, before anything is downloaded."""
-    usual = Quantization()
-    Quantization(
-        bits=usual.bits if bits is None else bits,
-        group_size=usual.group_size if group_size is None else group_size,
-        dtype=usual.dtype if dtype is None else dtype,
-    )
+    if (bits == "auto") != (target_bytes is not None):
+        raise ConfigError("bits chosen for each module need a size: give --q-bits auto and --target-gb together")
+    if dequantize and (bits not in (None, 0) or group_size is not None or mode is not None):
+        raise ConfigError("dequantized weights have no bits, groups or mode: leave out the --q options")
+    if isinstance(bits, str) and bits != "auto":
+        raise RecipeError(f"bits = {bits!r}; expected a number or 'auto'")
+    numbers = None if isinstance(bits, str) else bits
+    usual = Quantization(bits=mode_bits) if mode is None and (mode_bits := numbers) is not None else Quantization()
+    usual.changed(bits=numbers, group_size=group_size, mode=mode, dtype=dtype)
+
+
+def _measured(
+    folder: Path, recipe: Recipe, target_bytes: int, progress: Progress | None
+) -> Callable[[str], Precision | None]:
+    """Choose each module's precision by what it does to the answers' confidence."""
+    from mlxvr.porting.sensitivity import choose_precisions
+
+    return choose_precisions(folder, recipe, target_bytes=target_bytes, progress=progress).get
 
 
 def _pinned(source: str | Path, recipe: Recipe | None) -> str | None:
@@ -175,123 +307,27 @@ def _choose(checkpoint: Checkpoint, origin: card.Origin) -> Recipe:
     return recipes.for_source(origin.name) or recipes.for_config(folder.config)
 
 
-def _plan(checkpoint: Checkpoint, recipe: Recipe) -> tuple[list[_Job], tuple[str, ...]]:
-    """Decide what becomes of every tensor; also returns the modules whose rows cannot be divided into groups."""
-    code = _DTYPE_CODES[recipe.quantization.dtype]
-    jobs, indivisible = [], []
-    for tensor in checkpoint.tensors:
-        precision = recipe.precision(tensor.module) if tensor.is_matrix else None
-        if precision is not None and tensor.shape[1] % precision.group_size:
-            indivisible.append(tensor.module)
-            precision = None
-        if precision is None:
-            outputs = [OutputTensor(tensor.key, code, tensor.shape)]
-        else:
-            rows, columns = tensor.shape
-            grouped = (rows, columns // precision.group_size)
-            outputs = [
-                OutputTensor(tensor.key, "U32", (rows, columns * precision.bits // 32)),
-                OutputTensor(f"{tensor.module}.scales", code, grouped),
-                OutputTensor(f"{tensor.module}.biases", code, grouped),
-            ]
-        jobs.append(_Job(tensor, precision, outputs))
-    return jobs, tuple(indivisible)
-
-
-def _check_disk(target: Path, nbytes: int) -> None:
-    parent = next(folder for folder in target.parents if folder.exists())
-    free = shutil.disk_usage(parent).free
-    if free < nbytes + _SPARE_DISK:
+def _check_disk(stage: Path, plan: Plan) -> None:
+    waiting = [tensors for name, tensors in plan.shards.items() if not is_finished(stage / name, tensors)]
+    needed = sum(tensor.nbytes for tensors in waiting for tensor in tensors) + _SPARE_DISK
+    free = shutil.disk_usage(stage).free
+    if free < needed:
         raise ConfigError(
-            f"{parent} has {free / 1e9:.2f} GB free and the output takes {(nbytes + _SPARE_DISK) / 1e9:.2f} GB; "
+            f"{stage.parent} has {free / 1e9:.2f} GB free and the output takes {needed / 1e9:.2f} GB; "
             "free some space, choose another disk, or use fewer bits"
         )
 
 
-def _write_shards(
-    stage: Path,
-    jobs: list[_Job],
-    shards: dict[str, list[OutputTensor]],
-    *,
-    dtype: str,
-    progress: Progress | None,
-) -> None:
-    total = sum(job.source.nbytes for job in jobs)
-    done = 0
-    waiting = iter(jobs)
-    for name, outputs in shards.items():
-        with ShardWriter(stage / name, outputs) as writer:
-            written = 0
-            while written < len(outputs):
-                job = next(waiting)
-                for values in job.source.chunks(_CHUNK_BYTES):
-                    _write_chunk(job, values, writer, dtype)
-                    done += values.nbytes
-                    if progress is not None:
-                        progress("convert", done, total)
-                written += len(job.outputs)
-                mx.clear_cache()  # buffers of this tensor's sizes; the next one has others
-
-
-def _write_chunk(job: _Job, values: np.ndarray, writer: ShardWriter, dtype: str) -> None:
-    """Cast some rows to `dtype`, quantize them where the recipe says so, and append them to the shard."""
-    same = job.source.info.dtype == dtype
-    if same and job.precision is None:
-        _check_finite(job, values, values, dtype)
-        writer.append(job.source.key, values)
-        return
-    array = mx.array(values)
-    if job.source.info.dtype == "BF16":
-        array = array.view(mx.bfloat16)
-    array = array.astype(_MLX_DTYPES[dtype])
-    _check_finite(job, values, values if same else _bits(array), dtype)
-    if job.precision is None:
-        parts = [array]
-    else:
-        parts = list(mx.quantize(array, group_size=job.precision.group_size, bits=job.precision.bits))
-        mx.eval(parts)
-    for output, part in zip(job.outputs, parts, strict=True):
-        writer.append(output.name, _bits(part))
-
-
-def _check_finite(job: _Job, source: np.ndarray, cast: np.ndarray, dtype: str) -> None:
-    if all_finite(cast, dtype):
-        return
-    where = f"{job.source.info.file}: {job.source.key}"
-    if not all_finite(source, job.source.info.dtype):
-        raise CheckpointError(f"{where} holds NaN or infinity: the checkpoint is damaged, download it again")
-    raise CheckpointError(f"{where} holds numbers too large for the chosen dtype; convert with dtype bfloat16")
-
-
-def _bits(array: mx.array) -> np.ndarray:
-    """View an MLX array as numpy sees it; bfloat16 as its bit patterns."""
-    return np.asarray(array.view(mx.uint16) if array.dtype == mx.bfloat16 else array)
-
-
-def _config(checkpoint: Checkpoint, recipe: Recipe, jobs: list[_Job]) -> dict[str, Any]:
+def _config(checkpoint: Checkpoint, plan: Plan, base: Quantization) -> dict[str, Any]:
     """`config.json` of the output: mlx-vlm's spelling, the new dtype, and how each module is quantized."""
     folder = checkpoint.folder
     config = folder.family.mlx_config(folder.config)
     config.pop("auto_map", None)  # code of the source's repository, which neither travels nor runs
+    for key in ("quantization", "quantization_config"):
+        config.pop(key, None)
     for section in (config, config.get("text_config"), config.get("vision_config")):
         if isinstance(section, dict):
-            section.update({key: recipe.quantization.dtype for key in ("dtype", "torch_dtype") if key in section})
-    config["torch_dtype"] = recipe.quantization.dtype
-    if not any(job.precision for job in jobs):
-        return config
-    base = Precision(bits=recipe.quantization.bits, group_size=recipe.quantization.group_size)
-    whole: dict[str, Any] = {"group_size": base.group_size, "bits": base.bits, "mode": "affine"}
-    for job in jobs:
-        ours = job.precision
-        # mlx-vlm passes over matrices whose size 64 does not divide unless they have an entry.
-        if ours is not None and (ours != base or np.prod(job.source.shape) % 64):
-            whole[job.source.module] = {"group_size": ours.group_size, "bits": ours.bits, "mode": "affine"}
-        elif ours is None and job.source.is_matrix and not folder.family.is_vision(job.source.key):
-            whole[job.source.module] = False
-    return {**config, "quantization": whole, "quantization_config": whole}
-
-
-def _peak_memory() -> int:
-    """Return the most memory that the process has held, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+            section.update({key: base.dtype for key in ("dtype", "torch_dtype") if key in section})
+    config["torch_dtype"] = base.dtype
+    whole = plan.quantization(base, lambda module: folder.family.is_vision(f"{module}."))
+    return config if whole is None else {**config, "quantization": whole, "quantization_config": whole}

@@ -1,10 +1,11 @@
 """Recipes: what is known about a checkpoint before it is converted, as data.
 
 A recipe is a TOML file in `convert/` (in a wheel: `mlxvr/_recipes`), one per public checkpoint or family,
-and its name is the file's. It says where the weights come from, what stays in high precision, how the rest is
-quantized, the confidence at which a direct answer is trusted and the frame budgets that the model works with.
-The dataclasses below are the only place where keys, types and defaults are written down; `convert/README.md`
-explains them, and a test holds the two together.
+and its name is the file's. It says where the weights come from and how their tensors are called, what stays in high
+precision, how the rest is quantized, how far the result may be from its source, the system prompt, the confidence at
+which a direct answer is trusted and the frame budgets that the model works with. The dataclasses below are the only
+place where keys, types and defaults are written down; `convert/README.md` explains them, and a test holds the two
+together.
 
 Nothing here touches the network or imports mlx.
 """
@@ -16,24 +17,36 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 from mlxvr.errors import CheckpointError, RecipeError
+from mlxvr.porting.tables import build, check_value, without_unset
 
-__all__ = ["BITS", "DTYPES", "GROUP_SIZES", "Budgets", "Precision", "Quantization", "Recipe", "Rule"]
-__all__ += ["available", "for_config", "for_source", "load"]
+__all__ = ["BITS", "DTYPES", "GROUP_SIZES", "MODES", "Budgets", "KeyRule", "Limits", "Precision", "Quantization"]
+__all__ += ["Recipe", "Rule", "available", "for_config", "for_source", "load"]
 
-BITS = (0, 2, 3, 4, 6, 8)  # 0: the weights are not quantized
+BITS = (0, 2, 3, 4, 5, 6, 8)  # 0: the weights are not quantized
 GROUP_SIZES = (32, 64, 128)
 DTYPES = ("bfloat16", "float16", "float32")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Precision:
-    """How one weight matrix is stored: `bits` per weight, one scale and one bias per `group_size` of them."""
+    """How one weight matrix is stored: `bits` per weight, one scale (affine: and one bias) per `group_size`."""
 
     bits: int
     group_size: int
+    mode: str = "affine"
+
+
+# MLX's floating-point modes come in one size each; None: bits and groups are free.
+_FIXED = {
+    "affine": None,
+    "mxfp4": Precision(bits=4, group_size=32, mode="mxfp4"),
+    "nvfp4": Precision(bits=4, group_size=16, mode="nvfp4"),
+    "mxfp8": Precision(bits=8, group_size=32, mode="mxfp8"),
+}
+MODES = tuple(_FIXED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,27 +56,113 @@ class Rule:
     match: str
     min_bits: int = 8
     group_size: int | None = None  # None: the recipe's
+    mode: str | None = None  # None: the recipe's, if it has that many bits, else affine
 
     def __post_init__(self) -> None:
-        _check("min_bits", self.min_bits, self.min_bits in BITS[1:], f"one of {BITS[1:]}")
+        check_value("min_bits", self.min_bits, self.min_bits in BITS[1:], f"one of {BITS[1:]}")
         known = self.group_size is None or self.group_size in GROUP_SIZES
-        _check("group_size", self.group_size, known, f"one of {GROUP_SIZES}")
+        check_value("group_size", self.group_size, known, f"one of {GROUP_SIZES}")
+        check_value("mode", self.mode, self.mode is None or self.mode in MODES, f"one of {MODES}")
+        fixed = _FIXED[self.mode or "affine"]
+        if fixed is not None:
+            expected = f"at most the {fixed.bits} bits of {self.mode}"
+            check_value("min_bits", self.min_bits, self.min_bits <= fixed.bits, expected)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Quantization:
-    """Bits (0: none), weights per scale, the dtype of all that is not quantized, and the exceptions."""
+    """Bits (0: none), weights per scale, MLX's mode, the dtype of all that is not quantized, and the exceptions."""
 
     bits: int = 4
     group_size: int = 64
+    mode: str = "affine"
     dtype: str = "bfloat16"
     keep: tuple[str, ...] = ("vision_tower.*",)
     rules: tuple[Rule, ...] = ()
 
     def __post_init__(self) -> None:
-        _check("bits", self.bits, self.bits in BITS, f"one of {BITS}")
-        _check("group_size", self.group_size, self.group_size in GROUP_SIZES, f"one of {GROUP_SIZES}")
-        _check("dtype", self.dtype, self.dtype in DTYPES, f"one of {DTYPES}")
+        check_value("mode", self.mode, self.mode in MODES, f"one of {MODES}")
+        fixed = _FIXED[self.mode]
+        if fixed is None:
+            check_value("bits", self.bits, self.bits in BITS, f"one of {BITS}")
+            check_value("group_size", self.group_size, self.group_size in GROUP_SIZES, f"one of {GROUP_SIZES}")
+        else:
+            check_value("bits", self.bits, self.bits in (0, fixed.bits), f"{fixed.bits}, as {self.mode} has")
+            check_value(
+                "group_size", self.group_size, self.group_size == fixed.group_size, f"{self.mode}'s {fixed.group_size}"
+            )
+        check_value("dtype", self.dtype, self.dtype in DTYPES, f"one of {DTYPES}")
+
+    def changed(
+        self,
+        *,
+        bits: int | None = None,
+        group_size: int | None = None,
+        mode: str | None = None,
+        dtype: str | None = None,
+    ) -> "Quantization":
+        """Copy with the given values in place of ours (None: keep); a mode brings its own bits and group size.
+
+        Raises `RecipeError` for a value that cannot be used.
+        """
+        base = self
+        if mode is not None and mode != self.mode:
+            check_value("mode", mode, mode in MODES, f"one of {MODES}")
+            usual = _FIXED[mode] or Quantization()
+            base = dataclasses.replace(self, mode=mode, bits=usual.bits, group_size=usual.group_size)
+        return dataclasses.replace(
+            base,
+            bits=base.bits if bits is None else bits,
+            group_size=base.group_size if group_size is None else group_size,
+            dtype=base.dtype if dtype is None else dtype,
+        )
+
+    def precision(self, module: str) -> Precision | None:
+        """How the weight of `module` (its MLX path, without `.weight`) is stored; None: kept in `dtype`."""
+        if self.bits == 0 or any(fnmatchcase(module, pattern) for pattern in self.keep):
+            return None
+        bits, group_size, mode = self.bits, self.group_size, self.mode
+        for rule in self.rules:
+            if fnmatchcase(module, rule.match):
+                bits = max(bits, rule.min_bits)
+                group_size = rule.group_size or group_size
+                mode = rule.mode or mode
+        fixed = _FIXED[mode]
+        if fixed is None:
+            return Precision(bits=bits, group_size=group_size)
+        if bits <= fixed.bits:
+            return fixed
+        return Precision(bits=bits, group_size=group_size if group_size in GROUP_SIZES else Quantization.group_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeyRule:
+    """A tensor whose name on disk begins with `prefix` is read as if it began with `becomes`."""
+
+    prefix: str
+    becomes: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """How far a converted model may be from its source, for weights of at least `bits` bits (16: unquantized).
+
+    `logits_error` is relative, `top1` and `flipped_exits` are shares, `kl` is in nats per token, `confidence_drift` is
+    the mean absolute difference; None does not limit.
+    """
+
+    bits: int
+    logits_error: float | None = None
+    top1: float | None = None
+    kl: float | None = None
+    confidence_drift: float | None = None
+    flipped_exits: float | None = None
+
+    def __post_init__(self) -> None:
+        check_value("bits", self.bits, self.bits in (*BITS[1:], 16), f"one of {(*BITS[1:], 16)}")
+        for key in ("logits_error", "top1", "kl", "confidence_drift", "flipped_exits"):
+            value = getattr(self, key)
+            check_value(key, value, value is None or value >= 0, "a number from 0 on")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +180,7 @@ class Budgets:
 
     def __post_init__(self) -> None:
         for key, value in dataclasses.asdict(self).items():
-            _check(key, value, value is None or value > 0, "a number above 0")
+            check_value(key, value, value is None or value > 0, "a number above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,39 +195,35 @@ class Recipe:
     revision: str = ""
     license: str = ""
     base_model: str = ""
+    system_prompt: str = ""  # VideoAuto-R1's own
+    key_rules: tuple[KeyRule, ...] = ()
     quantization: Quantization = field(default_factory=Quantization)
+    verification: tuple[Limits, ...] = ()
     budgets: Budgets = field(default_factory=Budgets)
 
     def __post_init__(self) -> None:
-        _check("threshold", self.threshold, 0.0 <= self.threshold <= 1.0, "a number from 0 to 1")
+        check_value("threshold", self.threshold, 0.0 <= self.threshold <= 1.0, "a number from 0 to 1")
 
-    def with_quantization(
-        self, *, bits: int | None = None, group_size: int | None = None, dtype: str | None = None
-    ) -> "Recipe":
-        """Copy with the given values in place of the recipe's (None: keep); `RecipeError` for a bad value."""
-        ours = self.quantization
-        changed = dataclasses.replace(
-            ours,
-            bits=ours.bits if bits is None else bits,
-            group_size=ours.group_size if group_size is None else group_size,
-            dtype=ours.dtype if dtype is None else dtype,
-        )
-        return dataclasses.replace(self, quantization=changed)
+    def with_quantization(self, **changes: Any) -> "Recipe":
+        """Copy with other values; takes those of `Quantization.changed` and raises what it raises."""
+        return dataclasses.replace(self, quantization=self.quantization.changed(**changes))
 
     def precision(self, module: str) -> Precision | None:
-        """How the weight of `module` (its MLX path, without `.weight`) is stored; None: kept in `dtype`."""
-        rules = self.quantization
-        if rules.bits == 0 or any(fnmatchcase(module, pattern) for pattern in rules.keep):
-            return None
-        bits, group_size = rules.bits, rules.group_size
-        for rule in rules.rules:
-            if fnmatchcase(module, rule.match):
-                bits, group_size = max(bits, rule.min_bits), rule.group_size or group_size
-        return Precision(bits=bits, group_size=group_size)
+        """See `Quantization.precision`."""
+        return self.quantization.precision(module)
+
+    def limits_for(self, bits: float) -> Limits:
+        """Limits for weights of `bits` bits (unquantized: 16): those of the most bits that are not above it.
+
+        Below all of them the loosest hold; without any, nothing is limited.
+        """
+        ordered = sorted(self.verification, key=lambda limits: limits.bits)
+        fitting = [limits for limits in ordered if limits.bits <= bits] or ordered[:1]
+        return fitting[-1] if fitting else Limits(bits=16)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON, without what is unset."""
-        return _without_unset(dataclasses.asdict(self))
+        return without_unset(dataclasses.asdict(self))
 
 
 def available() -> list[str]:
@@ -195,56 +290,5 @@ def _read(path: Path) -> Recipe:
         raise RecipeError(f"the recipe {path} is not valid TOML: {error}") from error
     if "name" in table:
         raise RecipeError(f"{path.name}: the key 'name' is not allowed; a recipe is called as its file is")
-    recipe: Recipe = _build(Recipe, {"name": path.stem, **table}, where=path.name, prefix="")
+    recipe: Recipe = build(Recipe, {"name": path.stem, **table}, where=path.name)
     return recipe
-
-
-def _build(cls: Any, table: Mapping[str, Any], *, where: str, prefix: str) -> Any:
-    """Build a dataclass from a TOML table: every key known, every value of the declared type."""
-    hints = get_type_hints(cls)
-    for key in table:
-        if key not in hints:
-            raise RecipeError(f"{where}: unknown key {prefix + key!r}; expected one of {', '.join(sorted(hints))}")
-    required = [
-        field.name
-        for field in dataclasses.fields(cls)
-        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-    ]
-    for key in required:
-        if key not in table:
-            raise RecipeError(f"{where}: the key {prefix + key!r} is missing; every recipe needs it")
-    values = {key: _convert(hints[key], value, where=where, key=prefix + key) for key, value in table.items()}
-    try:
-        return cls(**values)
-    except RecipeError as error:
-        raise RecipeError(f"{where}: {prefix}{error}") from error
-
-
-def _convert(hint: Any, value: Any, *, where: str, key: str) -> Any:
-    if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
-        return _build(hint, value, where=where, prefix=f"{key}.")
-    arguments = get_args(hint)
-    if Ellipsis in arguments:  # tuple[T, ...]
-        if not isinstance(value, list):
-            raise RecipeError(f"{where}: {key} = {value!r} has the wrong type; expected a list")
-        return tuple(_convert(arguments[0], item, where=where, key=key) for item in value)
-    accepted = tuple(kind for kind in (arguments or (hint,)) if isinstance(kind, type) and kind is not type(None))
-    if float in accepted and type(value) is int:  # 1 is a fine way to write 1.0
-        value = float(value)
-    if isinstance(value, bool) or not isinstance(value, accepted):
-        names = " or ".join(kind.__name__ for kind in accepted)
-        raise RecipeError(f"{where}: {key} = {value!r} has the wrong type; expected {names}")
-    return value
-
-
-def _check(key: str, value: object, holds: bool, expected: str) -> None:
-    if not holds:
-        raise RecipeError(f"{key} = {value!r}; expected {expected}")
-
-
-def _without_unset(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_unset(item) for key, item in value.items() if item not in (None, "", (), {})}
-    if isinstance(value, list | tuple):
-        return [_without_unset(item) for item in value]
-    return value

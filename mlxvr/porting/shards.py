@@ -20,15 +20,15 @@ import numpy as np
 
 from mlxvr.porting.staging import write_synced
 
-__all__ = ["MAX_SHARD_BYTES", "OutputTensor", "ShardWriter", "plan_shards", "write_index"]
+__all__ = ["MAX_SHARD_BYTES", "OutputTensor", "ShardWriter", "is_finished", "plan_shards", "write_index"]
 
-MAX_SHARD_BYTES = 5 * 10**9
-_DTYPE_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "U32": 4}
+MAX_SHARD_BYTES = 10**9  # what an interrupted conversion may have to do again; loaders take any number of shards
+_DTYPE_BYTES = {"U8": 1, "BF16": 2, "F16": 2, "F32": 4, "U32": 4}
 
 
 @dataclass(frozen=True)
 class OutputTensor:
-    """A tensor to be written: its name, safetensors dtype ("BF16", "F16", "F32" or "U32") and shape."""
+    """A tensor to be written: its name, safetensors dtype ("U8", "BF16", "F16", "F32" or "U32") and shape."""
 
     name: str
     dtype: str
@@ -44,6 +44,8 @@ def plan_shards(
     groups: Iterable[list[OutputTensor]], max_bytes: int = MAX_SHARD_BYTES
 ) -> dict[str, list[OutputTensor]]:
     """Deal tensors out to files of at most `max_bytes`, in order; a group (a weight and its scales) stays together.
+
+    A group that is larger has a file to itself.
 
     Returns file name -> tensors; one file is called `model.safetensors`, several `model-00001-of-0000N.safetensors`.
     """
@@ -70,35 +72,37 @@ def write_index(folder: Path, shards: dict[str, list[OutputTensor]]) -> int:
     return total
 
 
+def is_finished(path: Path, tensors: list[OutputTensor]) -> bool:
+    """Whether `path` is a shard of exactly these tensors. Shards get their names when every byte is on the disk."""
+    start = _header(tensors)
+    if not path.is_file() or path.stat().st_size != len(start) + sum(tensor.nbytes for tensor in tensors):
+        return False
+    with path.open("rb") as file:
+        return file.read(len(start)) == start
+
+
 class ShardWriter:
     """One safetensors file being written; a context manager that names the file only when every byte is there."""
 
     def __init__(self, path: Path, tensors: list[OutputTensor]) -> None:
         self._path = path
         self._partial = path.with_name(path.name + ".partial")
-        # Wider elements first, so that every tensor is aligned to its element size, as the format asks.
-        ordered = sorted(tensors, key=lambda tensor: -_DTYPE_BYTES[tensor.dtype])
-        header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
-        offset = 0
+        start = _header(tensors)
         self._next: dict[str, int] = {}
         self._end: dict[str, int] = {}
-        for tensor in ordered:
-            span = [offset, offset + tensor.nbytes]
-            header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": span}
-            self._next[tensor.name], self._end[tensor.name] = span
+        offset = len(start)
+        for tensor in _in_order(tensors):
+            self._next[tensor.name], self._end[tensor.name] = offset, offset + tensor.nbytes
             offset += tensor.nbytes
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        self._data_start = 8 + len(text)
         self._file = self._partial.open("wb")
-        self._file.write(struct.pack("<Q", len(text)) + text)
+        self._file.write(start)
 
     def append(self, name: str, rows: np.ndarray) -> None:
         """Append the bytes of `rows` (C-contiguous, of the tensor's element size) to the tensor `name`."""
         start = self._next[name]
         if start + rows.nbytes > self._end[name]:
             raise ValueError(f"{name}: more bytes than its shape has room for")
-        self._file.seek(self._data_start + start)
+        self._file.seek(start)
         self._file.write(rows.data.cast("B"))
         self._next[name] = start + rows.nbytes
 
@@ -117,3 +121,21 @@ class ShardWriter:
             self._file.flush()
             os.fsync(self._file.fileno())
         self._partial.rename(self._path)
+
+
+def _in_order(tensors: list[OutputTensor]) -> list[OutputTensor]:
+    """Wider elements first, so that every tensor is aligned to its element size, as the format asks."""
+    return sorted(tensors, key=lambda tensor: -_DTYPE_BYTES[tensor.dtype])
+
+
+def _header(tensors: list[OutputTensor]) -> bytes:
+    """All that comes before the data of a shard."""
+    header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
+    offset = 0
+    for tensor in _in_order(tensors):
+        span = [offset, offset + tensor.nbytes]
+        header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": span}
+        offset += tensor.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text

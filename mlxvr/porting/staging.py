@@ -2,20 +2,25 @@
 
 The work goes into a hidden folder beside the target, on the same disk, which is renamed when everything is in it
 and has reached the disk. A process that dies half-way (kill -9, power) leaves that hidden folder behind; it has
-one fixed name per target, so the next run finds it, sees by its lock that nobody works in it, and clears it.
+one fixed name per target, so the next run finds it and sees by its lock that nobody works in it. If the next run would
+write the same bytes, it goes on with the shards that are finished; else it clears the folder.
 """
 
 import errno
 import fcntl
+import logging
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mlxvr.errors import ConfigError
+from mlxvr.errors import CheckpointError, ConfigError
 
 __all__ = ["check_target", "staged", "write_synced"]
+
+_PLAN = ".plan"  # in the hidden folder: what is being written there
+_log = logging.getLogger(__name__)
 
 
 def check_target(target: Path, source: Path | None = None, *, force: bool = False) -> Path:
@@ -40,11 +45,15 @@ def check_target(target: Path, source: Path | None = None, *, force: bool = Fals
 
 
 @contextmanager
-def staged(target: Path) -> Iterator[Path]:
-    """Yield an empty folder that becomes `target` when the block ends well and is removed when it does not.
+def staged(target: Path, plan: str) -> Iterator[Path]:
+    """Yield a folder that becomes `target` when the block ends well.
 
-    `target` comes from `check_target`; a folder that lies there is replaced. Raises `ConfigError` when another
-    process is writing the same target, or when it cannot be written at all.
+    Args:
+        target: from `check_target`; a folder that lies there is replaced.
+        plan: tells what will be written; the folder holds the finished shards of an interrupted run with the same plan.
+
+    When the block fails, finished shards stay for the next run, unless the source is damaged (`CheckpointError`).
+    Raises `ConfigError` when another process is writing the same target, or when it cannot be written at all.
     """
     folder = target.with_name(f".{target.name}.mlxvr-partial")
     aside = target.with_name(f".{target.name}.mlxvr-replaced")
@@ -55,8 +64,10 @@ def staged(target: Path) -> Iterator[Path]:
         raise ConfigError(f"cannot write {target}: {error.strerror}; choose another folder") from error
     try:
         _recover(target, aside)
-        _clear(folder)
+        _clear(folder, keep=_finished(folder, plan))
+        write_synced(folder / _PLAN, plan.encode())
         yield folder
+        (folder / _PLAN).unlink()
         _sync_folder(folder)
         if target.is_dir():
             target.rename(aside)
@@ -64,7 +75,11 @@ def staged(target: Path) -> Iterator[Path]:
         _sync_folder(target.parent)
         shutil.rmtree(aside, ignore_errors=True)
     except BaseException as error:
-        shutil.rmtree(folder, ignore_errors=True)
+        kept = set() if isinstance(error, CheckpointError) or not folder.is_dir() else _finished(folder, plan)
+        if kept:
+            _log.warning("%d finished shards wait in %s: run again to go on, or remove it", len(kept), folder)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
         _recover(target, aside)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ConfigError(f"the disk of {target} is full; free some space and run again") from error
@@ -107,8 +122,18 @@ def _recover(target: Path, aside: Path) -> None:
         shutil.rmtree(aside)
 
 
-def _clear(folder: Path) -> None:
+def _finished(folder: Path, plan: str) -> set[str]:
+    """Names of the shards that a run with the same plan has finished."""
+    noted = folder / _PLAN
+    if not noted.is_file() or noted.read_text(encoding="utf-8") != plan:
+        return set()
+    return {file.name for file in folder.glob("*.safetensors")}
+
+
+def _clear(folder: Path, *, keep: set[str]) -> None:
     for entry in folder.iterdir():
+        if entry.name in keep:
+            continue
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
         else:

@@ -1,0 +1,192 @@
+"""How a weight lies on disk, and its rows as plain floats, a few megabytes at a time.
+
+    Plain       floats (or the integers of packed weights that are copied as they are)
+    Fp8Blocks   8-bit floats (E4M3) with a scale for each block of rows and columns, as DeepSeek and Qwen publish them:
+                `<weight>_scale_inv`, `weight_block_size` in config.json
+    Packed      MLX's own quantized weights: 32-bit words, scales and, in the affine mode, biases
+
+Reading is plain file reads rather than a memory map, so that what has been passed on leaves memory.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import Any, BinaryIO
+
+import mlx.core as mx
+import numpy as np
+
+from mlxvr.errors import CheckpointError
+from mlxvr.model.families import Family
+from mlxvr.model.safetensors import TensorInfo
+
+__all__ = ["HELD_AS", "Encoding", "Fp8Blocks", "Packed", "Plain", "as_mlx", "as_numpy"]
+
+# How each dtype is held in numpy; it has no bfloat16, so those travel as their bit patterns.
+HELD_AS: dict[str, np.dtype[Any]] = {
+    "BF16": np.dtype("<u2"),
+    "F16": np.dtype("<f2"),
+    "F32": np.dtype("<f4"),
+    "F8_E4M3": np.dtype("u1"),
+    "U8": np.dtype("u1"),
+    "U32": np.dtype("<u4"),
+}
+_MLX_CODES = {mx.bfloat16: "BF16", mx.float16: "F16", mx.float32: "F32"}
+
+
+def as_mlx(values: np.ndarray, dtype: str) -> mx.array:
+    """Hand rows that are held as numpy holds `dtype` to MLX."""
+    array = mx.array(values)
+    return array.view(mx.bfloat16) if dtype == "BF16" else array
+
+
+def as_numpy(array: mx.array) -> np.ndarray:
+    """View an MLX array as numpy holds it; bfloat16 as its bit patterns."""
+    return np.asarray(array.view(mx.uint16) if array.dtype == mx.bfloat16 else array)
+
+
+class Encoding(ABC):
+    """A tensor of the source.
+
+    Attributes:
+        infos: what it is made of on disk.
+        dtype: "BF16", "F16", "F32" (or, of what is only copied, "U32", "U8"): what its rows come as.
+    """
+
+    infos: tuple[TensorInfo, ...]
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        """Size on disk in bytes."""
+        return sum(info.offsets[1] - info.offsets[0] for info in self.infos)
+
+    @abstractmethod
+    def chunks(self, max_bytes: int) -> Iterator[np.ndarray]:
+        """Yield whole rows in order, about `max_bytes` at a time, held as `HELD_AS[self.dtype]`."""
+
+
+class Plain(Encoding):
+    """Numbers as they are. A tensor of more than two dimensions comes in one piece: its axes may change places."""
+
+    def __init__(self, key: str, info: TensorInfo, family: Family) -> None:
+        """Describe the tensor `key` (its MLX name)."""
+        self.infos = (info,)
+        self.dtype = info.dtype
+        self._key = key
+        self._family = family
+
+    def chunks(self, max_bytes: int) -> Iterator[np.ndarray]:
+        """Yield rows, see `Encoding`."""
+        (info,) = self.infos
+        if len(info.shape) == 2:
+            with _Rows(info) as rows:
+                for _, count in _steps(info.shape[0], rows.step(max_bytes)):
+                    yield rows.read(count)
+            return
+        with _Rows(info) as rows:
+            whole = rows.read(info.shape[0] if info.shape else 1).reshape(info.shape)
+            yield np.ascontiguousarray(self._family.mlx_tensor(self._key, whole))
+
+
+class Fp8Blocks(Encoding):
+    """8-bit floats times the scale of their block, as float32."""
+
+    dtype = "F32"
+
+    def __init__(self, weight: TensorInfo, scales: TensorInfo, block: tuple[int, int]) -> None:
+        """`block`: rows and columns that share a scale."""
+        self.infos = (weight, scales)
+        self._block = block
+
+    def chunks(self, max_bytes: int) -> Iterator[np.ndarray]:
+        """Yield rows, see `Encoding`; whole blocks of them."""
+        weight, scales = self.infos
+        height, width = self._block
+        with _Rows(scales) as file:
+            factors = as_mlx(file.read(scales.shape[0]), scales.dtype).astype(mx.float32)
+        factors_by_column = np.repeat(np.asarray(factors), width, axis=1)[:, : weight.shape[1]]
+        with _Rows(weight) as rows:
+            step = max(1, rows.step(max_bytes // 4) // height) * height
+            for start, count in _steps(weight.shape[0], step):
+                values = _E4M3[rows.read(count)]
+                blocks = np.arange(start, start + count) // height
+                yield values * factors_by_column[blocks]
+
+
+class Packed(Encoding):
+    """MLX's quantized weights, unpacked to the type of their scales (float modes have none of their own: bfloat16)."""
+
+    def __init__(
+        self, weight: TensorInfo, scales: TensorInfo, biases: TensorInfo | None, how: Mapping[str, Any]
+    ) -> None:
+        """`how`: bits, group_size and mode, as `mx.dequantize` takes them."""
+        self.infos = (weight, scales) if biases is None else (weight, scales, biases)
+        self.dtype = "BF16" if biases is None else scales.dtype
+        self._how = dict(how)
+
+    def chunks(self, max_bytes: int) -> Iterator[np.ndarray]:
+        """Yield rows, see `Encoding`."""
+        readers = [_Rows(info) for info in self.infos]
+        try:
+            step = max(1, readers[0].step(max_bytes) * self._how["bits"] // 16)
+            for _, count in _steps(self.infos[0].shape[0], step):
+                parts = [as_mlx(rows.read(count), info.dtype) for rows, info in zip(readers, self.infos, strict=True)]
+                array = mx.dequantize(parts[0], parts[1], parts[2] if parts[2:] else None, **self._how)
+                if _MLX_CODES[array.dtype] != self.dtype:
+                    array = array.astype(mx.bfloat16)
+                mx.eval(array)
+                yield as_numpy(array)
+        finally:
+            for rows in readers:
+                rows.close()
+
+
+class _Rows:
+    """A tensor on disk that is read row by row, from its first."""
+
+    def __init__(self, info: TensorInfo) -> None:
+        self._info = info
+        self._dtype = HELD_AS[info.dtype]
+        self._width = math.prod(info.shape[1:])
+        self._file: BinaryIO = info.file.open("rb", buffering=0)
+        self._file.seek(info.offsets[0])
+
+    def step(self, max_bytes: int) -> int:
+        """How many rows take about `max_bytes`, at least one."""
+        return max(1, max_bytes // max(1, self._width * self._dtype.itemsize))
+
+    def read(self, count: int) -> np.ndarray:
+        """The next `count` rows: (count, width)."""
+        values = np.fromfile(self._file, dtype=self._dtype, count=count * self._width)
+        if values.size != count * self._width:
+            raise CheckpointError(f"{self._info.file} became shorter while it was read: download it again")
+        return values.reshape(count, self._width)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> "_Rows":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _steps(rows: int, step: int) -> Iterator[tuple[int, int]]:
+    """Split `rows` into (first, count)."""
+    for start in range(0, rows, step):
+        yield start, min(step, rows - start)
+
+
+def _e4m3_values() -> np.ndarray:
+    """What each byte means in OCP's E4M3 (arXiv 2209.05433): bias 7, no infinity, NaN where all seven bits are set."""
+    codes = np.arange(256)
+    exponent, mantissa = codes >> 3 & 15, codes & 7
+    subnormal = exponent == 0
+    magnitude = np.where(subnormal, mantissa / 8, 1 + mantissa / 8) * 2.0 ** np.where(subnormal, -6, exponent - 7)
+    magnitude[codes & 127 == 127] = np.nan
+    return np.where(codes & 128, -magnitude, magnitude).astype(np.float32)
+
+
+_E4M3 = _e4m3_values()
