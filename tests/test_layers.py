@@ -19,7 +19,7 @@ PACKAGE = Path(mlxvr.__file__).parent
 
 # From the bottom up. Modules of one layer may use each other only where it says so; a package is one module here.
 LAYERS = [
-    ({"callbacks", "confidence", "detokenizer", "errors", "protocol", "rewards", "scanner"}, True),
+    ({"callbacks", "confidence", "dataset", "detokenizer", "errors", "protocol", "rewards", "scanner"}, True),
     ({"media"}, False),
     ({"model"}, False),
     ({"porting"}, False),
