@@ -12,7 +12,8 @@ Fields. `id`, `question` and `answer` are needed; `video` or `image` names a fil
     exact_match   a letter, a word or a number as text (the kind of a row that names none)
     math          an expression, compared symbolically
     iou           `[start, end]` or a list of such, in seconds
-    gqa           both: `{"answer": .., "segments": [[start, end], ..]}`, or as text `B <> [0.3, 4.5]`
+    gqa           both: `{"answer": .., "segments": [[start, end], ..]}`, `["B", [[start, end], ..]]`, or as text
+                  `B <> [0.3, 4.5]`
 
 The names that `Clip.ask` has for them (`qa`, `grounding`, `grounded_qa`) are understood too. `start` and `end` cut a
 video, in seconds. `task` and `category` group rows in a report (`about` and `group`, as the bundled clips say, stand in
@@ -42,7 +43,7 @@ from mlxvr.errors import DataError
 __all__ = ["Answer", "Kind", "Row", "load_rows", "make_row", "scan_rows", "strip_letters"]
 
 Kind = Literal["exact_match", "math", "iou", "gqa"]
-Answer: TypeAlias = str | list[list[float]] | dict[str, Any]
+Answer: TypeAlias = str | list[Any]
 
 _ASK_KINDS = {"exact_match": "qa", "math": "qa", "iou": "grounding", "gqa": "grounded_qa"}
 _ALIASES = {"qa": "exact_match", "grounding": "iou", "grounded_qa": "gqa"}
@@ -58,8 +59,8 @@ class Row:
     Attributes:
         id: unique in its dataset.
         question: without options and without the words that ask for a box.
-        answer: what is right: a text; for "iou" a list of [start, end]; for "gqa" {"answer": text, "segments": list of
-            [start, end]}; None: the row has no label.
+        answer: what is right: a text; for "iou" a list of [start, end]; for "gqa" [text, list of [start, end]];
+            None: the row has no label.
         kind: how an answer is judged.
         video: a file, or a folder of frames (`frames_fps`).
         image: a file; with neither video nor image the question is text alone.
@@ -319,16 +320,19 @@ def _segments(value: Any) -> list[list[float]]:
     return [[float(start), float(end)] for start, end in found]
 
 
-def _grounded_answer(value: Any, options: tuple[str, ...]) -> dict[str, Any]:
+def _grounded_answer(value: Any, options: tuple[str, ...]) -> list[Any]:
+    """[answer, segments], from any of the forms."""
     if isinstance(value, str) and value.count("<>") == 1:
         text, _, segments = (part.strip() for part in value.partition("<>"))
     elif isinstance(value, Mapping) and {"answer", "segments"} <= value.keys():
         text, segments = value["answer"], value["segments"]
+    elif isinstance(value, list | tuple) and len(value) == 2:
+        text, segments = value
     else:
         raise DataError(
             f"answer is {_show(value)}: expected {{'answer': .., 'segments': [[start, end]]}} or 'B <> [start, end]'"
         )
-    return {"answer": _text_answer(text, options), "segments": _segments(segments)}
+    return [_text_answer(text, options), _segments(segments)]
 
 
 def _is_number(value: Any) -> bool:
