@@ -1,21 +1,26 @@
 """`python -m mlxvr.convert`: a checkpoint from the Hub or a folder becomes a folder of quantized MLX weights.
 
-The work is `mlxvr.porting.quantize.convert`, which is also this module's `convert` for use from Python.
+The work is `mlxvr.porting.quantize.convert` and `mlxvr.porting.verify.verify`, which are also this module's `convert`
+and `verify` for use from Python.
 """
 
 import argparse
+import dataclasses
 import json
+import math
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from mlxvr.cli import VerbParser, run_verb
-from mlxvr.porting.recipe import BITS, DTYPES, GROUP_SIZES
+from mlxvr.errors import VerificationError
+from mlxvr.porting.recipe import BITS, DTYPES, GROUP_SIZES, MODES
 
 if TYPE_CHECKING:
     from mlxvr.porting.quantize import ConversionReport, convert
+    from mlxvr.porting.verify import VerificationReport, verify
 
-__all__ = ["ConversionReport", "convert", "main", "make_parser"]
+__all__ = ["ConversionReport", "VerificationReport", "convert", "main", "make_parser", "verify"]
 
 
 def __getattr__(name: str) -> Any:
@@ -24,6 +29,10 @@ def __getattr__(name: str) -> Any:
         from mlxvr.porting import quantize
 
         return getattr(quantize, name)
+    if name in ("VerificationReport", "verify"):
+        from mlxvr.porting import verify
+
+        return getattr(verify, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -40,14 +49,27 @@ def make_parser() -> VerbParser:
         "--recipe", metavar="NAME_OR_FILE", help="a recipe's name or TOML file (default: the checkpoint's own)"
     )
     parser.add_argument(
-        "--q-bits", type=_bits, metavar="B", help=f"bits per weight: none, {_listed(BITS[1:])} (default: the recipe's)"
+        "--q-bits",
+        type=_bits,
+        metavar="B",
+        help=f"bits per weight: none, {_listed(BITS[1:])}, or auto: what each module needs (default: the recipe's)",
+    )
+    parser.add_argument(
+        "--target-gb", type=_size, metavar="N", help="with --q-bits auto: gigabytes of weights to fit in"
     )
     parser.add_argument(
         "--q-group-size", type=int, choices=GROUP_SIZES, metavar="G", help=f"weights per scale: {_listed(GROUP_SIZES)}"
     )
+    parser.add_argument("--q-mode", choices=MODES, metavar="M", help=f"format of the weights: {_listed(MODES)}")
+    parser.add_argument("--dequantize", action="store_true", help="unpack quantized MLX weights instead")
     parser.add_argument("--dtype", choices=DTYPES, metavar="T", help=f"of all that is not quantized: {_listed(DTYPES)}")
     parser.add_argument("--revision", metavar="R", help="branch, tag or commit of the Hub repository")
-    parser.add_argument("--force", action="store_true", help="replace a model folder that is in the way")
+    parser.add_argument("--verify", action="store_true", help="compare the result with its source before it is kept")
+    parser.add_argument("--upload-repo", metavar="ID", help="Hub repository to send the result to")
+    parser.add_argument("--private", action="store_true", help="make that repository private if it is new")
+    parser.add_argument(
+        "--force", action="store_true", help="replace a model folder in the way; keep what --verify finds too far off"
+    )
     parser.add_argument("--list-recipes", action="store_true", help="print the recipes that come along, and stop")
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
     return parser
@@ -71,20 +93,36 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _convert(args: argparse.Namespace) -> None:
     from mlxvr.porting.quantize import convert
+    from mlxvr.porting.upload import check_upload, upload
 
+    if args.upload_repo:
+        check_upload(args.upload_repo)  # before hours of work
     with _Bars() as bars:
-        report = convert(
-            args.hf_path,
-            args.mlx_path,
-            recipe=args.recipe,
-            bits=args.q_bits,
-            group_size=args.q_group_size,
-            dtype=args.dtype,
-            revision=args.revision,
-            force=args.force,
-            progress=bars.show,
-        )
-    print(_as_json(report) if args.json else _as_table(report))
+        try:
+            report = convert(
+                args.hf_path,
+                args.mlx_path,
+                recipe=args.recipe,
+                bits=args.q_bits,
+                group_size=args.q_group_size,
+                mode=args.q_mode,
+                target_bytes=args.target_gb,
+                dtype=args.dtype,
+                dequantize=args.dequantize,
+                revision=args.revision,
+                verify=args.verify,
+                force=args.force,
+                progress=bars.show,
+                on_tensor=bars.describe,
+            )
+        except VerificationError as error:
+            bars.close()
+            print(error.report.table(), file=sys.stderr)
+            raise
+        uploaded = None
+        if args.upload_repo:
+            uploaded = upload(report.path, args.upload_repo, private=args.private, progress=bars.show)
+    print(_as_json(report, uploaded) if args.json else _as_table(report, uploaded))
 
 
 def _list_recipes() -> None:
@@ -95,62 +133,107 @@ def _list_recipes() -> None:
         print(f"{name:28} {known.description} (threshold {known.threshold})")
 
 
-def _bits(text: str) -> int:
+def _bits(text: str) -> int | str:
+    if text == "auto":
+        return text
     try:
         bits = 0 if text == "none" else int(text)
     except ValueError:
         bits = -1
     if bits not in BITS or text == "0":
-        raise argparse.ArgumentTypeError(f"{text!r} is not one of none, {_listed(BITS[1:])}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of none, auto, {_listed(BITS[1:])}")
     return bits
+
+
+def _size(text: str) -> int:
+    """Gigabytes as bytes."""
+    try:
+        size = float(text)
+    except ValueError:
+        size = 0.0
+    if not 0 < size < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of gigabytes above 0")
+    return round(size * 1e9)
 
 
 def _listed(values: Sequence[object]) -> str:
     return ", ".join(str(value) for value in values)
 
 
+_BYTES = ("download", "check", "convert", "upload")
+
+
 class _Bars:
-    """One progress bar over bytes on stderr for each stage; none where stderr is not a terminal."""
+    """One progress bar on stderr for each stage, over bytes where it has any; none where stderr is not a terminal."""
 
     def __init__(self) -> None:
         self._bar: Any = None
         self._stage = ""
+        self._tensor = ""
 
     def __enter__(self) -> "_Bars":
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take the bar off the screen."""
         if self._bar is not None:
             self._bar.close()
+
+    def describe(self, tensor: str) -> None:
+        """Show the current tensor and the process's peak memory beside the bar."""
+        from mlxvr.porting.quantize import peak_memory
+
+        self._tensor = f"{tensor}, peak {_gigabytes(peak_memory())}"
 
     def show(self, stage: str, done: int, total: int) -> None:
         """Move the stage's bar to `done` of `total` bytes."""
         from tqdm import tqdm
 
         if stage != self._stage:
-            self.__exit__()
+            unit = "B" if stage in _BYTES else " steps"
+            self.close()
             self._bar = tqdm(
-                desc=stage, total=total, unit="B", unit_scale=True, file=sys.stderr, disable=None, leave=False
+                desc=stage, total=total, unit=unit, unit_scale=True, file=sys.stderr, disable=None, leave=False
             )
             self._stage = stage
+        if stage == "convert" and self._tensor:
+            self._bar.set_postfix_str(self._tensor, refresh=False)
         self._bar.total = total
         self._bar.update(done - self._bar.n)
 
 
-def _as_table(report: "ConversionReport") -> str:
-    weights = f"{report.bits} bits, groups of {report.group_size}" if report.bits else "not quantized"
+def _as_table(report: "ConversionReport", uploaded: str | None) -> str:
     rows = [
         ("source", report.source + (f" at {report.commit[:12]}" if report.commit else "")),
         ("recipe", f"{report.recipe}, threshold {report.threshold}"),
-        ("weights", f"{weights}, the rest {report.dtype}"),
+        ("weights", f"{_weights(report)}, the rest {report.dtype}"),
         ("matrices", f"{report.quantized} quantized" + _indivisible(report)),
         ("size", f"{_gigabytes(report.bytes_before)} -> {_gigabytes(report.bytes_after)}"),
         ("bits per weight", f"{report.bits_per_weight:.2f}"),
+        ("shards", f"{report.shards}" + (f", {report.resumed_shards} from before" if report.resumed_shards else "")),
         ("time", f"{report.seconds:.1f} s"),
-        ("peak memory", _gigabytes(report.peak_memory)),
+        ("peak memory", f"{_gigabytes(report.peak_memory)} while converting"),
         ("written to", str(report.path)),
     ]
-    return "\n".join(f"{name:16} {value}" for name, value in rows)
+    if uploaded is not None:
+        rows.append(("uploaded to", uploaded))
+    table = "\n".join(f"{name:16} {value}" for name, value in rows)
+    if report.verification is None:
+        return table
+    verdict = "".join(f"\nfalls short: {shortfall} (kept, as --force says)" for shortfall in report.shortfalls)
+    return f"{table}\n\n{report.verification.table()}{verdict}"
+
+
+def _weights(report: "ConversionReport") -> str:
+    if report.bits == 0:
+        return "not quantized"
+    if report.bits == "auto":
+        return "bits chosen for each module"
+    mode = "" if report.mode == "affine" else f" ({report.mode})"
+    return f"{report.bits} bits{mode}, groups of {report.group_size}"
 
 
 def _indivisible(report: "ConversionReport") -> str:
@@ -162,11 +245,10 @@ def _gigabytes(count: int) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
 
 
-def _as_json(report: "ConversionReport") -> str:
-    import dataclasses
-
-    values = {**dataclasses.asdict(report), "path": str(report.path), "bits_per_weight": report.bits_per_weight}
-    return json.dumps(values)
+def _as_json(report: "ConversionReport", uploaded: str | None) -> str:
+    values = dataclasses.asdict(report) | {"path": str(report.path), "bits_per_weight": report.bits_per_weight}
+    values["verification"] = report.verification and report.verification.to_dict()
+    return json.dumps({**values, "uploaded": uploaded})
 
 
 if __name__ == "__main__":
