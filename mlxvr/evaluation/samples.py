@@ -100,6 +100,11 @@ class Sample:
         """Whether there is an answer to grade against."""
         return self.answer not in (None, "", [])
 
+    @property
+    def final(self) -> str:
+        """The answer after reasoning: the second box, else what the generation ends with."""
+        return self.text if self.second is None else self.second
+
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON-ready values."""
         return asdict(self) | {"options": list(self.options), "problems": list(self.problems)}
@@ -128,8 +133,7 @@ def decide(sample: Sample, tau: float) -> Decision:
             f"sample {sample.id} stopped at its first answer (live run), so threshold {tau:g} cannot be tried on it: "
             "generate without --live"
         )
-    text = sample.text if sample.second is None else sample.second
-    return Decision(text, sample.total_tokens, sample.total_seconds, reasoned=True)
+    return Decision(sample.final, sample.total_tokens, sample.total_seconds, reasoned=True)
 
 
 def ordered(samples: Iterable[Sample]) -> list[Sample]:

@@ -1,0 +1,332 @@
+r"""Grading an answer as the public evaluation grades it.
+
+The answer is the final box, else the last box anywhere, else the text outside the reasoning. What a box may say is then
+read kindly, unlike in training, where the reward is strict (`A. text` is no letter there).
+
+Choices. The public graders differ: Video-MME, LongVideoBench and NExT-GQA take the first capital that is one of the
+letters, MVBench a leading `A.` or the first letter that stands alone, VideoMMMU what is declared ("the answer is B").
+They agree on what models write into a box: `A`, `(A)`, `A.`, `A) text`, `A. text`. Here these forms come first, then
+the text of an option, then a declared letter, then the first capital that stands alone.
+
+Departures from the public graders, each on answers that are not of those forms
+- A letter within a word is no choice: "Black dog" is not B, as it is for Video-MME's pattern.
+- The text of an option is that option. Their patterns see no letter in "red" and an A in "A red ball".
+- Where nothing is found the answer is wrong; LongVideoBench's grader then draws a choice at random.
+- MMVU's and VideoMMMU's open questions are judged there by a language model or by substring. Here numbers and texts
+  must be equal, or equal for `math-verify` where that is installed (extra `math`).
+
+Intervals are those of the training reward and the public evaluator: two numbers with `,`, a dash, `to` or `and`
+between, in brackets or not; swapped ends are put in order; a point, or no interval, scores 0; of several ground-truth
+segments the best counts. Clock times (1:23) are none. Grounded QA is `answer <> [start, end]` and graded in its two
+parts; without `<>` both are read from the whole.
+"""
+
+import math
+import re
+import threading
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from string import ascii_uppercase
+from types import ModuleType
+from typing import Any
+
+from mlxvr.confidence import answer_span
+from mlxvr.errors import DataError
+from mlxvr.protocol import is_fallback, parse
+from mlxvr.scanner import Scanner
+
+__all__ = ["Grade", "final_answer", "find_interval", "grade", "grade_parts", "segments_of", "temporal_iou"]
+
+_RIGHT_IOU = 0.5  # an interval that overlaps this much is right where right or wrong must be said
+_TWO_PARTS = "<>"
+_EPSILON = 1e-9
+
+_NUMBER = r"(?:\d+(?:\.\d+)?)"
+_BETWEEN = r"\s*(?:,|-|\u2013|\u2014|\bto\b|\band\b)\s*"
+_INTERVAL = re.compile(
+    rf"""(?<![\d.])(?:
+        \[\s*({_NUMBER}){_BETWEEN}({_NUMBER})\s*\]
+      | \(\s*({_NUMBER}){_BETWEEN}({_NUMBER})\s*\)
+      | ({_NUMBER}){_BETWEEN}({_NUMBER})
+    )(?![\d.])""",
+    re.VERBOSE | re.IGNORECASE,
+)
+_NAMED_INTERVAL = re.compile(
+    rf"\bstarts?(?:_time|\s+time)?\W+(?:at\s+)?({_NUMBER}).*?\bends?(?:_time|\s+time)?\W+(?:at\s+)?({_NUMBER})",
+    re.IGNORECASE | re.DOTALL,
+)
+
+_WRAPPED = re.compile(r"\\(?:text|math)[a-z]*\s*\{(.*)\}|\$(.*)\$|\*\*(.*)\*\*|\{(.*)\}|\[(.*)\]", re.DOTALL)
+_DECLARED = re.compile(r"\b(?:answer|option|choice)\s*(?:is\b)?\s*[:=]?\s*(?:option\s+)?[(*]*([A-Z])\b(?!['\u2019])")
+_LABEL = re.compile(r"\s*\(?([A-Za-z])[.):]\s*")
+_YES = frozenset({"yes", "y", "true", "t", "ok", "okay"})
+_NO = frozenset({"no", "n", "false", "f"})
+_SAID = re.compile(r"(yes|no|true|false)\s*[,.;:!]")
+_PLAIN_NUMBER = re.compile(r"[+-]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:e[+-]?\d+)?", re.IGNORECASE)
+_FRACTION = re.compile(r"([+-]?)\s*\\[dtc]?frac\s*\{?([^{}]+)\}?\s*\{?([^{}]+)\}?|([^/]+)/([^/]+)")
+_MATH_NOISE = re.compile(r"\\(?:left|right|displaystyle|[,;:! ])|[$\s]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grade:
+    """What an answer is worth, part by part; a part that its kind does not have is None.
+
+    Attributes:
+        accuracy: 1.0 for a right answer, else 0.0 (exact_match, math, gqa).
+        iou: temporal IoU of the interval with the best ground-truth segment (iou, gqa).
+        iop: the share of the predicted interval within the best segment (iou, gqa); NExT-GQA's Acc@GQA wants 0.5.
+    """
+
+    accuracy: float | None = None
+    iou: float | None = None
+    iop: float | None = None
+
+    @property
+    def score(self) -> float:
+        """One number in [0, 1]: the accuracy, the IoU, or for grounded QA their mean (half of the reward's sum)."""
+        parts = [part for part in (self.accuracy, self.iou) if part is not None]
+        return math.fsum(parts) / len(parts) if parts else 0.0
+
+    @property
+    def is_right(self) -> bool:
+        """Whether every part is right; an interval is from an IoU of 0.5."""
+        return self.accuracy in (None, 1.0) and (self.iou is None or self.iou >= _RIGHT_IOU)
+
+
+def grade(kind: str, text: str | None, answer: str | Sequence[Any] | None, options: Sequence[str] = ()) -> float:
+    """Grade an answer in one number from 0 to 1; see `Grade.score` for what it is of which kind.
+
+    Args:
+        kind: "exact_match", "math", "iou" or "gqa".
+        text: what the model said: the content of a box, or a whole output; None: nothing.
+        answer: the ground truth. exact_match, math: a letter, an option's text or a free text; a list of them: any
+            counts. iou: [start, end] or a list of such, or a text that holds them. gqa: a text
+            `answer <> [start, end]`, or [answer, segments].
+        options: the choices, with or without their letters.
+
+    Raises `DataError` when the ground truth is not of that form.
+    """
+    return grade_parts(kind, text, answer, options).score
+
+
+def grade_parts(kind: str, text: str | None, answer: str | Sequence[Any] | None, options: Sequence[str] = ()) -> Grade:
+    """Grade an answer part by part; arguments and errors as those of `grade`."""
+    said = final_answer(text or "")
+    if kind in ("exact_match", "math"):
+        return Grade(accuracy=_accuracy(said, answer, options, is_math=kind == "math"))
+    if kind == "iou":
+        iou, iop = _overlap(find_interval(said), segments_of(answer))
+        return Grade(iou=iou, iop=iop)
+    if kind == "gqa":
+        truth, segments = _two_parts(answer)
+        parts = said.split(_TWO_PARTS)
+        iou, iop = _overlap(find_interval(parts[-1]), segments)
+        return Grade(accuracy=_accuracy(parts[0], truth, options, is_math=False), iou=iou, iop=iop)
+    raise DataError(f"kind {kind!r} cannot be graded; expected exact_match, math, iou or gqa")
+
+
+def final_answer(text: str) -> str:
+    """The final box of an output, else its last box, else what stands outside the reasoning; outer space removed."""
+    scanner = Scanner()
+    scanner.feed(text)
+    boxes = scanner.closing or [*scanner.opening, *([scanner.note] if scanner.note else [])]
+    return text[slice(*boxes[-1].content)].strip() if boxes else parse(text).outside.strip()
+
+
+def find_interval(text: str) -> tuple[float, float] | None:
+    """The first interval in a text, in seconds, its ends in order; None: there is none."""
+    found = _NAMED_INTERVAL.search(text) or _INTERVAL.search(text)
+    return _ends(found) if found else None
+
+
+def temporal_iou(one: tuple[float, float], other: tuple[float, float]) -> float:
+    """Intersection over union of two intervals; 0 where `one` is a point, as in the public evaluator."""
+    (start, end), (first, last) = sorted(one), sorted(other)
+    if end - start <= _EPSILON:
+        return 0.0
+    return max(0.0, min(end, last) - max(start, first)) / (max(end, last) - min(start, first))
+
+
+def segments_of(answer: str | Sequence[Any] | None) -> list[tuple[float, float]]:
+    """The ground-truth segments of an answer: [start, end], a list of such, or a text that holds them.
+
+    Raises `DataError` when there is none.
+    """
+    found: list[tuple[float, float]] = []
+    if isinstance(answer, str):
+        found = [_ends(interval) for interval in _INTERVAL.finditer(answer)]
+    elif answer:
+        pairs = [answer] if not isinstance(answer[0], Sequence) or isinstance(answer[0], str) else answer
+        try:
+            found = [
+                (min(pair), max(pair)) for pair in ([float(end) for end in pair] for pair in pairs if len(pair) == 2)
+            ]
+        except (TypeError, ValueError):
+            found = []
+        if len(found) < len(pairs):
+            found = []
+    if not found or not all(map(math.isfinite, (end for pair in found for end in pair))):
+        raise DataError(f"answer {answer!r} holds no segment; expected [start, end] in seconds, or a list of such")
+    return found
+
+
+def _ends(found: re.Match[str]) -> tuple[float, float]:
+    start, end = (float(group) for group in found.groups() if group is not None)
+    return min(start, end), max(start, end)
+
+
+def _overlap(interval: tuple[float, float] | None, segments: list[tuple[float, float]]) -> tuple[float, float]:
+    """IoU and intersection over prediction with the best segment of each."""
+    if interval is None or interval[1] - interval[0] <= _EPSILON:
+        return 0.0, 0.0
+    length = interval[1] - interval[0]
+    shared = (max(0.0, min(interval[1], end) - max(interval[0], start)) for start, end in segments)
+    return max(temporal_iou(interval, segment) for segment in segments), max(shared) / length
+
+
+def _two_parts(answer: str | Sequence[Any] | None) -> tuple[Any, list[tuple[float, float]]]:
+    """Answer and segments of a grounded question's ground truth."""
+    if isinstance(answer, str) and _TWO_PARTS in answer:
+        truth, _, segments = answer.partition(_TWO_PARTS)
+        return truth.strip(), segments_of(segments)
+    if isinstance(answer, Sequence) and not isinstance(answer, str) and len(answer) == 2:
+        return answer[0], segments_of(answer[1])
+    raise DataError(f"answer {answer!r} of a grounded question; expected 'answer <> [start, end]'")
+
+
+def _accuracy(said: str, answer: str | Sequence[Any] | None, options: Sequence[str], *, is_math: bool) -> float:
+    """1.0 when what was said is one of the answers that count."""
+    truths = [answer] if isinstance(answer, str) or not isinstance(answer, Sequence) else list(answer)
+    if not truths or any(isinstance(truth, dict | list | None) for truth in truths):
+        raise DataError(f"answer {answer!r} cannot be graded; expected a letter, a text or a number")
+    if is_fallback(said):
+        return 0.0
+    return float(any(_is_same(said, str(truth), options, is_math) for truth in truths))
+
+
+def _is_same(said: str, truth: str, options: Sequence[str], is_math: bool) -> bool:
+    letters = ascii_uppercase[: len(options)]
+    wanted = _named_choice(truth, letters or ascii_uppercase, options)
+    if wanted is not None:
+        found = _choice(said, letters or ascii_uppercase, options)
+        return found == wanted or (not options and found is None and _is_equal(said, truth))
+    return _is_equal(said, truth) or (is_math and _is_equal_math(said, truth))
+
+
+def _choice(text: str, letters: str, options: Sequence[str]) -> str | None:
+    """The letter that an answer chooses, by whatever it says."""
+    named = _named_choice(text, letters, options)
+    if named is not None:
+        return named
+    declared = [letter for letter in _DECLARED.findall(text) if letter in letters]
+    if declared:
+        return declared[-1]
+    alone = re.search(rf"(?<!\w)[{letters}](?!\w)", text)
+    return alone.group() if alone else None
+
+
+def _named_choice(text: str, letters: str, options: Sequence[str]) -> str | None:
+    """The letter of an answer that is nothing but a choice: its letter, its text, or both."""
+    text = _unwrap(text)
+    letter = _letter(text, letters)
+    if letter is not None and len(_normal(text)) == 1:
+        return letter
+    matching = [index for index, option in enumerate(options) if _normal(text) in _spellings(option, index)]
+    return ascii_uppercase[matching[0]] if len(matching) == 1 else letter
+
+
+def _letter(text: str, letters: str) -> str | None:
+    """The letter of `A`, `(A)`, `A.`, `A) text` and the like."""
+    start, end = answer_span(text)
+    letter = text[start:end].upper()
+    return letter if end - start == 1 and letter in letters else None
+
+
+def _spellings(option: str, index: int) -> set[str]:
+    """An option as it is, and without the letter that it may carry."""
+    label = _LABEL.match(option)
+    if label and label[1].upper() == ascii_uppercase[index]:
+        return {_normal(option), _normal(option[label.end() :])}
+    return {_normal(option)}
+
+
+def _unwrap(text: str) -> str:
+    """Take off LaTeX, Markdown and brackets that stand around the whole text."""
+    text = text.strip()
+    while wrapped := _WRAPPED.fullmatch(text):
+        text = next(group for group in wrapped.groups() if group is not None).strip()
+    return text
+
+
+def _normal(text: str) -> str:
+    """NFKC, no case, single spaces, no brackets, quotes or stop at the ends."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split()).strip(" .!?\"'`()")
+
+
+def _is_equal(said: str, truth: str) -> bool:
+    """Equal texts, equal numbers, or the same of yes and no."""
+    one, other = _normal(_unwrap(said)), _normal(_unwrap(truth))
+    if one == other:
+        return bool(one) or said.strip() == truth.strip()
+    if other in _YES | _NO:
+        spoken = _SAID.match(_unwrap(said).casefold())
+        one = spoken[1] if spoken else one
+        return one in _YES if other in _YES else one in _NO
+    numbers = _number(one), _number(other)
+    return None not in numbers and math.isclose(*numbers, rel_tol=1e-6)  # type: ignore[arg-type]
+
+
+def _number(text: str) -> float | None:
+    """A number that is the whole text, thousands separated by commas or not."""
+    if not any(map(str.isdigit, text)) or not _PLAIN_NUMBER.fullmatch(text):
+        return None
+    return float(text.replace(",", ""))
+
+
+def _is_equal_math(said: str, truth: str) -> bool:
+    """Equal as mathematics: without what only sets the formula, by value, or for `math-verify`."""
+    one, other = (_MATH_NOISE.sub("", _unwrap(text)).replace("\\%", "%").rstrip(".") for text in (said, truth))
+    if one == other:
+        return True
+    values = _value(one), _value(other)
+    if None not in values:
+        return math.isclose(*values, rel_tol=1e-6) or _value(one.rstrip("%")) == _value(other.rstrip("%"))  # type: ignore[arg-type]
+    return _verify(said, truth)
+
+
+def _value(formula: str) -> float | None:
+    """The value of a number, a fraction or a percentage."""
+    if formula.endswith("%"):
+        share = _value(formula[:-1])
+        return None if share is None else share / 100
+    fraction = _FRACTION.fullmatch(formula)
+    if fraction:
+        sign, *parts = (group for group in fraction.groups(default=""))
+        above, below = (_number(part) for part in (parts[:2] if parts[0] else parts[2:]))
+        return None if above is None or not below else (-above if sign == "-" else above) / below
+    return _number(formula)
+
+
+@cache
+def _math_verify() -> ModuleType | None:
+    """The package `math-verify`, where it is installed."""
+    try:
+        import math_verify
+    except ImportError:
+        return None
+    return math_verify
+
+
+def _verify(said: str, truth: str) -> bool:
+    """Whether `math-verify` finds two formulas equal; it limits its time by a signal, so in the main thread only."""
+    package = _math_verify()
+    if package is None:
+        return False
+    seconds = 5 if threading.current_thread() is threading.main_thread() else None
+    try:
+        parsed = [package.parse(f"${_unwrap(text).strip('$')}$", parsing_timeout=seconds) for text in (truth, said)]
+        return bool(package.verify(*parsed, timeout_seconds=seconds))
+    except Exception:  # a formula that it cannot handle; it raises anything from SympifyError to TimeoutException
+        return False

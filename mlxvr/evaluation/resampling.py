@@ -1,0 +1,101 @@
+"""How sure a figure is: percentile bootstrap over clips.
+
+Questions about one clip share its difficulty, and the two clips of a minimal pair are right together or not at all, so
+rows are not independent. What is drawn with replacement is therefore a cluster: rows that are connected by a clip or a
+pair. Where every row has a clip of its own that is the bootstrap over rows.
+
+All figures of a set are means over rows, or functions of such means, so a resample is a vector of weights, one per
+cluster, and a thousand resamples are one matrix product. The same resamples serve every figure, which makes differences
+between them paired. A percentile interval of a figure that is the same in every row has no width, and one of few
+clusters is too narrow; of a single cluster there is none.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mlxvr.evaluation.samples import Sample
+
+__all__ = ["Bootstrap", "Estimate", "clusters_of"]
+
+_PERCENTILES = (2.5, 97.5)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A figure and its 95% interval; the ends are None where nothing can be said of them (fewer than two clusters)."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+class Bootstrap:
+    """Resamples of the clusters of a set of rows.
+
+    Args:
+        clusters: int (n,), the cluster of each row, numbered from 0.
+        count: how many resamples; 0: no intervals.
+        seed: makes them repeatable.
+    """
+
+    def __init__(self, clusters: np.ndarray, *, count: int, seed: int) -> None:
+        self._clusters = clusters
+        size = int(clusters.max(initial=-1)) + 1
+        drawn = count if size > 1 else 0
+        generator = np.random.default_rng(seed)
+        # (resamples, clusters): how often each cluster was drawn
+        self._weights = generator.multinomial(size, np.full(size, 1 / max(1, size)), size=drawn).astype(np.float64)
+
+    @property
+    def row_weights(self) -> np.ndarray:
+        """How often each row was drawn, float (resamples, rows)."""
+        return self._weights[:, self._clusters]
+
+    def mean(self, values: np.ndarray, among: np.ndarray | None = None) -> Estimate | None:
+        """The mean of a value per row, over the rows in `among` (bool (n,); all); None: there are none."""
+        return self.combine([values], lambda means: means[0], among)
+
+    def combine(
+        self,
+        columns: Sequence[np.ndarray],
+        figure: Callable[[list[np.ndarray]], np.ndarray],
+        among: np.ndarray | None = None,
+    ) -> Estimate | None:
+        """A figure made of the means of several columns, with its interval; rows as in `mean`."""
+        chosen = np.ones(len(self._clusters), dtype=bool) if among is None else among
+        if not chosen.any():
+            return None
+        value = float(figure([np.asarray(column[chosen].mean()) for column in columns]))
+        size = self._weights.shape[1]
+        sums = [np.bincount(self._clusters[chosen], weights=column[chosen], minlength=size) for column in columns]
+        counts = self._weights @ np.bincount(self._clusters[chosen], minlength=size)
+        kept = counts > 0  # a resample may hold none of these rows
+        return self.interval(value, figure([(self._weights[kept] @ column) / counts[kept] for column in sums]))
+
+    def interval(self, value: float, draws: np.ndarray) -> Estimate:
+        """A value with the interval that its resamples span."""
+        if not len(draws):
+            return Estimate(value=value)
+        low, high = np.percentile(draws, _PERCENTILES)
+        return Estimate(value=value, low=float(low), high=float(high))
+
+
+def clusters_of(samples: Sequence[Sample]) -> np.ndarray:
+    """The cluster of each sample, int (n,): samples of one clip or of one pair have the same."""
+    parents = list(range(len(samples)))
+
+    def root(index: int) -> int:
+        while parents[index] != index:
+            parents[index] = parents[parents[index]]
+            index = parents[index]
+        return index
+
+    seen: dict[tuple[str, str], int] = {}
+    for index, sample in enumerate(samples):
+        for key in (("media", sample.media), ("pair", sample.pair)):
+            if key[1]:
+                parents[root(index)] = root(seen.setdefault(key, index))
+    numbers: dict[int, int] = {}
+    return np.array([numbers.setdefault(root(index), len(numbers)) for index in range(len(samples))], dtype=np.int64)
