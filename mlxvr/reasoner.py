@@ -330,6 +330,7 @@ class Clip:
             question.text,
             options=question.options,
             kind=question.kind,
+            system=network.system_prompt,
         )
 
     def _prepare(self, network: "VideoModel", prompt: Prompt, should_stop: ShouldStop) -> tuple[Prefix, PrefixCost]:

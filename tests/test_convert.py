@@ -17,10 +17,13 @@ import pytest
 from checkpoints import FAMILIES, write_checkpoint
 from hub_server import COMMIT, Repo, serve
 
+import mlxvr
 from mlxvr import convert as verb
+from mlxvr.asking import Question
 from mlxvr.convert import convert, main
 from mlxvr.errors import CheckpointError, ConfigError, MlxvrError, RecipeError
 from mlxvr.model.loading import load_model
+from mlxvr.model.prompt import SYSTEM_PROMPT
 from mlxvr.porting import checkpoint, shards, staging
 
 # What MLX calls a tensor of a checkpoint in transformers' current spelling; written down from the public checkpoints.
@@ -388,6 +391,27 @@ def test_settings_of_the_source_that_make_no_sense(settings, source, tmp_path, l
     with pytest.raises(CheckpointError, match=r"mlxvr\.json: (threshold|budgets) = .*; expected"):
         convert(source, tmp_path / "out")
     assert left_behind() == []
+
+
+def test_a_system_prompt_of_its_own_travels_and_is_used(source, tmp_path):
+    mine = tmp_path / "mine.toml"
+    mine.write_text('family = "qwen3_vl"\nthreshold = 0.9\nsystem_prompt = "Look twice."\n')
+    convert(source, tmp_path / "own", recipe=mine)
+    convert(source, tmp_path / "usual")
+    assert "system_prompt" not in read_json(tmp_path / "usual" / "mlxvr.json")
+    for name, system in [("own", "Look twice."), ("usual", SYSTEM_PROMPT)]:
+        with mlxvr.load(tmp_path / name) as reasoner, reasoner.open(np.zeros((64, 64, 3), np.uint8)) as clip:
+            prompt = clip._prompt(reasoner._network, Question("What is it?"))
+            text = reasoner._network.tokenizer.decode(prompt.ids.tolist())
+            assert text.startswith(f"<|im_start|>system\n{system}<|im_end|>")
+            assert clip.ask("What is it?", max_tokens=2).usage.prompt_tokens == len(prompt.ids)
+    settings = read_json(tmp_path / "own" / "mlxvr.json")
+    (tmp_path / "own" / "mlxvr.json").write_text(json.dumps({**settings, "system_prompt": 3}))
+    with (
+        mlxvr.load(tmp_path / "own") as reasoner,
+        pytest.raises(CheckpointError, match="system_prompt 3; expected a text"),
+    ):
+        reasoner.ask(np.zeros((64, 64, 3), np.uint8), "What is it?")
 
 
 def test_from_the_hub_with_the_recipe_of_that_checkpoint(source, tmp_path, monkeypatch):

@@ -17,11 +17,12 @@ import mlx.core as mx
 import numpy as np
 
 from mlxvr.callbacks import Progress, ShouldStop
-from mlxvr.errors import Cancelled
+from mlxvr.errors import Cancelled, CheckpointError
 from mlxvr.media.patches import VisionInput, normalise
 from mlxvr.media.spec import VisionSpec
 from mlxvr.model import cache as kv
 from mlxvr.model.families import Family
+from mlxvr.model.prompt import SYSTEM_PROMPT
 from mlxvr.model.tokenizer import ChatTokenizer
 from mlxvr.model.vision import FramePlan, plan_frame, run_tower
 
@@ -91,6 +92,17 @@ class VideoModel:
     def eos_ids(self) -> frozenset[int]:
         """Tokens that end a turn."""
         return self.tokenizer.eos_ids
+
+    @property
+    def system_prompt(self) -> str:
+        """What the checkpoint was trained to be told first: VideoAuto-R1's, unless `mlxvr.json` says otherwise.
+
+        Raises `CheckpointError` when what it says is no text.
+        """
+        own = self.settings.get("system_prompt", "")
+        if not isinstance(own, str):
+            raise CheckpointError(f"mlxvr.json says system_prompt {own!r}; expected a text: correct the file")
+        return own or SYSTEM_PROMPT
 
     @property
     def context_length(self) -> int:

@@ -106,6 +106,7 @@ def build_prompt(
     *,
     options: Sequence[str] | None = None,
     kind: str = "qa",
+    system: str = SYSTEM_PROMPT,
 ) -> Prompt:
     """Write a question about some media as a prompt.
 
@@ -113,6 +114,7 @@ def build_prompt(
         tokenizer, family, config: the checkpoint's (`VideoModel` has all three).
         media: videos and images in the order in which they are shown; may be empty.
         question, options, kind: see `question_text`.
+        system: what the checkpoint was trained to be told first (`VideoModel.system_prompt`).
 
     Raises:
         ConfigError: see `question_text`; or the prompt does not fit into the model's context.
@@ -121,7 +123,7 @@ def build_prompt(
     text = question_text(question, options, kind)
     content = [*({"type": str(one.kind)} for one in media), {"type": "text", "text": text}]
     messages: list[dict[str, Any]] = [
-        {"role": "system", "content": SYSTEM_PROMPT},
+        {"role": "system", "content": system},
         {"role": "user", "content": content},
     ]
     rendered = tokenizer.render(messages)

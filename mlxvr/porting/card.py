@@ -71,7 +71,7 @@ def settings(folder: ModelFolder, origin: Origin, recipe: Recipe, *, keep_measur
             "mode": quantization.mode,
             "dtype": quantization.dtype,
         },
-        "system_prompt": recipe.system_prompt,
+        **({"system_prompt": recipe.system_prompt} if recipe.system_prompt else {}),
         "recipe": resolved,
         "versions": {name: version(name) for name in _VERSIONED},
     }
