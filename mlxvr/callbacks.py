@@ -1,6 +1,7 @@
 """What long work tells its caller, and asks of it.
 
-    progress(stage, done, total)    called as the work gets on; stages are "download", "decoding", "vision", "prefill"
+    progress(stage, done, total)    called as the work gets on; stages are "download" and "check", "decoding", "vision",
+                                    "prefill", and others that the function names
     should_stop() -> bool           asked between steps; True ends the work with `mlxvr.Cancelled`
 
 Both are called on the thread that does the work, and should return at once.

@@ -203,6 +203,7 @@ _UNITS: dict[str, dict[str, Any]] = {
     "vision": {"unit": "row"},
     "prefill": {"unit": "token"},
     "download": {"unit": "B", "unit_scale": True},
+    "check": {"unit": "B", "unit_scale": True},
 }
 
 

@@ -2,7 +2,7 @@
 
 Model info (`/api/models/<id>/revision/<rev>`), the file tree, and `/<id>/resolve/<rev>/<path>` with ETag and
 commit headers; files marked as LFS answer with a redirect to another path, as the Hub sends them to its CDN.
-Range requests are honoured, faults can be injected, and every request is recorded.
+Range requests are honoured, faults can be injected, and every request is recorded. `hub_uploads` adds uploads.
 """
 
 import hashlib
@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import TypeVar
 from urllib.parse import unquote, urlsplit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -25,16 +26,20 @@ class Repo:
     branches: tuple[str, ...] = ("main",)
     gated: bool = False
     token: str | None = None  # None: public
-    refuse: int = 0  # answer every request with this status
+    refuse: int = 0  # answer requests with this status
+    refuse_only: str = ""  # only requests of this kind: "revision", "tree", "resolve" or "cdn"
+    refuse_headers: dict[str, str] = field(default_factory=dict)
+    refuse_first: int | None = None  # only so many requests; None: all
     cut_once: dict[str, int] = field(default_factory=dict)  # path -> bytes after which the line goes dead, once
     announce: dict[str, int] = field(default_factory=dict)  # path -> a wrong size to announce
+    damage: dict[str, bytes] = field(default_factory=dict)  # path -> what is sent in place of its content
 
 
 class HubServer(ThreadingHTTPServer):
     daemon_threads = True
 
-    def __init__(self, repos: dict[str, Repo]) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+    def __init__(self, repos: dict[str, Repo], handler: type["Handler"] | None = None) -> None:
+        super().__init__(("127.0.0.1", 0), handler or Handler)
         self.repos = repos
         self.requests: list[tuple[str, str, str | None]] = []  # (method, path, Range)
 
@@ -57,7 +62,16 @@ class HubServer(ThreadingHTTPServer):
 @contextmanager
 def serve(**repos: Repo) -> Iterator[HubServer]:
     """Serve `org__name=Repo(...)` as `org/name` until the block ends."""
-    server = HubServer({name.replace("__", "/"): repo for name, repo in repos.items()})
+    with running(HubServer({name.replace("__", "/"): repo for name, repo in repos.items()})) as server:
+        yield server
+
+
+Server = TypeVar("Server", bound=HubServer)
+
+
+@contextmanager
+def running(server: Server) -> Iterator[Server]:
+    """Answer requests until the block ends."""
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
     try:
@@ -68,7 +82,7 @@ def serve(**repos: Repo) -> Iterator[HubServer]:
         thread.join()
 
 
-class _Handler(BaseHTTPRequestHandler):
+class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: HubServer
 
@@ -98,17 +112,20 @@ class _Handler(BaseHTTPRequestHandler):
         repo = self.server.repos.get(repo_id)
         if repo is None:
             return self._error(404, "RepoNotFound")
-        if repo.refuse:
-            return self._error(repo.refuse, "")
+        if repo.refuse and repo.refuse_first != 0 and verb.startswith(repo.refuse_only):
+            repo.refuse_first = None if repo.refuse_first is None else repo.refuse_first - 1
+            return self._error(repo.refuse, "", repo.refuse_headers)
         if verb != "cdn" and repo.token and self.headers.get("Authorization") != f"Bearer {repo.token}":
             return self._error(403 if repo.gated else 401, "GatedRepo" if repo.gated else "RepoNotFound")
         if verb == "cdn":
-            return self._content(repo, "/".join(rest), {})
+            name = "/".join(rest)
+            return self._content(repo, name, {"Content-Disposition": f'inline; filename="{name}";'})
         if rest[0] not in (*repo.branches, repo.commit):
             return self._error(404, "RevisionNotFound")
         if verb == "revision":
             siblings = [{"rfilename": name} for name in repo.files]
-            return self._json({"id": repo_id, "modelId": repo_id, "sha": repo.commit, "siblings": siblings, "tags": []})
+            facts = {"sha": repo.commit, "private": repo.token is not None and not repo.gated, "siblings": siblings}
+            return self._json({"id": repo_id, "modelId": repo_id, "tags": [], **facts})
         if verb == "tree":
             return self._json([_entry(repo, name) for name in repo.files])
         return self._resolve(repo_id, repo, "/".join(rest[1:]))
@@ -116,17 +133,17 @@ class _Handler(BaseHTTPRequestHandler):
     def _resolve(self, repo_id: str, repo: Repo, name: str) -> None:
         if name not in repo.files:
             return self._error(404, "EntryNotFound")
-        headers = {"X-Repo-Commit": repo.commit, "ETag": f'"{_etag(repo, name)}"'}
+        headers = {"X-Repo-Commit": repo.commit, "ETag": f'"{etag(repo, name)}"'}
         if name not in repo.lfs:
             return self._content(repo, name, headers)
         size = repo.announce.get(name, len(repo.files[name]))
-        headers |= {"X-Linked-Size": str(size), "X-Linked-Etag": f'"{_etag(repo, name)}"'}
+        headers |= {"X-Linked-Size": str(size), "X-Linked-Etag": f'"{etag(repo, name)}"'}
         cdn = f"http://localhost:{self.server.server_port}/cdn"  # another host, as the client sees it
         headers |= {"Location": f"{cdn}/{repo_id}/{name}", "Content-Length": "0"}
         self._send(302, headers, b"")
 
     def _content(self, repo: Repo, name: str, headers: dict[str, str]) -> None:
-        body, status = repo.files[name], 200
+        body, status = repo.damage.get(name, repo.files[name]), 200
         asked = self.headers.get("Range")
         if asked:
             start = int(asked.removeprefix("bytes=").split("-")[0])
@@ -138,12 +155,12 @@ class _Handler(BaseHTTPRequestHandler):
         if cut is not None:
             self.close_connection = True
 
-    def _json(self, value: object) -> None:
+    def _json(self, value: object, status: int = 200) -> None:
         body = json.dumps(value).encode()
-        self._send(200, {"Content-Type": "application/json", "Content-Length": str(len(body))}, body)
+        self._send(status, {"Content-Type": "application/json", "Content-Length": str(len(body))}, body)
 
-    def _error(self, status: int, code: str) -> None:
-        headers = {"Content-Length": "0"} | ({"X-Error-Code": code} if code else {})
+    def _error(self, status: int, code: str, more: dict[str, str] | None = None) -> None:
+        headers = {"Content-Length": "0"} | ({"X-Error-Code": code} if code else {}) | (more or {})
         self._send(status, headers, b"")
 
     def _send(self, status: int, headers: dict[str, str], body: bytes) -> None:
@@ -151,11 +168,11 @@ class _Handler(BaseHTTPRequestHandler):
         for key, value in headers.items():
             self.send_header(key, value)
         self.end_headers()
-        if self.command == "GET":
+        if self.command != "HEAD":
             self.wfile.write(body)
 
 
-def _etag(repo: Repo, name: str) -> str:
+def etag(repo: Repo, name: str) -> str:
     content = repo.files[name]
     if name in repo.lfs:
         return hashlib.sha256(content).hexdigest()
@@ -164,7 +181,7 @@ def _etag(repo: Repo, name: str) -> str:
 
 def _entry(repo: Repo, name: str) -> dict[str, object]:
     size = repo.announce.get(name, len(repo.files[name]))
-    entry: dict[str, object] = {"type": "file", "path": name, "size": size, "oid": _etag(repo, name)}
+    entry: dict[str, object] = {"type": "file", "path": name, "size": size, "oid": etag(repo, name)}
     if name in repo.lfs:
-        entry["lfs"] = {"oid": _etag(repo, name), "size": size, "pointerSize": 134}
+        entry["lfs"] = {"oid": etag(repo, name), "size": size, "pointerSize": 134}
     return entry

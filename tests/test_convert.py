@@ -425,7 +425,7 @@ def test_from_the_hub_with_the_recipe_of_that_checkpoint(source, tmp_path, monke
         report = convert(
             "IVUL-KAUST/VideoAuto-R1-Qwen3-VL-8B", "out", progress=lambda stage, *counts: stages.add(stage)
         )
-    assert stages == {"download", "convert"}
+    assert stages == {"download", "check", "convert"}
     assert (report.recipe, report.commit) == ("videoauto-r1-qwen3-vl-8b", COMMIT)
     settings = read_json(tmp_path / "out" / "mlxvr.json")
     assert settings["source"] == "IVUL-KAUST/VideoAuto-R1-Qwen3-VL-8B"
