@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import checkpoints
@@ -16,7 +17,7 @@ from mlxvr.model.decode import decode, prefill
 from mlxvr.model.loading import load_model
 from mlxvr.model.network import VideoModel
 from mlxvr.model.prompt import Prompt, build_prompt
-from mlxvr.porting.layerwise import LayerwiseModel
+from mlxvr.porting.layerwise import Layer, LayerwiseModel, Piece
 from mlxvr.porting.quantize import convert
 
 LIMITS = (None, 1_500_000, 0)  # everything stays, some layers stay, nothing stays
@@ -163,7 +164,7 @@ def test_as_the_product_computes_to_the_last_bit(model: VideoModel, path: Path, 
 
     whole = load_model(path, dtype="bfloat16")
     prompts = [prompt for prompt in ask(model, family) if prompt.media]
-    tracks, logits = LayerwiseModel.open(path, dtype="bfloat16", memory_limit=0).read(prompts)
+    _, logits = LayerwiseModel.open(path, dtype="bfloat16", memory_limit=0).read(prompts)
     for prompt, found in zip(prompts, logits):
         prefix, _ = Prefix.compute(whole, prompt)
         np.testing.assert_array_equal(np.array(found)[-1], np.array(prefix.extend(whole, prompt)))
@@ -191,12 +192,40 @@ def test_extending_by_several_tokens_and_forking(model: VideoModel, path: Path, 
         assert close(np.array(rows), expected)
 
 
-def test_gradients_layer_by_layer_backwards(model: VideoModel, path: Path, family: str) -> None:
+def with_weight(layer: Layer, piece: Piece) -> Callable[[mx.array, mx.array], mx.array]:
+    """A layer as a function of its input and of one of its weights."""
+
+    def through(hidden: mx.array, weight: mx.array) -> mx.array:
+        layer.module.mlp.down_proj.weight = weight
+        return layer(hidden, piece)
+
+    return through
+
+
+def sum_of_last_logits(model: VideoModel, index: int, prompts: list[Prompt]) -> Callable[[mx.array], mx.array]:
+    """The whole network as a function of the same weight of one layer."""
+
+    def whole(weight: mx.array) -> mx.array:
+        model.layers[index].mlp.down_proj.weight = weight
+        total = mx.zeros(())
+        for prompt in prompts:
+            hidden = model.hidden(
+                mx.array(prompt.ids)[None],
+                mx.array(prompt.positions)[:, None],
+                features=model.encode(prompt.media) if prompt.media else None,
+                media_mask=prompt.media_mask[None],
+            )
+            total += model.logits(hidden[0, -1]).sum()
+        return total
+
+    return whole
+
+
+def test_gradients_layer_by_layer_backwards(path: Path, family: str) -> None:
     """Of the sum of the last logits with respect to one weight of each layer: as through the whole network."""
-    prompts = ask(model, family)
     layerwise = LayerwiseModel.open(path, memory_limit=0)
-    tracks = layerwise.embed(prompts, shared=False)
-    pieces = [track.pieces[0] for track in tracks]
+    prompts = ask(layerwise.model, family)
+    pieces = [track.pieces[0] for track in layerwise.embed(prompts, shared=False)]
     inputs: list[list[mx.array]] = []
     for layer in layerwise.layers():
         inputs.append([piece.hidden for piece in pieces])
@@ -208,38 +237,21 @@ def test_gradients_layer_by_layer_backwards(model: VideoModel, path: Path, famil
         mx.eval(cotangents)
     found: dict[int, mx.array] = {}
     for layer in layerwise.layers(backwards=True):
-        projection = layer.module.mlp.down_proj
-
-        def through(hidden: mx.array, weight: mx.array) -> mx.array:
-            projection.weight = weight
-            return layer(hidden, piece)
-
-        weight, total = projection.weight, mx.zeros_like(projection.weight)
+        weight = layer.module.mlp.down_proj.weight
+        total = mx.zeros_like(weight)
         for at, piece in enumerate(pieces):
-            _, (back, own) = mx.vjp(through, [inputs[layer.index][at], weight], [cotangents[at]])
-            cotangents[at], total = back, total + own
-        projection.weight = weight
+            primals = [inputs[layer.index][at], weight]
+            _, (cotangents[at], own) = mx.vjp(with_weight(layer, piece), primals, [cotangents[at]])
+            total = total + own
+        layer.module.mlp.down_proj.weight = weight
         mx.eval(cotangents, total)
         found[layer.index] = total
     assert list(found) == [2, 1, 0]
 
+    model = load_model(path)
     for index, layer in enumerate(model.layers):
-
-        def whole(weight: mx.array) -> mx.array:
-            layer.mlp.down_proj.weight = weight
-            total = mx.zeros(())
-            for prompt in prompts:
-                hidden = model.hidden(
-                    mx.array(prompt.ids)[None],
-                    mx.array(prompt.positions)[:, None],
-                    features=model.encode(prompt.media) if prompt.media else None,
-                    media_mask=prompt.media_mask[None],
-                )
-                total += model.logits(hidden[0, -1]).sum()
-            return total
-
         weight = layer.mlp.down_proj.weight
-        expected = np.array(mx.grad(whole)(weight))
+        expected = np.array(mx.grad(sum_of_last_logits(model, index, prompts))(weight))
         layer.mlp.down_proj.weight = weight
         assert np.abs(np.array(found[index]) - expected).max() <= 1e-4 * np.abs(expected).max()
 
@@ -258,12 +270,12 @@ import sys
 from pathlib import Path
 import mlx.core as mx
 from mlxvr.model.prompt import build_prompt
-from mlxvr.porting.layerwise import LayerwiseModel
+from mlxvr.porting.layerwise import Layer, LayerwiseModel, Piece
 layerwise = LayerwiseModel.open(Path(sys.argv[1]), memory_limit=None if sys.argv[2] == "all" else int(sys.argv[2]))
 model = layerwise.model
-prompts = [build_prompt(model.tokenizer, model.family, model.config, [], f"Question {n}?") for n in range(4)]
+prompts = [build_prompt(model.tokenizer, model.family, model.config, [], f"Question {n}?") for n in range(2)]
 tracks, _ = layerwise.read(prompts)
-layerwise.step(tracks, [5] * 4)
+layerwise.step(tracks, [5] * 2)
 status = Path("/proc/self/status")
 held = status.read_text().split("VmHWM:")[1].split()[0] if status.exists() else 0
 print(layerwise.nbytes, mx.get_peak_memory(), int(held) * 1024)
