@@ -43,7 +43,7 @@ class Probe:
     """
 
     name: str
-    source: VisionSource | None = field(default=None, repr=False)
+    source: "VisionSource | None" = field(default=None, repr=False)
     question: str
     options: tuple[str, ...] | None = None
     kind: str = "qa"
