@@ -114,7 +114,7 @@ class Group:
         direct, think, auto: the modes; `think` is None for a live run.
         think_ratio: share of rows that reason in auto.
         gain: score of think minus score of direct, paired.
-        loss: score of auto minus score of think, paired.
+        auto_vs_think: score of auto minus score of think, paired; below 0 the early exit loses.
         confidence: None when no labelled row has one.
         fallbacks: rows whose first box declines to answer.
         missing_boxes: rows without a first box.
@@ -128,7 +128,7 @@ class Group:
     auto: Figures
     think_ratio: Estimate
     gain: Estimate | None
-    loss: Estimate | None
+    auto_vs_think: Estimate | None
     confidence: Confidence | None
     fallbacks: int
     missing_boxes: int
@@ -324,7 +324,7 @@ def _group(table: _Table, bootstrap: int, seed: int) -> Group:
         auto=figures(auto, reasoned),
         think_ratio=_sure(resamples.mean(reasoned.astype(np.float64))),
         gain=None if table.think is None else _difference(table.think, table.direct, resamples),
-        loss=None if table.think is None else _difference(auto, table.think, resamples),
+        auto_vs_think=None if table.think is None else _difference(auto, table.think, resamples),
         confidence=_confidence(samples, table.direct, resamples),
         fallbacks=sum(sample.first is not None and is_fallback(sample.first) for sample in samples),
         missing_boxes=sum(sample.first is None for sample in samples),

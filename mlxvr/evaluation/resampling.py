@@ -4,13 +4,13 @@ Questions about one clip share its difficulty, and the two clips of a minimal pa
 rows are not independent. What is drawn with replacement is therefore a cluster: rows that are connected by a clip or a
 pair. Where every row has a clip of its own that is the bootstrap over rows.
 
-All figures of a set are means over rows, or functions of such means, so a resample is a vector of weights, one per
-cluster, and a thousand resamples are one matrix product. The same resamples serve every figure, which makes differences
-between them paired. A percentile interval of a figure that is the same in every row has no width, and one of few
-clusters is too narrow; of a single cluster there is none.
+Figures are means over rows, so a resample is a vector of weights, one per cluster, and a thousand resamples are one
+matrix product. A difference of two modes or two runs is taken row by row before it is averaged, which pairs it. A
+percentile interval of a figure that is the same in every row has no width, and one of few clusters is too narrow; of a
+single cluster there is none.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,24 +55,14 @@ class Bootstrap:
 
     def mean(self, values: np.ndarray, among: np.ndarray | None = None) -> Estimate | None:
         """The mean of a value per row, over the rows in `among` (bool (n,); all); None: there are none."""
-        return self.combine([values], lambda means: means[0], among)
-
-    def combine(
-        self,
-        columns: Sequence[np.ndarray],
-        figure: Callable[[list[np.ndarray]], np.ndarray],
-        among: np.ndarray | None = None,
-    ) -> Estimate | None:
-        """A figure made of the means of several columns, with its interval; rows as in `mean`."""
-        chosen = np.ones(len(self._clusters), dtype=bool) if among is None else among
+        chosen = np.ones(len(values), dtype=bool) if among is None else among
         if not chosen.any():
             return None
-        value = float(figure([np.asarray(column[chosen].mean()) for column in columns]))
         size = self._weights.shape[1]
-        sums = [np.bincount(self._clusters[chosen], weights=column[chosen], minlength=size) for column in columns]
+        sums = self._weights @ np.bincount(self._clusters[chosen], weights=values[chosen], minlength=size)
         counts = self._weights @ np.bincount(self._clusters[chosen], minlength=size)
         kept = counts > 0  # a resample may hold none of these rows
-        return self.interval(value, figure([(self._weights[kept] @ column) / counts[kept] for column in sums]))
+        return self.interval(float(values[chosen].mean()), sums[kept] / counts[kept])
 
     def interval(self, value: float, draws: np.ndarray) -> Estimate:
         """A value with the interval that its resamples span."""

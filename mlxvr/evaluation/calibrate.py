@@ -1,0 +1,435 @@
+"""Choosing the threshold of the early exit by evidence, and saying what it is worth on rows that did not choose it.
+
+Goals
+- `no_loss`: think as little as possible while auto is not worse than always thinking by more than a margin. The paired
+  difference of scores must have the lower end of its 95% interval above -margin. Thresholds are tried from the one that
+  never exits downward and the walk ends at the first that fails: so many are tried that one would pass by luck, and
+  tests in a fixed sequence need no correction (Angelopoulos et al., arXiv 2110.01052, section 4).
+- `ratio`, `tokens`: think as much as a budget allows: a share of rows that reason, or mean generated tokens. Labels are
+  not needed.
+- `accuracy`: the best score; of equal thresholds the one that thinks least.
+
+Only a threshold that changes a decision matters: the midpoints between neighbouring confidences, 0 (every direct answer
+stands) and one above all confidences (none does).
+
+A figure on the rows that chose the threshold flatters it. Rows are therefore also dealt into folds, whole clips and
+pairs at a time; each fold is decided by the threshold of the others, and those decisions together are the held-out
+figures. The threshold itself comes from all rows. Folds and resamples depend on ids and seed, not on the order of the
+samples.
+
+Temperature scaling is reported beside the raw confidence, also on held-out rows. It is increasing, so the decisions at
+the mapped threshold are the same, and thresholds here are always of the raw confidence, which the reasoner compares.
+"""
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from mlxvr.errors import CheckpointError, ConfigError, DataError
+from mlxvr.evaluation.calibration import brier, expected_calibration_error, fit_temperature, reliability, scale
+from mlxvr.evaluation.metrics import direct_grade, mode_grade, usable
+from mlxvr.evaluation.resampling import Bootstrap, Estimate, clusters_of
+from mlxvr.evaluation.samples import Sample, ordered
+
+__all__ = ["Calibration", "Goal", "Outcome", "TaskThreshold", "TemperatureFit", "calibrate", "write_threshold"]
+
+Goal = Literal["no_loss", "ratio", "tokens", "accuracy"]
+
+_BUDGETS = ("ratio", "tokens")
+_LEAST_ROWS = 20
+_EVIDENCE = ("goal", "margin", "budget", "folds", "seed", "held_out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What thresholds do to a set of rows; scores are None without labels.
+
+    Attributes:
+        count, clips: rows, and independent clusters of them.
+        think_ratio: share of rows that reason.
+        tokens: mean generated tokens; `always_tokens` when every row reasons.
+        auto, think, direct: mean scores (`Grade.score`).
+        difference: auto minus think, paired.
+    """
+
+    count: int
+    clips: int
+    think_ratio: Estimate
+    tokens: Estimate
+    always_tokens: float
+    auto: Estimate | None
+    think: Estimate | None
+    direct: Estimate | None
+    difference: Estimate | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskThreshold:
+    """A task's threshold; `held_out` is None where it has too few rows and takes the common one."""
+
+    threshold: float
+    count: int
+    held_out: Outcome | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TemperatureFit:
+    """Temperature scaling: the temperature of all rows, and what scaling does to held-out confidences."""
+
+    temperature: float
+    count: int
+    ece: float
+    ece_scaled: float
+    brier: float
+    brier_scaled: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """A threshold and the evidence for it.
+
+    Attributes:
+        threshold: from all rows; just above 1 when some confidence is 1 and no direct answer may stand.
+        goal, margin, budget: what was asked for; the one that does not belong to the goal is None.
+        fold_thresholds: what each fold's training rows chose: how firm the choice is.
+        held_out: every row decided by a threshold that it had no part in.
+        in_sample: every row decided by `threshold`; flatters it.
+        per_task: by task, where it was asked for.
+        temperature: where it was asked for.
+        folds, bootstrap, seed: how it was done.
+    """
+
+    threshold: float
+    goal: Goal
+    margin: float | None
+    budget: float | None
+    fold_thresholds: tuple[float, ...]
+    held_out: Outcome
+    in_sample: Outcome
+    per_task: dict[str, TaskThreshold] = field(default_factory=dict)
+    temperature: TemperatureFit | None = None
+    folds: int
+    bootstrap: int
+    seed: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON-ready values, nested."""
+        return asdict(self) | {"fold_thresholds": list(self.fold_thresholds)}
+
+
+def calibrate(
+    samples: Iterable[Sample],
+    goal: Goal,
+    *,
+    margin: float = 0.01,
+    budget: float | None = None,
+    folds: int = 5,
+    per_task: bool = False,
+    least_per_task: int = 100,
+    temperature: bool = False,
+    bootstrap: int = 1000,
+    seed: int = 0,
+) -> Calibration:
+    """Choose the threshold that serves a goal best.
+
+    Args:
+        samples: of think mode, in any order; rows that failed are left out, for `no_loss` and `accuracy` also those
+            without a label.
+        goal: see the module.
+        margin: for `no_loss`: how much of the mean score, in [0, 1], may be lost.
+        budget: for `ratio` a share in [0, 1], for `tokens` mean tokens.
+        folds: at least 2.
+        per_task: choose a threshold for each task that has `least_per_task` rows, too.
+        temperature: fit temperature scaling, too.
+        bootstrap: resamples behind intervals, and behind the choice for `no_loss`.
+        seed: of folds and resamples.
+
+    Raises:
+        ConfigError: an argument that cannot be used, a budget that cannot be kept, samples of a live run.
+        DataError: too few rows or clips, no labels for a goal that needs them.
+    """
+    plan = _Plan(goal, margin, budget, folds, bootstrap, seed)
+    kept = _eligible(samples, plan)
+    threshold, thresholds, held_out, in_sample = _fit(kept, plan)
+    tasks: dict[str, TaskThreshold] = {}
+    for name in sorted({sample.task for sample in kept} - {""}) if per_task else ():
+        own = [sample for sample in kept if sample.task == name]
+        tasks[name] = TaskThreshold(threshold=threshold, count=len(own), held_out=None)
+        if len(own) >= least_per_task:
+            with contextlib.suppress(ConfigError, DataError):  # too few clips, or its budget cannot be kept
+                chosen, _, outcome, _ = _fit(own, plan)
+                tasks[name] = TaskThreshold(threshold=chosen, count=len(own), held_out=outcome)
+    return Calibration(
+        threshold=threshold,
+        goal=goal,
+        margin=margin if goal == "no_loss" else None,
+        budget=budget,
+        fold_thresholds=tuple(thresholds),
+        held_out=held_out,
+        in_sample=in_sample,
+        per_task=tasks,
+        temperature=_fit_temperature(kept, plan) if temperature else None,
+        folds=folds,
+        bootstrap=bootstrap,
+        seed=seed,
+    )
+
+
+def write_threshold(model_folder: str | os.PathLike[str], calibration: Calibration) -> Path:
+    """Write a threshold into a model folder's `mlxvr.json`, where the reasoner finds it; returns the file.
+
+    The old threshold is kept under `previous_thresholds`, the evidence under `calibration`, thresholds of tasks under
+    `task_thresholds`. The file is replaced in one step.
+
+    Raises:
+        ConfigError: the threshold is above 1, or the file cannot be written.
+        CheckpointError: there is no such folder, or its `mlxvr.json` is damaged.
+    """
+    folder = Path(model_folder)
+    path = folder / "mlxvr.json"
+    if calibration.threshold > 1:
+        raise ConfigError("only always thinking meets this goal, and no threshold up to 1 says so: ask with mode think")
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} has no config.json; give the folder of a model")
+    settings = _settings(path)
+    evidence = calibration.to_dict()
+    new = {"threshold": calibration.threshold, "calibration": {key: evidence[key] for key in _EVIDENCE}}
+    if calibration.per_task:
+        new["task_thresholds"] = {name: task.threshold for name, task in calibration.per_task.items()}
+    old = {key: settings.pop(key) for key in ("threshold", "calibration", "task_thresholds") if key in settings}
+    if old and old != json.loads(json.dumps(new)):
+        settings["previous_thresholds"] = [*settings.get("previous_thresholds", []), old]
+    _replace(path, (json.dumps(settings | new, indent=2, ensure_ascii=False) + "\n").encode())
+    return path
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How a threshold is chosen; refuses what cannot be used."""
+
+    goal: Goal
+    margin: float
+    budget: float | None
+    folds: int
+    bootstrap: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.goal not in get_args(Goal):
+            raise ConfigError(f"goal {self.goal!r} is unknown: use one of {', '.join(get_args(Goal))}")
+        if not 0 <= self.margin <= 1:
+            raise ConfigError(f"margin {self.margin} is outside [0, 1]: it is a share of the score, such as 0.01")
+        if (self.budget is None) == (self.goal in _BUDGETS):
+            needs = "needs a budget" if self.budget is None else "takes no budget; use ratio or tokens"
+            raise ConfigError(f"goal {self.goal} {needs}")
+        if self.budget is not None and not 0 <= self.budget <= (1 if self.goal == "ratio" else math.inf):
+            raise ConfigError(f"budget {self.budget} cannot be used: a ratio is from 0 to 1, tokens are not below 0")
+        if self.folds < 2:
+            raise ConfigError(f"folds {self.folds} leaves nothing held out: use at least 2, for example 5")
+        if self.goal == "no_loss" and self.bootstrap < 100:
+            raise ConfigError(f"bootstrap {self.bootstrap} is too few for an interval: use at least 100, better 1000")
+
+    @property
+    def needs_labels(self) -> bool:
+        return self.goal not in _BUDGETS
+
+
+@dataclass(frozen=True, eq=False)
+class _Rows:
+    """Rows as columns of length n; scores are 0 where there is no label."""
+
+    confidence: np.ndarray  # float, nan: none
+    labelled: np.ndarray  # bool
+    direct: np.ndarray
+    think: np.ndarray
+    right: np.ndarray  # bool: the first answer is right
+    first_tokens: np.ndarray
+    total_tokens: np.ndarray
+    clusters: np.ndarray
+
+    @classmethod
+    def of(cls, samples: list[Sample]) -> "_Rows":
+        direct = [direct_grade(sample) for sample in samples]
+        think = [mode_grade(sample, sample.final) for sample in samples]
+        return cls(
+            confidence=np.array([math.nan if s.confidence is None else s.confidence for s in samples]),
+            labelled=np.array([sample.is_labelled for sample in samples], dtype=bool),
+            direct=np.array([one.score if one else 0.0 for one in direct]),
+            think=np.array([one.score if one else 0.0 for one in think]),
+            right=np.array([one is not None and one.is_right for one in direct], dtype=bool),
+            first_tokens=np.array([sample.first_tokens for sample in samples], dtype=np.float64),
+            total_tokens=np.array([sample.total_tokens for sample in samples], dtype=np.float64),
+            clusters=clusters_of(samples),
+        )
+
+    def only(self, chosen: np.ndarray) -> "_Rows":
+        columns = {name: column[chosen] for name, column in vars(self).items()}
+        columns["clusters"] = np.unique(columns["clusters"], return_inverse=True)[1]
+        return _Rows(**columns)
+
+    def __len__(self) -> int:
+        return len(self.confidence)
+
+
+def _eligible(samples: Iterable[Sample], plan: _Plan) -> list[Sample]:
+    kept = usable(ordered(samples))
+    if any(not sample.reasoned for sample in kept):
+        raise ConfigError("a live run stopped at its own threshold and cannot tell of others: generate without --live")
+    if plan.needs_labels:
+        failed = len(kept)
+        kept = [sample for sample in kept if sample.is_labelled]
+        if failed and not kept:
+            raise DataError(f"goal {plan.goal} needs rows with an answer, and none has one: use goal ratio or tokens")
+    return kept
+
+
+def _fit(samples: list[Sample], plan: _Plan) -> tuple[float, list[float], Outcome, Outcome]:
+    """The threshold from all rows, those of the folds, and the outcomes on held-out rows and on all."""
+    if len(samples) < _LEAST_ROWS:
+        raise DataError(f"{len(samples)} rows are too few to choose a threshold; at least {_LEAST_ROWS} are needed")
+    rows = _Rows.of(samples)
+    folds = _folds(rows.clusters, plan)
+    threshold = _choose(rows, plan)
+    if threshold is None:
+        raise ConfigError(_out_of_reach(rows, plan))
+    chosen = [_choose(rows.only(folds != fold), plan) or 0.0 for fold in range(plan.folds)]
+    held_out = _outcome(rows, np.array(chosen)[folds], plan)
+    return threshold, chosen, held_out, _outcome(rows, np.full(len(rows), threshold), plan)
+
+
+def _folds(clusters: np.ndarray, plan: _Plan) -> np.ndarray:
+    """The fold of each row; a cluster is never divided."""
+    count = int(clusters.max()) + 1
+    if count < plan.folds:
+        raise DataError(f"{count} independent clips cannot fill {plan.folds} folds; use more clips, or fewer folds")
+    dealt = np.empty(count, dtype=np.int64)
+    dealt[np.random.default_rng(plan.seed).permutation(count)] = np.arange(count) % plan.folds
+    return dealt[clusters]
+
+
+def _choose(rows: _Rows, plan: _Plan) -> float | None:
+    """The best of the thresholds that change a decision; None: a budget cannot be kept."""
+    thresholds, levels = _thresholds(rows.confidence)
+
+    def exits(values: np.ndarray) -> np.ndarray:
+        """At each threshold the sum of a value over the rows that exit; (.., n) -> (.., thresholds)."""
+        sums = np.zeros((*values.shape[:-1], len(thresholds)))
+        has = levels >= 0
+        order = np.argsort(levels[has], kind="stable")
+        if len(order):
+            starts = np.flatnonzero(np.diff(levels[has][order], prepend=-1))
+            each = np.add.reduceat(values[..., has][..., order], starts, axis=-1)
+            sums[..., :-1] = np.cumsum(each[..., ::-1], axis=-1)[..., ::-1]
+        return sums
+
+    if plan.goal == "ratio":
+        cost = 1 - exits(np.ones(len(rows))) / len(rows)
+    elif plan.goal == "tokens":
+        cost = (rows.total_tokens.sum() + exits(rows.first_tokens - rows.total_tokens)) / len(rows)
+    else:
+        difference = rows.direct - rows.think
+        if plan.goal == "accuracy":
+            return float(thresholds[int(np.argmax(np.round(exits(difference), 9)))])
+        weights = Bootstrap(rows.clusters, count=plan.bootstrap, seed=plan.seed).row_weights
+        draws = exits(weights * difference) / weights.sum(axis=1, keepdims=True)
+        fails = np.flatnonzero(np.percentile(draws, 2.5, axis=0) < -plan.margin - 1e-12)
+        return float(thresholds[fails[-1] + 1 if len(fails) else 0])  # the last, that never exits, loses nothing
+    assert plan.budget is not None
+    affordable = np.flatnonzero(cost <= plan.budget + 1e-9)
+    return float(thresholds[affordable[-1]]) if len(affordable) else None
+
+
+def _thresholds(confidence: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The thresholds that change a decision, rising, and for each row the last at which it exits (-1: none)."""
+    levels = np.unique(confidence[~np.isnan(confidence)])
+    middles = (levels[:-1] + levels[1:]) / 2
+    middles = np.where(middles > levels[:-1], middles, levels[1:])
+    top = 1.0 if not len(levels) or levels[-1] < 1 else math.nextafter(1.0, 2.0)
+    thresholds = np.array([0.0, *middles, top] if len(levels) else [top])
+    return thresholds, np.where(np.isnan(confidence), -1, np.searchsorted(levels, confidence))
+
+
+def _outcome(rows: _Rows, thresholds: np.ndarray, plan: _Plan) -> Outcome:
+    """What a threshold per row comes to."""
+    exits = rows.confidence >= thresholds
+    resamples = Bootstrap(rows.clusters, count=plan.bootstrap, seed=plan.seed)
+    auto = np.where(exits, rows.direct, rows.think)
+
+    def mean(values: np.ndarray) -> Estimate:
+        estimate = resamples.mean(values)
+        assert estimate is not None
+        return estimate
+
+    return Outcome(
+        count=len(rows),
+        clips=int(rows.clusters.max()) + 1,
+        think_ratio=mean(1.0 - exits),
+        tokens=mean(np.where(exits, rows.first_tokens, rows.total_tokens)),
+        always_tokens=float(rows.total_tokens.mean()),
+        auto=resamples.mean(auto, rows.labelled),
+        think=resamples.mean(rows.think, rows.labelled),
+        direct=resamples.mean(rows.direct, rows.labelled),
+        difference=resamples.mean(auto - rows.think, rows.labelled),
+    )
+
+
+def _out_of_reach(rows: _Rows, plan: _Plan) -> str:
+    exits = ~np.isnan(rows.confidence)
+    if plan.goal == "ratio":
+        least = f"a ratio of {1 - exits.mean():.3f}"
+    else:
+        least = f"{np.where(exits, rows.first_tokens, rows.total_tokens).mean():.1f} tokens"
+    return f"budget {plan.budget:g} cannot be kept: rows without a direct answer always reason, so {least} is the least"
+
+
+def _fit_temperature(samples: list[Sample], plan: _Plan) -> TemperatureFit:
+    rows = _Rows.of(samples)
+    folds = _folds(rows.clusters, plan)
+    among = rows.labelled & ~np.isnan(rows.confidence)
+    scaled = rows.confidence.copy()
+    for fold in range(plan.folds):
+        training, test = among & (folds != fold), among & (folds == fold)
+        scaled[test] = scale(rows.confidence[test], fit_temperature(rows.confidence[training], rows.right[training]))
+    confidence, scaled, right = rows.confidence[among], scaled[among], rows.right[among]
+    return TemperatureFit(
+        temperature=fit_temperature(confidence, right),
+        count=len(right),
+        ece=expected_calibration_error(reliability(confidence, right)) or 0.0,
+        ece_scaled=expected_calibration_error(reliability(scaled, right)) or 0.0,
+        brier=float(brier(confidence, right).mean()),
+        brier_scaled=float(brier(scaled, right).mean()),
+    )
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); correct or remove it") from error
+    if not isinstance(settings, dict) or not isinstance(settings.get("previous_thresholds", []), list):
+        raise CheckpointError(f"{path} is not what a conversion writes; correct or remove it")
+    return settings
+
+
+def _replace(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written ({error.strerror}); make its folder writable") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()

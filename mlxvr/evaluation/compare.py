@@ -1,0 +1,181 @@
+"""Two runs over the same rows, side by side: before and after training, full precision and 4 bits.
+
+Rows are paired by id, and every difference is taken row by row before it is averaged and resampled, so that what both
+runs find hard cancels. Rows that only one run has, or that failed in one, are counted and left out.
+"""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from mlxvr.errors import DataError
+from mlxvr.evaluation.grading import Grade
+from mlxvr.evaluation.metrics import mode_grade, usable
+from mlxvr.evaluation.resampling import Bootstrap, Estimate, clusters_of
+from mlxvr.evaluation.samples import Sample, decide, ordered
+
+__all__ = ["Change", "Comparison", "compare"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """One mode in both runs.
+
+    Attributes:
+        labelled: graded rows.
+        first, second: mean score (`Grade.score`) of each run.
+        difference: second minus first, paired.
+        became_right, became_wrong: ids of the rows that changed (an interval is right from an IoU of 0.5).
+    """
+
+    labelled: int
+    first: Estimate
+    second: Estimate
+    difference: Estimate
+    became_right: tuple[str, ...]
+    became_wrong: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What changed from the first run to the second.
+
+    Attributes:
+        thresholds: of auto, in each run.
+        count, clips: rows in both, and independent clusters of them.
+        only_first, only_second: ids of rows that the other run does not have, or that failed there.
+        direct, think, auto: the modes; None without labels, `think` also when a run is live.
+        think_ratio, tokens: of auto, second minus first.
+        began_to_think, stopped_thinking: ids of the rows whose decision flipped.
+        confidence_drift: mean distance of the two confidences of a row; None: no row has both.
+        answers_changed: rows whose first box reads otherwise.
+    """
+
+    thresholds: tuple[float, float]
+    count: int
+    clips: int
+    only_first: tuple[str, ...]
+    only_second: tuple[str, ...]
+    direct: Change | None
+    think: Change | None
+    auto: Change | None
+    think_ratio: Estimate
+    tokens: Estimate
+    began_to_think: tuple[str, ...]
+    stopped_thinking: tuple[str, ...]
+    confidence_drift: Estimate | None
+    answers_changed: int
+
+    @property
+    def flipped(self) -> float:
+        """The share of rows whose decision flipped."""
+        return (len(self.began_to_think) + len(self.stopped_thinking)) / self.count
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON-ready values, nested."""
+        return asdict(self) | {"flipped": self.flipped}
+
+
+def compare(
+    a: Iterable[Sample],
+    b: Iterable[Sample],
+    *,
+    threshold: float,
+    other_threshold: float | None = None,
+    bootstrap: int = 1000,
+    seed: int = 0,
+) -> Comparison:
+    """Compare a second run with a first.
+
+    Args:
+        a, b: samples of the first and of the second run, in any order.
+        threshold: of auto in the first run.
+        other_threshold: of auto in the second; None: the same.
+        bootstrap, seed: see `summarise`.
+
+    Raises `DataError` when the runs share no row, a row has another question, kind or answer in the other run, or an id
+    is there twice.
+    """
+    ones, others = ({sample.id: sample for sample in usable(ordered(run))} for run in (a, b))
+    ids = [name for name in ones if name in others]
+    if not ids:
+        raise DataError("the two runs have no row in common; compare runs over the same data")
+    first, second = [ones[name] for name in ids], [others[name] for name in ids]
+    for one, other in zip(first, second):
+        if (one.kind, one.question, one.options, one.answer) != (
+            other.kind,
+            other.question,
+            other.options,
+            other.answer,
+        ):
+            raise DataError(f"row {one.id!r} is another question in the second run; compare runs over the same data")
+    thresholds = (threshold, threshold if other_threshold is None else other_threshold)
+    clusters = clusters_of(first)
+    resamples = Bootstrap(clusters, count=bootstrap, seed=seed)
+    went_on, goes_on = _reasoned(first, thresholds[0]), _reasoned(second, thresholds[1])
+
+    def change(texts: list[str | None], new_texts: list[str | None]) -> Change | None:
+        old = [mode_grade(sample, text) for sample, text in zip(first, texts)]
+        return _change(ids, old, [mode_grade(sample, text) for sample, text in zip(second, new_texts)], resamples)
+
+    def auto(samples: list[Sample], reasoned: np.ndarray) -> list[str | None]:
+        return [sample.final if on else sample.first for sample, on in zip(samples, reasoned)]
+
+    live = not all(sample.reasoned for sample in (*first, *second))
+    drifts = [
+        abs(one.confidence - other.confidence) if one.confidence is not None and other.confidence is not None else None
+        for one, other in zip(first, second)
+    ]
+    return Comparison(
+        thresholds=thresholds,
+        count=len(ids),
+        clips=int(clusters.max()) + 1,
+        only_first=tuple(sorted(ones.keys() - others.keys())),
+        only_second=tuple(sorted(others.keys() - ones.keys())),
+        direct=change([sample.first for sample in first], [sample.first for sample in second]),
+        think=None if live else change([sample.final for sample in first], [sample.final for sample in second]),
+        auto=change(auto(first, went_on), auto(second, goes_on)),
+        think_ratio=_mean(resamples, goes_on.astype(np.float64) - went_on),
+        tokens=_mean(resamples, _tokens(second, goes_on) - _tokens(first, went_on)),
+        began_to_think=tuple(name for name, was, now in zip(ids, went_on, goes_on) if now and not was),
+        stopped_thinking=tuple(name for name, was, now in zip(ids, went_on, goes_on) if was and not now),
+        confidence_drift=resamples.mean(
+            np.array([drift or 0.0 for drift in drifts]), np.array([drift is not None for drift in drifts], dtype=bool)
+        ),
+        answers_changed=sum(one.first != other.first for one, other in zip(first, second)),
+    )
+
+
+def _change(ids: list[str], old: list[Grade | None], new: list[Grade | None], resamples: Bootstrap) -> Change | None:
+    graded = [(name, was, now) for name, was, now in zip(ids, old, new) if was is not None and now is not None]
+    if not graded:
+        return None
+    among = np.array([grade is not None for grade in old], dtype=bool)
+    before, after = (np.array([grade.score if grade else 0.0 for grade in grades]) for grades in (old, new))
+    return Change(
+        labelled=len(graded),
+        first=_mean(resamples, before, among),
+        second=_mean(resamples, after, among),
+        difference=_mean(resamples, after - before, among),
+        became_right=tuple(name for name, was, now in graded if now.is_right and not was.is_right),
+        became_wrong=tuple(name for name, was, now in graded if was.is_right and not now.is_right),
+    )
+
+
+def _reasoned(samples: list[Sample], threshold: float) -> np.ndarray:
+    """Whether each row reasons: in a live run whether it did."""
+    live = not all(sample.reasoned for sample in samples)
+    return np.array([s.reasoned if live else decide(s, threshold).reasoned for s in samples], dtype=bool)
+
+
+def _tokens(samples: list[Sample], reasoned: np.ndarray) -> np.ndarray:
+    totals = np.array([sample.total_tokens for sample in samples], dtype=np.float64)
+    return np.where(reasoned, totals, [sample.first_tokens for sample in samples])
+
+
+def _mean(resamples: Bootstrap, values: np.ndarray, among: np.ndarray | None = None) -> Estimate:
+    estimate = resamples.mean(values, among)
+    assert estimate is not None
+    return estimate
