@@ -1,0 +1,62 @@
+"""A benchmark that has been read, and the frame and token budgets that it is evaluated with."""
+
+from dataclasses import dataclass, field
+
+from mlxvr.dataset import Row
+
+__all__ = ["Benchmark", "Budgets", "budgets"]
+
+Budgets = dict[str, int | float]
+
+# arXiv 2601.05175 and its public scripts, by family: what every benchmark has unless it says otherwise.
+_COMMON: Budgets = {
+    "fps": 2.0,
+    "min_frames": 4,
+    "frame_min_tokens": 16,
+    "frame_max_tokens": 768,
+    "image_min_tokens": 128,
+    "image_max_tokens": 16_384,
+}
+_FAMILIES: dict[str, Budgets] = {
+    "qwen2_5_vl": {**_COMMON, "max_frames": 256, "video_tokens": 16_384},
+    "qwen3_vl": {**_COMMON, "max_frames": 2_048, "video_tokens": 128_000},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Benchmark:
+    """What was found of a benchmark.
+
+    Attributes:
+        name: as `read_benchmark` knows it.
+        rows: the questions whose videos are there, in the order of the files.
+        budgets: by family ("qwen2_5_vl", "qwen3_vl"), values for `VisionSpec.with_overrides`.
+        missing: videos that are not there, as the files name them, each once, in the order of their first use.
+        missing_rows: how many questions are about them.
+        skipped: "file:line: reason" of every question that cannot be asked or graded.
+    """
+
+    name: str
+    rows: tuple[Row, ...]
+    budgets: dict[str, Budgets]
+    missing: tuple[str, ...] = ()
+    missing_rows: int = 0
+    skipped: tuple[str, ...] = field(default=(), repr=False)
+
+    def describe(self) -> str:
+        """One line for people: how much there is, and what is not."""
+        parts = [f"{self.name}: {len(self.rows):,} questions"]
+        if self.missing:
+            shown = ", ".join(self.missing[:3]) + (", .." if len(self.missing) > 3 else "")
+            parts.append(f"{self.missing_rows:,} left out for want of {len(self.missing):,} videos ({shown})")
+        if self.skipped:
+            parts.append(f"{len(self.skipped):,} cannot be used (the first: {self.skipped[0]})")
+        return "; ".join(parts)
+
+
+def budgets(**frames: int) -> dict[str, Budgets]:
+    """The budgets of a benchmark by family, with its own `max_frames` for the families that are named."""
+    return {
+        family: {**values, **({"max_frames": frames[family]} if family in frames else {})}
+        for family, values in _FAMILIES.items()
+    }

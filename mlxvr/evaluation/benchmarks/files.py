@@ -1,0 +1,136 @@
+"""The files of a benchmark's release: tables in parquet, JSON, JSONL or CSV, and videos in one of several folders.
+
+A folder may be the Hub's cache, where every file is a link to elsewhere: links are followed, since the folder was
+chosen by its owner. Names that come out of a table may not climb out of it.
+"""
+
+import ast
+import csv
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from mlxvr.errors import DataError
+
+__all__ = ["Folder", "as_list", "as_text", "read_records"]
+
+_SUFFIXES = (".mp4", ".MP4", ".mkv", ".webm", ".avi", ".mov")
+
+
+class Folder:
+    """The root of a release."""
+
+    def __init__(self, root: Path, name: str):
+        """Take a folder that exists; `name` is the benchmark's, for messages."""
+        if not root.is_dir():
+            raise DataError(f"{root} is no folder: give the folder that holds {name}'s files as the data root")
+        self.root, self.name = root, name
+        self._found: dict[tuple[str, ...], Path | None] = {}
+
+    def files(self, *patterns: str) -> list[Path]:
+        """Files of the first pattern that matches any, sorted; raises `DataError` if none does."""
+        for pattern in patterns:
+            if found := sorted(path for path in self.root.glob(pattern) if path.is_file()):
+                return found
+        raise DataError(f"{self.root} holds none of {', '.join(patterns)}: give {self.name}'s folder as the data root")
+
+    def table(self, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Records of a table, each with its "file:line" (in parquet and JSON: the record's number, from 1).
+
+        Raises `DataError`: the file is damaged, or parquet cannot be read for want of pyarrow.
+        """
+        where = path.relative_to(self.root)
+        for number, record in enumerate(read_records(path), start=1):
+            if not isinstance(record, Mapping):
+                raise DataError(f"{path}: entry {number} is no record but {type(record).__name__}: download it again")
+            yield f"{where}:{number}", dict(record)
+
+    def mapping(self, path: Path) -> dict[str, str]:
+        """A JSON file that holds texts by name; raises `DataError` if it does not."""
+        content = _load(path)
+        if not isinstance(content, Mapping) or not all(isinstance(value, str) for value in content.values()):
+            raise DataError(f"{path} is no mapping of names to texts: download it again")
+        return dict(content)
+
+    def find(self, name: str, folders: Sequence[str], *, frames: bool = False) -> Path | None:
+        """A video by its name, with or without a suffix, in the first of the folders that has it.
+
+        With `frames`, a folder of that name counts too.
+        """
+        pure = PurePosixPath(name)
+        if not name or pure.is_absolute() or ".." in pure.parts:
+            return None
+        key = (str(frames), name, *folders)
+        if key not in self._found:
+            paths = (path for one in folders for path in self._spellings(one, pure))
+            self._found[key] = next((path for path in paths if path.is_file() or (frames and path.is_dir())), None)
+        return self._found[key]
+
+    def _spellings(self, folder: str, name: PurePosixPath) -> Iterator[Path]:
+        base = self.root / folder
+        yield base / name
+        stem = name.with_suffix("") if name.suffix in _SUFFIXES else name
+        for suffix in _SUFFIXES:
+            yield base / f"{stem}{suffix}"
+
+
+def read_records(path: Path) -> list[Any]:
+    """All records of a table file; of a JSON object its values, each with its name as `key`.
+
+    Raises `DataError`: the file is damaged, or parquet cannot be read for want of pyarrow.
+    """
+    content = _read_parquet(path) if path.suffix == ".parquet" else _load(path)
+    if isinstance(content, Mapping):
+        return [{"key": key, **value} if isinstance(value, Mapping) else value for key, value in content.items()]
+    if not isinstance(content, list):
+        raise DataError(f"{path} holds a {type(content).__name__}: expected a list of records")
+    return content
+
+
+def _load(path: Path) -> Any:
+    """What a JSON, JSONL, CSV or text file holds."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            if path.suffix == ".csv":
+                return list(csv.DictReader(file))
+            if path.suffix == ".jsonl":
+                return [json.loads(line) for line in file if line.strip()]
+            if path.suffix == ".txt":
+                return [{"text": line.rstrip("\r\n")} for line in file if line.strip()]
+            return json.load(file)
+    except (OSError, ValueError, RecursionError, csv.Error) as error:
+        raise DataError(f"{path} cannot be read ({_first_line(error)}): download it again") from error
+
+
+def as_list(value: Any) -> list[Any]:
+    """A column that holds a list, in whichever way it was stored: as such, or written out."""
+    if isinstance(value, str):
+        try:
+            value = ast.literal_eval(value)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            return []
+    return list(value) if isinstance(value, list | tuple) else []
+
+
+def as_text(value: Any) -> str:
+    """A column that names something, a number or a text, as text without outer space."""
+    return "" if value is None else str(value).strip()
+
+
+def _read_parquet(path: Path) -> list[dict[str, Any]]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise DataError(
+            f"{path} needs the package pyarrow to be read: install it with `pip install pyarrow`"
+        ) from error
+    try:
+        return parquet.read_table(path, partitioning=None).to_pylist()
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{path} cannot be read ({_first_line(error)}): download it again") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0][:120] or type(error).__name__

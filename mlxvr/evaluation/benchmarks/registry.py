@@ -1,0 +1,110 @@
+"""Benchmarks by name, and the one way to read any of them."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mlxvr.dataset import Row, make_row
+from mlxvr.errors import ConfigError, DataError
+from mlxvr.evaluation.benchmarks import (
+    activitynet,
+    charades,
+    longvideobench,
+    mmvu,
+    mvbench,
+    mvp,
+    nextgqa,
+    videomme,
+    videommmu,
+)
+from mlxvr.evaluation.benchmarks.benchmark import Benchmark, Budgets, budgets
+from mlxvr.evaluation.benchmarks.entries import Entry, Reader
+from mlxvr.evaluation.benchmarks.files import Folder
+
+__all__ = ["BENCHMARKS", "Preset", "read_benchmark"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """How a benchmark is read and evaluated."""
+
+    title: str
+    read: Reader
+    budgets: Mapping[str, Budgets]
+    has_subtitles: bool = False
+
+
+BENCHMARKS: dict[str, Preset] = {
+    "activitynet": Preset(title="ActivityNet grounding", read=activitynet.read, budgets=budgets(qwen2_5_vl=512)),
+    "charades": Preset(title="Charades-STA", read=charades.read, budgets=budgets()),
+    "longvideobench": Preset(
+        title="LongVideoBench (validation)", read=longvideobench.read, budgets=budgets(), has_subtitles=True
+    ),
+    "mmvu": Preset(title="MMVU (validation, multiple choice)", read=mmvu.read, budgets=budgets(qwen2_5_vl=64)),
+    "mvbench": Preset(title="MVBench", read=mvbench.read, budgets=budgets()),
+    "mvp": Preset(title="MVP (mini)", read=partial(mvp.read, split="mini"), budgets=budgets()),
+    "mvp_full": Preset(title="MVP (full)", read=partial(mvp.read, split="full"), budgets=budgets()),
+    "nextgqa": Preset(title="NExT-GQA (test)", read=nextgqa.read, budgets=budgets()),
+    "videomme": Preset(title="Video-MME", read=videomme.read, budgets=budgets(), has_subtitles=True),
+    "videommmu": Preset(title="VideoMMMU", read=videommmu.read, budgets=budgets(qwen2_5_vl=64, qwen3_vl=64)),
+}
+
+
+def read_benchmark(name: str, root: str | Path, *, subtitles: bool = False) -> Benchmark:
+    """Read a benchmark from the files of its release.
+
+    Args:
+        name: one of `BENCHMARKS`.
+        root: the folder that holds annotations and videos.
+        subtitles: whether what is said in a video goes into its questions.
+
+    Raises:
+        ConfigError: the name is unknown, or the benchmark has no subtitles.
+        DataError: the annotations are not there or damaged, none of the videos is there, or an id comes twice.
+    """
+    preset = BENCHMARKS.get(name)
+    if preset is None:
+        raise ConfigError(f"benchmark {name!r} is unknown: choose from {', '.join(sorted(BENCHMARKS))}")
+    if subtitles and not preset.has_subtitles:
+        having = sorted(one for one, other in BENCHMARKS.items() if other.has_subtitles)
+        raise ConfigError(f"{preset.title} has no subtitles: leave the option out; {' and '.join(having)} have them")
+    folder = Folder(Path(root), preset.title)
+    rows: dict[str, Row] = {}
+    missing: dict[str, int] = {}
+    skipped = []
+    for entry, made in _made(preset.read(folder, subtitles=subtitles), folder):
+        if isinstance(made, str):
+            skipped.append(f"{entry.line}: {made}")
+        elif entry.video is None:
+            missing[entry.wanted] = missing.get(entry.wanted, 0) + 1
+        elif made.id in rows:
+            raise DataError(f"{entry.line}: the id {made.id!r} is that of {rows[made.id].line} already: keep one copy")
+        else:
+            rows[made.id] = made
+    benchmark = Benchmark(
+        name=name,
+        rows=tuple(rows.values()),
+        budgets={family: dict(values) for family, values in preset.budgets.items()},
+        missing=tuple(missing),
+        missing_rows=sum(missing.values()),
+        skipped=tuple(skipped),
+    )
+    if not rows:
+        raise DataError(f"{root} holds nothing of {preset.title} that can be evaluated: {benchmark.describe()}")
+    return benchmark
+
+
+def _made(entries: Iterator[Entry], folder: Folder) -> Iterator[tuple[Entry, Row | str]]:
+    """Each entry with its row, or with the reason why it has none."""
+    for entry in entries:
+        if entry.problem:
+            yield entry, entry.problem
+            continue
+        video = entry.video.relative_to(folder.root).as_posix() if entry.video else "missing"
+        record: dict[str, Any] = {**entry.record, "video": video}
+        try:
+            yield entry, make_row(record, line=entry.line, locate=folder.root.joinpath)
+        except DataError as error:
+            yield entry, str(error).removeprefix(f"{entry.line}: ")
