@@ -396,6 +396,19 @@ def test_a_note_that_cannot_be_read_vouches_for_nothing(note, at):
         assert "config.json arrived damaged" in error_of("org/name")
 
 
+def test_a_note_does_not_vouch_for_a_file_that_has_gone(at):
+    repo = Repo(dict(FILES))
+    with serve(org__name=repo) as server:
+        cache = at(server)
+        hub.resolve("org/name")
+        repo.files["merges.txt"], repo.commit, repo.damage = b"a d", "e" * 40, dict(SMALL)
+        error_of("org/name")  # leaves its note, which knows config.json
+        link = cache / "models--org--name" / "snapshots" / repo.commit / "config.json"
+        link.resolve().unlink()
+        repo.damage = {"config.json": FILES["config.json"].upper()}
+        assert "config.json arrived damaged" in error_of("org/name")
+
+
 def test_nothing_is_left_of_a_model_that_does_not_exist(at):
     with serve() as server:
         cache = at(server)
