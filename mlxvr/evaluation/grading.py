@@ -41,6 +41,7 @@ __all__ = ["Grade", "final_answer", "find_interval", "grade", "grade_parts", "se
 
 _RIGHT_IOU = 0.5  # an interval that overlaps this much is right where right or wrong must be said
 _TWO_PARTS = "<>"
+_LAST_LETTER = "E"  # of the choices that the public patterns know, where the options stand in the question
 _EPSILON = 1e-9
 
 _NUMBER = r"(?:\d+(?:\.\d+)?)"
@@ -160,14 +161,12 @@ def segments_of(answer: str | Sequence[Any] | None) -> list[tuple[float, float]]
     elif answer:
         pairs = [answer] if not isinstance(answer[0], Sequence) or isinstance(answer[0], str) else answer
         try:
-            found = [
-                (min(pair), max(pair)) for pair in ([float(end) for end in pair] for pair in pairs if len(pair) == 2)
-            ]
+            ends = [[float(end) for end in pair] for pair in pairs]
         except (TypeError, ValueError):
-            found = []
-        if len(found) < len(pairs):
-            found = []
-    if not found or not all(map(math.isfinite, (end for pair in found for end in pair))):
+            ends = []
+        if all(len(pair) == 2 and all(map(math.isfinite, pair)) for pair in ends):
+            found = [(min(pair), max(pair)) for pair in ends]
+    if not found:
         raise DataError(f"answer {answer!r} holds no segment; expected [start, end] in seconds, or a list of such")
     return found
 
@@ -209,10 +208,13 @@ def _accuracy(said: str, answer: str | Sequence[Any] | None, options: Sequence[s
 def _is_same(said: str, truth: str, options: Sequence[str], is_math: bool) -> bool:
     letters = ascii_uppercase[: len(options)]
     wanted = _named_choice(truth, letters or ascii_uppercase, options)
-    if wanted is not None:
-        found = _choice(said, letters or ascii_uppercase, options)
-        return found == wanted or (not options and found is None and _is_equal(said, truth))
-    return _is_equal(said, truth) or (is_math and _is_equal_math(said, truth))
+    if wanted is None:
+        return _is_equal(said, truth) or (is_math and _is_equal_math(said, truth))
+    if options:
+        return _choice(said, letters, options) == wanted
+    offered = ascii_uppercase[: ascii_uppercase.index(max(wanted, _LAST_LETTER)) + 1]
+    found = _choice(said, offered, options)
+    return found == wanted if found else _is_equal(said, truth)
 
 
 def _choice(text: str, letters: str, options: Sequence[str]) -> str | None:

@@ -1,0 +1,404 @@
+r"""Grades, worked by hand, and against the rules that the public graders state, written down anew."""
+
+import itertools
+import math
+import random
+import re
+import sys
+import threading
+from types import SimpleNamespace
+
+import pytest
+
+from mlxvr.errors import DataError
+from mlxvr.evaluation import grading
+from mlxvr.evaluation.grading import (
+    Grade,
+    final_answer,
+    find_interval,
+    grade,
+    grade_parts,
+    segments_of,
+    temporal_iou,
+)
+
+OPTIONS = ("red", "A black dog", "Dr. Who", "12")
+LETTER_FORMS = [
+    *["{}", " {} ", "({})", "( {} )", "{}.", "{})", "{}:", "({}).", "{}. red", "{}) red", "({}) red", "{}: blue"],
+    *["{} - red", "\\text{{{}}}", "\\textbf{{({})}}", "\\mathrm{{{}}}", "**{}**", "${}$", "[{}]", "{{{}}}"],
+    *["The answer is {}", "the answer is {}.", "Answer: {}", "The correct answer is ({}).", "Option {}"],
+    *["The best answer is: {}", "My choice is {}", "{}\n", "I would say {}", "{} <> [1.0, 2.0]", "Answer: **{}**"],
+]
+
+
+@pytest.mark.parametrize("form", LETTER_FORMS)
+@pytest.mark.parametrize("letter", "ABCD")
+def test_letters(form, letter):
+    said = form.format(letter)
+    assert [grade("exact_match", said, right, OPTIONS) for right in "ABCD"] == [float(x == letter) for x in "ABCD"]
+    assert grade("exact_match", f"\\boxed{{{said}}}", letter, OPTIONS) == 1
+    assert grade("exact_match", said, letter) == 1, "where the options stand in the question"
+
+
+@pytest.mark.parametrize("form", ["{}", "({})", "{}.", "{})", "({}) red"])
+def test_lower_case_letters(form):
+    assert grade("exact_match", form.format("c"), "C", OPTIONS) == 1
+    assert grade("exact_match", form.format("c"), "A", OPTIONS) == 0
+
+
+def video_mme(text):
+    """The first capital that is a letter, after the stock phrases are gone."""
+    for phrase in ("The best answer is", "The correct answer is", "The answer is", "The answer"):
+        text = text.replace(phrase, "")
+    found = re.search("[ABCD]", text)
+    return found and found.group()
+
+
+def mvbench(text):
+    """The letter before a stop, else the first that stands alone."""
+    found = re.match(r"([A-E])\.\s*(.+)$", text.strip(), re.IGNORECASE) or re.search(
+        r"\b([A-E])\b", text, re.IGNORECASE
+    )
+    return found and found.group(1).upper()
+
+
+def test_public_graders_agree_on_the_usual_forms():
+    """The four forms, with texts that hold no capital."""
+    for letter, form, text in itertools.product("ABCD", ["{0}", "({0})", "{0}.", "{0}. {1}"], ["red", "to run off"]):
+        said = form.format(letter, text)
+        assert video_mme(said) == mvbench(said) == letter
+        for right in "ABCD":
+            assert grade("exact_match", said, right, ("red", "to run off", "blue", "x")) == (right == letter)
+
+
+@pytest.mark.parametrize(
+    ("said", "letter"),
+    [
+        ("red", "A"),
+        ("RED.", "A"),
+        ('"red"', "A"),
+        ("A black dog", "B"),  # the text of an option comes before the article
+        ("a black  dog", "B"),
+        ("A. black", "A"),
+        ("Dr. Who", "C"),
+        ("12", "D"),
+        ("B. red", "B"),  # letter and text disagree: the letter
+        ("B because A is blue", "B"),
+        ("Not A. The answer is C", "C"),
+        ("Answer: A. No, the answer is D.", "D"),
+        ("Black dog", None),  # no letter within a word
+        ("Before", None),
+        ("E", None),
+        ("X-ray", None),
+        ("green", None),
+        ("", None),
+        ("Let's analyze the problem step by step.", None),
+        ("The answer isn't clear", None),
+    ],
+)
+def test_choices(said, letter):
+    assert [grade("exact_match", said, right, OPTIONS) for right in "ABCD"] == [float(x == letter) for x in "ABCD"]
+
+
+@pytest.mark.parametrize("truth", ["B", "b", "(B)", "B.", "B. A black dog", "A black dog", "a black dog."])
+def test_ground_truth_of_a_choice(truth):
+    assert grade("exact_match", "B", truth, OPTIONS) == 1
+    assert grade("exact_match", "a black dog", truth, OPTIONS) == 1
+    assert grade("exact_match", "A", truth, OPTIONS) == 0
+
+
+def test_options_with_their_letters():
+    options = ("A. Red.", "B. Blue.", "C. B.")
+    assert [grade("exact_match", said, "B", options) for said in ("Blue", "B. Blue.", "B", "A. Red.")] == [1, 1, 1, 0]
+
+
+def test_options_that_are_letters():
+    assert grade("exact_match", "A", "A", ("B", "A")) == 1
+    assert grade("exact_match", "B", "A", ("B", "A")) == 0
+
+
+def test_options_of_one_text_name_no_choice():
+    assert grade("exact_match", "red", "A", ("red", "red")) == 0
+
+
+def test_many_options():
+    options = [f"option {number}" for number in range(26)]
+    assert grade("exact_match", "Z", "Z", options) == 1
+    assert grade("exact_match", "I think Q", "I", options) == 1, "the first capital, as the public pattern sees it"
+
+
+@pytest.mark.parametrize(
+    ("output", "answer"),
+    [
+        (r"\boxed{A}<think>r</think>\boxed{B}", "B"),
+        (r"\boxed{A}<think>r</think>\boxed{C} or \boxed{B}", "B"),
+        (r"\boxed{A}<think>r", "A"),
+        (r"\boxed{A}<think>\boxed{C} and \boxed{B}", "B"),
+        (r"\boxed{A}<think>\boxed{C}</think>", "C"),
+        (r"\boxed{A}<think>r</think>so it is D", "A"),
+        (r"<think>A or B</think> D ", "D"),
+        ("D", "D"),
+        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"\boxed{A", "A"),
+        ("", ""),
+        ("D<|im_end|>", "D"),
+    ],
+)
+def test_final_answers(output, answer):
+    """The final box, else the last box, else the text."""
+    assert final_answer(output) == answer
+
+
+@pytest.mark.parametrize(
+    ("kind", "said", "truth", "right"),
+    [
+        ("exact_match", "Yes", "yes", 1),
+        ("exact_match", "Yes, it is.", "yes", 1),
+        ("exact_match", "true", "Yes", 1),
+        ("exact_match", "y", "ok", 1),
+        ("exact_match", "no", "yes", 0),
+        ("exact_match", "No. It fell.", "f", 1),
+        ("exact_match", "nothing", "no", 0),
+        ("exact_match", "yesterday", "yes", 0),
+        ("exact_match", "42", "42", 1),
+        ("exact_match", "42.0", "42", 1),
+        ("exact_match", "1,000", "1000", 1),
+        ("exact_match", "-3", "3", 0),
+        ("exact_match", "4 2", "42", 0),
+        ("exact_match", "The  Red\ncup.", "the red cup", 1),
+        ("exact_match", "ｒｅｄ", "red", 1),
+        ("exact_match", "red cup", "red", 0),
+        ("exact_match", "1/2", "0.5", 0),
+        ("exact_match", "", "red", 0),
+        ("exact_match", "Paris", ["London", "paris"], 1),
+        ("exact_match", "Rome", ["London", "Paris"], 0),
+        ("math", "1/2", "0.5", 1),
+        ("math", r"\frac{1}{2}", "1/2", 1),
+        ("math", r"\dfrac12", "0.5", 1),
+        ("math", r"-\frac{3}{4}", "-0.75", 1),
+        ("math", "50%", "0.5", 1),
+        ("math", r"50\%", "50", 1),
+        ("math", "$ 1{,}5 $", "15", 0),
+        ("math", r"x + 1", "x+1", 1),
+        ("math", r"\left( 1, 2 \right)", "(1,2)", 1),
+        ("math", "1e3", "1000", 1),
+        ("math", "1.0000001", "1", 1),
+        ("math", "1.001", "1", 0),
+        ("math", "1/0", "1", 0),
+        ("math", "3", "4", 0),
+    ],
+)
+def test_free_answers(kind, said, truth, right, monkeypatch):
+    monkeypatch.setattr(grading, "_math_verify", lambda: None)
+    assert grade(kind, said, truth) == right
+    assert grade(kind, f"\\boxed{{0}}<think>r</think>\\boxed{{{said}}}", truth) == right
+
+
+def test_math_questions_may_have_options():
+    assert grade("math", "B", "B", ("1", "2")) == 1
+    assert grade("math", "2", "B", ("1", "2")) == 1
+    assert grade("math", "1", "B", ("1", "2")) == 0
+
+
+@pytest.mark.parametrize(
+    ("said", "truth", "right"), [("x+1", "1+x", 1), ("x+1", "x+2", 0), (r"\sqrt{8}", r"2\sqrt{2}", 1)]
+)
+def test_math_verify(said, truth, right):
+    """With the package, in the main thread and beside it."""
+    pytest.importorskip("math_verify")
+    assert grade("math", said, truth) == right
+    grades = []
+    thread = threading.Thread(target=lambda: grades.append(grade("math", said, truth)))
+    thread.start()
+    thread.join()
+    assert grades == [right]
+
+
+def test_math_verify_is_asked_last_and_may_fail(monkeypatch):
+    asked = []
+
+    def parse(text, parsing_timeout):
+        asked.append((text, parsing_timeout))
+        if "?" in text:
+            raise RuntimeError
+        return text
+
+    fake = SimpleNamespace(parse=parse, verify=lambda gold, said, timeout_seconds: (gold, said) == ("$1+x$", "$x+1$"))
+    monkeypatch.setattr(grading, "_math_verify", lambda: fake)
+    assert grade("math", "0.5", "1/2") == 1
+    assert asked == []
+    assert grade("math", "x+1", "1+x") == 1
+    assert asked == [("$1+x$", 5), ("$x+1$", 5)]
+    assert grade("math", "?", "1+x") == 0
+    assert grade("exact_match", "x+1", "1+x") == 0, "only mathematics is verified"
+
+
+def test_math_verify_is_optional(monkeypatch):
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    assert grading._math_verify.__wrapped__() is None
+
+
+@pytest.mark.parametrize(
+    ("text", "interval"),
+    [
+        ("[20.3, 30.8]", (20.3, 30.8)),
+        ("(20.3 - 30.8)", (20.3, 30.8)),
+        ("20.3 – 30.8", (20.3, 30.8)),
+        ("20.3—30.8", (20.3, 30.8)),
+        ("from 20.3 to 30.8 seconds", (20.3, 30.8)),
+        ("between 20.3 and 30.8", (20.3, 30.8)),
+        ("[30.8, 20.3]", (20.3, 30.8)),
+        ("[5, 5]", (5, 5)),
+        ("[1, 2] and [3, 4]", (1, 2)),
+        ("It starts at 20.3 and ends at 30.8.", (20.3, 30.8)),
+        ('{"start_time": 20.3, "end_time": 30.8}', (20.3, 30.8)),
+        ("start: 20.3, end: 30.8", (20.3, 30.8)),
+        ("20.3 seconds", None),
+        ("1.2.3, 4", None),
+        ("none", None),
+        ("", None),
+    ],
+)
+def test_intervals(text, interval):
+    assert find_interval(text) == interval
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "iou"),
+    [
+        ((0, 10), (0, 10), 1),
+        ((0, 10), (5, 15), 1 / 3),
+        ((0, 10), (10, 20), 0),
+        ((0, 1), (2, 3), 0),
+        ((2, 4), (0, 10), 0.2),
+        ((10, 0), (15, 5), 1 / 3),
+        ((5, 5), (0, 10), 0),
+        ((5, 5), (5, 5), 0),
+        ((0, 10), (5, 5), 0),
+        ((20.3, 30.8), (20.3, 30.8), 1),
+    ],
+)
+def test_temporal_iou(one, other, iou):
+    assert temporal_iou(one, other) == pytest.approx(iou, abs=1e-12)
+
+
+def test_temporal_iou_counted_second_by_second():
+    """Against sets of whole seconds, on random intervals."""
+    rng = random.Random(0)
+    for _ in range(500):
+        one, other = (sorted(rng.sample(range(30), 2)) for _ in range(2))
+        first, second = set(range(*one)), set(range(*other))
+        assert temporal_iou(one, other) == pytest.approx(len(first & second) / len(first | second))
+        assert temporal_iou(one, other) == temporal_iou(other, one)
+        assert grade("iou", f"[{one[0]}, {one[1]}]", other) == temporal_iou(one, other)
+
+
+def test_the_best_segment_counts():
+    segments = [[0.0, 5.0], [20.0, 30.0], [24.0, 26.0]]
+    assert grade_parts("iou", "[20.0, 25.0]", segments) == Grade(iou=0.5, iop=1.0)
+    assert grade_parts("iou", "[18.0, 22.0]", [[20, 30]]) == Grade(iou=pytest.approx(2 / 12), iop=0.5)
+    assert grade_parts("iou", "[4.0, 4.0]", segments) == Grade(iou=0.0, iop=0.0)
+    assert grade("iou", "no idea", segments) == 0
+    assert grade("iou", None, segments) == 0
+
+
+@pytest.mark.parametrize(
+    ("answer", "segments"),
+    [
+        ([1, 2.5], [(1, 2.5)]),
+        ([[3, 1], [4, 5]], [(1, 3), (4, 5)]),
+        ([(1, 2)], [(1, 2)]),
+        ("[1.0, 2.5]", [(1, 2.5)]),
+        ("[1, 2], [3, 4]", [(1, 2), (3, 4)]),
+        (["1.0", "2.5"], [(1, 2.5)]),
+    ],
+)
+def test_segments(answer, segments):
+    assert segments_of(answer) == segments
+
+
+@pytest.mark.parametrize(
+    "answer", [None, "", "A", [], [1], [1, 2, 3], [[1, 2], [3]], [["a", "b"]], [1, math.nan], [[[1]]]]
+)
+def test_what_holds_no_segment(answer):
+    with pytest.raises(DataError, match="holds no segment; expected"):
+        segments_of(answer)
+
+
+@pytest.mark.parametrize(
+    ("said", "accuracy", "iou", "iop", "score"),
+    [
+        ("B <> [20.0, 30.0]", 1, 1, 1, 1),
+        ("(B) <> [25.0, 35.0]", 1, 1 / 3, 0.5, 2 / 3),
+        ("A <> [20.0, 30.0]", 0, 1, 1, 0.5),
+        ("A <> [40.0, 50.0]", 0, 0, 0, 0),
+        ("B", 1, 0, 0, 0.5),
+        ("a black dog <> 20 to 30", 1, 1, 1, 1),
+        ("B [20.0, 30.0]", 1, 1, 1, 1),  # without the mark both are read from the whole
+        ("", 0, 0, 0, 0),
+    ],
+)
+def test_grounded_answers(said, accuracy, iou, iop, score):
+    for truth in ("B <> [20.0, 30.0]", ["B", [[0, 1], [20.0, 30.0]]], ["A black dog", [20, 30]]):
+        got = grade_parts("gqa", said, truth, OPTIONS)
+        assert (got.accuracy, got.iou, got.iop) == pytest.approx((accuracy, iou, iop))
+        assert got.score == grade("gqa", said, truth, OPTIONS) == pytest.approx(score)
+
+
+@pytest.mark.parametrize(
+    ("one", "right"),
+    [
+        (Grade(accuracy=1.0), True),
+        (Grade(accuracy=0.0), False),
+        (Grade(iou=0.5), True),
+        (Grade(iou=0.49), False),
+        (Grade(accuracy=1.0, iou=0.5, iop=1.0), True),
+        (Grade(accuracy=1.0, iou=0.4, iop=1.0), False),
+        (Grade(accuracy=0.0, iou=1.0, iop=1.0), False),
+    ],
+)
+def test_right_or_wrong(one, right):
+    assert one.is_right is right
+
+
+@pytest.mark.parametrize(
+    ("kind", "answer", "message"),
+    [
+        ("exact_match", None, "cannot be graded; expected a letter"),
+        ("exact_match", [], "cannot be graded"),
+        ("math", [[1, 2]], "cannot be graded"),
+        ("gqa", "A", "expected 'answer <> "),
+        ("gqa", "A <> soon", "holds no segment"),
+        ("qa", "A", "kind 'qa' cannot be graded"),
+    ],
+)
+def test_ground_truths_of_another_form(kind, answer, message):
+    with pytest.raises(DataError, match=message):
+        grade(kind, "A", answer)
+
+
+def test_any_text_has_a_grade():
+    """No output, however broken, is more than wrong; and every grade is in [0, 1]."""
+    rng = random.Random(1)
+    pieces = [
+        "\\boxed{",
+        "}",
+        "{",
+        "<think>",
+        "</think>",
+        "A",
+        "(B)",
+        "[1, 2]",
+        "<>",
+        "1/2",
+        "%",
+        "\\frac",
+        "$",
+        "**",
+        " ",
+    ]
+    truths = {"exact_match": "A", "math": "1/2", "iou": [1, 2], "gqa": "A <> [1, 2]"}
+    for _ in range(1500):
+        text = "".join(rng.choices(pieces, k=rng.randrange(9)))
+        for kind, truth in truths.items():
+            assert 0 <= grade(kind, text, truth, rng.choice([(), OPTIONS])) <= 1
