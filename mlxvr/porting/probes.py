@@ -5,8 +5,8 @@ four questions without pictures: multiple choice, free text and one grounding qu
 confidences lie on both sides of any threshold. Questions about a clip share its prefix.
 
 They are kept short, since a whole model is read for them: a clip takes at most 320 visual tokens, a picture at most 64.
-With Qwen's own tokenizer the thirty prompts are some 14,000 tokens, of which some 8,000 are read: the questions about a
-clip share the rest.
+With Qwen's own tokenizer the thirty prompts have some 12,000 tokens (Qwen2.5-VL) or 14,000 (Qwen3-VL), of which 5,000
+go through the model: the questions about a clip share the rest.
 """
 
 from collections.abc import Sequence
