@@ -7,6 +7,7 @@ from importlib import import_module
 VERBS = {
     "generate": "ask questions about a video",
     "convert": "port a checkpoint to quantized MLX weights",
+    "fuse": "merge a LoRA adapter into its model",
 }
 
 

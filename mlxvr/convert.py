@@ -5,19 +5,20 @@ and `verify` for use from Python.
 """
 
 import argparse
-import dataclasses
 import json
 import math
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from mlxvr.bars import Bars
 from mlxvr.cli import VerbParser, run_verb
 from mlxvr.errors import VerificationError
 from mlxvr.porting.recipe import BITS, DTYPES, GROUP_SIZES, MODES
+from mlxvr.porting.report import ConversionReport, format_bytes, peak_memory
 
 if TYPE_CHECKING:
-    from mlxvr.porting.quantize import ConversionReport, convert
+    from mlxvr.porting.quantize import convert
     from mlxvr.porting.verify import VerificationReport, verify
 
 __all__ = ["ConversionReport", "VerificationReport", "convert", "main", "make_parser", "verify"]
@@ -25,10 +26,10 @@ __all__ = ["ConversionReport", "VerificationReport", "convert", "main", "make_pa
 
 def __getattr__(name: str) -> Any:
     # MLX is not imported before a conversion begins, so that --help and wrong options answer at once.
-    if name in ("ConversionReport", "convert"):
-        from mlxvr.porting import quantize
+    if name == "convert":
+        from mlxvr.porting.quantize import convert
 
-        return getattr(quantize, name)
+        return convert
     if name in ("VerificationReport", "verify"):
         from mlxvr.porting import verify
 
@@ -97,7 +98,7 @@ def _convert(args: argparse.Namespace) -> None:
 
     if args.upload_repo:
         check_upload(args.upload_repo)  # before hours of work
-    with _Bars() as bars:
+    with Bars() as bars:
         try:
             report = convert(
                 args.hf_path,
@@ -112,17 +113,22 @@ def _convert(args: argparse.Namespace) -> None:
                 revision=args.revision,
                 verify=args.verify,
                 force=args.force,
-                progress=bars.show,
-                on_tensor=bars.describe,
+                progress=bars,
+                on_tensor=lambda tensor: bars.note(f"{tensor}, peak {format_bytes(peak_memory())}"),
             )
         except VerificationError as error:
-            bars.close()
+            bars.clear()
             print(error.report.table(), file=sys.stderr)
             raise
         uploaded = None
         if args.upload_repo:
-            uploaded = upload(report.path, args.upload_repo, private=args.private, progress=bars.show)
-    print(_as_json(report, uploaded) if args.json else _as_table(report, uploaded))
+            uploaded = upload(report.path, args.upload_repo, private=args.private, progress=bars)
+    if args.json:
+        print(json.dumps({**report.to_dict(), "uploaded": uploaded}))
+        return
+    print(report.table())
+    if uploaded is not None:
+        print(f"\nuploaded to {uploaded}")
 
 
 def _list_recipes() -> None:
@@ -158,97 +164,6 @@ def _size(text: str) -> int:
 
 def _listed(values: Sequence[object]) -> str:
     return ", ".join(str(value) for value in values)
-
-
-_BYTES = ("download", "check", "convert", "upload")
-
-
-class _Bars:
-    """One progress bar on stderr for each stage, over bytes where it has any; none where stderr is not a terminal."""
-
-    def __init__(self) -> None:
-        self._bar: Any = None
-        self._stage = ""
-        self._tensor = ""
-
-    def __enter__(self) -> "_Bars":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Take the bar off the screen."""
-        if self._bar is not None:
-            self._bar.close()
-
-    def describe(self, tensor: str) -> None:
-        """Show the current tensor and the process's peak memory beside the bar."""
-        from mlxvr.porting.quantize import peak_memory
-
-        self._tensor = f"{tensor}, peak {_gigabytes(peak_memory())}"
-
-    def show(self, stage: str, done: int, total: int) -> None:
-        """Move the stage's bar to `done` of `total` bytes."""
-        from tqdm import tqdm
-
-        if stage != self._stage:
-            unit = "B" if stage in _BYTES else " steps"
-            self.close()
-            self._bar = tqdm(
-                desc=stage, total=total, unit=unit, unit_scale=True, file=sys.stderr, disable=None, leave=False
-            )
-            self._stage = stage
-        if stage == "convert" and self._tensor:
-            self._bar.set_postfix_str(self._tensor, refresh=False)
-        self._bar.total = total
-        self._bar.update(done - self._bar.n)
-
-
-def _as_table(report: "ConversionReport", uploaded: str | None) -> str:
-    rows = [
-        ("source", report.source + (f" at {report.commit[:12]}" if report.commit else "")),
-        ("recipe", f"{report.recipe}, threshold {report.threshold}"),
-        ("weights", f"{_weights(report)}, the rest {report.dtype}"),
-        ("matrices", f"{report.quantized} quantized" + _indivisible(report)),
-        ("size", f"{_gigabytes(report.bytes_before)} -> {_gigabytes(report.bytes_after)}"),
-        ("bits per weight", f"{report.bits_per_weight:.2f}"),
-        ("shards", f"{report.shards}" + (f", {report.resumed_shards} from before" if report.resumed_shards else "")),
-        ("time", f"{report.seconds:.1f} s"),
-        ("peak memory", f"{_gigabytes(report.peak_memory)} while converting"),
-        ("written to", str(report.path)),
-    ]
-    if uploaded is not None:
-        rows.append(("uploaded to", uploaded))
-    table = "\n".join(f"{name:16} {value}" for name, value in rows)
-    if report.verification is None:
-        return table
-    verdict = "".join(f"\nfalls short: {shortfall} (kept, as --force says)" for shortfall in report.shortfalls)
-    return f"{table}\n\n{report.verification.table()}{verdict}"
-
-
-def _weights(report: "ConversionReport") -> str:
-    if report.bits == 0:
-        return "not quantized"
-    if report.bits == "auto":
-        return "bits chosen for each module"
-    mode = "" if report.mode == "affine" else f" ({report.mode})"
-    return f"{report.bits} bits{mode}, groups of {report.group_size}"
-
-
-def _indivisible(report: "ConversionReport") -> str:
-    count = len(report.indivisible)
-    return f", {count} kept because groups of {report.group_size} do not divide their rows" if count else ""
-
-
-def _gigabytes(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
-
-
-def _as_json(report: "ConversionReport", uploaded: str | None) -> str:
-    values = dataclasses.asdict(report) | {"path": str(report.path), "bits_per_weight": report.bits_per_weight}
-    values["verification"] = report.verification and report.verification.to_dict()
-    return json.dumps({**values, "uploaded": uploaded})
 
 
 if __name__ == "__main__":

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO, get_args
 
-from tqdm import tqdm
-
 from mlxvr import reasoner
 from mlxvr.answer import Answer, Event, FirstAnswer, ReasoningDelta
 from mlxvr.asking import Kind, Mode, Question
+from mlxvr.bars import Bars
 from mlxvr.cli import VerbParser, run_verb
 from mlxvr.errors import ConfigError
 from mlxvr.media.container import check_file
@@ -100,7 +99,7 @@ def _generate(args: argparse.Namespace) -> int:
         Question(one.prompt, one.options, one.kind, **sampling)
     answers = []
     with (
-        _Progress(sys.stderr) as progress,
+        Bars() as progress,
         reasoner.load(
             args.model,
             adapter=args.adapter,
@@ -150,7 +149,7 @@ def _what_to_ask(args: argparse.Namespace) -> tuple[Path, list[_Asked]]:
     return folder / shown[0]["video"], [_Asked(row["question"], row["options"], row["kind"]) for row in shown]
 
 
-def _tell(asked: _Asked, events: Iterator[Event], progress: "_Progress", out: TextIO) -> None:
+def _tell(asked: _Asked, events: Iterator[Event], progress: Bars, out: TextIO) -> None:
     """Print a question and its answer as they come."""
     print(f"question    {asked.prompt}", file=out)
     for letter, option in zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", asked.options or ()):
@@ -196,52 +195,6 @@ def _cost(answer: Answer) -> str:
     if answer.problems:
         parts.append("output format: " + ", ".join(answer.problems))
     return "; ".join(parts)
-
-
-_UNITS: dict[str, dict[str, Any]] = {
-    "decoding": {"unit": "frame"},
-    "vision": {"unit": "row"},
-    "prefill": {"unit": "token"},
-    "download": {"unit": "B", "unit_scale": True},
-    "check": {"unit": "B", "unit_scale": True},
-}
-
-
-class _Progress:
-    """One bar at a time on stderr, and none once its stage is done."""
-
-    def __init__(self, out: TextIO):
-        self._out = out
-        self._stage = ""
-        self._bar: tqdm[Any] | None = None
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        if stage != self._stage or self._bar is None:
-            self.clear()
-            self._stage = stage
-            self._bar = tqdm(
-                total=total,
-                desc=stage,
-                file=self._out,
-                leave=False,
-                disable=None,
-                **_UNITS.get(stage, {}),
-            )
-        self._bar.update(done - self._bar.n)
-        if done >= total:
-            self.clear()
-
-    def clear(self) -> None:
-        """Take the bar away."""
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
-
-    def __enter__(self) -> "_Progress":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.clear()
 
 
 if __name__ == "__main__":

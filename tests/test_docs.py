@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from mlxvr.__main__ import VERBS
+
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
-VERBS = ("generate", "convert")
 
 
 def help_of(verb: str) -> str:

@@ -25,7 +25,7 @@ LAYERS = [
     ({"porting"}, False),
     ({"answer", "asking", "reasoner", "worker"}, True),
     ({"evaluation", "grpo"}, False),
-    ({"cli"}, False),
+    ({"bars", "cli"}, False),
     ({"bench", "convert", "eval", "fuse", "generate", "train"}, False),
     ({"__init__", "__main__"}, False),
 ]

@@ -8,6 +8,7 @@ another model would leave them untrained and say nothing. So names and shapes ar
 
 import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,9 +17,68 @@ from mlx.utils import tree_flatten
 from mlxvr.errors import CheckpointError
 from mlxvr.model.safetensors import TensorInfo, read_header
 
-__all__ = ["apply_adapter"]
+__all__ = ["Adapter", "apply_adapter"]
 
 _LORA_ENDINGS = (".lora_a", ".lora_b", ".m", ".A", ".B")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter folder whose files are there and readable; whether it fits a model is not known yet.
+
+    Attributes:
+        folder: where it lies.
+        config: `adapter_config.json`.
+        tensors: what `adapters.safetensors` holds.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+
+    @classmethod
+    def open(cls, folder: Path) -> "Adapter":
+        """Read config and header; raises `CheckpointError` when a file is missing, damaged or of another kind."""
+        weights, config_file = folder / "adapters.safetensors", folder / "adapter_config.json"
+        for file in (weights, config_file):
+            if not file.is_file():
+                raise CheckpointError(
+                    f"{folder} has no {file.name}: give the folder of an adapter, with adapters.safetensors and "
+                    "adapter_config.json"
+                )
+        try:
+            config = json.loads(config_file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{config_file} cannot be read as JSON ({error}): copy the adapter again") from error
+        tensors = read_header(weights)
+        _check_config(config, config_file)
+        return cls(folder, config, tensors)
+
+    @property
+    def weights_file(self) -> Path:
+        """The file with its tensors."""
+        return self.folder / "adapters.safetensors"
+
+    @property
+    def is_dora(self) -> bool:
+        """Whether each row of an adapted weight is scaled to a learned length (arXiv 2402.09353)."""
+        return self.config.get("fine_tune_type", "lora") == "dora"
+
+    @property
+    def scale(self) -> float:
+        """What the product of the two LoRA matrices is multiplied with.
+
+        Raises `CheckpointError` when the config does not say.
+        """
+        scale = self.config["lora_parameters"].get("scale")
+        if isinstance(scale, bool) or not isinstance(scale, int | float):
+            raise CheckpointError(f"{self.folder / 'adapter_config.json'} has no number as scale: copy it again")
+        return float(scale)
+
+    def fingerprint(self) -> str:
+        """A short hash of its files."""
+        config = (self.folder / "adapter_config.json").read_bytes()
+        return hashlib.sha256(self.weights_file.read_bytes() + config).hexdigest()[:16]
 
 
 def apply_adapter(network: Any, folder: Path) -> str:
@@ -28,23 +88,11 @@ def apply_adapter(network: Any, folder: Path) -> str:
 
     Raises `CheckpointError` when a file is missing or damaged, or the adapter was made for another model.
     """
-    weights, config_file = folder / "adapters.safetensors", folder / "adapter_config.json"
-    for file in (weights, config_file):
-        if not file.is_file():
-            raise CheckpointError(
-                f"{folder} has no {file.name}: give the folder of an adapter, with adapters.safetensors and "
-                "adapter_config.json"
-            )
-    try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{config_file} cannot be read as JSON ({error}): copy the adapter again") from error
-    tensors = read_header(weights)
-    _check_config(config, config_file)
-    _attach(network, folder, config)
-    _check_fit(network, tensors, folder)
-    network.load_weights(str(weights), strict=False)
-    return hashlib.sha256(weights.read_bytes() + config_file.read_bytes()).hexdigest()[:16]
+    adapter = Adapter.open(folder)
+    _attach(network, folder, adapter.config)
+    _check_fit(network, adapter.tensors, folder)
+    network.load_weights(str(adapter.weights_file), strict=False)
+    return adapter.fingerprint()
 
 
 def _check_config(config: Any, file: Path) -> None:

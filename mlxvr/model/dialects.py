@@ -33,7 +33,16 @@ _NEEDED_TEXT = (
     "max_position_embeddings",
 )
 _NOT_TEXT = frozenset(
-    {"architectures", "quantization", "quantization_config", "text_config", "transformers_version", "vision_config"}
+    {
+        "architectures",
+        "dtype",
+        "quantization",
+        "quantization_config",
+        "text_config",
+        "torch_dtype",
+        "transformers_version",
+        "vision_config",
+    }
 )
 _VISION_DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen2_5_vl": {

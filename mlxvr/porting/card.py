@@ -120,6 +120,7 @@ def _card(folder: ModelFolder, settings: dict[str, Any], title: str) -> str:
     rows = {
         "Source": link + (f", commit `{commit}`" if commit else ""),
         "Weights": f"{how}; vision tower and norms in {dtype}" if bits else how,
+        **_adapted(settings.get("adapter")),
         "Bits per weight": f"{quantization['bits_per_weight']:.2f}, everything included",
         "Recipe": f"`{recipe['name']}`",
         "Threshold": f"a direct answer stands from a confidence of {settings['threshold']}",
@@ -146,6 +147,10 @@ directly, and mlxvr lets it reason only when it is not sure of that answer.
 
 The folder also loads in stock mlx-vlm (`mlx_vlm.load`).
 """
+
+
+def _adapted(adapter: dict[str, str] | None) -> dict[str, str]:
+    return {"Adapter": f"`{adapter['name']}` ({adapter['fingerprint']}), fused"} if adapter else {}
 
 
 def _verified(figures: dict[str, Any] | None) -> dict[str, str]:

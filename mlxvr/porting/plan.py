@@ -100,7 +100,7 @@ class Plan:
 def make_plan(
     checkpoint: Checkpoint,
     choose: Callable[[str], Precision | None],
-    dtype: str,
+    dtype: str | None,
     *,
     updates: dict[str, Update] | None = None,
     note: str = "",
@@ -110,16 +110,15 @@ def make_plan(
     Args:
         checkpoint: the source.
         choose: precision of a module's matrix, by its MLX path.
-        dtype: of all that is not quantized, and of scales: a key of `DTYPE_CODES`.
+        dtype: of all that is not quantized, and of scales: a key of `DTYPE_CODES`; None: as each tensor has it.
         updates: module -> what changes its rows before they are quantized.
         note: see `Plan`.
     """
-    code = DTYPE_CODES[dtype]
     jobs: list[Job] = []
     stored: dict[str, Precision | None] = {}
     indivisible: list[str] = []
     for tensor in checkpoint.tensors:
-        if tensor.dtype not in DTYPE_CODES.values() or _is_companion(tensor, checkpoint):
+        if tensor.dtype not in DTYPE_CODES.values() or _is_companion(tensor):
             jobs.append(Job(tensor, tensor.dtype, None, [OutputTensor(tensor.key, tensor.dtype, tensor.shape)]))
             if tensor.key.endswith(".weight"):
                 stored[tensor.module] = Precision(**checkpoint.folder.quantization_of(tensor.module))
@@ -130,10 +129,12 @@ def make_plan(
             precision = None
         if tensor.is_matrix:
             stored[tensor.module] = precision
+        code = tensor.dtype if dtype is None else DTYPE_CODES[dtype]
         outputs = [OutputTensor(tensor.key, code, tensor.shape)]
         if precision is not None:
             outputs = packed_tensors(tensor.key, tensor.shape, precision, code)
-        jobs.append(Job(tensor, code, precision, outputs, (updates or {}).get(tensor.module)))
+        update = (updates or {}).get(tensor.module) if tensor.is_matrix else None
+        jobs.append(Job(tensor, code, precision, outputs, update))
     return Plan(tuple(jobs), stored, tuple(indivisible), note)
 
 
@@ -148,7 +149,7 @@ def packed_tensors(key: str, shape: tuple[int, ...], precision: Precision, code:
     return [words, *(OutputTensor(f"{module}.{part}", code, grouped) for part in ("scales", "biases"))]
 
 
-def _is_companion(tensor: SourceTensor, checkpoint: Checkpoint) -> bool:
+def _is_companion(tensor: SourceTensor) -> bool:
     """Whether it belongs to a quantized weight that is copied, so that it keeps its type."""
     return tensor.key.endswith((".scales", ".biases")) and len(tensor.shape) == 2
 

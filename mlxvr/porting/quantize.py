@@ -8,13 +8,11 @@ The output is what stock mlx-vlm loads: MLX's tensor names and layout, `quantiza
 as mlx-lm's tools do) with an entry for each module that departs from the rest.
 """
 
+import dataclasses
 import logging
-import resource
 import shutil
-import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +22,8 @@ from mlxvr.porting import card, hub
 from mlxvr.porting import recipe as recipes
 from mlxvr.porting.checkpoint import Checkpoint
 from mlxvr.porting.plan import Plan, make_plan
-from mlxvr.porting.recipe import Limits, Precision, Quantization, Recipe
+from mlxvr.porting.recipe import Precision, Quantization, Recipe
+from mlxvr.porting.report import ConversionReport, peak_memory
 from mlxvr.porting.shards import is_finished, write_index
 from mlxvr.porting.staging import check_target, staged
 from mlxvr.porting.stream import write_shards
@@ -32,50 +31,13 @@ from mlxvr.porting.stream import write_shards
 if TYPE_CHECKING:
     from mlxvr.porting.verify import VerificationReport
 
-__all__ = ["ConversionReport", "Judge", "convert", "peak_memory", "write_model"]
+__all__ = ["ConversionReport", "Judge", "choose_recipe", "convert", "write_model"]
 
 _SPARE_DISK = 64 * 2**20  # for tokenizer, config and card
 _log = logging.getLogger(__name__)
 
 # A finished folder that has no name yet -> how far it is from its source.
 Judge = Callable[[Path], "VerificationReport"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ConversionReport:
-    """What a conversion made.
-
-    `bits` is the recipe's or what was asked for (0: unquantized, "auto": chosen for each module); `bytes_before` and
-    `bytes_after` count tensors; `indivisible` are the modules that the recipe wanted quantized and whose rows cannot
-    be divided into groups; `resumed_shards` of `shards` were there from an interrupted run; `peak_memory` is the
-    process's largest resident size in bytes, without the verification; `verification` is None if none was asked for.
-    """
-
-    path: Path
-    source: str
-    commit: str
-    recipe: str
-    bits: int | str
-    group_size: int
-    mode: str
-    dtype: str
-    threshold: float
-    parameters: int
-    quantized: int
-    indivisible: tuple[str, ...]
-    bytes_before: int
-    bytes_after: int
-    shards: int
-    resumed_shards: int
-    seconds: float
-    peak_memory: int
-    verification: "VerificationReport | None" = None
-    shortfalls: tuple[str, ...] = ()
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Bits on disk for each number of the network, scales and unquantized tensors included."""
-        return 8 * self.bytes_after / self.parameters
 
 
 def convert(
@@ -129,7 +91,7 @@ def convert(
     prefixes = [(rule.prefix, rule.becomes) for rule in named.key_rules] if named is not None else []
     checkpoint = Checkpoint.open(folder, prefixes=prefixes, unpack=(lambda _: True) if dequantize else None)
     origin = card.origin(checkpoint.folder, source)
-    chosen = named or _choose(checkpoint, origin)
+    chosen = named or choose_recipe(checkpoint, origin)
     if chosen.family != checkpoint.folder.family.name:
         raise RecipeError(
             f"the recipe {chosen.name} is for {chosen.family}, the checkpoint is {checkpoint.folder.family.name}; "
@@ -151,87 +113,56 @@ def convert(
 
         return compare(folder, stage, threshold=settings["threshold"], progress=progress)
 
-    made = write_model(
+    report = write_model(
         target,
         checkpoint,
         plan,
-        chosen.quantization,
+        chosen,
+        origin,
         settings,
         judge=judge if verify else None,
-        limits=chosen.limits_for(plan.bits),
         force=force,
         progress=progress,
         on_tensor=on_tensor,
     )
-    report = ConversionReport(
-        path=target,
-        source=origin.name,
-        commit=origin.commit,
-        recipe=chosen.name,
-        bits=settings["quantization"]["bits"],
-        group_size=chosen.quantization.group_size,
-        mode=chosen.quantization.mode,
-        dtype=chosen.quantization.dtype,
-        threshold=settings["threshold"],
-        parameters=checkpoint.parameters,
-        quantized=sum(how is not None for how in plan.stored.values()),
-        indivisible=plan.indivisible,
-        bytes_before=checkpoint.nbytes,
-        bytes_after=plan.nbytes,
-        shards=len(plan.shards),
-        resumed_shards=made.resumed_shards,
-        seconds=time.perf_counter() - started,
-        peak_memory=made.peak_memory,
-        verification=made.verification,
-        shortfalls=made.shortfalls,
-    )
-    _log.info("wrote %s: %.2f bits per weight", target, report.bits_per_weight)
-    return report
-
-
-@dataclass(frozen=True, kw_only=True)
-class Made:
-    """What `write_model` found out while it worked; the fields are those of `ConversionReport`."""
-
-    resumed_shards: int
-    peak_memory: int
-    verification: "VerificationReport | None"
-    shortfalls: tuple[str, ...]
+    return dataclasses.replace(report, seconds=time.perf_counter() - started)
 
 
 def write_model(
     target: Path,
     checkpoint: Checkpoint,
     plan: Plan,
-    quantization: Quantization,
+    recipe: Recipe,
+    origin: card.Origin,
     settings: dict[str, Any],
     *,
     judge: Judge | None = None,
-    limits: Limits | None = None,
     force: bool = False,
     progress: Progress | None = None,
     on_tensor: Callable[[str], None] | None = None,
-) -> Made:
+) -> ConversionReport:
     """Carry out `plan` and write everything that belongs to a model folder around it.
 
     Args:
         target: see `staging.staged`.
         checkpoint: the source, whose other files are taken over.
         plan: what becomes of its tensors.
-        quantization: the usual precision, and the dtype of the rest.
+        recipe: how they are quantized in general, and how far the result may be from its source.
+        origin: where the source comes from.
         settings: for `mlxvr.json` (see `card`); gets the figures that are known when the weights are.
         judge: compares the finished folder with its source.
-        limits: what `judge`'s figures must meet.
-        force: keep the folder if they do not.
+        force: keep the folder if it is too far off.
         progress: see `convert`.
         on_tensor: see `convert`.
 
     Raises what `convert` raises.
     """
-    bits_per_weight = 8 * plan.nbytes / checkpoint.parameters
-    settings["quantization"]["bits_per_weight"] = round(bits_per_weight, 3)
-    config = _config(checkpoint, plan, quantization)
-    verification, shortfalls = None, ()
+    started = time.perf_counter()
+    usual = recipe.quantization
+    settings["quantization"]["bits_per_weight"] = round(8 * plan.nbytes / checkpoint.parameters, 3)
+    config = _config(checkpoint, plan, usual)
+    verification: VerificationReport | None = None
+    shortfalls: tuple[str, ...] = ()
     with staged(target, plan.fingerprint(checkpoint)) as stage:
         _check_disk(stage, plan)
         resumed = write_shards(stage, plan, progress=progress, on_tensor=on_tensor)
@@ -240,7 +171,7 @@ def write_model(
         card.write(stage, checkpoint.folder, config, settings, target.name)
         if judge is not None:
             verification = judge(stage)
-            shortfalls = verification.failures(limits or Limits(bits=16))
+            shortfalls = verification.failures(recipe.limits_for(plan.bits))
             if shortfalls and not force:
                 raise VerificationError(
                     f"the converted model is too far from its source: {'; '.join(shortfalls)}: use more bits or a "
@@ -249,13 +180,30 @@ def write_model(
                 )
             settings["verification"] = {**verification.to_dict(), "shortfalls": list(shortfalls)}
             card.write(stage, checkpoint.folder, config, settings, target.name)
-    return Made(resumed_shards=resumed, peak_memory=peak, verification=verification, shortfalls=shortfalls)
-
-
-def peak_memory() -> int:
-    """Return the most memory that the process has held, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    report = ConversionReport(
+        path=target,
+        source=origin.name,
+        commit=origin.commit,
+        recipe=recipe.name,
+        bits=settings["quantization"]["bits"],
+        group_size=usual.group_size,
+        mode=usual.mode,
+        dtype=usual.dtype,
+        threshold=settings["threshold"],
+        parameters=checkpoint.parameters,
+        quantized=sum(how is not None for how in plan.stored.values()),
+        indivisible=plan.indivisible,
+        bytes_before=checkpoint.nbytes,
+        bytes_after=plan.nbytes,
+        shards=len(plan.shards),
+        resumed_shards=resumed,
+        seconds=time.perf_counter() - started,
+        peak_memory=peak,
+        verification=verification,
+        shortfalls=shortfalls,
+    )
+    _log.info("wrote %s: %.2f bits per weight", target, report.bits_per_weight)
+    return report
 
 
 def _check_options(
@@ -297,7 +245,7 @@ def _pinned(source: str | Path, recipe: Recipe | None) -> str | None:
     return (known.revision or None) if known is not None and matches else None
 
 
-def _choose(checkpoint: Checkpoint, origin: card.Origin) -> Recipe:
+def choose_recipe(checkpoint: Checkpoint, origin: card.Origin) -> Recipe:
     """Return the recipe that the folder's own mlxvr.json names, else its source's, else its family's."""
     folder = checkpoint.folder
     named: Any = folder.settings.get("recipe")

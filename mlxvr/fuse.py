@@ -1,0 +1,71 @@
+"""`python -m mlxvr.fuse`: a model and the adapter that was trained on it become one model folder.
+
+The work is `mlxvr.porting.fuse.fuse`, which is also this module's `fuse` for use from Python.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from mlxvr.bars import Bars
+from mlxvr.cli import VerbParser, run_verb
+from mlxvr.porting.report import format_bytes, peak_memory
+
+if TYPE_CHECKING:
+    from mlxvr.porting.fuse import fuse
+
+__all__ = ["fuse", "main", "make_parser"]
+
+
+def __getattr__(name: str) -> Any:
+    # MLX is not imported before the work begins, so that --help and wrong options answer at once.
+    if name == "fuse":
+        from mlxvr.porting.fuse import fuse
+
+        return fuse
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def make_parser() -> VerbParser:
+    """Return the command line's parser."""
+    parser = VerbParser(
+        "mlxvr.fuse",
+        "Merge a LoRA adapter into its model.",
+        epilog="example: mlxvr.fuse --model videoauto-8b-4bit --adapter run/adapter --mlx-path videoauto-8b-mine",
+    )
+    parser.add_argument("--model", required=True, metavar="ID_OR_DIR", help="the model that the adapter was trained on")
+    parser.add_argument("--adapter", required=True, metavar="DIR", help="the adapter's folder")
+    parser.add_argument("--mlx-path", required=True, metavar="DIR", help="the folder to write")
+    parser.add_argument("--dequantize", action="store_true", help="leave nothing quantized: nothing is rounded anew")
+    parser.add_argument("--revision", metavar="R", help="branch, tag or commit of the Hub repository")
+    parser.add_argument("--force", action="store_true", help="replace a model folder that is in the way")
+    parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    return run_verb(make_parser(), _fuse, argv)
+
+
+def _fuse(args: argparse.Namespace) -> None:
+    from mlxvr.porting.fuse import fuse
+
+    with Bars() as bars:
+        report = fuse(
+            args.model,
+            args.adapter,
+            args.mlx_path,
+            dequantize=args.dequantize,
+            revision=args.revision,
+            force=args.force,
+            progress=bars,
+            on_tensor=lambda tensor: bars.note(f"{tensor}, peak {format_bytes(peak_memory())}"),
+        )
+    print(json.dumps(report.to_dict()) if args.json else report.table())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,130 @@
+"""Fusing: an adapter's LoRA weights become part of the model's own, and the adapter is no longer needed.
+
+Only the matrices that the adapter changes are touched: each is read row by row, unpacked if it is quantized, changed
+in float32 and stored as it was before (packed again with the same bits, or unquantized with `dequantize`). All other
+tensors are copied bit by bit, so memory stays as small as in a conversion (see `stream`).
+
+    LoRA   W + scale * (A B)^T                       A: (inputs, rank), B: (rank, outputs); arXiv 2106.09685
+    DoRA   m * (W + scale * (A B)^T) / ||..||        rows scaled to the learned lengths m; arXiv 2402.09353
+
+Packing a changed matrix rounds it anew, so the fused model is as far from the adapted one as quantized weights are from
+unquantized ones; with `dequantize` nothing is rounded but to the weights' own float type.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import cast
+
+import mlx.core as mx
+
+from mlxvr.callbacks import Progress
+from mlxvr.errors import CheckpointError
+from mlxvr.model.adapter import Adapter
+from mlxvr.porting import card, hub
+from mlxvr.porting.checkpoint import Checkpoint
+from mlxvr.porting.plan import DTYPE_CODES, Update, make_plan
+from mlxvr.porting.quantize import choose_recipe, write_model
+from mlxvr.porting.recipe import Precision, Quantization, Recipe
+from mlxvr.porting.report import ConversionReport
+from mlxvr.porting.staging import check_target
+
+__all__ = ["fuse"]
+
+
+def fuse(
+    model: str | Path,
+    adapter: str | Path,
+    out: str | Path,
+    *,
+    dequantize: bool = False,
+    revision: str | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+    on_tensor: Callable[[str], None] | None = None,
+) -> ConversionReport:
+    """Write the model that `model` with `adapter` on top is into the new folder `out`.
+
+    Args:
+        model: a model folder or Hub id, quantized or not.
+        adapter: a folder with `adapters.safetensors` and `adapter_config.json`.
+        out: the folder to write; it appears when it is complete, or not at all.
+        dequantize: leave nothing quantized.
+        revision: branch, tag or commit of a Hub id.
+        force: replace a model folder that lies at `out`.
+        progress: called with (stage, done, total); the stages "download", "check" and "convert" count bytes.
+        on_tensor: called with the name of each tensor as it is begun.
+
+    Raises:
+        CheckpointError: the model or the adapter is damaged, or they do not belong together.
+        ConfigError: an output that must not or cannot be written.
+    """
+    given = Adapter.open(Path(adapter).expanduser())
+    check_target(Path(out), force=force)
+    folder = hub.resolve(model, revision=revision, progress=progress)
+    target = check_target(Path(out), folder, force=force)
+    modules = {key.rpartition(".")[0] for key in given.tensors}
+    checkpoint = Checkpoint.open(folder, unpack=lambda module: dequantize or module in modules)
+    updates = _updates(given, checkpoint)
+    recipe = _as_it_is(checkpoint, dequantize=dequantize)
+    origin = card.origin(checkpoint.folder, model)
+
+    def stored(module: str) -> Precision | None:
+        packed = not dequantize and f"{module}.scales" in checkpoint.folder.mlx_tensors()
+        return Precision(**checkpoint.folder.quantization_of(module)) if packed else None
+
+    plan = make_plan(checkpoint, stored, None, updates=updates, note=f"fused {given.fingerprint()}")
+    settings = card.settings(checkpoint.folder, origin, recipe, keep_measured=True)
+    settings["adapter"] = {"name": given.folder.resolve().name, "fingerprint": given.fingerprint()}
+    return write_model(
+        target, checkpoint, plan, recipe, origin, settings, force=force, progress=progress, on_tensor=on_tensor
+    )
+
+
+def _as_it_is(checkpoint: Checkpoint, *, dequantize: bool) -> Recipe:
+    """The recipe of the model, with the quantization and dtype that its folder has."""
+    folder = checkpoint.folder
+    recipe = choose_recipe(checkpoint, card.origin(folder, folder.path))
+    names = {code: name for name, code in DTYPE_CODES.items()}
+    dtype = next(names[tensor.dtype] for tensor in checkpoint.tensors if tensor.dtype in names)
+    whole = None if dequantize else folder.config.get("quantization") or folder.config.get("quantization_config")
+    usual = {"bits": 0} if not whole else {key: whole[key] for key in ("bits", "group_size", "mode") if key in whole}
+    return dataclasses.replace(recipe, quantization=Quantization(dtype=dtype, **usual))
+
+
+def _updates(adapter: Adapter, checkpoint: Checkpoint) -> dict[str, Update]:
+    """Module -> what the adapter does to its rows.
+
+    Raises `CheckpointError` when the adapter was made for another model.
+    """
+    weights = cast("dict[str, mx.array]", mx.load(str(adapter.weights_file)))
+    shapes = {tensor.module: tensor.shape for tensor in checkpoint.tensors if tensor.is_matrix}
+    updates: dict[str, Update] = {}
+    for module in sorted({key.rpartition(".")[0] for key in weights}):
+        parts = {part: weights.get(f"{module}.{part}") for part in ("lora_a", "lora_b", "m")}
+        first, second, lengths = parts["lora_a"], parts["lora_b"], parts["m"]
+        if first is None or second is None or (lengths is None) == adapter.is_dora:
+            raise CheckpointError(f"the adapter {adapter.folder} lacks a part of {module}: copy it again")
+        found = (second.shape[-1], first.shape[0])
+        if shapes.get(module) != found or first.shape[1] != second.shape[0]:
+            raise CheckpointError(
+                f"the adapter {adapter.folder} changes {module} {list(found)}, which this model does not have in that "
+                "shape: it was made for another model"
+            )
+        updates[module] = _update(first, second, lengths, adapter.scale)
+    return updates
+
+
+def _update(first: mx.array, second: mx.array, lengths: mx.array | None, scale: float) -> Update:
+    inner = scale * second.astype(mx.float32).T  # (outputs, rank)
+    outer = first.astype(mx.float32).T  # (rank, inputs)
+
+    def change(rows: mx.array, start: int) -> mx.array:
+        end = start + rows.shape[0]
+        changed = rows + inner[start:end] @ outer
+        if lengths is None:
+            return changed
+        norms = mx.linalg.norm(changed, axis=1)
+        return changed * (lengths[start:end].astype(mx.float32) / norms)[:, None]
+
+    return change
