@@ -69,7 +69,7 @@ class _UploadHandler(Handler):
             return self._fails("whoami") or self._whoami()
         if "auth-check" in parts:
             self._note()
-            return self._fails("auth-check") or self._auth_check("/".join(parts[2:4]))
+            return self._fails("auth-check") or self._auth_check("/".join(parts[2:4]), parts[-1] == "write")
         return super().do_GET()
 
     def do_POST(self) -> None:
@@ -141,11 +141,11 @@ class _UploadHandler(Handler):
         auth = {"type": "access_token", "accessToken": token}
         return self._json({"type": "user", "name": account.name, "orgs": orgs, "auth": auth})
 
-    def _auth_check(self, repo_id: str) -> None:
+    def _auth_check(self, repo_id: str, write: bool) -> None:
         account = self._account()
         if repo_id not in self.server.repos:
             return self._error(404, "RepoNotFound")
-        if account is None or not account.may_write(repo_id):
+        if write and not (account and account.may_write(repo_id)):
             return self._refuse(403, f"You don't have the rights to write to {repo_id}")
         return self._json({})
 
@@ -243,7 +243,9 @@ class _UploadHandler(Handler):
         return bool(times)
 
     def _refuse(self, status: int, why: str) -> None:
-        self._json({"error": why}, status)
+        body = json.dumps({"error": why}).encode()
+        headers = {"Content-Type": "application/json", "Content-Length": str(len(body))}
+        self._send(status, headers | ({"X-Error-Code": "RepoNotFound"} if status == 401 else {}), body)
 
     def _account(self) -> Account | None:
         return self.server.accounts.get(self._token())

@@ -198,6 +198,7 @@ def test_the_token_of_hf_auth_login_is_used(converted, at):
         (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b""), "model.safetensors"),
         (lambda folder: cut(folder / "model.safetensors"), "is cut short"),
+        (lambda folder: add_a_layer(folder / "config.json"), "lacks the tensor"),
     ],
 )
 def test_an_incomplete_folder_is_refused_before_any_request(spoil, says, folder, at):
@@ -206,6 +207,12 @@ def test_an_incomplete_folder_is_refused_before_any_request(spoil, says, folder,
         at(server)
         assert says in refusal(upload, folder, "alice/model", error=CheckpointError)
         assert server.requests == []
+
+
+def add_a_layer(path: Path) -> None:
+    config = json.loads(path.read_text())
+    config["text_config"]["num_hidden_layers"] += 1
+    path.write_text(json.dumps(config))
 
 
 def cut(path: Path) -> None:
@@ -323,7 +330,10 @@ def test_refusals_are_one_line_that_says_what_to_do(kind, status, says, converte
 
 
 @pytest.mark.parametrize("kind", ["whoami", "auth-check"])
-@pytest.mark.parametrize(("status", "says"), [(403, "403"), (429, "(429); wait"), (500, "trouble of its own (500")])
+@pytest.mark.parametrize(
+    ("status", "says"),
+    [(401, "not accept the token"), (403, "403"), (429, "(429); wait"), (500, "trouble of its own (500")],
+)
 def test_a_hub_that_cannot_be_asked(kind, status, says, at):
     with serve_uploads(ALICE) as server:
         at(server)

@@ -41,7 +41,7 @@ def check_upload(repo_id: str) -> None:
     Raises `ConfigError` when nobody is signed in, the token or the account may not write there, the name is no Hub id,
     or the Hub cannot be asked.
     """
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    from huggingface_hub.errors import RepositoryNotFoundError
 
     repo_id = _checked_id(repo_id)
     with _explained(repo_id, None):
@@ -56,8 +56,6 @@ def check_upload(repo_id: str) -> None:
         try:
             api.auth_check(repo_id, write=True)
             return
-        except GatedRepoError:
-            raise
         except RepositoryNotFoundError as error:
             if error.response.status_code != 404:
                 raise
