@@ -12,6 +12,7 @@ import pytest
 from mlxvr.errors import CheckpointError, ConfigError, DataError
 from mlxvr.evaluation import calibrate as module
 from mlxvr.evaluation.calibrate import calibrate, write_threshold
+from mlxvr.evaluation.calibration import fit_temperature, scale
 from mlxvr.evaluation.samples import Sample, decide
 
 
@@ -99,16 +100,16 @@ def test_the_accuracy_goal_finds_the_best_that_thinks_least(levels, seed):
 @pytest.mark.parametrize(("seed", "margin"), [(0, 0.02), (1, 0.05), (2, 0.1), (3, 0.0), (4, 1.0)])
 def test_the_no_loss_goal_walks_down_to_the_first_failure(seed, margin):
     """With the interval of each threshold from a loop over resamples of clips."""
-    samples = make(60, seed, skill=0.5, per_clip=2)
+    samples = [Sample(**{**vars(s), "media": f"v{math.isqrt(n)}"}) for n, s in enumerate(make(100, seed, skill=0.5))]
     found = calibrate(samples, "no_loss", margin=margin, bootstrap=200, seed=5)
-    drawn = np.random.default_rng(5).multinomial(30, np.full(30, 1 / 30), size=200)
+    drawn = np.random.default_rng(5).multinomial(10, np.full(10, 1 / 10), size=200)
     best = None
     for tau in reversed(every_threshold(samples)):
         differences = [float(decide(sample, tau).text == "A") - float(sample.second == "A") for sample in samples]
         means = []
         for counts in drawn:
-            rows = [differences[2 * clip + side] for clip, n in enumerate(counts) for side in (0, 1) for _ in range(n)]
-            means.append(sum(rows) / len(rows))
+            rows = [n for clip, times in enumerate(counts) for n in [*range(clip**2, (clip + 1) ** 2)] * times]
+            means.append(sum(differences[n] for n in rows) / len(rows))
         if np.percentile(means, 2.5) < -margin - 1e-12:
             break
         best = tau
@@ -171,6 +172,17 @@ def test_held_out_figures_against_a_loop():
     assert outcome.difference.low < outcome.difference.value < outcome.difference.high
 
 
+def test_a_fold_chooses_as_if_its_rows_were_all():
+    samples = make(120, 4, per_clip=2)
+    found = calibrate(samples, "no_loss", margin=0.1, folds=4, bootstrap=200, seed=1)
+    dealt = dict(zip(np.random.default_rng(1).permutation(60), [0, 1, 2, 3] * 15))
+    for fold in range(4):
+        training = [sample for number, sample in enumerate(samples) if dealt[number // 2] != fold]
+        alone = calibrate(training, "no_loss", margin=0.1, folds=4, bootstrap=200, seed=1)
+        assert found.fold_thresholds[fold] == alone.threshold
+    assert len({*found.fold_thresholds}) > 1
+
+
 def test_held_out_figures_do_not_flatter():
     """Where the confidence says nothing, the best threshold of a sample is luck, and only there."""
     gaps, flattered = [], []
@@ -215,7 +227,7 @@ def test_rows_without_a_label_or_with_an_error_are_left_out():
 def test_tasks_have_their_own():
     """A task whose first answers are always right, one where they never are, and one of few rows."""
     samples = []
-    for sample in make(250, 6, task=lambda n: "easy" if n < 120 else "hard" if n < 240 else "few"):
+    for sample in make(250, 6, task=lambda n: "easy" if n < 100 else "hard" if n < 200 else "few"):
         first = {"easy": "A", "hard": "B", "few": "A"}[sample.task]
         if sample.confidence is not None:
             samples.append(Sample(**{**vars(sample), "first": first, "second": "A"}))
@@ -240,6 +252,15 @@ def test_temperature_scaling_is_reported_beside_the_raw():
     fit = found.temperature
     assert fit.count == sum(sample.confidence is not None for sample in samples)
     assert fit.temperature > 1, "right less often than they are sure"
+    rows = [(s.confidence, s.first == "A", n) for n, s in enumerate(samples) if s.confidence is not None]
+    dealt = dict(zip(np.random.default_rng(0).permutation(600), [0, 1, 2, 3, 4] * 120))
+    squares = 0.0
+    for fold in range(5):
+        training = np.array([(c, right) for c, right, n in rows if dealt[n] != fold])
+        temperature = fit_temperature(training[:, 0], training[:, 1] == 1)
+        test = [(c, right) for c, right, n in rows if dealt[n] == fold]
+        squares += sum((scale(np.array([c]), temperature)[0] - right) ** 2 for c, right in test)
+    assert fit.brier_scaled == pytest.approx(squares / len(rows), rel=1e-9), "each by the others' temperature"
     assert fit.ece_scaled < fit.ece
     assert fit.brier_scaled < fit.brier
     with pytest.raises(DataError, match="leave it out"):

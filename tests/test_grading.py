@@ -86,6 +86,7 @@ def test_public_graders_agree_on_the_usual_forms():
         ("B because A is blue", "B"),
         ("Not A. The answer is C", "C"),
         ("Answer: A. No, the answer is D.", "D"),
+        ("B? Answer: D", "D"),
         ("Black dog", None),  # no letter within a word
         ("Before", None),
         ("E", None),
@@ -93,6 +94,7 @@ def test_public_graders_agree_on_the_usual_forms():
         ("green", None),
         ("", None),
         ("Let's analyze the problem step by step.", None),
+        ("Let's analyze: is it A?", None),
         ("The answer isn't clear", None),
     ],
 )
@@ -115,6 +117,11 @@ def test_options_with_their_letters():
 def test_options_that_are_letters():
     assert grade("exact_match", "A", "A", ("B", "A")) == 1
     assert grade("exact_match", "B", "A", ("B", "A")) == 0
+
+
+def test_options_that_look_like_a_letter_and_text():
+    assert grade("exact_match", "A. Smith", "B", ("B. Jones", "A. Smith")) == 1
+    assert grade("exact_match", "A. Jones", "A", ("B. Jones", "A. Smith")) == 1
 
 
 def test_options_of_one_text_name_no_choice():

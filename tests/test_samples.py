@@ -99,6 +99,15 @@ def test_cut_off_at_any_byte(tmp_path):
         assert path.read_bytes() == whole
 
 
+def test_what_is_left_of_a_long_line_is_gone(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    write_all(path, [Sample(id="long", kind="math", text="x" * 9000)])
+    path.write_bytes(path.read_bytes()[:-1])
+    write_all(path, [Sample(id="short", kind="math")])
+    assert path.read_bytes().endswith(b"}\n")
+    assert [sample.id for sample in read_samples(path)] == ["short"]
+
+
 KILLED = """
 import sys
 from mlxvr.evaluation.samples import Sample, SampleWriter

@@ -60,7 +60,7 @@ _NAMED_INTERVAL = re.compile(
 )
 
 _WRAPPED = re.compile(r"\\(?:text|math)[a-z]*\s*\{(.*)\}|\$(.*)\$|\*\*(.*)\*\*|\{(.*)\}|\[(.*)\]", re.DOTALL)
-_DECLARED = re.compile(r"\b(?:answer|option|choice)\s*(?:is\b)?\s*[:=]?\s*(?:option\s+)?[(*]*([A-Z])\b(?!['\u2019])")
+_DECLARED = re.compile(r"\b(?i:answer|option|choice)\s*(?:is\b)?\s*[:=]?\s*(?:option\s+)?[(*]*([A-Z])\b(?!['\u2019])")
 _LABEL = re.compile(r"\s*\(?([A-Za-z])[.):]\s*")
 _YES = frozenset({"yes", "y", "true", "t", "ok", "okay"})
 _NO = frozenset({"no", "n", "false", "f"})
