@@ -6,6 +6,7 @@ them), the card for people. Neither holds a date or a path, so that the same con
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +21,7 @@ from mlxvr.porting.staging import write_synced
 __all__ = ["Origin", "origin", "settings", "write"]
 
 _WRITTEN_HERE = ("config.json", "mlxvr.json", "README.md")
+_OF_THE_RUN = ("source", "source_run", "seconds", "peak_memory")
 _VERSIONED = ("mlxvr", "mlx", "mlx-vlm")
 
 
@@ -75,6 +77,12 @@ def settings(folder: ModelFolder, origin: Origin, recipe: Recipe, *, keep_measur
         "recipe": resolved,
         "versions": {name: version(name) for name in _VERSIONED},
     }
+
+
+def verification(figures: dict[str, Any], shortfalls: Sequence[str]) -> dict[str, Any]:
+    """Return what `mlxvr.json` keeps of a verification: no paths, and nothing that another run would not find again."""
+    kept = {key: value for key, value in figures.items() if key not in _OF_THE_RUN}
+    return {**kept, "shortfalls": list(shortfalls)}
 
 
 def write(stage: Path, folder: ModelFolder, config: dict[str, Any], settings: dict[str, Any], title: str) -> None:
@@ -158,7 +166,8 @@ def _verified(figures: dict[str, Any] | None) -> dict[str, str]:
     if figures is None:
         return {}
     shown = {key: value for key, value in figures.items() if isinstance(value, int | float)}
-    rows = {"Verified": ", ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in shown.items())}
+    listed = ", ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in shown.items())
+    rows = {"Verified": f"on {len(figures['probes'])} probe prompts against the source: {listed}"}
     if figures["shortfalls"]:
         rows["Falls short"] = "; ".join(figures["shortfalls"])
     return rows

@@ -178,7 +178,7 @@ def write_model(
                     "smaller group size, or --force to keep it",
                     verification,
                 )
-            settings["verification"] = {**verification.to_dict(), "shortfalls": list(shortfalls)}
+            settings["verification"] = card.verification(verification.to_dict(), shortfalls)
             card.write(stage, checkpoint.folder, config, settings, target.name)
     report = ConversionReport(
         path=target,
