@@ -12,8 +12,8 @@ Departures from the public graders, each on answers that are not of those forms
 - A letter within a word is no choice: "Black dog" is not B, as it is for Video-MME's pattern.
 - The text of an option is that option. Their patterns see no letter in "red" and an A in "A red ball".
 - Where nothing is found the answer is wrong; LongVideoBench's grader then draws a choice at random.
-- MMVU's and VideoMMMU's open questions are judged there by a language model or by substring. Here numbers and texts
-  must be equal, or equal for `math-verify` where that is installed (extra `math`).
+- Open questions are judged by a language model in MMVU, and in VideoMMMU by substrings and numbers to two decimals.
+  Here numbers and texts must be equal, or equal for `math-verify` where that is installed (extra `math`).
 
 Intervals are those of the training reward and the public evaluator: two numbers with `,`, a dash, `to` or `and`
 between, in brackets or not; swapped ends are put in order; a point, or no interval, scores 0; of several ground-truth

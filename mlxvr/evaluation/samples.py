@@ -19,13 +19,12 @@ from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self, get_args
+from typing import Any, Self, get_args
 
+from mlxvr.dataset import Kind
 from mlxvr.errors import ConfigError, DataError
 
-__all__ = ["Decision", "GradedKind", "Sample", "SampleWriter", "decide", "ordered", "read_run", "read_samples"]
-
-GradedKind = Literal["exact_match", "math", "iou", "gqa"]
+__all__ = ["Decision", "Sample", "SampleWriter", "decide", "ordered", "read_run", "read_samples"]
 
 _RUN = "run"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -56,7 +55,7 @@ class Sample:
     """
 
     id: str
-    kind: GradedKind
+    kind: Kind
     task: str = ""
     category: str = ""
     pair: str = ""
@@ -86,8 +85,8 @@ class Sample:
     def __post_init__(self) -> None:
         if not isinstance(self.id, str) or not self.id:
             raise DataError(f"a sample's id is {self.id!r}; expected a text that is not empty")
-        if self.kind not in get_args(GradedKind):
-            raise DataError(f"sample {self.id}: kind {self.kind!r}; expected one of {', '.join(get_args(GradedKind))}")
+        if self.kind not in get_args(Kind):
+            raise DataError(f"sample {self.id}: kind {self.kind!r}; expected one of {', '.join(get_args(Kind))}")
         if self.confidence is not None and not math.isfinite(self.confidence):
             object.__setattr__(self, "confidence", None)
         if self.confidence is not None and not 0 <= self.confidence <= 1:
