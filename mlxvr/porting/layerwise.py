@@ -40,6 +40,7 @@ _EMBEDDING = "language_model.model.embed_tokens"
 _LAYERS = "language_model.model.layers"
 _NORM = "language_model.model.norm"
 _HEAD = "language_model.lm_head"
+_TOKENS_AT_ONCE = 512  # that a layer computes before it is waited for: bounds its intermediate results
 
 
 @dataclass(eq=False)
@@ -315,13 +316,20 @@ class LayerwiseModel:
         """Take all pieces through all layers; a prefix goes first, and its keys and values are handed on."""
         prefixes = {id(track.prefix): track.prefix for track in tracks if track.prefix is not None}
         for layer in self.layers(progress=progress, should_stop=should_stop):
+            waiting: list[mx.array] = []
+            tokens = 0
             for track in (*prefixes.values(), *tracks):
                 if track.prefix is not None:
                     track.cache[layer.index] = _fork(track.prefix.cache[layer.index])
                 cache = track.cache[layer.index]
                 for piece in track.pieces:
                     piece.hidden = layer(piece.hidden, piece, cache)
-                mx.eval([piece.hidden for piece in track.pieces], cache.keys, cache.values)
+                    tokens += len(piece.ids)
+                waiting += [piece.hidden for piece in track.pieces] + [cache.keys, cache.values]
+                if tokens >= _TOKENS_AT_ONCE:
+                    mx.eval(waiting)
+                    waiting, tokens = [], 0
+            mx.eval(waiting)
         for track in tracks:
             track.prefix = None
 
