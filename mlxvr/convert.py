@@ -120,9 +120,9 @@ def _convert(args: argparse.Namespace) -> None:
             bars.clear()
             print(error.report.table(), file=sys.stderr)
             raise
-        uploaded = None
-        if args.upload_repo:
-            uploaded = upload(report.path, args.upload_repo, private=args.private, progress=bars)
+    uploaded = None
+    if args.upload_repo:
+        uploaded = upload(report.path, args.upload_repo, private=args.private)  # the Hub's client draws its own bars
     if args.json:
         print(json.dumps({**report.to_dict(), "uploaded": uploaded}))
         return

@@ -219,7 +219,8 @@ def make_config(
 ) -> dict[str, Any]:
     """`config.json` as the given release of transformers spells it."""
     new = family == "qwen3_vl"
-    section = [6, 5, 5] if new else [4, 6, 6]  # half a head of 32
+    head = text["head_dim"] if new else text["hidden_size"] // text["num_attention_heads"]
+    section = [share * head // 32 for share in ([6, 5, 5] if new else [4, 6, 6])]  # half a head
     theta = 500_000.0 if new else 1_000_000.0
     scaling: dict[str, Any] = {"mrope_section": section}
     if new:
