@@ -91,9 +91,9 @@ def test_unsupported_architecture(whole: Path) -> None:
 
 def test_quantization_of_other_libraries_is_refused(whole: Path) -> None:
     config = json.loads((whole / "config.json").read_text())
-    foreign = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    foreign = {"quant_method": "awq", "bits": 4}
     (whole / "config.json").write_text(json.dumps({**config, "quantization_config": foreign}))
-    refused(whole, r"quantized already \(fp8\)")
+    refused(whole, r"quantized already \(awq\)")
     # mlx-vlm writes its own settings under both names
     ours = {"bits": 4, "group_size": 64}
     (whole / "config.json").write_text(json.dumps({**config, "quantization": ours, "quantization_config": ours}))

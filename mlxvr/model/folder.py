@@ -44,6 +44,8 @@ class ModelFolder:
         tokenizer_path: `tokenizer.json`.
         chat_template: Jinja source, None if the folder has none.
         settings: `mlxvr.json` of a converted folder, {} if there is none.
+        prefixes: (prefix on disk, prefix to read it as) of tensor names that are spelt in a way of their own; the first
+            that fits is taken.
     """
 
     path: Path
@@ -57,17 +59,11 @@ class ModelFolder:
     tokenizer_path: Path
     chat_template: str | None
     settings: dict[str, Any]
+    prefixes: tuple[tuple[str, str], ...] = ()
 
     @classmethod
-    def open(
-        cls, path: str | PathLike[str], *, prefixes: Sequence[tuple[str, str]] = (), allow_fp8: bool = False
-    ) -> "ModelFolder":
-        """Read and check a folder.
-
-        Args:
-            path: the folder.
-            prefixes: (prefix on disk, prefix to read it as) of tensor names that are spelt in a way of their own.
-            allow_fp8: take weights in 8-bit floats with a scale for each block, which can be converted but not run.
+    def open(cls, path: str | PathLike[str], *, prefixes: Sequence[tuple[str, str]] = ()) -> "ModelFolder":
+        """Read and check a folder; `prefixes` see above.
 
         Raises `CheckpointError`: not a folder, no or unreadable `config.json`, an unsupported architecture, weights
         that are missing, truncated, damaged or only there as pickles, no `tokenizer.json`.
@@ -82,8 +78,8 @@ class ModelFolder:
                 f"{folder} has no config.json: it is not a model folder, or its download is not complete"
             )
         family = family_of(config)
-        _refuse_foreign_quantization(folder, config, allow_fp8=allow_fp8)
-        tensors = _renamed(folder, _read_weights(folder), prefixes)
+        _refuse_foreign_quantization(folder, config)
+        tensors = _read_weights(folder)
         nested = _read_json(folder / "processor_config.json")
         tokenizer_config = _read_json(folder / "tokenizer_config.json") or {}
         return cls(
@@ -98,12 +94,18 @@ class ModelFolder:
             tokenizer_path=_find_tokenizer(folder),
             chat_template=_find_chat_template(folder, tokenizer_config),
             settings=_read_json(folder / "mlxvr.json") or {},
+            prefixes=tuple(prefixes),
         )
+
+    def mlx_key(self, name: str, *, tied: bool) -> str | None:
+        """MLX's name of the tensor `name`, see `Family.mlx_key`."""
+        known, becomes = next((pair for pair in self.prefixes if name.startswith(pair[0])), ("", ""))
+        return self.family.mlx_key(becomes + name[len(known) :], tied=tied)
 
     def mlx_names(self) -> dict[str, str]:
         """Name on disk -> MLX name, of the tensors that the network uses."""
         tied = bool(self.family.mlx_config(self.config)["tie_word_embeddings"])
-        named = ((name, self.family.mlx_key(name, tied=tied)) for name in self.tensors)
+        named = ((name, self.mlx_key(name, tied=tied)) for name in self.tensors)
         return {name: key for name, key in named if key is not None}
 
     def mlx_tensors(self) -> dict[str, TensorInfo]:
@@ -199,29 +201,14 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     return value
 
 
-def _refuse_foreign_quantization(folder: Path, config: Mapping[str, Any], *, allow_fp8: bool) -> None:
-    """FP8, AWQ, GPTQ and the like keep their scales in tensors that would be overlooked."""
+def _refuse_foreign_quantization(folder: Path, config: Mapping[str, Any]) -> None:
+    """AWQ, GPTQ and the like keep their scales in tensors that would be overlooked."""
     method = (config.get("quantization_config") or {}).get("quant_method")
-    if method is None or "quantization" in config or (method == "fp8" and allow_fp8):
-        return
-    advice = "convert it first" if method == "fp8" else "get the release in bf16 and convert that"
-    raise CheckpointError(f"{folder} is quantized already ({method}), in a way that is not MLX's: {advice}")
-
-
-def _renamed(
-    folder: Path, tensors: dict[str, TensorInfo], prefixes: Sequence[tuple[str, str]]
-) -> dict[str, TensorInfo]:
-    """Tensors under the names that `prefixes` make of theirs; the first that fits is taken."""
-    if not prefixes:
-        return tensors
-    renamed: dict[str, TensorInfo] = {}
-    for name, info in tensors.items():
-        known = next((pair for pair in prefixes if name.startswith(pair[0])), ("", ""))
-        becomes = known[1] + name[len(known[0]) :]
-        if becomes in renamed:
-            raise CheckpointError(f"{folder} holds two tensors that the key rules call {becomes}: correct the rules")
-        renamed[becomes] = info
-    return renamed
+    if method not in (None, "fp8") and "quantization" not in config:
+        raise CheckpointError(
+            f"{folder} is quantized already ({method}), in a way that is not MLX's: get the release in bf16 and "
+            "convert that"
+        )
 
 
 def _read_weights(folder: Path) -> dict[str, TensorInfo]:

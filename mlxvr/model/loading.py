@@ -19,6 +19,7 @@ from mlxvr.errors import CheckpointError, ConfigError
 from mlxvr.media.spec import VisionSpec
 from mlxvr.model.adapter import apply_adapter
 from mlxvr.model.folder import ModelFolder
+from mlxvr.model.fp8 import unpack_fp8
 from mlxvr.model.memory import avoid_cpu_compiler
 from mlxvr.model.network import VideoModel
 from mlxvr.model.tokenizer import ChatTokenizer
@@ -31,7 +32,7 @@ _log = logging.getLogger(__name__)
 
 
 def load_model(
-    folder: str | PathLike[str],
+    folder: str | PathLike[str] | ModelFolder,
     *,
     adapter: str | PathLike[str] | None = None,
     dtype: str | None = None,
@@ -40,7 +41,8 @@ def load_model(
     """Load a model from disk; no network is touched.
 
     Args:
-        folder: as transformers writes it, as mlxvr converts it or as mlx-vlm converts it; quantized or not.
+        folder: as transformers writes it, as mlxvr converts it or as mlx-vlm converts it; quantized or not (blocks of
+            8-bit floats are unpacked to bfloat16).
         adapter: folder of LoRA weights to put on top (`adapters.safetensors` and `adapter_config.json`).
         dtype: one of `DTYPES`, what to compute in and keep unpacked weights in; None: as they are on disk.
         lazy: leave each weight on disk until it is first used, for those who never use all at once.
@@ -51,7 +53,7 @@ def load_model(
     """
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r} is unknown: use one of {', '.join(DTYPES)}")
-    found = ModelFolder.open(folder)
+    found = folder if isinstance(folder, ModelFolder) else ModelFolder.open(folder)
     found.check_shapes()
     if found.chat_template is None:
         raise CheckpointError(
@@ -99,6 +101,9 @@ def map_weights(folder: ModelFolder) -> dict[str, mx.array]:
         arrays |= {
             names[name]: folder.family.mlx_tensor(names[name], array) for name, array in loaded.items() if name in names
         }
+    for key in [key for key in arrays if key.endswith(".weight_scale_inv")]:
+        weight, scales = key.removesuffix("_scale_inv"), arrays.pop(key)
+        arrays[weight] = unpack_fp8(arrays[weight], scales, folder.fp8_block).astype(mx.bfloat16)
     modules = {key.rpartition(".")[0] for key in folder.family.expected_shapes(folder.config)}
     return {key: array for key, array in arrays.items() if key.rpartition(".")[0] in modules}
 

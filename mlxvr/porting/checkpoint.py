@@ -91,7 +91,7 @@ class Checkpoint:
 
         Raises `CheckpointError` naming the first thing that is wrong with it.
         """
-        folder = ModelFolder.open(path, prefixes=prefixes, allow_fp8=True)
+        folder = ModelFolder.open(path, prefixes=prefixes)
         if unpack is None:
             _refuse_packed(folder)
         spelled = _spelled(folder)
@@ -141,7 +141,7 @@ def _spelled(folder: ModelFolder) -> dict[str, str]:
     tied = bool(folder.family.mlx_config(folder.config)["tie_word_embeddings"])
     spelled: dict[str, str] = {}
     for name in folder.tensors:
-        key = folder.family.mlx_key(name, tied=tied)
+        key = folder.mlx_key(name, tied=tied)
         if key is None:
             continue
         if key in spelled:

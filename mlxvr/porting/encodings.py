@@ -1,8 +1,7 @@
 """How a weight lies on disk, and its rows as plain floats, a few megabytes at a time.
 
     Plain       floats (or the integers of packed weights that are copied as they are)
-    Fp8Blocks   8-bit floats (E4M3) with a scale for each block of rows and columns, as DeepSeek and Qwen publish them:
-                `<weight>_scale_inv`, `weight_block_size` in config.json
+    Fp8Blocks   8-bit floats with a scale for each block of rows and columns (see `mlxvr.model.fp8`)
     Packed      MLX's own quantized weights: 32-bit words, scales and, in the affine mode, biases
 
 Reading is plain file reads rather than a memory map, so that what has been passed on leaves memory.
@@ -18,6 +17,7 @@ import numpy as np
 
 from mlxvr.errors import CheckpointError
 from mlxvr.model.families import Family
+from mlxvr.model.fp8 import unpack_fp8
 from mlxvr.model.safetensors import TensorInfo
 
 __all__ = ["HELD_AS", "Encoding", "Fp8Blocks", "Packed", "Plain", "as_mlx", "as_numpy"]
@@ -102,16 +102,14 @@ class Fp8Blocks(Encoding):
     def chunks(self, max_bytes: int) -> Iterator[np.ndarray]:
         """Yield rows, see `Encoding`; whole blocks of them."""
         weight, scales = self.infos
-        height, width = self._block
+        height = self._block[0]
         with _Rows(scales) as file:
-            factors = as_mlx(file.read(scales.shape[0]), scales.dtype).astype(mx.float32)
-        factors_by_column = np.repeat(np.asarray(factors), width, axis=1)[:, : weight.shape[1]]
+            factors = as_mlx(file.read(scales.shape[0]), scales.dtype)
         with _Rows(weight) as rows:
             step = max(1, rows.step(max_bytes // 4) // height) * height
             for start, count in _steps(weight.shape[0], step):
-                values = _E4M3[rows.read(count)]
-                blocks = np.arange(start, start + count) // height
-                yield values * factors_by_column[blocks]
+                own = factors[start // height : -(-(start + count) // height)]
+                yield as_numpy(unpack_fp8(mx.array(rows.read(count)), own, self._block))
 
 
 class Packed(Encoding):
@@ -177,16 +175,3 @@ def _steps(rows: int, step: int) -> Iterator[tuple[int, int]]:
     """Split `rows` into (first, count)."""
     for start in range(0, rows, step):
         yield start, min(step, rows - start)
-
-
-def _e4m3_values() -> np.ndarray:
-    """What each byte means in OCP's E4M3 (arXiv 2209.05433): bias 7, no infinity, NaN where all seven bits are set."""
-    codes = np.arange(256)
-    exponent, mantissa = codes >> 3 & 15, codes & 7
-    subnormal = exponent == 0
-    magnitude = np.where(subnormal, mantissa / 8, 1 + mantissa / 8) * 2.0 ** np.where(subnormal, -6, exponent - 7)
-    magnitude[codes & 127 == 127] = np.nan
-    return np.where(codes & 128, -magnitude, magnitude).astype(np.float32)
-
-
-_E4M3 = _e4m3_values()
