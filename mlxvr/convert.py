@@ -112,6 +112,7 @@ def _convert(args: argparse.Namespace) -> None:
                 dequantize=args.dequantize,
                 revision=args.revision,
                 verify=args.verify,
+                title=args.upload_repo,
                 force=args.force,
                 progress=bars,
                 on_tensor=lambda tensor: bars.note(f"{tensor}, peak {format_bytes(peak_memory())}"),

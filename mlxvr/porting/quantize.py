@@ -53,6 +53,7 @@ def convert(
     dequantize: bool = False,
     revision: str | None = None,
     verify: bool = False,
+    title: str | None = None,
     force: bool = False,
     progress: Progress | None = None,
     on_tensor: Callable[[str], None] | None = None,
@@ -71,6 +72,7 @@ def convert(
         dequantize: unpack quantized MLX weights; the output is unquantized.
         revision: branch, tag or commit of a Hub id.
         verify: compare the result with its source (see `verify`) before it gets its name.
+        title: what the model card calls the model, such as the Hub id that it will have; None: as the folder.
         force: replace a model folder that lies at `out`, and keep a result that verification finds too far off.
         progress: called with (stage, done, total); the stages "download", "check" and "convert" count bytes.
         on_tensor: called with the name of each tensor as it is begun.
@@ -121,6 +123,7 @@ def convert(
         origin,
         settings,
         judge=judge if verify else None,
+        title=title,
         force=force,
         progress=progress,
         on_tensor=on_tensor,
@@ -137,6 +140,7 @@ def write_model(
     settings: dict[str, Any],
     *,
     judge: Judge | None = None,
+    title: str | None = None,
     force: bool = False,
     progress: Progress | None = None,
     on_tensor: Callable[[str], None] | None = None,
@@ -151,6 +155,7 @@ def write_model(
         origin: where the source comes from.
         settings: for `mlxvr.json` (see `card`); gets the figures that are known when the weights are.
         judge: compares the finished folder with its source.
+        title: see `convert`.
         force: keep the folder if it is too far off.
         progress: see `convert`.
         on_tensor: see `convert`.
@@ -168,7 +173,7 @@ def write_model(
         resumed = write_shards(stage, plan, progress=progress, on_tensor=on_tensor)
         write_index(stage, plan.shards)
         peak = peak_memory()
-        card.write(stage, checkpoint.folder, config, settings, target.name)
+        card.write(stage, checkpoint.folder, config, settings, title or target.name)
         if judge is not None:
             verification = judge(stage)
             shortfalls = verification.failures(recipe.limits_for(plan.bits))
@@ -179,7 +184,7 @@ def write_model(
                     verification,
                 )
             settings["verification"] = card.verification(verification.to_dict(), shortfalls)
-            card.write(stage, checkpoint.folder, config, settings, target.name)
+            card.write(stage, checkpoint.folder, config, settings, title or target.name)
     report = ConversionReport(
         path=target,
         source=origin.name,
