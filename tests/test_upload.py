@@ -11,7 +11,7 @@ from checkpoints import write_checkpoint
 from hub_server import Repo
 from hub_uploads import Account, UploadServer, serve_uploads
 
-from mlxvr.convert import convert
+from mlxvr.convert import convert, main
 from mlxvr.errors import CheckpointError, ConfigError
 from mlxvr.porting import hub
 from mlxvr.porting.upload import check_upload, upload
@@ -359,3 +359,33 @@ def test_a_converted_folder_that_was_downloaded_can_be_uploaded_again(converted,
         upload(hub.resolve("alice/model"), "alice/copy")
         assert contents(hub.resolve("alice/copy")) == contents(converted)
         assert json.loads((hub.resolve("alice/copy") / "mlxvr.json").read_bytes())["source"]
+
+
+# --- the whole way, on the command line -----------------------------------------------------------------------
+
+
+def test_from_the_hub_to_the_hub(at, tmp_path, capsys):
+    source = write_checkpoint(tmp_path / "source", "qwen3_vl", dtype="BF16", shards=2)
+    with serve_uploads(ALICE, {"lab/original": Repo(contents(source))}) as server:
+        at(server)
+        out = tmp_path / "out"
+        arguments = ["--hf-path", "lab/original", "--mlx-path", str(out), "--upload-repo", "alice/mine", "--json"]
+        assert main(arguments) == 0
+        report = json.loads(capsys.readouterr().out)
+        assert report["uploaded"].startswith(f"{server.url}/alice/mine/commit/")
+        assert report["source"] == "lab/original"
+        assert contents(hub.resolve("alice/mine")) == contents(out)
+        card = (out / "README.md").read_text()
+        assert "# alice/mine\n" in card
+        assert "base_model: lab/original" in card
+        assert "mlxvr.generate --model alice/mine" in card
+
+
+def test_a_conversion_whose_upload_would_be_refused_does_not_begin(at, tmp_path, capsys):
+    source = write_checkpoint(tmp_path / "source", "qwen3_vl", dtype="BF16")
+    with serve_uploads(ALICE) as server:
+        at(server)
+        arguments = ["--hf-path", str(source), "--mlx-path", str(tmp_path / "out"), "--upload-repo", "club/mine"]
+        assert main(arguments) == 2
+    assert "may only read in club" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
