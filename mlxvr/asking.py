@@ -12,14 +12,14 @@ The loop knows tokens, log-probabilities and text, and nothing of MLX, so that i
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol, TypedDict, get_args
 
 from mlxvr.answer import Answer, Event, FirstAnswer, ReasoningDelta, Usage
 from mlxvr.confidence import FirstAnswer as ScoredAnswer
 from mlxvr.confidence import score_first_answer, should_exit
 from mlxvr.errors import ConfigError
-from mlxvr.protocol import DualAnswerParser, Transcript
+from mlxvr.protocol import DualAnswerParser, Transcript, is_fallback, parse
 
 __all__ = ["AskOptions", "Kind", "Mode", "Outcome", "Question", "TokenLike", "make_answer", "think_once"]
 
@@ -29,7 +29,7 @@ Mode = Literal["auto", "direct", "think"]
 
 @dataclass(frozen=True)
 class Question:
-    """A question and how to answer it; refuses values that cannot be used when it is built.
+    r"""A question and how to answer it; refuses values that cannot be used when it is built.
 
     Attributes:
         text: the question, or for `grounding` the description of the segment to find.
@@ -41,6 +41,9 @@ class Question:
         temperature: 0 decodes greedily; above 0 samples. Confidence is read at temperature 1 either way.
         top_p: sample from the smallest set of tokens that holds this much probability.
         seed: makes sampling repeatable.
+        answer_opening: text that the answer is begun with for the model, such as ``\boxed{Answer:``; "" leaves the
+            beginning to the model. It is no part of the answer, and the last token of what follows it in the first box
+            alone counts for confidence.
     """
 
     text: str
@@ -52,6 +55,7 @@ class Question:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int | None = None
+    answer_opening: str = ""
 
     def __post_init__(self) -> None:
         if self.options is not None and not isinstance(self.options, str):  # a text is refused with the prompt
@@ -72,6 +76,9 @@ class Question:
             raise ConfigError(f"temperature {self.temperature} cannot be used: 0 is greedy, 1 the model's own")
         if not 0.0 < self.top_p <= 1.0:
             raise ConfigError(f"top_p {self.top_p} is outside (0, 1]: 1 keeps every token")
+        begun = parse(self.answer_opening)
+        if begun.first is not None or begun.reasoning is not None:
+            raise ConfigError(f"answer_opening {self.answer_opening!r} leaves no direct answer to give: close no box")
 
 
 class AskOptions(TypedDict, total=False):
@@ -85,6 +92,7 @@ class AskOptions(TypedDict, total=False):
     temperature: float
     top_p: float
     seed: int | None
+    answer_opening: str
 
 
 class TokenLike(Protocol):
@@ -129,6 +137,7 @@ def think_once(
     threshold: float,
     max_tokens: int,
     stop_ids: frozenset[int] = frozenset(),
+    opening_ids: Sequence[int] = (),
 ) -> Iterator[Event]:
     """Read tokens, yield `FirstAnswer` and `ReasoningDelta` events, and fill `outcome`.
 
@@ -140,8 +149,12 @@ def think_once(
         threshold: see `Question`.
         max_tokens: stop after this many.
         stop_ids: end-of-turn tokens: recorded, never part of the text.
+        opening_ids: what the answer was begun with before `tokens`; neither recorded nor counted.
     """
     parser = DualAnswerParser(detokenize)
+    for opening_id in opening_ids:
+        parser.push(opening_id)
+    opened = parser.token_spans[-1][1] if opening_ids else 0
     started = time.perf_counter()
     closed_at: float | None = None
     ended = False
@@ -158,10 +171,16 @@ def think_once(
         elif parser.first_closed:
             closed_at = time.perf_counter()
             outcome.first_answer_tokens = len(outcome.token_ids)
-            outcome.scored = score_first_answer(outcome.token_ids, outcome.token_logprobs, detokenize)
+            outcome.scored = score_first_answer(
+                [*opening_ids, *outcome.token_ids],
+                [*(0.0 for _ in opening_ids), *outcome.token_logprobs],
+                detokenize,
+                opening_tokens=len(opening_ids),
+            )
             outcome.exited = mode == "direct" or (mode == "auto" and should_exit(outcome.scored, threshold))
             confidence = None if outcome.scored is None else outcome.scored.confidence
-            yield FirstAnswer(parser.first or "", confidence, threshold, reasons=not outcome.exited)
+            first = _first_from(parser.text, parser.first_span, opened)
+            yield FirstAnswer(first or "", confidence, threshold, reasons=not outcome.exited)
             if outcome.exited:
                 break
         elif mode == "direct" and parser.stage == "reasoning":
@@ -169,7 +188,7 @@ def think_once(
         if len(outcome.token_ids) >= max_tokens:
             break
     hit_limit = not ended and not outcome.exited and len(outcome.token_ids) >= max_tokens
-    outcome.transcript = parser.finish(hit_limit=hit_limit)
+    outcome.transcript = _without_opening(parser.finish(hit_limit=hit_limit), opened)
     if closed_at is not None and (told := parser.take_reasoning()):
         yield ReasoningDelta(told)
     now = time.perf_counter()
@@ -206,6 +225,19 @@ def make_answer(outcome: Outcome, threshold: float, usage: Usage) -> Answer:
         token_logprobs=tuple(outcome.token_logprobs),
         usage=usage,
     )
+
+
+def _without_opening(transcript: Transcript, opened: int) -> Transcript:
+    """A transcript whose direct answer begins after the first `opened` characters."""
+    if not opened:
+        return transcript
+    first = _first_from(transcript.text, transcript.first_span, opened)
+    return replace(transcript, first=first, is_fallback=first is not None and is_fallback(first))
+
+
+def _first_from(text: str, span: tuple[int, int] | None, opened: int) -> str | None:
+    """What the model wrote into the first box, outer white space removed."""
+    return None if span is None else text[max(span[0], opened) : span[1]].strip()
 
 
 _MISSING_AFTER_EXIT = frozenset({"no_think", "no_second_box"})  # what an early exit leaves out on purpose

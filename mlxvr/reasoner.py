@@ -13,7 +13,7 @@ are served one after another.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from importlib.resources import files
 from inspect import signature
@@ -110,7 +110,7 @@ class Reasoner:
 
     def open(
         self,
-        source: "VisionSource",
+        source: "VisionSource | VisionInput | None",
         *,
         fps: float | None = None,
         max_frames: int | None = None,
@@ -124,7 +124,8 @@ class Reasoner:
 
         Args:
             source: path of a video or an image, a PIL image, an (h, w, 3) uint8 array, or a list of images / an
-                (n, h, w, 3) array as the frames of a video at `fps`.
+                (n, h, w, 3) array as the frames of a video at `fps`; what `mlxvr.media.load_vision` made of one, with
+                `spec`, for those who read the next clip meanwhile; None: questions of text alone.
             fps: frames to sample per second; None: the checkpoint's.
             max_frames: the most frames to sample; None: the checkpoint's.
             frames: sample exactly this many (rounded to a multiple of two) instead of by `fps`.
@@ -140,9 +141,13 @@ class Reasoner:
         self._alive()
         spec = self.spec.with_overrides(fps=fps, max_frames=max_frames, video_tokens=video_tokens)
         started = time.perf_counter()
-        vision = self._worker.call(
-            lambda should_stop: load_vision(
-                source, spec, nframes=frames, start=start, end=end, progress=progress, should_stop=should_stop
+        vision = (
+            source
+            if source is None or isinstance(source, VisionInput)
+            else self._worker.call(
+                lambda should_stop: load_vision(
+                    source, spec, nframes=frames, start=start, end=end, progress=progress, should_stop=should_stop
+                )
             )
         )
         clip = Clip(self, vision, decode_seconds=time.perf_counter() - started, progress=progress)
@@ -163,10 +168,23 @@ class Reasoner:
         """
         network = self._alive()
         prefix = self._worker.call(lambda _: Prefix.load(Path(path), network))
-        clip = Clip(self, prefix.media[0], decode_seconds=0.0)
+        clip = Clip(self, prefix.media[0] if prefix.media else None, decode_seconds=0.0)
         clip._prefix = prefix
         self._clips.add(clip)
         return clip
+
+    def detokenize(self, token_ids: Sequence[int]) -> str:
+        """The text of tokens, such as `Answer.token_ids`, special ones included."""
+        return self._alive().tokenizer.decode(token_ids)
+
+    def identity(self) -> dict[str, str]:
+        """What answers depend on beside options: "family", "weights" (with adapter and dtype) and "system_prompt"."""
+        network = self._alive()
+        return {
+            "family": network.family.name,
+            "weights": network.fingerprint,
+            "system_prompt": network.system_prompt,
+        }
 
     def cancel(self) -> None:
         """Stop whatever runs or waits; its callers get `mlxvr.Cancelled`. The reasoner stays usable."""
@@ -201,7 +219,7 @@ class Clip:
     def __init__(
         self,
         reasoner: Reasoner,
-        vision: VisionInput,
+        vision: VisionInput | None,
         *,
         decode_seconds: float,
         progress: Progress | None = None,
@@ -215,13 +233,13 @@ class Clip:
 
     @property
     def grid(self) -> tuple[int, int, int]:
-        """Patches over time, height and width."""
-        return self._vision.grid
+        """Patches over time, height and width; (0, 0, 0) of a clip without media."""
+        return (0, 0, 0) if self._vision is None else self._vision.grid
 
     @property
     def seconds(self) -> tuple[float, ...]:
         """Source time of each temporal row of patches (the mean of its frames); empty for an image."""
-        return self._vision.seconds
+        return () if self._vision is None else self._vision.seconds
 
     def ask(self, question: str, **options: Unpack[AskOptions]) -> Answer:
         """Ask a question and wait for its answer; the options are those of `mlxvr.asking.Question`.
@@ -250,6 +268,8 @@ class Clip:
         The prefix is computed first if no question has been asked yet.
         """
         network = self._reasoner._alive()
+        if self._vision is None:
+            raise ConfigError("a clip without media has nothing to save: ask its questions anew")
 
         def work(should_stop: ShouldStop) -> None:
             prompt = self._prompt(network, Question("?"))
@@ -305,6 +325,7 @@ class Clip:
                     threshold=threshold,
                     max_tokens=max_tokens,
                     stop_ids=network.eos_ids,
+                    opening_ids=prompt.opening_ids,
                 )
             usage = Usage(
                 prompt_tokens=len(prompt.ids),
@@ -326,10 +347,11 @@ class Clip:
             network.tokenizer,
             network.family,
             network.config,
-            [self._vision],
+            [] if self._vision is None else [self._vision],
             question.text,
             options=question.options,
             kind=question.kind,
+            answer_opening=question.answer_opening,
             system=network.system_prompt,
         )
 

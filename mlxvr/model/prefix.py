@@ -71,17 +71,18 @@ class Prefix:
         seen = time.perf_counter()
         cache = network.make_cache(kv_bits)
         end = prompt.prefix_length
-        prefill(
-            network,
-            prompt.ids[:end],
-            prompt.positions[:, :end],
-            cache,
-            features=features,
-            media_mask=prompt.media_mask[:end],
-            step_size=step_size,
-            progress=progress,
-            should_stop=should_stop,
-        )
+        if end:  # without media nothing is shared
+            prefill(
+                network,
+                prompt.ids[:end],
+                prompt.positions[:, :end],
+                cache,
+                features=features,
+                media_mask=prompt.media_mask[:end],
+                step_size=step_size,
+                progress=progress,
+                should_stop=should_stop,
+            )
         media = tuple(_without_patches(one) for one in prompt.media)
         prefix = cls(media, cache, prompt.ids[:end].copy())
         return prefix, PrefixCost(seen - started, time.perf_counter() - seen)
