@@ -170,6 +170,19 @@ def test_as_the_product_computes_to_the_last_bit(model: VideoModel, path: Path, 
         np.testing.assert_array_equal(np.array(found)[-1], np.array(prefix.extend(whole, prompt)))
 
 
+def longer(prompt: Prompt, own: list[int]) -> Prompt:
+    """A prompt with tokens after it."""
+    at = np.arange(prompt.next_position, prompt.next_position + len(own), dtype=np.int32)
+    return Prompt(
+        np.concatenate([prompt.ids, np.array(own, np.int32)]),
+        np.concatenate([prompt.positions, np.tile(at, (3, 1))], axis=1),
+        prompt.media,
+        np.concatenate([prompt.media_mask, np.zeros(len(own), bool)]),
+        prompt.prefix_length,
+        prompt.next_position + len(own),
+    )
+
+
 def test_extending_by_several_tokens_and_forking(model: VideoModel, path: Path, family: str) -> None:
     layerwise = LayerwiseModel.open(path)
     prompts = ask(model, family)
@@ -178,18 +191,11 @@ def test_extending_by_several_tokens_and_forking(model: VideoModel, path: Path, 
     layerwise.step(forks, [9] * len(forks))  # must not be seen by the tracks
     added = [[5, 6, 7], [8, 5], [6], [7, 7, 7, 7], [5]]
     found = layerwise.extend(tracks, added, last=2)
-    for prompt, own, rows in zip(prompts, added, found):
-        at = np.arange(prompt.next_position, prompt.next_position + len(own), dtype=np.int32)
-        longer = Prompt(
-            np.concatenate([prompt.ids, np.array(own, np.int32)]),
-            np.concatenate([prompt.positions, np.tile(at, (3, 1))], axis=1),
-            prompt.media,
-            np.concatenate([prompt.media_mask, np.zeros(len(own), bool)]),
-            prompt.prefix_length,
-            prompt.next_position + len(own),
-        )
-        expected = all_logits(model, longer)[-min(2, len(own)) :]
-        assert close(np.array(rows), expected)
+    after = layerwise.step(tracks, [8] * len(tracks))
+    for prompt, own, rows, row in zip(prompts, added, found, after):
+        expected = all_logits(model, longer(prompt, [*own, 8]))
+        assert close(np.array(rows), expected[-1 - min(2, len(own)) : -1])
+        assert close(np.array(row), expected[-1])
 
 
 def with_weight(layer: Layer, piece: Piece) -> Callable[[mx.array, mx.array], mx.array]:

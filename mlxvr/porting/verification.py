@@ -179,7 +179,8 @@ class VerificationReport:
             ("confidence drift", f"{self.confidence_drift:.4f}", f"largest {self.largest_confidence_drift:.4f}"),
             ("exit decisions flipped", flips, f"threshold {self.threshold:g}"),
         ]
-        lines = [f"{name:<24}{value:<12}{note}".rstrip() for name, value, note in rows]
+        width = max(len(value) for _, value, _ in rows)
+        lines = [f"{name:<24}{value:<{width}}  {note}".rstrip() for name, value, note in rows]
         for probe in self.flipped:
             ends = (
                 f"{'exits' if exits else 'reasons'} ({answer or 'no answer'}, {confidence:.3f})"
