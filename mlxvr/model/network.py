@@ -180,6 +180,8 @@ class VideoModel:
         `features` has one row for each True, row by row of the batch.
         """
         embeds: mx.array = self.network.language_model.model.embed_tokens(ids)
+        # MLX unpacks its floating-point formats to bfloat16, whatever the rest of the network computes in.
+        embeds = embeds.astype(self.layers[0].input_layernorm.weight.dtype)
         if features is None or media_mask is None or not media_mask.any():
             return embeds
         where = mx.array(np.flatnonzero(media_mask).astype(np.int32))
