@@ -109,6 +109,7 @@ def build_prompts(model: VideoModel, probes: Sequence[Probe], media: Sequence[Se
             probe.question,
             options=probe.options,
             kind=probe.kind,
+            system=model.system_prompt,
         )
         for probe, shown in zip(probes, media, strict=True)
     ]
