@@ -8,6 +8,7 @@ VERBS = {
     "generate": "ask questions about a video",
     "convert": "port a checkpoint to quantized MLX weights",
     "fuse": "merge a LoRA adapter into its model",
+    "eval": "measure a model, and set its threshold by evidence",
 }
 
 

@@ -10,6 +10,7 @@ _UNITS: dict[str, dict[str, Any]] = {
     "decoding": {"unit": "frame"},
     "vision": {"unit": "row"},
     "prefill": {"unit": "token"},
+    "evaluate": {"unit": "row"},
     "download": _BYTES,
     "check": _BYTES,
     "convert": _BYTES,

@@ -24,7 +24,17 @@ from typing import Any, Self, get_args
 from mlxvr.dataset import Kind
 from mlxvr.errors import ConfigError, DataError
 
-__all__ = ["Decision", "Sample", "SampleWriter", "decide", "ordered", "read_run", "read_samples"]
+__all__ = [
+    "Decision",
+    "Sample",
+    "SampleWriter",
+    "check_run",
+    "decide",
+    "ordered",
+    "read_run",
+    "read_samples",
+    "write_samples",
+]
 
 _RUN = "run"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -52,6 +62,7 @@ class Sample:
         problems: departures from the format (`mlxvr.protocol.Transcript.problems`).
         reasoned: whether the model went on after the first box; False only for a live run that stopped there.
         error: why the row failed, in one line; no figure comes from a row that failed.
+        asked: a digest of all of the row that its answer depends on; "" where that was not noted.
     """
 
     id: str
@@ -81,6 +92,7 @@ class Sample:
     problems: tuple[str, ...] = ()
     reasoned: bool = True
     error: str | None = None
+    asked: str = ""
 
     def __post_init__(self) -> None:
         if not isinstance(self.id, str) or not self.id:
@@ -173,6 +185,34 @@ def read_run(path: str | os.PathLike[str]) -> dict[str, Any]:
             return record[_RUN]
         break
     return {}
+
+
+def check_run(path: str | os.PathLike[str], run: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` when a file's samples were made with other settings than `run`; an empty file is fine."""
+    found = _whole_lines(_read(Path(path)))
+    if found:
+        _check_run(Path(path), found, _line({_RUN: dict(run)}))
+
+
+def write_samples(path: str | os.PathLike[str], run: Mapping[str, Any], samples: Iterable[Sample]) -> None:
+    """Write a whole file of samples in one step: a stop leaves the old file or the new one.
+
+    Raises `ConfigError` when it cannot be written.
+    """
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(_line({_RUN: dict(run)}))
+            file.writelines(_line(sample.to_dict()) for sample in samples)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+        _sync_folder(target.parent)
+    except OSError as error:
+        raise _unwritable(target, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 class SampleWriter:

@@ -1,0 +1,99 @@
+"""`python -m mlxvr.eval`: how accurate are direct, think and auto, what do they cost, which threshold is right.
+
+The work is `mlxvr.evaluation.runner.evaluate`, which is also this module's `evaluate` for use from Python. The flags
+are the fields of `EvalConfig`. stdout carries the figures, stderr the progress.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+
+from mlxvr.bars import Bars
+from mlxvr.cli import VerbParser, run_verb
+from mlxvr.evaluation.config import EvalConfig
+
+if TYPE_CHECKING:
+    from mlxvr.evaluation.runner import EvalReport, evaluate
+
+__all__ = ["EvalConfig", "EvalReport", "evaluate", "main", "make_parser"]
+
+_GROUPS = {
+    "model": "which model",
+    "data": "which questions",
+    "frames": "which frames",
+    "run": "how to ask",
+    "figures": "what to work out",
+}
+_TOLD = 5  # notes that are printed; the report has all
+
+
+def __getattr__(name: str) -> Any:
+    # MLX is not imported before the work begins, so that --help and wrong options answer at once.
+    if name in ("EvalReport", "evaluate"):
+        from mlxvr.evaluation import runner
+
+        return getattr(runner, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def make_parser() -> VerbParser:
+    """The verb's options: one for each field of `EvalConfig`."""
+    parser = VerbParser(
+        "mlxvr.eval",
+        "Measure a model on clips with answers: directly, always thinking, and thinking when it is not sure.",
+        epilog="A run that was stopped goes on where it was: give the same --output.\n"
+        "example: mlxvr.eval --model videoauto-8b-4bit --data clips.jsonl --output report --calibrate no_loss",
+    )
+    groups = {name: parser.add_argument_group(title) for name, title in _GROUPS.items()}
+    types = get_type_hints(EvalConfig)
+    for field in dataclasses.fields(EvalConfig):
+        options = dict(field.metadata)
+        group, kind = groups[options.pop("group")], _kind(types[field.name])
+        if field.default is dataclasses.MISSING:
+            options |= {"required": True, "type": kind}
+        elif kind is bool:
+            options |= {"action": "store_true"}
+        else:
+            options |= {"type": kind, "default": field.default}
+            if field.default is not None:
+                options["help"] += " (default: %(default)s)"
+        group.add_argument(f"--{field.name.replace('_', '-')}", **options)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the verb; returns its exit code."""
+    return run_verb(make_parser(), _eval, argv)
+
+
+def _eval(args: argparse.Namespace) -> None:
+    config = EvalConfig(**{field.name: getattr(args, field.name) for field in dataclasses.fields(EvalConfig)})
+    from mlxvr.evaluation.runner import evaluate
+    from mlxvr.evaluation.tables import table
+
+    with Bars() as bars:
+        report = evaluate(config, progress=bars)
+    if report.rank:
+        return
+    for note in report.notes[:_TOLD]:
+        print(f"left out: {note}", file=sys.stderr)
+    if len(report.notes) > _TOLD:
+        print(f"left out: {len(report.notes) - _TOLD} more, see the report", file=sys.stderr)
+    for name, error in list(report.summary.errors.items())[:_TOLD]:
+        print(f"failed: {name}: {error}", file=sys.stderr)
+    print(json.dumps(report.to_dict(), ensure_ascii=False) if args.json else table(report))
+
+
+def _kind(hint: Any) -> type:
+    """What a flag's text is made into: `T` of `T | None`, the path of `str | Path`."""
+    kinds = [kind for kind in get_args(hint) or (hint,) if kind is not type(None)]
+    return str if str in kinds else Path if Path in kinds else kinds[0]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

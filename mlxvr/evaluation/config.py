@@ -1,0 +1,171 @@
+"""What an evaluation is told: one frozen dataclass, from whose fields the command line is derived.
+
+A field that is also a flag carries its help in its metadata, so that a name, a type and a default are written once.
+Whatever can be found wrong before a model is loaded is refused here.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+from mlxvr.errors import ConfigError
+from mlxvr.evaluation.calibrate import Goal
+
+__all__ = ["EvalConfig"]
+
+_BUDGETS = ("ratio", "tokens")
+
+
+def _flag(group: str, help_text: str, **options: Any) -> Mapping[str, Any]:
+    """What makes a field a flag; `options` go to argparse."""
+    return {"group": group, "help": help_text, **options}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """What to evaluate, on what, and what to make of it; refuses values that cannot be used.
+
+    Each field is a flag of `python -m mlxvr.eval`, whose help describes it. With neither `model` nor data it is the
+    bundled checkpoint on the bundled clips.
+    """
+
+    model: str | Path | None = field(
+        default=None, metadata=_flag("model", "folder or Hub id (default: the bundled demo checkpoint)", metavar="M")
+    )
+    adapter: Path | None = field(
+        default=None, metadata=_flag("model", "folder of LoRA weights to put on top", metavar="DIR")
+    )
+    revision: str | None = field(
+        default=None, metadata=_flag("model", "branch, tag or commit of a Hub id", metavar="R")
+    )
+    dtype: str | None = field(
+        default=None, metadata=_flag("model", "what to compute in (default: the checkpoint's)", metavar="T")
+    )
+    kv_bits: int | None = field(
+        default=None, metadata=_flag("model", "quantize keys and values to this many bits", metavar="N")
+    )
+    prefill_step_size: int = field(
+        default=2048, metadata=_flag("model", "prompt tokens that go through the model at once", metavar="N")
+    )
+
+    data: Path | None = field(
+        default=None, metadata=_flag("data", "JSONL, one question a line (default: the bundled clips)", metavar="FILE")
+    )
+    media_root: Path | None = field(
+        default=None, metadata=_flag("data", "folder that holds the media (default: the file's)", metavar="DIR")
+    )
+    task: str | None = field(
+        default=None, metadata=_flag("data", "a public benchmark instead, read from --data-root", metavar="NAME")
+    )
+    data_root: Path | None = field(
+        default=None, metadata=_flag("data", "folder of the benchmark's files", metavar="DIR")
+    )
+    subtitles: bool = field(default=False, metadata=_flag("data", "put the benchmark's subtitles into its questions"))
+    skip_bad_rows: bool = field(
+        default=False, metadata=_flag("data", "leave rows out that cannot be used, instead of stopping")
+    )
+    limit: int | None = field(default=None, metadata=_flag("data", "ask only the first so many questions", metavar="N"))
+
+    fps: float | None = field(default=None, metadata=_flag("frames", "frames to sample per second", metavar="F"))
+    max_frames: int | None = field(default=None, metadata=_flag("frames", "the most frames to sample", metavar="N"))
+    video_tokens: int | None = field(
+        default=None, metadata=_flag("frames", "the most tokens that a clip may take", metavar="N")
+    )
+
+    output: Path = field(metadata=_flag("run", "folder for samples and report", metavar="DIR"))
+    max_tokens: int = field(default=4096, metadata=_flag("run", "the most tokens of an answer", metavar="N"))
+    threshold: float | None = field(
+        default=None,
+        metadata=_flag("run", "confidence that is sure enough (default: the checkpoint's own)", metavar="T"),
+    )
+    live: bool = field(
+        default=False,
+        metadata=_flag("run", "stop early for real at the threshold, instead of working auto out afterwards"),
+    )
+    workers: int = field(
+        default=1, metadata=_flag("run", "processes on this machine, each with a model of its own", metavar="N")
+    )
+    retry_errors: bool = field(default=False, metadata=_flag("run", "ask rows again that failed in an earlier run"))
+
+    calibrate: str | None = field(
+        default=None,
+        metadata=_flag("figures", "choose the threshold: no_loss, accuracy, ratio=X or tokens=X", metavar="GOAL"),
+    )
+    margin: float = field(default=0.01, metadata=_flag("figures", "the score that no_loss may lose", metavar="X"))
+    folds: int = field(
+        default=5, metadata=_flag("figures", "folds of held-out clips behind the calibration's figures", metavar="N")
+    )
+    per_task: bool = field(default=False, metadata=_flag("figures", "calibrate each task, too"))
+    temperature_scaling: bool = field(
+        default=False, metadata=_flag("figures", "report temperature scaling beside the raw confidence")
+    )
+    write_threshold: bool = field(
+        default=False, metadata=_flag("figures", "write the chosen threshold into the model folder's mlxvr.json")
+    )
+    compare: Path | None = field(
+        default=None,
+        metadata=_flag("figures", "an earlier run's output folder to hold this one against", metavar="DIR"),
+    )
+    resamples: int = field(
+        default=1000, metadata=_flag("figures", "bootstrap resamples behind the 95%% intervals", metavar="N")
+    )
+    seed: int = field(default=0, metadata=_flag("figures", "of resamples and folds", metavar="N"))
+
+    def __post_init__(self) -> None:
+        if self.data is not None and self.task is not None:
+            raise ConfigError("both a data file and a benchmark are given: choose --data or --task")
+        if (self.task is None) != (self.data_root is None):
+            raise ConfigError("--task and --data-root go together: name the benchmark and the folder of its files")
+        if self.subtitles and self.task is None:
+            raise ConfigError("--subtitles is for benchmarks: rows of a data file carry their own")
+        if self.media_root is not None and self.data is None:
+            raise ConfigError("--media-root is for a data file: add --data FILE")
+        if self.model is not None and self.data is None and self.task is None:
+            raise ConfigError("no questions for this model: add --data FILE, or --task NAME --data-root DIR")
+        for name, value, least in (
+            ("limit", self.limit, 1),
+            ("max_tokens", self.max_tokens, 1),
+            ("workers", self.workers, 1),
+            ("resamples", self.resamples, 0),
+            ("seed", self.seed, 0),
+        ):
+            if value is not None and value < least:
+                raise ConfigError(f"{name} {value} cannot be used: give a whole number of at least {least}")
+        if self.threshold is not None and not 0.0 <= self.threshold <= 1.0:
+            raise ConfigError(f"threshold {self.threshold} is outside [0, 1]: it is compared with a probability")
+        self._check_calibration()
+
+    def _check_calibration(self) -> None:
+        if self.calibrate is None:
+            for name in ("write_threshold", "per_task", "temperature_scaling"):
+                if getattr(self, name):
+                    raise ConfigError(f"--{name.replace('_', '-')} is for a calibration: add --calibrate GOAL")
+            return
+        goal, budget = self.goal
+        if goal not in get_args(Goal) or (budget is None) == (goal in _BUDGETS):
+            raise ConfigError(f"calibrate {self.calibrate!r} is unknown: use no_loss, accuracy, ratio=X or tokens=X")
+        if self.live:
+            raise ConfigError("a live run stops at one threshold and cannot choose another: calibrate without --live")
+        if self.write_threshold and self.adapter is not None:
+            raise ConfigError("the threshold of an adapter is not its model's: fuse it first (mlxvr.fuse)")
+
+    @property
+    def goal(self) -> tuple[str, float | None]:
+        """Goal and budget of `calibrate`."""
+        goal, given, number = (self.calibrate or "").partition("=")
+        try:
+            return goal, float(number) if given else None
+        except ValueError:
+            raise ConfigError(f"calibrate {self.calibrate!r}: {number!r} is not a number, such as 0.3") from None
+
+    @property
+    def needs_answers(self) -> bool:
+        """Whether rows need a right answer: for all but a budget of thinking."""
+        return self.goal[0] not in _BUDGETS
+
+    @property
+    def frame_budgets(self) -> Mapping[str, int | float]:
+        """What is asked of frames, for `VisionSpec.with_overrides`."""
+        asked = {"fps": self.fps, "max_frames": self.max_frames, "video_tokens": self.video_tokens}
+        return {name: value for name, value in asked.items() if value is not None}

@@ -1,0 +1,175 @@
+"""Rows -> samples: each row is asked once, rows about the same clip one after another.
+
+A clip is read and prefilled once for all its rows; a follow-up question computes what a fresh prompt would (see
+`mlxvr.model.prefix`), so neither order nor grouping changes an answer. While the model works on one clip, the frames of
+the next are read on another thread.
+
+A row that fails costs itself, and a clip that cannot be read its rows: the reason is kept in `Sample.error`. What is no
+`MlxvrError` while the model answers is a failure of ours and ends the run; what a decoder may raise about a broken file
+has no such bounds, so there every error is the clip's.
+"""
+
+import hashlib
+import json
+import threading
+import time
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING, Any, Literal
+
+from mlxvr.answer import Answer, FirstAnswer
+from mlxvr.dataset import Row
+from mlxvr.errors import Cancelled, MlxvrError
+from mlxvr.evaluation.grading import final_answer
+from mlxvr.evaluation.samples import Sample
+from mlxvr.media import VisionInput, VisionSpec, load_vision
+
+if TYPE_CHECKING:
+    from mlxvr.reasoner import Clip, Reasoner
+
+__all__ = ["Asking", "digest", "generate", "group_rows"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asking:
+    """How rows are asked: "think" always reasons; "auto" stops early at the threshold."""
+
+    mode: Literal["think", "auto"]
+    threshold: float
+    max_tokens: int
+
+
+def group_rows(rows: Iterable[Row]) -> list[tuple[Row, ...]]:
+    """Rows that look at the same part of the same medium, in the order of their first; those without media are one."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.video or row.image, row.start, row.end, row.frames_fps), []).append(row)
+    return [tuple(group) for group in groups.values()]
+
+
+def digest(row: Row) -> str:
+    """Tells rows apart that are asked differently; labels and what a report groups by are not in it."""
+    parts = (row.kind, row.text, row.options, row.media, row.start, row.end, row.frames_fps, row.answer_opening)
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def generate(reasoner: "Reasoner", groups: Sequence[tuple[Row, ...]], asking: Asking) -> Iterator[Sample]:
+    """Ask every row; yields its sample as soon as it is there."""
+    with closing(_read_ahead(groups, reasoner.spec)) as clips:
+        for rows, vision, seconds in clips:
+            if isinstance(vision, Exception):
+                yield from (_failed(row, vision) for row in rows)
+                continue
+            with reasoner.open(vision) as clip:
+                for row in rows:
+                    sample = _ask(reasoner, clip, row, asking, seconds)
+                    if sample.error is None:
+                        seconds = 0.0  # the first that was answered has paid for the frames
+                    yield sample
+
+
+def _ask(reasoner: "Reasoner", clip: "Clip", row: Row, asking: Asking, decode_seconds: float) -> Sample:
+    reasoned = True
+    try:
+        events = clip.stream(
+            row.text,
+            options=row.options,
+            kind=row.ask_kind,
+            mode=asking.mode,
+            threshold=asking.threshold,
+            max_tokens=asking.max_tokens,
+            answer_opening=row.answer_opening,
+        )
+        with closing(events):  # type: ignore[type-var]
+            for event in events:
+                if isinstance(event, FirstAnswer):
+                    reasoned = event.reasons
+    except Cancelled:
+        raise
+    except MlxvrError as error:
+        clip.close()  # what a failure left of its keys and values is not built upon
+        return _failed(row, error)
+    assert isinstance(event, Answer), "a stream ends with its Answer"
+    text = event.second
+    if text is None:
+        text = final_answer(row.answer_opening + reasoner.detokenize(event.token_ids))
+    usage = event.usage
+    return _sample(
+        row,
+        first=event.first,
+        confidence=event.confidence,
+        second=event.second,
+        reasoning=event.reasoning,
+        text=text,
+        first_tokens=usage.first_answer_tokens,
+        total_tokens=usage.generated_tokens,
+        prompt_tokens=usage.prompt_tokens,
+        video_tokens=usage.video_tokens,
+        first_seconds=usage.first_answer_seconds,
+        total_seconds=usage.first_answer_seconds + usage.reasoning_seconds,
+        prefill_seconds=usage.vision_seconds + usage.prefill_seconds,
+        decode_seconds=decode_seconds,
+        problems=event.problems,
+        reasoned=reasoned,
+    )
+
+
+def _failed(row: Row, error: Exception) -> Sample:
+    told = " ".join(str(error).split())
+    return _sample(row, error=told if isinstance(error, MlxvrError) else f"{type(error).__name__}: {told}")
+
+
+def _sample(row: Row, **figures: Any) -> Sample:
+    return Sample(
+        id=row.id,
+        kind=row.kind,
+        task=row.task,
+        category=row.category,
+        pair=row.pair,
+        question=row.question,
+        options=row.options,
+        answer=row.answer,
+        media=row.media,
+        start=row.start,
+        end=row.end,
+        asked=digest(row),
+        **figures,
+    )
+
+
+_Read = tuple[tuple[Row, ...], "VisionInput | Exception | None", float]
+
+
+def _read_ahead(groups: Sequence[tuple[Row, ...]], spec: VisionSpec) -> Generator[_Read, None, None]:
+    """The groups with what there is to see and the seconds that reading took, one clip ahead of the caller."""
+    stop = threading.Event()
+
+    def read(rows: tuple[Row, ...]) -> _Read:
+        started = time.perf_counter()
+        vision: VisionInput | Exception | None
+        try:
+            vision = _look(rows[0], spec, stop)
+        except Exception as error:
+            vision = error
+        return rows, vision, time.perf_counter() - started
+
+    with ThreadPoolExecutor(1, thread_name_prefix="mlxvr-frames") as pool:
+        try:
+            coming = None
+            for rows in chain(groups, [None]):
+                ready, coming = coming, None if rows is None else pool.submit(read, rows)
+                if ready is not None:
+                    yield ready.result()
+        finally:
+            stop.set()
+
+
+def _look(row: Row, spec: VisionSpec, stop: threading.Event) -> VisionInput | None:
+    source: Any = row.source()
+    if source is None:
+        return None
+    spec = spec.with_overrides(fps=row.frames_fps)
+    return load_vision(source, spec, start=row.start, end=row.end, should_stop=stop.is_set)

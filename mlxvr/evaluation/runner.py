@@ -1,0 +1,442 @@
+"""An evaluation from its rows to its report: ask what has not been asked yet, bring together, work out, write.
+
+Every row is generated once, in think mode, and direct, think and auto follow from that (`metrics`); a live run stops
+early for real instead and knows its own threshold only. The output folder holds `samples.jsonl`, which grows while the
+run goes on, `report.json`, and `report.html`.
+
+What a sample depends on (weights, system prompt, frames, decoding) stands in the first line of `samples.jsonl`, and a
+run with other settings does not go on with it. Labels, tasks, categories and pairs are not among that: they are taken
+from the rows each time, so that a corrected label costs no generation. The figures are over the rows of this run,
+whatever else the file may hold.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlxvr.callbacks import Progress
+from mlxvr.dataset import Row, load_rows
+from mlxvr.errors import ConfigError, DataError, MlxvrError
+from mlxvr.evaluation import sharding
+from mlxvr.evaluation.benchmarks import read_benchmark
+from mlxvr.evaluation.calibrate import Calibration, calibrate, write_threshold
+from mlxvr.evaluation.compare import Comparison, compare
+from mlxvr.evaluation.config import EvalConfig
+from mlxvr.evaluation.generation import Asking, digest, generate, group_rows
+from mlxvr.evaluation.metrics import Summary, SweepRow, summarise, sweep
+from mlxvr.evaluation.samples import Sample, SampleWriter, read_samples, write_samples
+from mlxvr.media import VisionSpec
+
+if TYPE_CHECKING:
+    from mlxvr.reasoner import Reasoner
+
+__all__ = ["EvalReport", "Questions", "evaluate", "read_questions"]
+
+_REPORT = "report.json"
+_SWEPT = tuple(step / 20 for step in range(21))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Questions:
+    """What is to be asked.
+
+    Attributes:
+        rows: in their order.
+        name: for titles.
+        folder: what `Row.media` is relative to.
+        budgets: by family, what frames are given for a benchmark; {} for a data file.
+        notes: what was left out and why, for people.
+    """
+
+    rows: tuple[Row, ...]
+    name: str
+    folder: Path
+    budgets: dict[str, dict[str, Any]]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalReport:
+    """What an evaluation found.
+
+    Attributes:
+        output: the folder; `samples` and `page` are files in it (`page` is None where no report.html was written).
+        settings: how the samples were made.
+        notes: rows that were left out, and why.
+        generated: rows that were asked in this run; the others were there.
+        summary: the figures at the threshold.
+        swept: auto at other thresholds; empty for a live run.
+        calibration, comparison: where they were asked for.
+        threshold_file: the `mlxvr.json` that the chosen threshold was written to, or None.
+        rank: of this process; only rank 0 writes and compares.
+    """
+
+    output: Path
+    samples: Path
+    page: Path | None
+    settings: dict[str, Any]
+    notes: tuple[str, ...]
+    generated: int
+    summary: Summary
+    swept: tuple[SweepRow, ...]
+    calibration: Calibration | None = None
+    comparison: Comparison | None = None
+    threshold_file: Path | None = None
+    rank: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON-ready values, nested."""
+        paths = {
+            name: None if path is None else str(path)
+            for name, path in (
+                ("output", self.output),
+                ("samples", self.samples),
+                ("page", self.page),
+                ("threshold_file", self.threshold_file),
+            )
+        }
+        return {
+            **paths,
+            "settings": self.settings,
+            "notes": list(self.notes),
+            "generated": self.generated,
+            "summary": self.summary.to_dict(),
+            "swept": [asdict(row) for row in self.swept],
+            "calibration": self.calibration and self.calibration.to_dict(),
+            "comparison": self.comparison and self.comparison.to_dict(),
+        }
+
+
+def evaluate(config: EvalConfig, *, progress: Progress | None = None) -> EvalReport:
+    """Evaluate a model; goes on where an earlier run into the same output folder stopped.
+
+    Args:
+        config: what to do.
+        progress: called with (stage, done, total); stages are "download", "check" and "evaluate".
+
+    Raises:
+        ConfigError: a setting cannot be used, or the output folder is another run's.
+        DataError: a row cannot be used; all rows failed; too few of them to calibrate.
+        CheckpointError: the model cannot be loaded.
+    """
+    questions = read_questions(config)
+    other = _read_other(config)
+    _check_written(config)
+    ranks = sharding.Ranks()
+    if ranks.size > 1 and config.workers > 1:
+        raise ConfigError(
+            f"{ranks.size} ranks were launched already: leave --workers out, or start it without launcher"
+        )
+    with _load(config, progress) as reasoner:
+        preset = questions.budgets.get(reasoner.identity()["family"], {})
+        reasoner.spec = reasoner.spec.with_overrides(**{**preset, **config.frame_budgets})
+        settings = _settings(config, questions, reasoner)
+        samples, generated = _samples(config, questions.rows, reasoner, ranks, progress)
+    threshold = settings["threshold"]
+    failed = [sample for sample in samples if sample.error is not None]
+    if len(failed) == len(samples):
+        raise DataError(f"all {len(samples)} rows failed; the first: {failed[0].error}")
+    summary = summarise(samples, threshold=threshold, bootstrap=config.resamples, seed=config.seed)
+    swept = () if summary.live else tuple(sweep(samples, sorted({*_SWEPT, threshold})))
+    report = EvalReport(
+        output=config.output,
+        samples=config.output / sharding.MAIN,
+        page=None,
+        settings=settings,
+        notes=questions.notes,
+        generated=generated,
+        summary=summary,
+        swept=swept,
+        rank=ranks.rank,
+    )
+    return _finish(config, report, samples, other) if ranks.rank == 0 else report
+
+
+def read_questions(config: EvalConfig) -> Questions:
+    """The rows that a configuration names; raises `DataError` for rows that cannot be used."""
+    if config.task is not None and config.data_root is not None:
+        benchmark = read_benchmark(config.task, config.data_root, subtitles=config.subtitles)
+        if benchmark.skipped and not config.skip_bad_rows:
+            raise DataError(f"{benchmark.skipped[0]}; --skip-bad-rows leaves such rows out ({len(benchmark.skipped)})")
+        left_out = bool(benchmark.missing or benchmark.skipped)
+        return Questions(
+            rows=benchmark.rows[: config.limit],
+            name=benchmark.name,
+            folder=config.data_root,
+            budgets=benchmark.budgets,
+            notes=(benchmark.describe(), *benchmark.skipped) if left_out else (),
+        )
+    path = config.data
+    if path is None:
+        from mlxvr.reasoner import demo_folder
+
+        path = demo_folder() / "clips.jsonl"
+    bad: list[DataError] | None = [] if config.skip_bad_rows else None
+    rows = load_rows(path, media_root=config.media_root, labelled=config.needs_answers, bad_rows=bad)
+    return Questions(
+        rows=tuple(rows[: config.limit]),
+        name=path.stem,
+        folder=config.media_root or path.parent,
+        budgets={},
+        notes=tuple(str(error) for error in bad or ()),
+    )
+
+
+def _load(config: EvalConfig, progress: Progress | None = None) -> "Reasoner":
+    from mlxvr import reasoner
+
+    return reasoner.load(
+        config.model,
+        adapter=config.adapter,
+        revision=config.revision,
+        dtype=config.dtype,
+        kv_bits=config.kv_bits,
+        prefill_step_size=config.prefill_step_size,
+        progress=progress,
+    )
+
+
+def _settings(config: EvalConfig, questions: Questions, reasoner: "Reasoner") -> dict[str, Any]:
+    """How samples are made, for the report."""
+    return {
+        "model": "bundled demo" if config.model is None else str(config.model),
+        "adapter": None if config.adapter is None else str(config.adapter),
+        "revision": config.revision,
+        "data": questions.name,
+        "media_root": str(questions.folder),
+        "mode": "live" if config.live else "think",
+        "threshold": _threshold(config, reasoner),
+        **_run(config, reasoner),
+        "dtype": config.dtype,
+        "versions": {name: version(name) for name in ("mlxvr", "mlx", "mlx-vlm")},
+    }
+
+
+def _run(config: EvalConfig, reasoner: "Reasoner") -> dict[str, Any]:
+    """What samples depend on beside their rows; they are not added to those of other settings."""
+    identity, spec = reasoner.identity(), reasoner.spec
+    live = {"live_at": _threshold(config, reasoner)} if config.live else {}
+    return {
+        "weights": identity["weights"],
+        "system_prompt": hashlib.sha256(identity["system_prompt"].encode()).hexdigest()[:16],
+        "max_tokens": config.max_tokens,
+        "kv_bits": config.kv_bits,
+        "fps": spec.fps,
+        "frames": [spec.min_frames, spec.max_frames],
+        "frame_tokens": [spec.frame_min_tokens, spec.frame_max_tokens],
+        "video_tokens": spec.video_tokens,
+        "image_tokens": [spec.image_min_tokens, spec.image_max_tokens],
+        **live,
+    }
+
+
+def _threshold(config: EvalConfig, reasoner: "Reasoner") -> float:
+    return reasoner.threshold if config.threshold is None else config.threshold
+
+
+def _samples(
+    config: EvalConfig, rows: Sequence[Row], reasoner: "Reasoner", ranks: sharding.Ranks, progress: Progress | None
+) -> tuple[list[Sample], int]:
+    """The samples of all rows, in their order, with the labels of today, and how many were generated now."""
+    run = _run(config, reasoner)
+    known = _prepare(config, run, ranks)
+    _check_unchanged(known, rows, config.output)
+    left = [row for row in rows if row.id not in known]
+    groups = group_rows(left)
+    total = sum(len(group) for group in groups[ranks.rank :: ranks.size])
+    done = len(rows) - len(left)
+
+    def tell(asked: int) -> None:
+        if progress is not None and total:
+            progress("evaluate", done + asked, done + total)
+
+    asking = Asking(
+        mode="auto" if config.live else "think", threshold=_threshold(config, reasoner), max_tokens=config.max_tokens
+    )
+    with SampleWriter(sharding.shard_file(config.output, ranks.rank), run) as writer:
+        if config.workers > 1 and len(groups) > 1:
+            _ask_with_workers(config, run, reasoner, groups, asking, writer, tell)
+        else:
+            for number, sample in enumerate(generate(reasoner, groups[ranks.rank :: ranks.size], asking), 1):
+                writer.write(sample)
+                tell(number)
+    known = _bring_together(config.output, run, ranks, rows)
+    return [_relabelled(known[row.id], row) for row in rows], len(left)
+
+
+def _prepare(config: EvalConfig, run: dict[str, Any], ranks: sharding.Ranks) -> dict[str, Sample]:
+    """What earlier runs left, in one file again, without the rows that are to be asked anew."""
+    main, leftovers = config.output / sharding.MAIN, sharding.shard_files(config.output)
+    if ranks.rank:
+        known = sharding.collect(config.output, run, ranks)
+    else:
+        with SampleWriter(main, run) as writer:  # refuses what another process is writing
+            known = sharding.collect(config.output, run, ranks)
+            kept = {name: sample for name, sample in known.items() if not (config.retry_errors and sample.error)}
+            if kept.keys() != writer.done or leftovers:
+                write_samples(main, run, kept.values())
+            for path in leftovers:
+                path.unlink(missing_ok=True)
+    ranks.wait()
+    if ranks.rank:
+        sharding.shard_file(config.output, ranks.rank).unlink(missing_ok=True)
+    return {name: sample for name, sample in known.items() if not (config.retry_errors and sample.error)}
+
+
+def _check_unchanged(known: Mapping[str, Sample], rows: Iterable[Row], output: Path) -> None:
+    for row in rows:
+        if row.id in known and known[row.id].asked != digest(row):
+            raise ConfigError(
+                f"{row.line}: row {row.id!r} is asked otherwise than it was for {output / sharding.MAIN}: "
+                "choose another output folder"
+            )
+
+
+def _ask_with_workers(
+    config: EvalConfig,
+    run: dict[str, Any],
+    reasoner: "Reasoner",
+    groups: Sequence[tuple[Row, ...]],
+    asking: Asking,
+    writer: SampleWriter,
+    tell: Callable[[int], None],
+) -> None:
+    """This process does the first share, the workers do the others."""
+    count = min(config.workers, len(groups))
+    shares = [groups[shard::count] for shard in range(count)]
+    work = partial(_work, config=config, run=run, shares=shares, asking=asking, spec=reasoner.spec)
+    own = 0
+    with sharding.workers(count, work) as crew:
+        for own, sample in enumerate(generate(reasoner, shares[0], asking), 1):
+            writer.write(sample)
+            crew.look()
+            tell(own + crew.steps)
+        crew.wait(lambda: tell(own + crew.steps))
+
+
+def _work(
+    shard: int,
+    step: Callable[[], None],
+    *,
+    config: EvalConfig,
+    run: dict[str, Any],
+    shares: Sequence[Sequence[tuple[Row, ...]]],
+    asking: Asking,
+    spec: VisionSpec,
+) -> None:
+    """What a worker does in its process."""
+    with _load(config) as reasoner, SampleWriter(sharding.shard_file(config.output, shard), run) as writer:
+        reasoner.spec = spec
+        for sample in generate(reasoner, shares[shard], asking):
+            writer.write(sample)
+            step()
+
+
+def _bring_together(output: Path, run: dict[str, Any], ranks: sharding.Ranks, rows: Sequence[Row]) -> dict[str, Sample]:
+    """All samples; those of several shards become one file, in the order of the rows."""
+    if ranks.size == 1 and not sharding.shard_files(output):
+        return {sample.id: sample for sample in read_samples(output / sharding.MAIN)}
+    known = sharding.collect(output, run, ranks)
+    if ranks.rank == 0:
+        order = {row.id: place for place, row in enumerate(rows)}
+        in_order = sorted(known.values(), key=lambda sample: order.get(sample.id, len(order)))
+        write_samples(output / sharding.MAIN, run, in_order)
+        for path in sharding.shard_files(output):
+            path.unlink(missing_ok=True)
+    ranks.wait()
+    if ranks.rank:
+        sharding.shard_file(output, ranks.rank).unlink(missing_ok=True)
+    return known
+
+
+def _relabelled(sample: Sample, row: Row) -> Sample:
+    return replace(sample, answer=row.answer, task=row.task, category=row.category, pair=row.pair)
+
+
+def _check_written(config: EvalConfig) -> None:
+    """Refuse a threshold that could not be written, before hours of work."""
+    if config.write_threshold and (config.model is None or not Path(config.model).is_dir()):
+        raise ConfigError("the threshold is written into a model folder: give --model the folder of a converted model")
+
+
+@dataclass(frozen=True)
+class _Other:
+    """The run that this one is held against."""
+
+    name: str
+    samples: list[Sample]
+    threshold: float | None
+
+
+def _read_other(config: EvalConfig) -> _Other | None:
+    if config.compare is None:
+        return None
+    samples = read_samples(config.compare / sharding.MAIN)
+    threshold = None
+    try:
+        threshold = json.loads((config.compare / _REPORT).read_bytes())["settings"]["threshold"]
+    except (OSError, ValueError, KeyError, TypeError):  # a run without a report: this one's threshold
+        threshold = None
+    return _Other(config.compare.name or str(config.compare), samples, threshold)
+
+
+def _finish(config: EvalConfig, report: EvalReport, samples: list[Sample], other: _Other | None) -> EvalReport:
+    """Calibrate, compare and write; the report is written even if the one or the other cannot be done."""
+    failure: MlxvrError | None = None
+    try:
+        if config.calibrate is not None:
+            report = replace(report, calibration=_calibrate(config, samples))
+        if other is not None:
+            threshold = report.settings["threshold"]
+            comparison = compare(
+                other.samples,
+                samples,
+                threshold=threshold if other.threshold is None else other.threshold,
+                other_threshold=threshold,
+                bootstrap=config.resamples,
+                seed=config.seed,
+            )
+            report = replace(report, comparison=comparison)
+        if config.write_threshold and report.calibration is not None:
+            report = replace(report, threshold_file=write_threshold(str(config.model), report.calibration))
+    except MlxvrError as error:
+        failure = error
+    report = _write(report, samples, other)
+    if failure is not None:
+        raise failure
+    return report
+
+
+def _calibrate(config: EvalConfig, samples: list[Sample]) -> Calibration:
+    goal, budget = config.goal
+    return calibrate(
+        samples,
+        goal,  # type: ignore[arg-type]
+        margin=config.margin,
+        budget=budget,
+        folds=config.folds,
+        per_task=config.per_task,
+        temperature=config.temperature_scaling,
+        bootstrap=config.resamples,
+        seed=config.seed,
+    )
+
+
+def _write(report: EvalReport, samples: list[Sample], other: _Other | None) -> EvalReport:
+    """Write report.json in one step."""
+    path = report.output / _REPORT
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(json.dumps(report.to_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written ({error.strerror}): free some space and run again") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return report

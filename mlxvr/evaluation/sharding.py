@@ -1,0 +1,194 @@
+"""One run over several processes: clips are dealt out, samples are brought together.
+
+Two ways to have several. Ranks are started from outside, on one machine or many, and talk through `mx.distributed`:
+
+    mlx.launch -n 2 -- python -m mlxvr.eval --data clips.jsonl --output run
+    mlx.launch --hosts a,b -- python -m mlxvr.eval ...
+
+Workers (`--workers N`) are started here, on this machine. Either way the shard 0 writes `samples.jsonl` and shard r
+`samples.rank<r>.jsonl`, so that nobody waits for anybody and each file is as safe as that of a single run. At the end,
+and before a run that goes on after a stop, all samples become one file. Ranks exchange them as bytes, so that their
+disks need not be the same. Clips are dealt again for every run, of what is left: the number of processes may change.
+"""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mlxvr.errors import ConfigError, MlxvrError
+from mlxvr.evaluation.samples import Sample, check_run, read_samples
+
+if TYPE_CHECKING:
+    from multiprocessing.process import BaseProcess
+
+__all__ = ["MAIN", "Ranks", "collect", "shard_file", "shard_files", "workers"]
+
+MAIN = "samples.jsonl"
+_PATIENCE = 0.2  # seconds between looks at the workers
+
+
+class Ranks:
+    """This process among those that were started together; alone where no launcher did."""
+
+    def __init__(self) -> None:
+        import mlx.core as mx
+
+        self._group = mx.distributed.init()
+        self.rank: int = self._group.rank()
+        self.size: int = self._group.size()
+
+    def gather(self, data: bytes) -> list[bytes]:
+        """The bytes of every rank, in their order, on every rank; waits for all of them."""
+        if self.size == 1:
+            return [data]
+        import mlx.core as mx
+
+        sizes = np.array(mx.distributed.all_gather(mx.array([len(data)], mx.int32), group=self._group))
+        longest = max(1, int(sizes.max()))
+        padded = np.zeros(longest, np.uint8)
+        padded[: len(data)] = np.frombuffer(data, np.uint8)
+        every = np.array(mx.distributed.all_gather(mx.array(padded), group=self._group)).reshape(self.size, longest)
+        return [row[:size].tobytes() for row, size in zip(every, sizes)]
+
+    def wait(self) -> None:
+        """Return when every rank has come this far."""
+        self.gather(b"")
+
+
+def shard_file(output: Path, shard: int) -> Path:
+    """Where a shard writes its samples."""
+    return output / (f"samples.rank{shard}.jsonl" if shard else MAIN)
+
+
+def shard_files(output: Path) -> list[Path]:
+    """The files of all shards but the first that are in a folder."""
+    return sorted(output.glob("samples.rank*.jsonl"))
+
+
+def collect(output: Path, run: Mapping[str, Any], ranks: Ranks) -> dict[str, Sample]:
+    """Every sample that any rank has on its disk, by id; of two of the same row the one that did not fail.
+
+    Raises `ConfigError` when one was made with other settings than `run`, `DataError` when a file is damaged.
+    """
+    found: dict[str, Sample] = {}
+    for path in [output / MAIN, *shard_files(output)]:
+        if path.is_file():
+            check_run(path, run)
+            _add(found, read_samples(path))
+    told = json.dumps([sample.to_dict() for sample in found.values()]).encode()
+    for other in ranks.gather(told) if ranks.size > 1 else []:
+        _add(found, [Sample(**record) for record in json.loads(other)])
+    return found
+
+
+def _add(found: dict[str, Sample], samples: Sequence[Sample]) -> None:
+    for sample in samples:
+        if sample.id not in found or found[sample.id].error is not None:
+            found[sample.id] = sample
+
+
+Work = Callable[[int, Callable[[], None]], None]
+
+
+@contextlib.contextmanager
+def workers(count: int, work: Work) -> "Iterator[Workers]":
+    """Run `work(shard, step)` for the shards 1 .. count - 1 in processes of their own; they end with the block.
+
+    `work` must be importable (a `functools.partial` of a module's function) and calls `step` for each row.
+    """
+    crew = Workers(count, work)
+    try:
+        yield crew
+    finally:
+        crew.stop()
+
+
+class Workers:
+    """Processes at work; see `workers`."""
+
+    def __init__(self, count: int, work: Work) -> None:
+        context = multiprocessing.get_context("spawn")  # MLX does not survive a fork
+        self._crew: dict[BaseProcess, Connection] = {}
+        self.steps = 0  # rows that they have done
+        for shard in range(1, count):
+            ours, theirs = context.Pipe(duplex=False)
+            process = context.Process(target=_serve, args=(work, shard, theirs), name=f"mlxvr-worker-{shard}")
+            process.start()
+            theirs.close()
+            self._crew[process] = ours
+
+    def look(self) -> bool:
+        """Take what the workers have said into account; False once all have ended.
+
+        Raises what the first of them to fail raised, as an error of the same kind if it is an `MlxvrError`.
+        """
+        for process, pipe in list(self._crew.items()):
+            failure: MlxvrError | str | None = None
+            try:
+                while pipe.poll() and failure is None:
+                    failure = pipe.recv()
+                    self.steps += failure is None
+            except EOFError:  # it has ended, or was killed
+                process.join()
+                del self._crew[process]
+                if process.exitcode:
+                    raise _died(process) from None
+            if isinstance(failure, MlxvrError):
+                raise failure
+            if failure is not None:
+                raise RuntimeError(f"{process.name} failed: {failure}")
+        return bool(self._crew)
+
+    def wait(self, step: Callable[[], None]) -> None:
+        """Wait for all, calling `step` now and then; raises as `look`."""
+        while self.look():
+            multiprocessing.connection.wait(list(self._crew.values()), _PATIENCE)
+            step()
+        step()
+
+    def stop(self) -> None:
+        """End those that still run; what they have written stays."""
+        for process in self._crew:
+            process.terminate()
+        for process, pipe in self._crew.items():
+            process.join()
+            pipe.close()
+        self._crew.clear()
+
+
+def _died(process: "BaseProcess") -> ConfigError:
+    code = process.exitcode or 0
+    how = f"was killed by signal {-code}" if code < 0 else f"ended with {code}"
+    return ConfigError(
+        f"{process.name} {how}, as when memory runs out: use fewer workers and run again; it goes on where it stopped"
+    )
+
+
+def _serve(work: Work, shard: int, pipe: Connection) -> None:
+    """A worker's process; ends with its parent, however that ends."""
+    threading.Thread(target=_follow_parent, daemon=True).start()
+    try:
+        work(shard, lambda: pipe.send(None))
+    except KeyboardInterrupt:
+        pass
+    except MlxvrError as error:
+        pipe.send(type(error)(str(error)))
+    except Exception as error:
+        pipe.send(f"{type(error).__name__}: {error}")
+    finally:
+        pipe.close()
+
+
+def _follow_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

@@ -1,0 +1,132 @@
+"""The figures of an evaluation as the table that the command line prints."""
+
+from typing import TYPE_CHECKING
+
+from mlxvr.evaluation.compare import Comparison
+from mlxvr.evaluation.metrics import Figures, Group
+from mlxvr.evaluation.resampling import Estimate
+
+if TYPE_CHECKING:
+    from mlxvr.evaluation.calibrate import Calibration
+    from mlxvr.evaluation.runner import EvalReport
+
+__all__ = ["table"]
+
+_SCORES = (("accuracy", "accuracy"), ("miou", "mIoU"), ("grounded_accuracy", "Acc@GQA"), ("pair_accuracy", "pairs"))
+
+
+def table(report: "EvalReport") -> str:
+    """Several lines: the modes side by side, then what is known of the confidence, then what was asked for."""
+    summary, group = report.summary, report.summary.overall
+    lines = [f"{report.settings['model']} on {report.settings['data']}, threshold {summary.threshold:g}"]
+    if group is None:
+        return lines[0]
+    failed = f", {len(summary.errors)} failed" if summary.errors else ""
+    lines += [
+        f"{group.count} questions about {group.clips} clips{failed}; in brackets 95% intervals",
+        "",
+        *_modes(group),
+    ]
+    lines += ["", *_confidence(group)]
+    for name, one in summary.per_task.items() if len(summary.per_task) > 1 else ():
+        modes = [figures.score for figures in (one.direct, one.think, one.auto) if figures is not None]
+        scores = " / ".join("-" if score is None else f"{score.value:.3f}" for score in modes)
+        lines.append(f"{name:24} {scores}, thinks {one.think_ratio.value:.2f}, {one.count} questions")
+    if report.calibration is not None:
+        lines += ["", *_calibration(report.calibration)]
+    if report.threshold_file is not None:
+        lines.append(f"written to {report.threshold_file}")
+    if report.comparison is not None:
+        lines += ["", *_comparison(report.comparison)]
+    return "\n".join([*lines, "", f"written to {report.page or report.output}"])
+
+
+def _modes(group: Group) -> list[str]:
+    modes = [("direct", group.direct, 0.0), ("think", group.think, 1.0), ("auto", group.auto, group.think_ratio.value)]
+    shown = [(name, figures, ratio) for name, figures, ratio in modes if figures is not None]
+    columns: list[tuple[str, list[str]]] = [
+        (title, [_estimate(getattr(figures, name)) for _, figures, _ in shown])
+        for name, title in _SCORES
+        if any(getattr(figures, name) is not None for _, figures, _ in shown)
+    ]
+    for least in group.auto.recall:
+        columns.append((f"R@{least}", [_estimate(figures.recall.get(least)) for _, figures, _ in shown]))
+    columns.append(("thinks", [f"{ratio:.2f}" for _, _, ratio in shown]))
+    columns.append(("tokens (p50, p95)", [_cost(figures, "tokens", ".1f") for _, figures, _ in shown]))
+    columns.append(("seconds (p50, p95)", [_cost(figures, "seconds", ".2f") for _, figures, _ in shown]))
+    widths = [max(len(title), *map(len, cells)) for title, cells in columns]
+    lines = ["        " + "  ".join(f"{title:>{width}}" for (title, _), width in zip(columns, widths))]
+    for place, (name, _, _) in enumerate(shown):
+        lines.append(f"{name:8}" + "  ".join(f"{cells[place]:>{width}}" for (_, cells), width in zip(columns, widths)))
+    return lines
+
+
+def _confidence(group: Group) -> list[str]:
+    lines = []
+    if group.gain is not None:
+        lines.append(f"gain from thinking  {_signed(group.gain)}")
+    if group.auto_vs_think is not None:
+        lines.append(f"auto against think  {_signed(group.auto_vs_think)}")
+    if group.confidence is not None:
+        found = group.confidence
+        lines.append(
+            f"confidence          AUROC {_estimate(found.auroc)}, ECE {found.ece:.3f}, Brier {found.brier.value:.3f}"
+        )
+    lines.append(f"first answers       {group.fallbacks} declined, {group.missing_boxes} without a box")
+    return lines
+
+
+def _calibration(found: "Calibration") -> list[str]:
+    outcome = found.held_out
+    asked = "" if found.budget is None else f" {found.budget:g}"
+    folds = ", ".join(f"{threshold:.3f}" for threshold in found.fold_thresholds)
+    lines = [
+        f"calibrated for {found.goal}{asked}: threshold {found.threshold:.4f} (folds {folds})",
+        f"  held out: thinks {_estimate(outcome.think_ratio)}, {outcome.tokens.value:.1f} tokens "
+        f"({outcome.always_tokens:.1f} always thinking)",
+    ]
+    if outcome.auto is not None and outcome.difference is not None:
+        lines.append(
+            f"  held out: score {_estimate(outcome.auto)}, against always thinking {_signed(outcome.difference)}"
+        )
+    for name, task in found.per_task.items():
+        own = "too few rows, the common one" if task.held_out is None else f"{task.count} rows"
+        lines.append(f"  {name:22} {task.threshold:.4f} ({own})")
+    if found.temperature is not None:
+        fit = found.temperature
+        lines.append(
+            f"  temperature {fit.temperature:.3f}: ECE {fit.ece:.3f} -> {fit.ece_scaled:.3f}, "
+            f"Brier {fit.brier:.3f} -> {fit.brier_scaled:.3f} (held out)"
+        )
+    return lines
+
+
+def _comparison(found: Comparison) -> list[str]:
+    before, after = found.thresholds
+    lines = [f"against the other run: {found.count} rows in both, thresholds {before:g} -> {after:g}"]
+    for name, change in (("direct", found.direct), ("think", found.think), ("auto", found.auto)):
+        if change is not None:
+            lines.append(
+                f"  {name:8} {change.first.value:.3f} -> {change.second.value:.3f}, {_signed(change.difference)}, "
+                f"{len(change.became_right)} became right, {len(change.became_wrong)} wrong"
+            )
+    lines.append(
+        f"  thinks {_signed(found.think_ratio)}, tokens {found.tokens.value:+.1f}, "
+        f"{found.flipped:.1%} of the decisions flipped"
+    )
+    return lines
+
+
+def _estimate(found: Estimate | None) -> str:
+    if found is None:
+        return "-"
+    return f"{found.value:.3f}" + ("" if found.low is None else f" [{found.low:.3f}, {found.high:.3f}]")
+
+
+def _signed(found: Estimate) -> str:
+    return f"{found.value:+.3f}" + ("" if found.low is None else f" [{found.low:+.3f}, {found.high:+.3f}]")
+
+
+def _cost(figures: Figures, name: str, form: str) -> str:
+    cost = getattr(figures, name)
+    return f"{cost.mean:{form}} ({cost.p50:{form}}, {cost.p95:{form}})"
