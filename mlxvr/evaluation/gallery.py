@@ -1,0 +1,242 @@
+"""The rows of a report's gallery: what was asked, both answers, the reasoning, and four frames of the clip.
+
+Frames are small JPEGs in the page itself. Each clip (a file with its range) is decoded once however many questions
+share it, and only so many clips are shown: those whose rows tell most come first, which are rows that changed from one
+run to another, confident mistakes, and rows where thinking changed the outcome. A clip that cannot be read gets the
+reason instead of its frames; a report never fails for one.
+"""
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from string import ascii_uppercase
+from typing import Any
+
+from mlxvr.callbacks import Progress
+from mlxvr.dataset import strip_letters
+from mlxvr.errors import ConfigError, DataError, MediaError
+from mlxvr.evaluation.grading import Grade, final_answer, find_interval, segments_of
+from mlxvr.evaluation.judged import Judged
+from mlxvr.evaluation.samples import Sample
+
+__all__ = ["Clip", "embed_frames", "gallery_rows", "read_thumbnails"]
+
+_FRAMES = 4
+_PIXELS = 30_000  # of a frame: about 230 x 130
+_QUALITY = 72
+_LONGEST = 6_000  # characters of a text that a page carries; samples.jsonl has all
+_PICTURES = {".jpg", ".jpeg", ".png", ".webp"}
+
+Clip = tuple[str, float | None, float | None]  # media as given, start, end
+
+
+def gallery_rows(
+    rows: Sequence[Judged],
+    others: Mapping[str, Judged] | None = None,
+    changes: Mapping[str, Sequence[str]] | None = None,
+) -> list[dict[str, Any]]:
+    """A JSON-ready record for each row.
+
+    Args:
+        rows: of the run.
+        others: the same rows of the run that it is held against, by id.
+        changes: what became of rows from that run to this one, by id.
+    """
+    records = []
+    for row in rows:
+        record = _record(row)
+        if others is not None:
+            other = others.get(row.sample.id)
+            record["other"] = None if other is None or other.sample.error is not None else _answers(other)
+            record["changes"] = list((changes or {}).get(row.sample.id, ()))
+        records.append(record)
+    return records
+
+
+def embed_frames(
+    rows: Sequence[Judged], records: Sequence[dict[str, Any]], *, media_root: Path | None, limit: int,
+    progress: Progress | None = None,
+) -> tuple[list[dict[str, Any]], int]:  # fmt: skip
+    """Read the frames of up to `limit` clips and point each record at its clip's (`clip`: an index, or None).
+
+    Returns the clips, each `{"frames": [{"seconds", "jpeg"}, ..], "note": why there are none}`, and how many clips
+    were left out.
+    """
+    weights: dict[Clip, int] = {}
+    for row, record in zip(rows, records):
+        if row.sample.media:
+            clip = _clip(row.sample)
+            weights[clip] = min(weights.get(clip, 9), _interest(row, record))
+    shown = sorted(weights, key=lambda clip: (weights[clip], str(clip)))[:limit]
+    clips: list[dict[str, Any]] = []
+    for done, (media, start, end) in enumerate(shown):
+        if progress is not None:
+            progress("frames", done, len(shown))
+        path = Path(media) if media_root is None else media_root / media
+        try:
+            clips.append({"frames": read_thumbnails(path, start=start, end=end), "note": ""})
+        except (MediaError, ConfigError, OSError) as error:
+            clips.append({"frames": [], "note": str(error)})
+    if progress is not None and shown:
+        progress("frames", len(shown), len(shown))
+    places = {clip: place for place, clip in enumerate(shown)}
+    for row, record in zip(rows, records):
+        record["clip"] = places.get(_clip(row.sample)) if row.sample.media else None
+    return clips, len(weights) - len(shown)
+
+
+def read_thumbnails(path: Path, *, start: float | None = None, end: float | None = None) -> list[dict[str, Any]]:
+    """Up to four frames of a video, evenly over its range, or one picture, as base64 JPEGs with their seconds.
+
+    A folder of frames has no times. Raises `MediaError` when nothing can be read.
+    """
+    from PIL import Image
+
+    from mlxvr.media import VisionSpec, read_image, read_video
+    from mlxvr.media.container import check_file, is_image
+
+    def jpeg(pixels: Any, seconds: float | None) -> dict[str, Any]:
+        picture = Image.fromarray(pixels)
+        scale = (_PIXELS / max(1, picture.width * picture.height)) ** 0.5
+        if scale < 1:
+            picture.thumbnail((max(1, round(picture.width * scale)), max(1, round(picture.height * scale))))
+        out = io.BytesIO()
+        picture.save(out, "JPEG", quality=_QUALITY, optimize=True)
+        return {"seconds": seconds, "jpeg": base64.b64encode(out.getvalue()).decode()}
+
+    if path.is_dir():
+        pictures = sorted(one for one in path.iterdir() if one.suffix.lower() in _PICTURES)
+        if not pictures:
+            raise MediaError(f"{path} holds no jpg or png frames: unpack it again")
+        last = len(pictures) - 1
+        places = sorted({round(last * place / (_FRAMES - 1)) for place in range(_FRAMES)})
+        return [jpeg(read_image(pictures[place]), None) for place in places]
+    check_file(path)
+    if is_image(path):
+        return [jpeg(read_image(path), None)]
+    spec = VisionSpec(
+        patch_size=2,
+        merge_size=1,
+        mean=(0.5, 0.5, 0.5),
+        std=(0.5, 0.5, 0.5),
+        fps=1e-6,  # so the least number of frames is taken, or all of a shorter clip
+        min_frames=_FRAMES,
+        max_frames=_FRAMES,
+        frame_min_tokens=16,
+        frame_max_tokens=_PIXELS // 4,
+    )
+    frames = read_video(path, spec, start=start, end=end)
+    return [jpeg(pixels, round(float(at), 2)) for pixels, at in zip(frames.pixels, frames.seconds)]
+
+
+def _record(row: Judged) -> dict[str, Any]:
+    sample = row.sample
+    options = strip_letters(sample.options)
+    return {
+        "id": sample.id,
+        "task": sample.task,
+        "category": sample.category,
+        "pair": sample.pair,
+        "kind": sample.kind,
+        "question": _cut(sample.question),
+        "options": options,
+        "gold": _gold(sample),
+        "gold_option": _gold_option(sample, options),
+        "media": sample.media,
+        "start": sample.start,
+        "end": sample.end,
+        "spans": _spans(sample),
+        "problems": list(sample.problems),
+        "error": sample.error,
+        **_answers(row),
+    }
+
+
+def _answers(row: Judged) -> dict[str, Any]:
+    """What one run made of a row."""
+    sample = row.sample
+    return {
+        "first": sample.first,
+        "final": _cut(sample.final) if sample.reasoned else None,
+        "reasoning": None if sample.reasoning is None else _cut(sample.reasoning),
+        "confidence": sample.confidence,
+        "reasoned": row.reasoned,
+        "first_tokens": sample.first_tokens,
+        "total_tokens": sample.total_tokens,
+        "right": {name: _is_right(grade) for name, grade in _grades(row)},
+        "score": {name: None if grade is None else round(grade.score, 4) for name, grade in _grades(row)},
+    }
+
+
+def _grades(row: Judged) -> list[tuple[str, Grade | None]]:
+    return [("direct", row.direct), ("think", row.think), ("auto", row.auto)]
+
+
+def _is_right(grade: Grade | None) -> bool | None:
+    return None if grade is None else grade.is_right
+
+
+def _gold(sample: Sample) -> str | None:
+    """The ground truth in words; None without one."""
+    if not sample.is_labelled:
+        return None
+    if sample.kind == "iou":
+        return _segments(sample.answer)
+    if sample.kind == "gqa" and not isinstance(sample.answer, str):
+        answer, segments = sample.answer  # type: ignore[misc]
+        return f"{answer}, {_segments(segments)}"
+    return ", ".join(map(str, sample.answer)) if isinstance(sample.answer, list) else str(sample.answer)
+
+
+def _segments(answer: Any) -> str:
+    return ", ".join(f"{start:g} to {end:g} s" for start, end in segments_of(answer))
+
+
+def _gold_option(sample: Sample, options: Sequence[str]) -> int | None:
+    """Which option is right, where the ground truth names one by letter or by text."""
+    answer = sample.answer[0] if sample.kind == "gqa" and isinstance(sample.answer, list) else sample.answer
+    if not isinstance(answer, str) or not options:
+        return None
+    named = answer.partition("<>")[0].strip()
+    letter = named.strip("().: ").upper()
+    if len(letter) == 1 and letter in ascii_uppercase[: len(options)]:
+        return ascii_uppercase.index(letter)
+    same = [index for index, option in enumerate(options) if option.strip().casefold() == named.casefold()]
+    return same[0] if len(same) == 1 else None
+
+
+def _spans(sample: Sample) -> dict[str, Any] | None:
+    """The intervals of a grounded row, in seconds: the true ones and those of both answers."""
+    if sample.kind not in ("iou", "gqa"):
+        return None
+    gold: list[tuple[float, float]] = []
+    if sample.is_labelled:
+        truth = sample.answer[1] if sample.kind == "gqa" and isinstance(sample.answer, list) else sample.answer
+        try:
+            gold = segments_of(truth.partition("<>")[2] if sample.kind == "gqa" and isinstance(truth, str) else truth)
+        except DataError:
+            gold = []
+    first = find_interval(final_answer(sample.first or "").rpartition("<>")[2])
+    final = find_interval(final_answer(sample.final).rpartition("<>")[2]) if sample.reasoned else None
+    return {"gold": gold, "first": first, "final": final}
+
+
+def _interest(row: Judged, record: Mapping[str, Any]) -> int:
+    """How soon a row's clip is shown, 0 the soonest."""
+    direct, think, auto = (_is_right(grade) for _, grade in _grades(row))
+    if record.get("changes"):
+        return 0
+    if auto is False and not row.reasoned:
+        return 1
+    if think is not None and direct != think:
+        return 2
+    return 3 if auto is False else 4
+
+
+def _clip(sample: Sample) -> Clip:
+    return sample.media, sample.start, sample.end
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} … (cut; samples.jsonl has all of it)"

@@ -1,0 +1,152 @@
+"""A report's charts as files, PNG and SVG, for slides and papers; needs matplotlib (extra `plot`).
+
+The charts in the page are drawn by `charts` and need nothing. Here the same figures go through matplotlib, whose files
+come out the same every time.
+"""
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlxvr.evaluation import numerals
+from mlxvr.evaluation.charts import nines, wilson
+from mlxvr.evaluation.judged import Judged
+from mlxvr.evaluation.page import Content, score_name
+from mlxvr.evaluation.writing import replace_file
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["have_matplotlib", "write_plots"]
+
+_BLUE, _ORANGE, _RED, _VIOLET, _GRAY = "#1f62c4", "#d9741a", "#c4361f", "#8a5cc2", "#7a828c"
+_TICKS = (0.0, 0.5, 0.9, 0.99, 0.999, 1.0)
+
+
+def have_matplotlib() -> bool:
+    """Whether plots can be written."""
+    return find_spec("matplotlib") is not None
+
+
+def write_plots(content: Content, folder: Path) -> list[Path]:
+    """Write `cost`, `reliability`, `confidence` and `think_ratio`, as far as there are figures, as PNG and SVG.
+
+    Each file is replaced in one step. Returns the files.
+    """
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    settings: dict[Any, Any] = {
+        "svg.hashsalt": "mlxvr",
+        "svg.fonttype": "none",
+        "font.size": 10,
+        "axes.spines.top": False,
+    }
+    settings |= {"axes.spines.right": False, "axes.grid": True, "grid.color": "#e6e8eb", "axes.axisbelow": True}
+    written = []
+    for name, draw in _plots(content).items():
+        with rc_context(settings):
+            figure = Figure(figsize=(6, 4), dpi=150, layout="constrained")
+            draw(figure.add_subplot())
+            for suffix, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
+                path = folder / f"{name}.{suffix}"
+                replace_file(path, lambda out, f=figure, s=suffix, m=metadata: f.savefig(out, format=s, metadata=m))  # type: ignore[misc]
+                written.append(path)
+    return written
+
+
+def _plots(content: Content) -> dict[str, Callable[["Axes"], None]]:
+    group = content.summary.overall
+    if group is None:
+        return {}
+    plots: dict[str, Callable[[Any], None]] = {}
+    if content.curve and group.auto.score is not None:
+        plots["cost"] = lambda axes: _cost(axes, content)
+    if group.confidence is not None:
+        plots["reliability"] = lambda axes: _reliability(axes, content)
+        plots["confidence"] = lambda axes: _confidence(axes, content)
+    if content.summary.per_task:
+        plots["think_ratio"] = lambda axes: _think_ratio(axes, content)
+    return plots
+
+
+def _cost(axes: "Axes", content: Content) -> None:
+    runs = [(content.title, content.summary.overall, content.curve, _BLUE, "-")]
+    if content.against is not None and content.against.curve:
+        runs.append((content.against.title, content.against.summary.overall, content.against.curve, _VIOLET, "--"))
+    for title, group, curve, color, style in runs:
+        rows = [row for row in curve if row.score is not None]
+        axes.plot(
+            [row.mean_tokens for row in rows], [100 * (row.score or 0) for row in rows], style, color=color, label=title
+        )
+        assert group is not None
+        for name, mode in (("direct", group.direct), ("think", group.think), ("auto", group.auto)):
+            if mode is None or mode.score is None:
+                continue
+            x, y, marker = (
+                mode.tokens.mean,
+                100 * mode.score.value,
+                _RED if name == "auto" and color == _BLUE else color,
+            )
+            if mode.score.low is not None and mode.score.high is not None:
+                axes.vlines(x, 100 * mode.score.low, 100 * mode.score.high, color=marker, alpha=0.5)
+            axes.plot([x], [y], "o", color=marker)
+            axes.annotate(name, (x, y), xytext=(6, 6), textcoords="offset points")
+    axes.set_xlabel("mean generated tokens per question")
+    axes.set_ylabel(f"{score_name(content.summary.overall)} (%)")
+    axes.set_title(_at(content), fontsize=10)
+    if len(runs) > 1:
+        axes.legend()
+
+
+def _reliability(axes: "Axes", content: Content) -> None:
+    assert content.summary.overall is not None
+    assert content.summary.overall.confidence is not None
+    axes.plot([0, 1], [0, 1], ":", color=_GRAY)
+    for one in content.summary.overall.confidence.bins:
+        if one.accuracy is None or one.confidence is None:
+            continue
+        low, high = wilson(one.accuracy * one.count, one.count)
+        axes.vlines(one.confidence, low, high, color=_BLUE, alpha=0.5)
+        axes.plot([one.confidence], [one.accuracy], "o", color=_BLUE)
+        axes.annotate(f"{one.count:,}", (one.confidence, high), xytext=(0, 3), textcoords="offset points", ha="center")
+    axes.set_xlim(0, 1.02)
+    axes.set_ylim(0, 1.08)
+    axes.set_xlabel("confidence of the first answer")
+    axes.set_ylabel("how often it is right")
+
+
+def _confidence(axes: "Axes", content: Content) -> None:
+    edges = [step / 4 for step in range(17)]
+    for label, color, is_right in (("right", _BLUE, True), ("wrong", _ORANGE, False)):
+        places = [nines(value) for value in _confidences(content.rows, is_right)]
+        axes.hist(places, bins=edges, color=color, alpha=0.7, label=f"{label} ({len(places):,})")
+    axes.axvline(nines(min(1.0, content.summary.threshold)), color=_RED, linestyle="--", linewidth=1)
+    axes.set_xticks([nines(value) for value in _TICKS], [f"{value:g}" for value in _TICKS])
+    axes.set_xlabel("confidence (axis stretched towards 1)")
+    axes.set_ylabel("first answers")
+    axes.legend()
+
+
+def _confidences(rows: Any, is_right: bool) -> list[float]:
+    def counts(row: Judged) -> bool:
+        return row.sample.error is None and row.direct is not None and row.direct.is_right is is_right
+
+    return [row.sample.confidence for row in rows if row.sample.confidence is not None and counts(row)]
+
+
+def _think_ratio(axes: "Axes", content: Content) -> None:
+    tasks = sorted(content.summary.per_task.items(), key=lambda item: item[1].think_ratio.value)[-30:]
+    for place, (_, group) in enumerate(tasks):
+        ratio = group.think_ratio
+        axes.barh(place, 100 * ratio.value, color=_BLUE, alpha=0.6)
+        if ratio.low is not None and ratio.high is not None:
+            axes.hlines(place, 100 * ratio.low, 100 * ratio.high, color="#333333", linewidth=1)
+    axes.set_yticks(range(len(tasks)), [f"{name[:28]} ({group.count:,})" for name, group in tasks])
+    axes.set_xlim(0, 100)
+    axes.set_xlabel("rows that reason (%)")
+
+
+def _at(content: Content) -> str:
+    return f"{content.title}, threshold {numerals.confidence(content.summary.threshold)}"
