@@ -156,7 +156,7 @@ class LayerwiseModel:
 
     @classmethod
     def open(
-        cls, folder: str | PathLike[str], *, dtype: str | None = None, memory_limit: int | None = None
+        cls, folder: str | PathLike[str] | ModelFolder, *, dtype: str | None = None, memory_limit: int | None = None
     ) -> "LayerwiseModel":
         """Open a model folder; `folder`, `dtype` and errors are those of `load_model`.
 
@@ -166,8 +166,8 @@ class LayerwiseModel:
             memory_limit: bytes that the weights may take; None: all that there are. One part (a layer, the embedding,
                 the head, the vision tower) is in memory whatever the limit.
         """
-        model = load_model(folder, dtype=dtype, lazy=True)
-        return cls(ModelFolder.open(folder), model, dtype=dtype, memory_limit=memory_limit)
+        found = folder if isinstance(folder, ModelFolder) else ModelFolder.open(folder)
+        return cls(found, load_model(found, dtype=dtype, lazy=True), dtype=dtype, memory_limit=memory_limit)
 
     @property
     def resident(self) -> bool:

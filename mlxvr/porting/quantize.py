@@ -113,7 +113,7 @@ def convert(
     def judge(stage: Path) -> "VerificationReport":
         from mlxvr.porting.verify import verify as compare
 
-        return compare(folder, stage, threshold=settings["threshold"], progress=progress)
+        return compare(checkpoint.folder, stage, threshold=settings["threshold"], progress=progress)
 
     report = write_model(
         target,

@@ -33,6 +33,7 @@ from mlxvr.callbacks import Progress, ShouldStop
 from mlxvr.confidence import FirstAnswer, score_first_answer, should_exit
 from mlxvr.errors import CheckpointError, ConfigError
 from mlxvr.model import memory
+from mlxvr.model.folder import ModelFolder
 from mlxvr.model.network import VideoModel
 from mlxvr.model.prompt import Prompt
 from mlxvr.porting import hub
@@ -51,7 +52,7 @@ _MEMORY_SHARE = 0.6  # of the machine's memory, for weights; the rest is for key
 
 
 def verify(
-    source: str | Path,
+    source: str | Path | ModelFolder,
     converted: str | Path,
     *,
     threshold: float | None = None,
@@ -64,7 +65,7 @@ def verify(
     """Compare a converted model with its source; nothing is written.
 
     Args:
-        source, converted: model folders, or Hub ids.
+        source, converted: model folders, or Hub ids; the source may be opened already, with key rules of its own.
         threshold: confidence from which a first answer stands; None: the converted model's own, else its family's.
         probes: what they are asked; None: `mlxvr.porting.probes.bundled()`.
         memory_limit: bytes that weights may take; None: 60% of the machine's memory.
@@ -84,13 +85,14 @@ def verify(
     if threshold is not None and not 0.0 <= threshold <= 1.0:
         raise ConfigError(f"threshold {threshold} is outside [0, 1]: it is compared with a probability")
     limit = _memory_limit() if memory_limit is None else memory_limit
+    named = str(source.path if isinstance(source, ModelFolder) else source)
     dtype = memory.fast_dtype() if dtype is None else dtype
     with memory.track_peak() as peak:
         original = _open(source, dtype, limit)
         ours = _open(converted, dtype, limit)
-        _check_pair(original.model, ours.model, str(source), str(converted))
+        _check_pair(original.model, ours.model, named, str(converted))
         at = _threshold(ours.model) if threshold is None else threshold
-        prompts = _ask_both(original.model, ours.model, asked, f"{converted} was not converted from {source}")
+        prompts = _ask_both(original.model, ours.model, asked, f"{converted} was not converted from {named}")
         counter = _Counter(progress, 2 * _ANSWER_TOKENS + len(original.model.layers) + len(ours.model.layers))
         source_run = _how(original)
         expected = _read_and_write(original, prompts, counter, should_stop)
@@ -103,7 +105,7 @@ def verify(
         results = tuple(_judge(*four, at) for four in zip(asked, expected, found, own, strict=True))
         held = peak.bytes
     return VerificationReport(
-        source=str(source),
+        source=named,
         converted=str(converted),
         threshold=at,
         probes=results,
@@ -260,9 +262,10 @@ class _Counter:
             self._progress("verify", done, self._total)
 
 
-def _open(model: str | Path, dtype: str | None, memory_limit: int) -> LayerwiseModel:
+def _open(model: str | Path | ModelFolder, dtype: str | None, memory_limit: int) -> LayerwiseModel:
     """The one place that says where weights come from."""
-    return LayerwiseModel.open(hub.resolve(model), dtype=dtype, memory_limit=memory_limit)
+    folder = model if isinstance(model, ModelFolder) else hub.resolve(model)
+    return LayerwiseModel.open(folder, dtype=dtype, memory_limit=memory_limit)
 
 
 def _check_pair(source: VideoModel, converted: VideoModel, source_name: str, converted_name: str) -> None:

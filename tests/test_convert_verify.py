@@ -1,0 +1,141 @@
+"""`convert --verify`: what is close enough is kept with its figures, what is not is refused and nothing is lost."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from checkpoints import write_checkpoint
+
+from mlxvr.convert import convert, main
+from mlxvr.errors import VerificationError
+from mlxvr.porting import probes as bundle
+
+STRICT = """
+family = "qwen3_vl"
+threshold = 0.9
+[[verification]]
+bits = 2
+kl = 1e-9
+[[verification]]
+bits = 16
+kl = 0.1
+top1 = 0.5
+"""
+
+
+@pytest.fixture(autouse=True)
+def few_probes(monkeypatch):
+    """A picture and two texts instead of thirty probes."""
+    chosen = [probe for probe in bundle.bundled() if probe.name in ("disc", "text-0", "text-1")]
+    assert len(chosen) == 3
+    monkeypatch.setattr("mlxvr.porting.verify.bundled", lambda: chosen)
+
+
+@pytest.fixture
+def source(tmp_path):
+    return write_checkpoint(tmp_path / "source", "qwen3_vl")
+
+
+@pytest.fixture
+def strict(tmp_path):
+    path = tmp_path / "strict.toml"
+    path.write_text(STRICT)
+    return path
+
+
+def settings_of(folder: Path) -> dict:
+    return json.loads((folder / "mlxvr.json").read_text())
+
+
+def test_figures_travel_with_the_weights(source, tmp_path):
+    report = convert(source, tmp_path / "out", bits=8, verify=True)
+    found = report.verification
+    assert found is not None
+    assert report.shortfalls == ()
+    kept = settings_of(tmp_path / "out")["verification"]
+    assert kept["kl"] == pytest.approx(found.kl)
+    assert kept["confidence_drift"] == pytest.approx(found.confidence_drift)
+    assert len(kept["probes"]) == 3
+    assert kept["shortfalls"] == []
+    assert str(tmp_path) not in json.dumps(settings_of(tmp_path / "out"))  # no path of this machine
+    assert {"seconds", "peak_memory"} & kept.keys() == set()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| Verified | on 3 probe prompts against the source:" in card
+    convert(source, tmp_path / "again", bits=8, verify=True)
+    assert settings_of(tmp_path / "again") == settings_of(tmp_path / "out")
+
+
+def test_without_verification_nothing_is_claimed(source, tmp_path):
+    assert convert(source, tmp_path / "out").verification is None
+    assert "verification" not in settings_of(tmp_path / "out")
+    assert "Verified" not in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_falling_short_is_an_error_and_force_keeps_it(source, strict, tmp_path):
+    with pytest.raises(VerificationError, match=r"too far from its source: .*(kl|KL).*--force") as caught:
+        convert(source, tmp_path / "out", recipe=strict, verify=True)
+    assert caught.value.report.kl > 1e-9
+    assert not (tmp_path / "out").exists()
+    report = convert(source, tmp_path / "out", recipe=strict, verify=True, force=True)
+    assert report.resumed_shards == report.shards == 1  # the weights were not converted again
+    (shortfall,) = report.shortfalls
+    assert settings_of(tmp_path / "out")["verification"]["shortfalls"] == [shortfall]
+    assert f"| Falls short | {shortfall} |" in (tmp_path / "out" / "README.md").read_text()
+    assert "falls short: " in report.table()
+
+
+def test_limits_are_those_of_the_bits(source, strict, tmp_path):
+    assert convert(source, tmp_path / "out", recipe=strict, bits=0, verify=True).shortfalls == ()
+
+
+def test_the_command_line_prints_the_table(source, strict, tmp_path, capsys):
+    arguments = ["--hf-path", str(source), "--mlx-path", str(tmp_path / "out"), "--verify"]
+    assert main([*arguments, "--recipe", str(strict)]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "confidence drift" in captured.err
+    assert captured.err.splitlines()[-1].startswith("error: the converted model is too far from its source")
+    assert main([*arguments, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["verification"]["probes"][0]["name"]
+
+
+def test_a_broken_conversion_is_found(source, tmp_path, monkeypatch):
+    """What verification is for: weights that are wrong although every shape is right."""
+    from mlxvr.porting import stream
+
+    write = stream._write_rows
+
+    def with_a_slip(job, values, first, writer):
+        if job.source.key.endswith("layers.1.mlp.down_proj.weight"):
+            values = np.ascontiguousarray(values[::-1])
+        write(job, values, first, writer)
+
+    good = convert(source, tmp_path / "good", bits=8, verify=True).verification
+    monkeypatch.setattr(stream, "_write_rows", with_a_slip)
+    bad = convert(source, tmp_path / "bad", bits=8, verify=True, force=True).verification
+    assert bad.kl > 20 * good.kl
+
+
+def test_sources_of_every_kind(tmp_path, source):
+    """Key rules, packed weights: the source is run as it was read."""
+    convert(source, tmp_path / "packed", bits=4, dtype="float32")
+    exact = convert(tmp_path / "packed", tmp_path / "unpacked", dequantize=True, dtype="float32", verify=True)
+    assert exact.verification.logits_error < 1e-5
+    tensors = mx.load(str(source / "model.safetensors"))
+    mx.save_safetensors(
+        str(source / "model.safetensors"), {f"wrapped.{name}": array for name, array in tensors.items()}
+    )
+    mine = tmp_path / "mine.toml"
+    mine.write_text('family = "qwen3_vl"\nthreshold = 0.9\n[[key_rules]]\nprefix = "wrapped."\n')
+    report = convert(source, tmp_path / "out", recipe=mine, bits=0, dtype="float32", verify=True)
+    assert report.verification.logits_error < 1e-5
+
+
+def test_the_shipped_limits_let_the_bundled_checkpoint_pass(tmp_path):
+    from mlxvr.reasoner import demo_folder
+
+    report = convert(demo_folder() / "checkpoint", tmp_path / "out", verify=True)
+    assert dataclasses.asdict(report)["shortfalls"] == ()
