@@ -199,3 +199,57 @@ def test_numbers_that_are_not_finite_are_null_in_json():
 def test_a_question_refuses_what_it_cannot_use(wrong, says):
     with pytest.raises(ConfigError, match=says):
         Question(**wrong)
+
+
+class Opened(Scripted):
+    """A model whose answer is begun for it; `opening` is the text of the tokens that were put into its mouth."""
+
+    def __init__(self, opening, script):
+        super().__init__(script)
+        self.opening = opening
+
+    def detokenize(self, ids):
+        return "".join(self.opening[n - 1000] if n >= 1000 else self.script[n][0] for n in ids)
+
+    def run(self, **options):
+        outcome = Outcome()
+        ids = range(1000, 1000 + len(self.opening))
+        asked = {"mode": "auto", "threshold": 0.97, "max_tokens": 100, **options}
+        events = list(think_once(self, self.detokenize, outcome, opening_ids=list(ids), **asked))
+        return events, outcome, make_answer(outcome, asked["threshold"], Usage())
+
+
+BOX = ["\\", "boxed", "{", "Answer", ":"]
+REST = FULL[5:18]
+
+
+@pytest.mark.parametrize(
+    ("opening", "written", "first", "confidence"),
+    [
+        (BOX, [(" B", 0.9), ("}<", 0.5)], "B", 0.9),
+        (BOX, [(" left", 0.2), (" cup", 0.6), ("}<", 0.5)], "left cup", 0.6),  # the last token alone
+        (BOX, [(" B", 0.9), (".", 0.3), (" left", 0.2), ("}<", 0.5)], "B. left", 0.9),  # of the answer: a letter
+        (BOX, [("}<", 0.5)], "", None),
+        (BOX, [(" Let's", 0.9), (" analyze", 0.9), (" it.", 0.9), ("}<", 0.5)], "Let's analyze it.", None),
+        (["Sure", ": "], [("\\boxed{", 0.9), ("4", 0.7), ("2", 0.6), ("}<", 0.5)], "42", 0.6),
+    ],
+)
+def test_an_answer_that_is_begun_for_the_model(opening, written, first, confidence):
+    model = Opened(opening, [*written, *REST])
+    events, outcome, answer = model.run()
+    assert (events[0].text, answer.first) == (first, first)
+    for told in (events[0].confidence, answer.confidence):
+        assert told == (None if confidence is None else pytest.approx(confidence, abs=1e-12))
+    assert outcome.first_answer_tokens == len(written)
+    assert answer.token_ids == tuple(range(len(written) + len(REST))), "what was put into its mouth is not counted"
+    assert (answer.second, answer.reasoning) == ("C", "It moves.")
+    if confidence is not None:
+        _, _, short = model.run(threshold=confidence - 1e-9)
+        assert (short.text, len(short.token_ids)) == (first, len(written))
+
+
+def test_an_opening_that_leaves_nothing_to_answer_is_refused():
+    for opening in (r"\boxed{A}", "<think>", r"\boxed{A}<think>x</think>"):
+        with pytest.raises(ConfigError, match="answer_opening"):
+            Question("What?", answer_opening=opening)
+    assert Question("What?", answer_opening=r"\boxed{Answer:").answer_opening == r"\boxed{Answer:"

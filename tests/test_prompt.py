@@ -235,3 +235,18 @@ def test_a_tokenizer_of_another_model(checkpoint: Checkpoint) -> None:
     config = {**checkpoint.config, "video_token_id": 5}
     with pytest.raises(CheckpointError, match="video_token_id 5, which is no special token"):
         build_prompt(checkpoint.tokenizer, family_of(config), config, [], "Why?")
+
+
+def test_an_answer_that_is_begun_follows_the_prompt(checkpoint: Checkpoint) -> None:
+    media = random_media(checkpoint.name, "video", (2, 4, 4))
+    opening = "\\boxed{Answer:"
+    plain, begun = checkpoint.prompt([media]), checkpoint.prompt([media], answer_opening=opening)
+    assert begun.opening_ids == tuple(checkpoint.tokenizer.encode(opening))
+    assert plain.opening_ids == ()
+    np.testing.assert_array_equal(begun.ids, [*plain.ids, *begun.opening_ids])
+    assert begun.prefix_length == plain.prefix_length
+    assert begun.positions.shape == (3, len(begun.ids))
+    np.testing.assert_array_equal(begun.positions[:, : len(plain.ids)], plain.positions)
+    assert begun.next_position == plain.next_position + len(begun.opening_ids)
+    literal = checkpoint.prompt([media], answer_opening="<|im_end|>").opening_ids
+    assert not set(literal) & set(checkpoint.tokenizer.special_ids.values())

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from mlxvr.answer import Answer, FirstAnswer
 from mlxvr.dataset import Row
-from mlxvr.errors import Cancelled, MlxvrError
+from mlxvr.errors import Cancelled, MlxvrError, OutOfMemoryError
 from mlxvr.evaluation.grading import final_answer
 from mlxvr.evaluation.samples import Sample
 from mlxvr.media import VisionInput, VisionSpec, load_vision
@@ -90,7 +90,8 @@ def _ask(reasoner: "Reasoner", clip: "Clip", row: Row, asking: Asking, decode_se
     except Cancelled:
         raise
     except MlxvrError as error:
-        clip.close()  # what a failure left of its keys and values is not built upon
+        if isinstance(error, OutOfMemoryError):
+            clip.close()  # gives memory back, and what was left half done is not built upon
         return _failed(row, error)
     assert isinstance(event, Answer), "a stream ends with its Answer"
     text = event.second

@@ -115,15 +115,19 @@ class Workers:
     """Processes at work; see `workers`."""
 
     def __init__(self, count: int, work: Work) -> None:
-        context = multiprocessing.get_context("spawn")  # MLX does not survive a fork
         self._crew: dict[BaseProcess, Connection] = {}
         self.steps = 0  # rows that they have done
         for shard in range(1, count):
-            ours, theirs = context.Pipe(duplex=False)
-            process = context.Process(target=_serve, args=(work, shard, theirs), name=f"mlxvr-worker-{shard}")
-            process.start()
-            theirs.close()
-            self._crew[process] = ours
+            self.hire(shard, work)
+
+    def hire(self, shard: int, work: Work) -> None:
+        """Start one more."""
+        context = multiprocessing.get_context("spawn")  # MLX does not survive a fork
+        ours, theirs = context.Pipe(duplex=False)
+        process = context.Process(target=_serve, args=(work, shard, theirs), name=f"mlxvr-worker-{shard}")
+        process.start()
+        theirs.close()
+        self._crew[process] = ours
 
     def look(self) -> bool:
         """Take what the workers have said into account; False once all have ended.
