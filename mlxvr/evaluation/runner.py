@@ -2,7 +2,7 @@
 
 Every row is generated once, in think mode, and direct, think and auto follow from that (`metrics`); a live run stops
 early for real instead and knows its own threshold only. The output folder holds `samples.jsonl`, which grows while the
-run goes on, `report.json`, and `report.html`.
+run goes on, and what `report` writes at its end.
 
 What a sample depends on (weights, system prompt, frames, decoding) stands in the first line of `samples.jsonl`, and a
 run with other settings does not go on with it. Labels, tasks, categories and pairs are not among that: they are taken
@@ -12,7 +12,6 @@ whatever else the file may hold.
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -30,6 +29,7 @@ from mlxvr.evaluation.compare import Comparison, compare
 from mlxvr.evaluation.config import EvalConfig
 from mlxvr.evaluation.generation import Asking, digest, generate, group_rows
 from mlxvr.evaluation.metrics import Summary, SweepRow, summarise, sweep
+from mlxvr.evaluation.report import write_report
 from mlxvr.evaluation.samples import Sample, SampleWriter, read_samples, write_samples
 from mlxvr.media import VisionSpec
 
@@ -66,7 +66,7 @@ class EvalReport:
     """What an evaluation found.
 
     Attributes:
-        output: the folder; `samples` and `page` are files in it (`page` is None where no report.html was written).
+        output: the folder; `samples` and `page` are files in it (`page` is None for all ranks but 0).
         settings: how the samples were made.
         notes: rows that were left out, and why.
         generated: rows that were asked in this run; the others were there.
@@ -118,7 +118,7 @@ def evaluate(config: EvalConfig, *, progress: Progress | None = None) -> EvalRep
 
     Args:
         config: what to do.
-        progress: called with (stage, done, total); stages are "download", "check" and "evaluate".
+        progress: called with (stage, done, total); stages are "download", "check", "evaluate" and "frames".
 
     Raises:
         ConfigError: a setting cannot be used, or the output folder is another run's.
@@ -155,7 +155,7 @@ def evaluate(config: EvalConfig, *, progress: Progress | None = None) -> EvalRep
         swept=swept,
         rank=ranks.rank,
     )
-    return _finish(config, report, samples, other) if ranks.rank == 0 else report
+    return report if ranks.rank else _finish(config, report, samples, other, questions.folder, progress)
 
 
 def read_questions(config: EvalConfig) -> Questions:
@@ -209,7 +209,6 @@ def _settings(config: EvalConfig, questions: Questions, reasoner: "Reasoner") ->
         "adapter": None if config.adapter is None else str(config.adapter),
         "revision": config.revision,
         "data": questions.name,
-        "media_root": str(questions.folder),
         "mode": "live" if config.live else "think",
         "threshold": _threshold(config, reasoner),
         **_run(config, reasoner),
@@ -386,31 +385,52 @@ def _read_other(config: EvalConfig) -> _Other | None:
     return _Other(config.compare.name or str(config.compare), samples, threshold)
 
 
-def _finish(config: EvalConfig, report: EvalReport, samples: list[Sample], other: _Other | None) -> EvalReport:
+def _finish(
+    config: EvalConfig,
+    report: EvalReport,
+    samples: list[Sample],
+    other: _Other | None,
+    media_root: Path,
+    progress: Progress | None,
+) -> EvalReport:
     """Calibrate, compare and write; the report is written even if the one or the other cannot be done."""
+    threshold = report.settings["threshold"]
+    other_threshold = threshold if other is None or other.threshold is None else other.threshold
     failure: MlxvrError | None = None
     try:
         if config.calibrate is not None:
             report = replace(report, calibration=_calibrate(config, samples))
+        if config.write_threshold and report.calibration is not None:
+            report = replace(report, threshold_file=write_threshold(str(config.model), report.calibration))
         if other is not None:
-            threshold = report.settings["threshold"]
             comparison = compare(
                 other.samples,
                 samples,
-                threshold=threshold if other.threshold is None else other.threshold,
+                threshold=other_threshold,
                 other_threshold=threshold,
                 bootstrap=config.resamples,
                 seed=config.seed,
             )
             report = replace(report, comparison=comparison)
-        if config.write_threshold and report.calibration is not None:
-            report = replace(report, threshold_file=write_threshold(str(config.model), report.calibration))
     except MlxvrError as error:
         failure = error
-    report = _write(report, samples, other)
+    page = write_report(
+        config.output,
+        samples=samples,
+        threshold=threshold,
+        title=f"{report.settings['model']} on {report.settings['data']}",
+        settings={**report.settings, **({"left_out": list(report.notes)} if report.notes else {})},
+        calibration=report.calibration,
+        other=None if other is None or report.comparison is None else (other.name, other.samples),
+        other_threshold=other_threshold,
+        media_root=media_root,
+        bootstrap=config.resamples,
+        seed=config.seed,
+        progress=progress,
+    )
     if failure is not None:
         raise failure
-    return report
+    return replace(report, page=page)
 
 
 def _calibrate(config: EvalConfig, samples: list[Sample]) -> Calibration:
@@ -426,17 +446,3 @@ def _calibrate(config: EvalConfig, samples: list[Sample]) -> Calibration:
         bootstrap=config.resamples,
         seed=config.seed,
     )
-
-
-def _write(report: EvalReport, samples: list[Sample], other: _Other | None) -> EvalReport:
-    """Write report.json in one step."""
-    path = report.output / _REPORT
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(json.dumps(report.to_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be written ({error.strerror}): free some space and run again") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-    return report
