@@ -1,0 +1,254 @@
+"""lmms-eval's questions -> answers; knows lmms-eval's shapes, but needs none of its code.
+
+Questions in a row that look at the same files share one clip, so the video is read and prefilled once for all of them.
+lmms-eval keeps the order of the data set, and benchmarks list the questions about a video together.
+
+A question that fails (a damaged video, a prompt that is too long) is answered with the empty text, which counts as
+wrong and which lmms-eval's cache does not keep, so that a later run asks it again; the reason is logged.
+"""
+
+import logging
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from mlxvr.answer import Answer
+from mlxvr.asking import AskOptions, Kind
+from mlxvr.errors import Cancelled, ConfigError, MediaError, MlxvrError
+from mlxvr.evaluation.lmms.options import LmmsOptions
+from mlxvr.evaluation.samples import Sample, SampleWriter
+from mlxvr.model.prompt import KINDS, question_text
+
+if TYPE_CHECKING:
+    from mlxvr.reasoner import Clip, Reasoner
+
+__all__ = ["Asked", "Response", "answer_all", "open_log", "read_context", "read_visuals"]
+
+_log = logging.getLogger(__name__)
+
+_PLACEHOLDER = re.compile(r"<(?:image|video)>[ \n]?")
+_PICTURE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+_WHERE = {"pretrained", "adapter", "revision", "log_file"}  # the model's identity says what these lead to
+_GRADED_AS = {"qa": "exact_match", "grounding": "iou", "grounded_qa": "gqa"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """One request of lmms-eval.
+
+    Attributes:
+        task, split, doc_id: where the question is from.
+        context: the task's prompt.
+        visuals: hands over what there is to see, see `read_visuals`.
+        generation: the task's generation settings, of which only the temperature counts.
+    """
+
+    task: str
+    split: str
+    doc_id: int | str
+    context: str
+    visuals: Callable[[], Any]
+    generation: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Response:
+    """What lmms-eval gets to grade; `answer` is None and `error` says why where the question failed."""
+
+    text: str
+    answer: Answer | None = None
+    error: str | None = None
+
+
+def answer_all(
+    reasoner: "Reasoner", asked: Iterable[Asked], options: LmmsOptions, *, log: SampleWriter | None = None
+) -> Iterator[Response]:
+    """Answer requests in their order; each response is there before the next request is looked at.
+
+    Logs how many could not be answered, at the end.
+    """
+    clips = _Clips(reasoner, options)
+    count = failed = 0
+    try:
+        for request in asked:
+            count += 1
+            media, answer, error = "", None, None
+            question, kind = read_context(request.context)
+            try:
+                source = read_visuals(request.visuals())
+                media = ", ".join(map(str, source)) if _are_paths(source) else ""
+                clip = clips.get(source, request)
+                how: AskOptions = {**options.asking(), **_sampling(request.generation), "kind": kind}
+                answer = clip.ask(question, **how)
+            except Cancelled:
+                raise
+            except MlxvrError as failure:
+                clips.close()  # what a failure left of its keys and values is not built upon
+                error = " ".join(str(failure).split())
+                failed += 1
+                _log.warning("%s %s is not answered: %s", request.task, request.doc_id, error)
+            if log is not None:
+                _write(log, request, options, question, kind, media, answer, error)
+            yield Response("" if answer is None else answer.text, answer, error)
+    finally:
+        clips.close()
+    if failed:
+        _log.error("%d of %d questions could not be answered and count as wrong", failed, count)
+
+
+def read_context(context: str) -> tuple[str, Kind]:
+    r"""Take a task's prompt apart into a question and its kind, so that our prompt says nothing twice.
+
+    A task may already say our words, all or the last of them (``Put your final answer in \boxed{}.``): those are taken
+    off, because `question_text` puts them back. Any other prompt stays what it is. lmms-eval's placeholders `<image>`
+    and `<video>` go: media come first.
+    """
+    text = _PLACEHOLDER.sub("", context).strip()
+    for kind in reversed(KINDS):  # "qa", which only has last words, comes last
+        head, tail = question_text("\0", kind=kind).split("\0")
+        if text.startswith(head) and text.endswith(tail.strip()) and len(text) > len(head) + len(tail.strip()):
+            return text[len(head) : -len(tail.strip())].strip(), kind  # type: ignore[return-value]
+    return text, "qa"
+
+
+def read_visuals(visuals: Any) -> list[Any]:
+    """What a task hands over for one question: paths and pictures, in order; an empty list for text alone.
+
+    Raises `ConfigError` for what is neither: sound, an address on the network, several videos.
+    """
+    if visuals is None:
+        return []
+    found = [*_flat(visuals)] if isinstance(visuals, list | tuple) else [visuals]
+    for one in found:
+        if isinstance(one, str) and "://" in one:
+            raise ConfigError(f"the task hands over an address, {one}: download the file, only local ones are read")
+        if not isinstance(one, str | os.PathLike | Image.Image):
+            raise ConfigError(f"the task hands over a {type(one).__name__}: only videos and pictures can be looked at")
+    if len(found) > 1 and not all(isinstance(one, Image.Image) or _is_picture(one) for one in found):
+        raise ConfigError(f"the task hands over {len(found)} videos for one question: only one can be looked at")
+    return found
+
+
+def open_log(path: str | os.PathLike[str], reasoner: "Reasoner", options: LmmsOptions) -> SampleWriter:
+    """Open the log for a run, or go on with it; `mlxvr.evaluation.samples.read_samples` reads it.
+
+    Raises `ConfigError` when the file is of a run with other settings, or cannot be written.
+    """
+    settings = {name: value for name, value in asdict(options).items() if name not in _WHERE}
+    if options.threshold is None:
+        settings["threshold"] = reasoner.threshold
+    return SampleWriter(path, {"harness": "lmms-eval", **reasoner.identity(), **settings})
+
+
+class _Clips:
+    """The clip that is open, kept for as long as questions ask for it."""
+
+    def __init__(self, reasoner: "Reasoner", options: LmmsOptions) -> None:
+        self._reasoner, self._options = reasoner, options
+        self._key: tuple[Any, ...] | None = None
+        self._clip: Clip | None = None
+
+    def get(self, source: list[Any], request: Asked) -> "Clip":
+        """The clip of these visuals; files are known by their paths, pictures in memory by the question they are of."""
+        key = tuple(map(str, source)) if _are_paths(source) else (request.task, request.split, request.doc_id)
+        if self._clip is None or key != self._key:
+            self.close()
+            self._clip, self._key = self._open(source), key
+        return self._clip
+
+    def close(self) -> None:
+        """Let go of the clip and its keys and values."""
+        if self._clip is not None:
+            self._clip.close()
+        self._clip = self._key = None
+
+    def _open(self, source: list[Any]) -> "Clip":
+        options = self._options
+        several = len(source) > 1
+        try:
+            return self._reasoner.open(
+                source if several else source[0] if source else None,
+                fps=options.frames_fps or options.fps if several else options.fps,
+                max_frames=options.max_frames,
+                video_tokens=options.video_tokens,
+            )
+        except (MlxvrError, MemoryError):
+            raise
+        except Exception as error:  # what a decoder may raise about a broken file has no bounds
+            raise MediaError(f"{source[0]}: {type(error).__name__}: {error}") from error
+
+
+def _flat(visuals: Sequence[Any]) -> Iterator[Any]:
+    for one in visuals:
+        if isinstance(one, list | tuple):
+            yield from _flat(one)
+        elif one is not None:
+            yield one
+
+
+def _are_paths(source: list[Any]) -> bool:
+    return all(isinstance(one, str | os.PathLike) for one in source)
+
+
+def _is_picture(path: str | os.PathLike[str]) -> bool:
+    return Path(path).suffix.lower() in _PICTURE_SUFFIXES
+
+
+def _sampling(generation: Mapping[str, Any]) -> AskOptions:
+    """Temperature and top-p of a task that samples; others are decoded greedily."""
+    temperature = generation.get("temperature") or 0.0
+    if temperature <= 0 or generation.get("do_sample") is False:
+        return {}
+    return {"temperature": float(temperature), "top_p": float(generation.get("top_p") or 1.0)}
+
+
+def _write(
+    log: SampleWriter,
+    request: Asked,
+    options: LmmsOptions,
+    question: str,
+    kind: Kind,
+    media: str,
+    answer: Answer | None,
+    error: str | None,
+) -> None:
+    """Append one question to the log; one that is there already, from an earlier run or a repeat, stays as it is."""
+    name = f"{request.task}-{request.doc_id}"
+    if name in log.done:
+        return
+    figures: dict[str, Any] = {"error": error}
+    if answer is not None:
+        usage = answer.usage
+        exited = answer.confidence is not None and answer.confidence >= answer.threshold
+        figures = {
+            "first": answer.first,
+            "confidence": answer.confidence,
+            "second": answer.second,
+            "reasoning": answer.reasoning,
+            "text": answer.text,
+            "first_tokens": usage.first_answer_tokens,
+            "total_tokens": usage.generated_tokens,
+            "prompt_tokens": usage.prompt_tokens,
+            "video_tokens": usage.video_tokens,
+            "first_seconds": usage.first_answer_seconds,
+            "total_seconds": usage.first_answer_seconds + usage.reasoning_seconds,
+            "prefill_seconds": usage.vision_seconds + usage.prefill_seconds,
+            "decode_seconds": usage.decode_seconds,
+            "problems": answer.problems,
+            "reasoned": options.mode == "think" or (options.mode == "auto" and not exited),
+        }
+    log.write(
+        Sample(
+            id=name,
+            task=request.task,
+            kind=_GRADED_AS[kind],  # type: ignore[arg-type]
+            question=question,
+            media=media,
+            **figures,
+        )
+    )

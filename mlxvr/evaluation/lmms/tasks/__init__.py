@@ -1,0 +1,1 @@
+"""Where lmms-eval looks for the tasks of a plugin. There are none; without this package it stops with a traceback."""
