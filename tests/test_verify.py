@@ -278,6 +278,16 @@ def test_models_that_close_no_box(family: str, tmp_path: Path) -> None:
         assert one.source_answer is one.converted_answer is None
 
 
+def test_the_source_goes_before_the_converted_model_comes(tmp_path: Path, probes: list[Probe]) -> None:
+    wide = {"hidden_size": 256, "intermediate_size": 2048, "num_hidden_layers": 6}
+    path = checkpoints.write_checkpoint(tmp_path / "wide", "qwen3_vl", text=wide)
+    weights = (path / "model.safetensors").stat().st_size
+    resident = verify(path, path, probes=probes[-1:])
+    streamed = verify(path, path, probes=probes[-1:], memory_limit=0)
+    assert weights < resident.peak_memory < 1.6 * weights
+    assert streamed.peak_memory < 0.7 * weights
+
+
 def test_cancelling(probes: list[Probe]) -> None:
     asked = 0
 

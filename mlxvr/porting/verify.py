@@ -36,6 +36,7 @@ from mlxvr.model import memory
 from mlxvr.model.folder import ModelFolder
 from mlxvr.model.network import VideoModel
 from mlxvr.model.prompt import Prompt
+from mlxvr.model.tokenizer import ChatTokenizer
 from mlxvr.porting import hub
 from mlxvr.porting import recipe as recipes
 from mlxvr.porting.layerwise import LayerwiseModel, Track
@@ -117,13 +118,13 @@ def verify(
 
 @dataclass(eq=False)
 class _Answer:
-    """A first answer while it is written.
+    """A first answer while it is written; it holds no weights, so that its model can go.
 
     `row` holds the logits of the next token, `rows` those at the end of the prompt and of every token but the first
     (whose logits are the last of the prompt's).
     """
 
-    model: VideoModel
+    tokenizer: ChatTokenizer
     track: Track
     row: mx.array
     rows: list[mx.array]
@@ -132,7 +133,7 @@ class _Answer:
     ended: bool = False
 
     def __post_init__(self) -> None:
-        self._parser = DualAnswerParser(self.model.tokenizer.decode)
+        self._parser = DualAnswerParser(self.tokenizer.decode)
 
     @property
     def closed(self) -> bool:
@@ -142,7 +143,7 @@ class _Answer:
     @property
     def scored(self) -> FirstAnswer | None:
         """The answer and its confidence, as the product scores it."""
-        return score_first_answer(self.tokens, self.logprobs, self.model.tokenizer.decode)
+        return score_first_answer(self.tokens, self.logprobs, self.tokenizer.decode)
 
     def take(self, token: int) -> None:
         """Write a token; the answer ends where the product would stop without reasoning, or at the limit."""
@@ -150,7 +151,7 @@ class _Answer:
             self.rows.append(self.row[None])
         self.tokens.append(token)
         self.logprobs.append(float((self.row[token] - mx.logsumexp(self.row)).item()))  # type: ignore[arg-type]
-        if token in self.model.eos_ids:
+        if token in self.tokenizer.eos_ids:
             self.ended = True
             return
         self._parser.push(token)
@@ -158,7 +159,7 @@ class _Answer:
 
     def fork(self) -> "_Answer":
         """Another answer that begins with these tokens."""
-        forked = _Answer(self.model, self.track.fork(), self.row, [], list(self.tokens), list(self.logprobs))
+        forked = _Answer(self.tokenizer, self.track.fork(), self.row, [], list(self.tokens), list(self.logprobs))
         for token in self.tokens:
             forked._parser.push(token)
         return forked
@@ -181,7 +182,7 @@ def _read_and_write(
     opening = model.model.tokenizer.encode(_OPENING)
     done = counter.done
     tracks, logits = model.read(prompts, last=_PROMPT_ROWS, progress=counter.layer, should_stop=should_stop)
-    answers = [_Answer(model.model, track, rows[-1], [rows]) for track, rows in zip(tracks, logits)]
+    answers = [_Answer(model.model.tokenizer, track, rows[-1], [rows]) for track, rows in zip(tracks, logits)]
     apart: dict[int, _Answer] = {}
 
     def choose(answer: _Answer) -> int:
@@ -198,6 +199,8 @@ def _read_and_write(
 
     _write(model, answers, choose if scripts is None else follow, counter, should_stop)
     _write(model, list(apart.values()), choose, None, should_stop)
+    for answer in (*answers, *apart.values()):
+        answer.track.cache = []
     if own is not None:
         own += [apart.get(index, answer) for index, answer in enumerate(answers)]
     counter.jump(done + len(model.model.layers) + _ANSWER_TOKENS)
@@ -230,7 +233,7 @@ def _judge(probe: Probe, source: _Answer, forced: _Answer, own: _Answer, thresho
     if theirs is not None and ours is not None:
         confidences = theirs.confidence, ours.confidence
     else:
-        start = len(source.model.tokenizer.encode(_OPENING))
+        start = len(source.tokenizer.encode(_OPENING))
         confidences = _certainty(source.logprobs[start:]), _certainty(forced.logprobs[start:])
     return ProbeResult(
         name=probe.name,
