@@ -279,9 +279,9 @@ from mlxvr.model.prompt import build_prompt
 from mlxvr.porting.layerwise import Layer, LayerwiseModel, Piece
 layerwise = LayerwiseModel.open(Path(sys.argv[1]), memory_limit=None if sys.argv[2] == "all" else int(sys.argv[2]))
 model = layerwise.model
-prompts = [build_prompt(model.tokenizer, model.family, model.config, [], f"Question {n}?") for n in range(2)]
+prompts = [build_prompt(model.tokenizer, model.family, model.config, [], f"Question {n}?") for n in range(1)]
 tracks, _ = layerwise.read(prompts)
-layerwise.step(tracks, [5] * 2)
+layerwise.step(tracks, [5])
 status = Path("/proc/self/status")
 held = status.read_text().split("VmHWM:")[1].split()[0] if status.exists() else 0
 print(layerwise.nbytes, mx.get_peak_memory(), int(held) * 1024)
@@ -290,7 +290,7 @@ print(layerwise.nbytes, mx.get_peak_memory(), int(held) * 1024)
 
 def test_memory_is_that_of_one_layer(tmp_path: Path) -> None:
     """Eight wide layers: what the allocator holds at most, and (where the system tells) what the process does."""
-    wide = {"hidden_size": 512, "intermediate_size": 4096, "num_hidden_layers": 8}
+    wide = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8}
     path = checkpoints.write_checkpoint(tmp_path / "wide", "qwen3_vl", text=wide)
 
     def measure(limit: str) -> tuple[int, int, int]:
@@ -301,7 +301,7 @@ def test_memory_is_that_of_one_layer(tmp_path: Path) -> None:
 
     weights, allocated, held = measure("all")
     _, allocated_streamed, held_streamed = measure("0")
-    assert weights > 200e6
+    assert weights > 100e6
     assert allocated > weights
     assert allocated_streamed < 0.45 * weights
     if held:
