@@ -129,7 +129,7 @@ def cost_chart(curves: Sequence[Curve], score_name: str) -> str:
             parts += _mark(point, across.at(point.tokens), up, f"run{number}", is_main=number == 0)
     limits = f'data-x="{across.low} {across.high} {across.start} {across.end}" '
     limits += f'data-y="{up.low} {up.high} {up.start} {up.end}"'
-    return _svg(parts, f"{score_name} against mean generated tokens", limits, "cost")
+    return _svg(parts, f"{score_name} against mean generated tokens", limits, "cost-chart")
 
 
 def ratio_chart(curves: Sequence[Curve], threshold: float) -> str:

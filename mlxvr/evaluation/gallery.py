@@ -45,11 +45,12 @@ def gallery_rows(
     """
     records = []
     for row in rows:
-        record = _record(row)
+        own = (changes or {}).get(row.sample.id, ())
+        record = _record(row) | {"interest": _interest(row, own)}
         if others is not None:
             other = others.get(row.sample.id)
             record["other"] = None if other is None or other.sample.error is not None else _answers(other)
-            record["changes"] = list((changes or {}).get(row.sample.id, ()))
+            record["changes"] = list(own)
         records.append(record)
     return records
 
@@ -67,7 +68,7 @@ def embed_frames(
     for row, record in zip(rows, records):
         if row.sample.media:
             clip = _clip(row.sample)
-            weights[clip] = min(weights.get(clip, 9), _interest(row, record))
+            weights[clip] = min(weights.get(clip, record["interest"]), record["interest"])
     shown = sorted(weights, key=lambda clip: (weights[clip], str(clip)))[:limit]
     clips: list[dict[str, Any]] = []
     for done, (media, start, end) in enumerate(shown):
@@ -222,16 +223,18 @@ def _spans(sample: Sample) -> dict[str, Any] | None:
     return {"gold": gold, "first": first, "final": final}
 
 
-def _interest(row: Judged, record: Mapping[str, Any]) -> int:
-    """How soon a row's clip is shown, 0 the soonest."""
+def _interest(row: Judged, changes: Sequence[str]) -> int:
+    """How much a row tells, 0 the most: what comes first in the gallery, and whose frames are in the page."""
     direct, think, auto = (_is_right(grade) for _, grade in _grades(row))
-    if record.get("changes"):
-        return 0
-    if auto is False and not row.reasoned:
-        return 1
-    if think is not None and direct != think:
-        return 2
-    return 3 if auto is False else 4
+    signs = (
+        "became_wrong" in changes,
+        "became_right" in changes,
+        auto is False and not row.reasoned,
+        think is not None and direct != think,
+        auto is False,
+        bool(changes),
+    )
+    return signs.index(True) if any(signs) else len(signs)
 
 
 def _clip(sample: Sample) -> Clip:

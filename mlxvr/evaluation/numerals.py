@@ -1,6 +1,7 @@
 """Figures as text: no more digits than the rows can carry, and an interval wherever there is one.
 
-A share whose 95% interval is ten points wide or more gets no decimals, any other gets one. Where every row agrees a
+A share whose 95% interval is five points wide or more gets no decimals, nor does one of fewer than a hundred rows, or
+of a thousand without an interval; any other gets one. Where every row agrees a
 percentile interval has no width, which would read as certainty, so none is given.
 """
 
@@ -11,6 +12,7 @@ from mlxvr.evaluation.resampling import Estimate
 __all__ = [
     "confidence",
     "count",
+    "decimals",
     "interval",
     "plain",
     "points",
@@ -20,8 +22,9 @@ __all__ = [
     "tokens",
 ]
 
-_WIDE = 0.10  # of an interval: from here on decimals of a percentage say nothing
-_MANY = 100  # rows: from here on a percentage without an interval gets a decimal
+_WIDE = 0.05  # of an interval: from here on decimals of a percentage say nothing
+_VERY_MANY = 1000  # rows: from here on a percentage without an interval gets a decimal
+_MANY = 100  # rows: below, a row is more than a point
 
 
 def share(value: Estimate | float | None, rows: int = _MANY) -> str:
@@ -29,27 +32,27 @@ def share(value: Estimate | float | None, rows: int = _MANY) -> str:
     if value is None:
         return "–"
     number = value.value if isinstance(value, Estimate) else value
-    return f"{100 * number:.{_decimals(value, rows)}f}%"
+    return f"{100 * number:.{decimals(value, rows)}f}%"
 
 
 def interval(estimate: Estimate | None, rows: int = _MANY) -> str:
     """The interval of a share without percent signs: `76 to 91`; empty where there is none to give."""
     if estimate is None or not _has_interval(estimate):
         return ""
-    digits = _decimals(estimate, rows)
+    digits = decimals(estimate, rows)
     return f"{100 * estimate.low:.{digits}f} to {100 * estimate.high:.{digits}f}"  # type: ignore[operator]
 
 
 def points(estimate: Estimate | None, rows: int = _MANY) -> str:
     """A difference of shares in points, with its sign: `+1.2`, `−4`; a dash for None."""
-    return "–" if estimate is None else _signed(100 * estimate.value, _decimals(estimate, rows))
+    return "–" if estimate is None else _signed(100 * estimate.value, decimals(estimate, rows))
 
 
 def points_interval(estimate: Estimate | None, rows: int = _MANY) -> str:
     """The interval of a difference of shares: `−2.1 to +0.5`; empty where there is none to give."""
     if estimate is None or not _has_interval(estimate):
         return ""
-    digits = _decimals(estimate, rows)
+    digits = decimals(estimate, rows)
     return f"{_signed(100 * estimate.low, digits)} to {_signed(100 * estimate.high, digits)}"  # type: ignore[operator]
 
 
@@ -98,10 +101,11 @@ def _has_interval(estimate: Estimate) -> bool:
     return estimate.low is not None and estimate.high is not None and estimate.high > estimate.low
 
 
-def _decimals(value: Estimate | float, rows: int) -> int:
+def decimals(value: Estimate | float, rows: int) -> int:
+    """How many decimals a percentage of so many rows gets."""
     if isinstance(value, Estimate) and _has_interval(value):
-        return 0 if value.high - value.low >= _WIDE - 1e-9 else 1  # type: ignore[operator]
-    return 0 if rows < _MANY else 1
+        return 0 if rows < _MANY or value.high - value.low >= _WIDE - 1e-9 else 1  # type: ignore[operator]
+    return 0 if rows < _VERY_MANY else 1
 
 
 def _signed(number: float, digits: int) -> str:

@@ -9,7 +9,7 @@ that are in the page: nothing is loaded from anywhere, even if something slipped
 import base64
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from importlib.resources import files
@@ -19,13 +19,14 @@ from mlxvr.evaluation import charts, numerals
 from mlxvr.evaluation.calibrate import Calibration, Outcome
 from mlxvr.evaluation.compare import Change, Comparison
 from mlxvr.evaluation.judged import Judged
-from mlxvr.evaluation.metrics import Figures, Group, Summary, SweepRow
+from mlxvr.evaluation.metrics import Distribution, Figures, Group, Summary, SweepRow
 from mlxvr.evaluation.resampling import Estimate
 
 __all__ = ["Against", "Content", "make_page", "score_name"]
 
 _FEW_CLIPS = 50
 _MOST_BARS = 30
+_NARROW = 6  # columns that need not fill the page
 _GOALS = {
     "no_loss": "no loss of score against always thinking, within {margin}",
     "ratio": "at most {budget:.0%} of the rows reason",
@@ -78,10 +79,10 @@ def make_page(content: Content) -> str:
         f"default-src 'none'; img-src data:; style-src '{_hash(style)}'; script-src '{_hash(script)}'; "
         "base-uri 'none'; form-action 'none'"
     )
-    sections = [section for section in _sections(content) if section[2]]
-    menu = "".join(f'<a href="#{name}">{escape(title)}</a>' for name, title, _ in sections)
+    sections = [section for section in _sections(content) if section[3]]
+    menu = "".join(f'<a href="#{name}">{short}</a>' for name, short, _, _ in sections)
     body = "".join(
-        f'<section id="{name}"><h2>{escape(title)}</h2>{inside}</section>' for name, title, inside in sections
+        f'<section id="{name}"><h2>{escape(title)}</h2>{inside}</section>' for name, _, title, inside in sections
     )
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -110,8 +111,8 @@ def lead(summary: Summary) -> str:
         said = f"At threshold {tau} the model reasons on <b>{ratio}</b> of {where} (no labels, so nothing is graded)"
     else:
         said = (
-            f"At threshold {tau} the model scores <b>{numerals.share(auto.score, auto.labelled)}</b> "
-            f"{_noun(group)}{_bracket(auto.score, auto.labelled)} over {where}, reasoning on <b>{ratio}</b> of them"
+            f"At threshold {tau} the model scores <b>{numerals.share(auto.score, auto.labelled)}</b>"
+            f"{_named(group)} over {where}, reasoning on <b>{ratio}</b> of them"
         )
     said += f", with <b>{numerals.tokens(auto.tokens.mean)}</b> generated tokens a question on average"
     if group.think is None:
@@ -133,13 +134,14 @@ def score_name(group: Group | None) -> str:
     return "mIoU" if figures.accuracy is None else "Score"
 
 
-def _noun(group: Group) -> str:
-    return {"Accuracy": "accuracy", "mIoU": "mIoU", "Score": "(mean of accuracy and IoU)"}[score_name(group)]
-
-
-def _bracket(estimate: Estimate, rows: int) -> str:
-    told = numerals.interval(estimate, rows)
-    return f" (95% interval {told})" if told else ""
+def _named(group: Group) -> str:
+    """The name of auto's score with its interval."""
+    assert group.auto.score is not None
+    told = numerals.interval(group.auto.score, group.auto.labelled)
+    notes = ["mean of accuracy and IoU"] if score_name(group) == "Score" else []
+    notes += [f"95% interval {told}"] if told else []
+    name = "" if score_name(group) == "Score" else f" {_noun_short(group)}"
+    return name + (f" ({'; '.join(notes)})" if notes else "")
 
 
 def _cost(group: Group) -> str:
@@ -261,66 +263,92 @@ def _show(label: str, **filters: str) -> str:
     return f'<a href="#gallery" data-show="{escape(json.dumps(filters))}">{escape(label)}</a>'
 
 
-def _sections(content: Content) -> list[tuple[str, str, str]]:
-    """(id, title, HTML) of each part; one without HTML is left out."""
-    group = content.summary.overall
+def _sections(content: Content) -> list[tuple[str, str, str, str]]:
+    """(id, name in the menu, title, HTML) of each part; one without HTML is left out."""
+    against = content.against.title if content.against else ""
     return [
-        ("against", f"Against {content.against.title}" if content.against else "", _against(content)),
-        ("modes", "Direct, think, auto", "" if group is None else _modes(group)),
-        ("cost", "What a threshold buys", _costs(content)),
-        ("confidence", "Can the confidence be trusted?", _confidence(content)),
-        ("tasks", "By task", _breakdown(content.summary.per_task, "Task", "task", with_chart=True)),
-        ("categories", "By category", _breakdown(content.summary.per_category, "Category", "category")),
-        ("calibration", "The calibrated threshold", _calibration(content)),
-        ("format", "Failures and format", _format(content.summary)),
-        ("gallery", "Gallery", _gallery(content)),
-        ("made", "How this was made", _made(content)),
+        ("against", "Comparison", f"Against {against}", _against(content)),
+        ("modes", "Modes", "Direct, think, auto", _modes(content)),
+        ("cost", "Thresholds", "What a threshold buys", _costs(content)),
+        ("confidence", "Confidence", "Can the confidence be trusted?", _confidence(content)),
+        ("tasks", "Tasks", "By task", _breakdown(content.summary.per_task, "Task", "task", with_chart=True)),
+        ("categories", "Categories", "By category", _breakdown(content.summary.per_category, "Category", "category")),
+        ("calibration", "Calibration", "The calibrated threshold", _calibration(content)),
+        ("format", "Failures", "Failures and format", _format(content.summary)),
+        ("gallery", "Gallery", "Gallery", _gallery(content)),
+        ("made", "Settings", "How this was made", _made(content)),
     ]
 
 
-def _modes(group: Group) -> str:
+def _modes(content: Content) -> str:
+    group = content.summary.overall
+    if group is None:
+        return ""
+    sizes = _sizes(content.rows)
     modes = [("direct", "first answer", group.direct), ("auto", "early exit", group.auto)]
     if group.think is not None:
         modes.insert(1, ("think", "always reasons", group.think))
-    columns = ["Mode", *_score_columns(group.direct), "Tokens", "p50", "p90", "p95", "Seconds", "p95"]
+    columns = ["Mode", *_score_columns(group.direct, sizes), "Tokens", "Seconds"]
     body = []
     for name, note, figures in modes:
-        cells = [f"{name} <small>{note}</small>", *_score_cells(figures, group.direct)]
-        cells += [numerals.tokens(value) for value in vars(figures.tokens).values()]
-        cells += [numerals.seconds(figures.seconds.mean), numerals.seconds(figures.seconds.p95)]
+        cells = [f"{name} <small>{note}</small>", *_score_cells(figures, group.direct, sizes)]
+        cells += [_spread(figures.tokens, numerals.tokens), _spread(figures.seconds, numerals.seconds)]
         body.append(cells)
-    notes = ["95% intervals in small print. Tokens and seconds are those of generating; prompt and clip cost the same."]
+    notes = [
+        "In small print 95% intervals; of tokens and seconds, which are those of generating, the 50th, 90th and 95th "
+        "percentiles."
+    ]
+    rows = group.auto.labelled
     for label, estimate in (("Thinking gains", group.gain), ("Auto against think:", group.auto_vs_think)):
         if estimate is not None:
-            told = numerals.points_interval(estimate, group.auto.labelled)
-            notes.append(
-                f"{label} {numerals.points(estimate, group.auto.labelled)} points"
-                + (f" ({told}), paired." if told else ".")
-            )
+            told = numerals.points_interval(estimate, rows)
+            notes.append(f"{label} {numerals.points(estimate, rows)} points{f' ({told})' if told else ''}, paired.")
     return _table(columns, body) + f'<p class="note">{" ".join(notes)}</p>'
 
 
-def _score_columns(figures: Figures) -> list[str]:
-    columns = ["Accuracy"] if figures.accuracy is not None else []
-    columns += ["mIoU", *(f"R@{least}" for least in figures.recall)] if figures.miou is not None else []
-    columns += ["Acc@GQA"] if figures.grounded_accuracy is not None else []
-    columns += ["Both right"] if figures.pair_accuracy is not None else []
+def _spread(cost: Distribution, written: Callable[[float], str]) -> str:
+    percentiles = " · ".join(written(value).removesuffix(" s") for value in (cost.p50, cost.p90, cost.p95))
+    return f"{written(cost.mean)} <small>{percentiles}</small>"
+
+
+def _sizes(rows: Sequence[Judged]) -> dict[str, int]:
+    """How many rows, or pairs, each figure is over."""
+    grades = [row.direct for row in rows if row.direct is not None]
+    return {
+        "score": len(grades),
+        "accuracy": sum(grade.accuracy is not None for grade in grades),
+        "iou": sum(grade.iou is not None for grade in grades),
+        "both": sum(grade.accuracy is not None and grade.iou is not None for grade in grades),
+        "pairs": len({row.sample.pair for row in rows if row.direct is not None and row.sample.pair}),
+    }
+
+
+def _score_columns(figures: Figures, sizes: Mapping[str, int]) -> list[str]:
     both = figures.accuracy is not None and figures.miou is not None
-    return [*(["Score"] if both else []), *columns]
+    columns = ["Score"] if both else []
+    columns += [f"Accuracy (n {sizes['accuracy']:,})"] if figures.accuracy is not None else []
+    columns += (
+        [f"mIoU (n {sizes['iou']:,})", *(f"R@{least}" for least in figures.recall)] if figures.miou is not None else []
+    )
+    columns += ["Acc@GQA"] if figures.grounded_accuracy is not None else []
+    return [*columns, *([f"Pairs (n {sizes['pairs']:,})"] if figures.pair_accuracy is not None else [])]
 
 
-def _score_cells(figures: Figures, pattern: Figures) -> list[str]:
+def _score_cells(figures: Figures, pattern: Figures, sizes: Mapping[str, int]) -> list[str]:
     """The cells of `_score_columns(pattern)`."""
     cells = []
     if pattern.accuracy is not None and pattern.miou is not None:
-        cells.append(figures.score)
+        cells.append(_cell(figures.score, sizes["score"]))
     if pattern.accuracy is not None:
-        cells.append(figures.accuracy)
+        cells.append(_cell(figures.accuracy, sizes["accuracy"]))
     if pattern.miou is not None:
-        cells += [figures.miou, *(figures.recall.get(least) for least in pattern.recall)]
-    cells += [figures.grounded_accuracy] if pattern.grounded_accuracy is not None else []
-    cells += [figures.pair_accuracy] if pattern.pair_accuracy is not None else []
-    return [_cell(estimate, figures.labelled) for estimate in cells]
+        overlaps = [figures.miou, *(figures.recall.get(least) for least in pattern.recall)]
+        cells += [_cell(estimate, sizes["iou"]) for estimate in overlaps]
+    if pattern.grounded_accuracy is not None:
+        cells.append(_cell(figures.grounded_accuracy, sizes["both"]))
+    if pattern.pair_accuracy is not None:
+        cells.append(_cell(figures.pair_accuracy, sizes["pairs"]))
+    return cells
 
 
 def _cell(estimate: Estimate | None, rows: int) -> str:
@@ -328,12 +356,13 @@ def _cell(estimate: Estimate | None, rows: int) -> str:
     return numerals.share(estimate, rows) + (f" <small>{told}</small>" if told else "")
 
 
-def _difference_cell(estimate: Estimate | None, rows: int) -> str:
+def _difference_cell(estimate: Estimate | None, rows: int, *, is_cost: bool = False) -> str:
+    """Points with their interval, coloured as better or worse unless they are a cost."""
     if estimate is None:
         return "–"
     told = numerals.points_interval(estimate, rows)
     kind = ""
-    if estimate.low is not None and estimate.high is not None and told:
+    if estimate.low is not None and estimate.high is not None and told and not is_cost:
         kind = " class=better" if estimate.low > 0 else " class=worse" if estimate.high < 0 else ""
     return f"<span{kind}>{numerals.points(estimate, rows)}</span>" + (f" <small>{told}</small>" if told else "")
 
@@ -343,7 +372,8 @@ def _table(columns: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     rows = "".join(
         f'<tr><th scope="row">{cells[0]}</th>{"".join(f"<td>{cell}</td>" for cell in cells[1:])}</tr>' for cells in body
     )
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+    kind = "wide narrow" if len(columns) <= _NARROW else "wide"
+    return f'<div class="{kind}"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
 
 
 def _costs(content: Content) -> str:
@@ -366,8 +396,9 @@ def _costs(content: Content) -> str:
         f'<input id="tau" type="range" min="0" max="{len(content.curve) - 1}" step="1" value="{place}">'
         '<output id="tried" for="tau"></output></div>'
     )
+    reach = "" if content.curve[0].think_ratio == 0 else "Rows without a direct answer always reason."
     figures = [
-        (charts.cost_chart(runs, name), f"{name} against cost at every threshold; bars are 95% intervals."),
+        (charts.cost_chart(runs, name), f"{name} against cost at every threshold; bars are 95% intervals. {reach}"),
         (charts.ratio_chart(runs, content.summary.threshold), "How many rows reason at every threshold."),
     ]
     note = (
@@ -489,22 +520,12 @@ def _calibration(content: Content) -> str:
             f"The other figures of this page are those of threshold {numerals.confidence(content.summary.threshold)}."
         )
     table = _table(
-        ["", *("Auto", "Think", "Direct", "Auto − think", "Think ratio", "Tokens", "always thinking")],
+        ["", *("Auto", "Think", "Direct", "Auto − think", "Think ratio", "Tokens", "Always thinking")],
         [_outcome("held-out folds", found.held_out), _outcome("the rows that chose it", found.in_sample)],
     )
     note = "The held-out row is the honest one: each fold is decided by the threshold of the others."
     parts = [f"<p>{' '.join(said)}</p>{table}<p class=note>{note}</p>"]
-    if found.per_task:
-        body = []
-        for name, task in found.per_task.items():
-            cells = [escape(name), numerals.confidence(task.threshold), f"{task.count:,}"]
-            if task.held_out is None:
-                body.append([*cells, "–", "–", "too few rows: the common threshold"])
-            else:
-                cells += [_difference_cell(task.held_out.difference, task.held_out.count)]
-                body.append([*cells, _cell(task.held_out.think_ratio, task.held_out.count), ""])
-        parts.append("<h3>Thresholds of tasks</h3>")
-        parts.append(_table(["Task", "Threshold", "Rows", "Auto − think, held out", "Think ratio", ""], body))
+    parts.append(_task_thresholds(found))
     if found.temperature is not None:
         fit = found.temperature
         before, after = ((numerals.plain(one, fit.count) for one in pair) for pair in
@@ -513,6 +534,29 @@ def _calibration(content: Content) -> str:
                      "It changes what a confidence reads as, not which answers stand.</p>")  # fmt: skip
         parts.append(_table(["Confidence", "ECE", "Brier"], [["raw", *before], ["scaled", *after]]))
     return "".join(parts)
+
+
+def _task_thresholds(found: Calibration) -> str:
+    if not found.per_task:
+        return ""
+    body = [
+        [
+            escape(name),
+            numerals.confidence(task.threshold),
+            f"{task.count:,}",
+            _difference_cell(task.held_out.difference, task.held_out.count),
+            _cell(task.held_out.think_ratio, task.held_out.count),
+            numerals.tokens(task.held_out.tokens.value),
+        ]
+        for name, task in found.per_task.items()
+        if task.held_out is not None
+    ]
+    others = len(found.per_task) - len(body)
+    table = (
+        _table(["Task", "Threshold", "Rows", "Auto − think, held out", "Think ratio", "Tokens"], body) if body else ""
+    )
+    said = f"{numerals.count(others, 'task')} with too few rows take the common threshold." if others else ""
+    return f"<h3>Thresholds of tasks</h3>{table}<p class=note>{said}</p>"
 
 
 def _between(spread: Sequence[str]) -> str:
@@ -547,7 +591,7 @@ def _against(content: Content) -> str:
         ["Auto", before, content.title, "Difference"],
         [
             ["think ratio", numerals.share(before_costs[0], found.count), numerals.share(after_costs[0], found.count),
-             _difference_cell(found.think_ratio, found.count).replace("better", "").replace("worse", "")],
+             _difference_cell(found.think_ratio, found.count, is_cost=True)],
             ["tokens a question", numerals.tokens(before_costs[1]), numerals.tokens(after_costs[1]),
              _tokens_cell(found)],
         ],
@@ -658,7 +702,7 @@ def _gallery(content: Content) -> str:
     if content.clips_left_out:
         note = (
             f"<p class=note>Frames of {numerals.count(len(content.clips), 'clip')} are in this page, those whose rows "
-            f"tell most; {numerals.count(content.clips_left_out, 'clip')} more would make it too large.</p>"
+            f"tell most; those of {content.clips_left_out:,} more would make it too large.</p>"
         )
     return (
         '<form id="filters"></form><p id="presets" class="presets"></p><p id="found" aria-live="polite"></p>'
@@ -706,6 +750,7 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]
 def _embedded(content: Content) -> str:
     data = {
         **content.figures,
+        "digits": numerals.decimals(*_scored(content.summary.overall)),
         "score_name": score_name(content.summary.overall),
         "rows": list(content.records),
         "clips": list(content.clips),
@@ -716,6 +761,12 @@ def _embedded(content: Content) -> str:
     for mark in "<>&\u2028\u2029":
         text = text.replace(mark, f"\\u{ord(mark):04x}")
     return text
+
+
+def _scored(group: Group | None) -> tuple[Estimate | float, int]:
+    if group is None or group.auto.score is None:
+        return 0.0, 0 if group is None else group.count
+    return group.auto.score, group.auto.labelled
 
 
 def _resource(name: str) -> str:

@@ -28,10 +28,10 @@ const tokens = (value) => (Math.abs(value) >= 20 ? Math.round(value).toLocaleStr
 // The tried threshold.
 const slider = document.getElementById("tau");
 if (slider && data.curve.length) {
-  const chart = document.getElementById("cost"), probe = document.getElementById("probe");
+  const chart = document.getElementById("cost-chart"), probe = document.getElementById("probe");
   const axis = (name) => chart.getAttribute(name).split(" ").map(Number);
   const at = ([low, high, start, end], value) => start + ((value - low) / (high - low)) * (end - start);
-  const digits = data.rows.length < 100 ? 0 : 1;
+  const digits = data.digits;
   const move = () => {
     const row = data.curve[Number(slider.value)];
     const said = [`threshold ${sureness(row.tau)}`];
@@ -73,6 +73,7 @@ if (data.against) {
     (row, value) => row.changes.includes(value)]);
 }
 const SORTS = [
+  ["telling", "most telling first", (a, b) => a.interest - b.interest || level(b) - level(a)],
   ["sure", "most confident first", (a, b) => level(b) - level(a)],
   ["unsure", "least confident first", (a, b) => level(a) - level(b)],
   ["id", "by id", () => 0],
