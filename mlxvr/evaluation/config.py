@@ -4,13 +4,15 @@ A field that is also a flag carries its help in its metadata, so that a name, a 
 Whatever can be found wrong before a model is loaded is refused here.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
-from mlxvr.errors import ConfigError
-from mlxvr.evaluation.calibrate import Goal
+from mlxvr.errors import ConfigError, DataError
+from mlxvr.evaluation.calibrate import Calibration, Goal, calibrate
+from mlxvr.evaluation.samples import Sample
 
 __all__ = ["EvalConfig"]
 
@@ -149,6 +151,23 @@ class EvalConfig:
             raise ConfigError("a live run stops at one threshold and cannot choose another: calibrate without --live")
         if self.write_threshold and self.adapter is not None:
             raise ConfigError("the threshold of an adapter is not its model's: fuse it first (mlxvr.fuse)")
+        with suppress(DataError):  # arguments are judged before there is found to be no sample
+            self.calibration_of(())
+
+    def calibration_of(self, samples: Iterable[Sample]) -> Calibration:
+        """Do what `calibrate` asks for; raises as `mlxvr.evaluation.calibrate.calibrate`."""
+        goal, budget = self.goal
+        return calibrate(
+            samples,
+            goal,  # type: ignore[arg-type]
+            margin=self.margin,
+            budget=budget,
+            folds=self.folds,
+            per_task=self.per_task,
+            temperature=self.temperature_scaling,
+            bootstrap=self.resamples,
+            seed=self.seed,
+        )
 
     @property
     def goal(self) -> tuple[str, float | None]:

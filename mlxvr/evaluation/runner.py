@@ -24,7 +24,7 @@ from mlxvr.dataset import Row, load_rows
 from mlxvr.errors import ConfigError, DataError, MlxvrError
 from mlxvr.evaluation import sharding
 from mlxvr.evaluation.benchmarks import read_benchmark
-from mlxvr.evaluation.calibrate import Calibration, calibrate, write_threshold
+from mlxvr.evaluation.calibrate import Calibration, write_threshold
 from mlxvr.evaluation.compare import Comparison, compare
 from mlxvr.evaluation.config import EvalConfig
 from mlxvr.evaluation.generation import Asking, digest, generate, group_rows
@@ -399,7 +399,7 @@ def _finish(
     failure: MlxvrError | None = None
     try:
         if config.calibrate is not None:
-            report = replace(report, calibration=_calibrate(config, samples))
+            report = replace(report, calibration=config.calibration_of(samples))
         if config.write_threshold and report.calibration is not None:
             report = replace(report, threshold_file=write_threshold(str(config.model), report.calibration))
         if other is not None:
@@ -431,18 +431,3 @@ def _finish(
     if failure is not None:
         raise failure
     return replace(report, page=page)
-
-
-def _calibrate(config: EvalConfig, samples: list[Sample]) -> Calibration:
-    goal, budget = config.goal
-    return calibrate(
-        samples,
-        goal,  # type: ignore[arg-type]
-        margin=config.margin,
-        budget=budget,
-        folds=config.folds,
-        per_task=config.per_task,
-        temperature=config.temperature_scaling,
-        bootstrap=config.resamples,
-        seed=config.seed,
-    )

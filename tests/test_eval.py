@@ -1,0 +1,256 @@
+"""The eval verb: flags from the configuration, tables and JSON, calibration and comparison, one line for a mistake.
+
+Where only figures matter, the samples of a run are written by hand, and the verb finds nothing left to generate.
+"""
+
+import dataclasses
+import json
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mlxvr
+from mlxvr import eval as verb
+from mlxvr.dataset import load_rows
+from mlxvr.errors import ConfigError
+from mlxvr.evaluation import runner
+from mlxvr.evaluation.config import EvalConfig
+from mlxvr.evaluation.generation import digest
+from mlxvr.evaluation.samples import Sample, read_samples, write_samples
+from mlxvr.reasoner import demo_folder
+
+ROWS = 40
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A copy of the bundled checkpoint, which may be written to."""
+    return shutil.copytree(demo_folder() / "checkpoint", tmp_path_factory.mktemp("model") / "demo")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "made.jsonl"
+    rows = [
+        {"id": f"r{n}", "video": f"{n}.mp4", "question": f"Number {n}?", "options": ["x", "y"], "answer": "A"}
+        | {"task": "even" if n % 2 == 0 else "odd"}
+        for n in range(ROWS)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def header(model):
+    """What the runs below begin with."""
+    with mlxvr.load(model) as loaded:
+        return runner._run(EvalConfig(model=model, data=Path("made.jsonl"), output=Path("run")), loaded)
+
+
+def made(data, output, header, *, sure, right=lambda n: True):
+    """A finished run: rows below `sure` are sure and right at once, the others guess wrong; thinking is `right`."""
+    samples = [
+        Sample(
+            id=row.id,
+            kind=row.kind,
+            question=row.question,
+            options=row.options,
+            answer=row.answer,
+            media=row.media,
+            first="A" if n < sure else "B",
+            confidence=0.9 + n / 1000 if n < sure else 0.4 + n / 1000,
+            second="A" if right(n) else "B",
+            text="A" if right(n) else "B",
+            first_tokens=5,
+            total_tokens=105,
+            asked=digest(row),
+        )
+        for n, row in enumerate(load_rows(data))
+    ]
+    output.mkdir()
+    write_samples(output / "samples.jsonl", header, samples)
+    return output
+
+
+def call(capfd, *arguments):
+    """Exit code, stdout, stderr."""
+    capfd.readouterr()
+    code = verb.main([str(argument) for argument in arguments])
+    out, err = capfd.readouterr()
+    return code, out, err
+
+
+def test_every_field_is_a_flag_with_its_default():
+    flags = vars(verb.make_parser().parse_args(["--output", "o"]))
+    for name in ("debug", "json"):
+        assert flags.pop(name) is False
+    expected = EvalConfig(output=Path("o"))
+    assert flags == {field.name: getattr(expected, field.name) for field in dataclasses.fields(EvalConfig)}
+    arguments = ["--kv-bits", "4", "--fps", "1.5", "--live", "--data", "a.jsonl", "--model", "m", "--retry-errors"]
+    told = vars(verb.make_parser().parse_args(["--output", "o", *arguments]))
+    assert (told["kv_bits"], told["fps"], told["live"], told["data"]) == (4, 1.5, True, Path("a.jsonl"))
+    assert (told["model"], told["retry_errors"]) == ("m", True)
+
+
+def test_a_real_row_from_the_command_line(capfd, tmp_path):
+    code, out, err = call(capfd, "--output", tmp_path / "run", "--limit", 1, "--dtype", "float32", "--json")
+    assert code == 0, err
+    assert out.count("\n") == 1
+    found = json.loads(out)
+    assert (found["generated"], found["summary"]["count"]) == (1, 1)
+    assert found["summary"]["threshold"] == found["settings"]["threshold"] == 0.97
+    [sample] = read_samples(found["samples"])
+    assert (sample.id, sample.first, sample.answer) == ("clip00-0", "B", "B")
+    assert sample.reasoning
+    assert {path.name for path in (tmp_path / "run").iterdir()} >= {"report.html", "report.json", "samples.jsonl"}
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["summary"] == found["summary"]
+    assert found["page"] == str(tmp_path / "run" / "report.html")
+
+
+def test_the_table_says_what_the_modes_are_worth(capfd, tmp_path, model, data, header):
+    output = made(data, tmp_path / "run", header, sure=30)
+    code, out, err = call(capfd, "--model", model, "--data", data, "--output", output, "--threshold", 0.8)
+    assert code == 0, err
+    lines = {line.split()[0]: re.sub(r"\s+", " ", line) for line in reversed(out.splitlines()) if line.strip()}
+    assert re.match(r"direct 0\.750 \[0\.\d+, 0\.\d+\] 0\.00 5\.0 \(5\.0, 5\.0\)", lines["direct"])
+    assert re.match(r"think 1\.000 \[1\.000, 1\.000\] 1\.00 105\.0 \(105\.0, 105\.0\)", lines["think"])
+    assert re.match(r"auto 1\.000 \[1\.000, 1\.000\] 0\.25 30\.0 \(5\.0, 105\.0\)", lines["auto"])
+    assert "40 questions about 40 clips" in out
+    assert re.search(r"gain from thinking +\+0\.250 \[", out)
+    assert re.search(r"confidence +AUROC 1\.000", out)
+    assert re.match(r"even 0\.750 / 1\.000 / 1\.000, thinks 0\.25, 20 questions", lines["even"])
+
+
+def test_calibration_is_told_and_written(capfd, tmp_path, model, data, header):
+    output = made(data, tmp_path / "run", header, sure=30)
+    own = shutil.copytree(model, tmp_path / "model")
+    before = json.loads((own / "mlxvr.json").read_text())["threshold"]
+    asked = ("--model", own, "--data", data, "--output", output)
+    code, out, err = call(capfd, *asked, "--calibrate", "ratio=0.25", "--write-threshold", "--temperature-scaling")
+    assert code == 0, err
+    settings = json.loads((own / "mlxvr.json").read_text())
+    # a quarter of the rows may reason: exactly those between the two crowds
+    assert 0.439 < settings["threshold"] < 0.9
+    assert settings["previous_thresholds"][0]["threshold"] == before
+    assert f"threshold {settings['threshold']:.4f}" in out
+    assert re.search(r"held out: thinks 0\.\d+", out)
+    assert "temperature" in out
+    assert str(own / "mlxvr.json") in out
+    code, out, _ = call(capfd, *asked, "--json", "--calibrate", "no_loss", "--per-task")
+    found = json.loads(out)
+    assert found["summary"]["threshold"] == settings["threshold"], "the next run takes it from the folder"
+    assert found["calibration"]["goal"] == "no_loss"
+    assert found["summary"]["overall"]["auto"]["accuracy"]["value"] == 1.0
+    assert found["generated"] == 0
+
+
+def test_a_calibration_that_fails_leaves_the_report(capfd, tmp_path, model, data, header):
+    output = made(data, tmp_path / "run", header, sure=30)
+    asked = ("--model", model, "--data", data, "--output", output)
+    code, out, err = call(capfd, *asked, "--calibrate", "no_loss", "--limit", 10)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert "rows" in err
+    assert (output / "report.html").is_file()
+    assert json.loads((output / "report.json").read_text())["summary"]["count"] == 10
+
+
+def test_a_run_is_held_against_an_earlier_one(capfd, tmp_path, model, data, header):
+    before = made(data, tmp_path / "before", header, sure=20, right=lambda n: n < 36)
+    after = made(data, tmp_path / "after", header, sure=30)
+    asked = ("--model", model, "--data", data, "--threshold", 0.8)
+    assert call(capfd, *asked, "--output", before)[0] == 0
+    code, out, err = call(capfd, *asked, "--output", after, "--compare", before, "--json")
+    assert code == 0, err
+    found = json.loads(out)["comparison"]
+    assert found["direct"]["difference"]["value"] == pytest.approx(10 / 40)
+    assert found["think"]["difference"]["value"] == pytest.approx(4 / 40)
+    assert sorted(found["stopped_thinking"]) == [f"r{n}" for n in range(20, 30)]
+    code, out, err = call(capfd, *asked, "--output", after, "--compare", before)
+    assert re.search(r"direct +0\.500 -> 0\.750, \+0\.250 \[.*\], 10 became right, 0 wrong", out)
+    assert "25.0% of the decisions flipped" in out
+    assert call(capfd, *asked, "--output", after, "--compare", tmp_path / "nothing")[0] == 2
+
+
+def test_rows_that_are_left_out_are_named(capfd, tmp_path, model, data, header):
+    output = made(data, tmp_path / "run", header, sure=30)
+    bad = data.with_name("made_bad.jsonl")
+    bad.write_text(data.read_text() + '{"id": "r0", "question": "?", "answer": "A"}\n')
+    asked = ("--model", model, "--data", bad, "--output", output, "--threshold", 0.8)
+    code, out, err = call(capfd, *asked)
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1
+    assert "made_bad.jsonl:41: the id 'r0'" in err
+    code, out, err = call(capfd, *asked, "--skip-bad-rows")
+    assert code == 0
+    assert re.search(r"^left out: .*made_bad.jsonl:41", err, re.MULTILINE)
+    assert "40 questions" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "required: --output"),
+        (["--output", "O", "--model", "M"], "no questions for this model"),
+        (["--output", "O", "--data", "no/such.jsonl"], "no/such.jsonl does not exist"),
+        (["--output", "O", "--data", "D", "--task", "mvbench", "--data-root", "x"], "choose --data or --task"),
+        (["--output", "O", "--task", "mvbench"], "--data-root go together"),
+        (["--output", "O", "--task", "poems", "--data-root", "."], "'poems' is unknown: choose from activitynet"),
+        (["--output", "O", "--subtitles"], "--subtitles is for benchmarks"),
+        (["--output", "O", "--media-root", "."], "--media-root is for a data file"),
+        (["--output", "O", "--limit", "0"], "limit 0"),
+        (["--output", "O", "--workers", "0"], "workers 0"),
+        (["--output", "O", "--max-tokens", "0"], "max_tokens 0"),
+        (["--output", "O", "--threshold", "2"], "threshold 2.0 is outside"),
+        (["--output", "O", "--calibrate", "luck"], "'luck' is unknown: use no_loss"),
+        (["--output", "O", "--calibrate", "ratio"], "'ratio' is unknown"),
+        (["--output", "O", "--calibrate", "no_loss=3"], "'no_loss=3' is unknown"),
+        (["--output", "O", "--calibrate", "ratio=much"], "'much' is not a number"),
+        (["--output", "O", "--calibrate", "no_loss", "--live"], "without --live"),
+        (["--output", "O", "--write-threshold"], "add --calibrate"),
+        (["--output", "O", "--calibrate", "no_loss", "--write-threshold"], "give --model the folder"),
+        (["--output", "O", "--calibrate", "no_loss", "--margin", "2"], "margin 2.0"),
+        (["--output", "O", "--calibrate", "no_loss", "--folds", "1"], "folds 1"),
+        (["--output", "O", "--fps", "0"], "fps"),
+        (["--output", "O", "--kv-bits", "5"], "kv_bits 5"),
+        (["--output", "O", "--dtype", "int8"], "int8"),
+        (["--output", "O", "--compare", "no/such/run"], "no/such/run"),
+        (["--output", "O", "--model", "./no/such/model", "--data", "D"], "no such folder"),
+        (["--output", "F", "--limit", "1"], "cannot be written"),
+    ],
+)
+def test_mistakes_are_one_line(capfd, tmp_path, model, data, arguments, says):
+    (tmp_path / "file").touch()
+    places = {"O": tmp_path / "run", "D": data, "M": model, "F": tmp_path / "file"}
+    code, out, err = call(capfd, *(places.get(argument, argument) for argument in arguments))
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1, err
+    assert err.startswith("error: ")
+    assert says in err
+    assert not list((tmp_path / "run").glob("*.html"))
+
+
+def test_a_full_disk_is_one_line(tmp_path, data):
+    """A limit on the size of files stands for the disk."""
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1200, 1200))
+
+    arguments = ["--output", str(tmp_path / "run"), "--limit", "2", "--dtype", "float32", "--max-tokens", "8"]
+    done = subprocess.run(
+        [sys.executable, "-B", "-m", "mlxvr", "eval", *arguments], capture_output=True, text=True, preexec_fn=limit
+    )
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: the disk of .*samples.jsonl is full; .*goes on where it stopped\n", done.stderr)
+    assert len(read_samples(tmp_path / "run" / "samples.jsonl")) < 2
+
+
+def test_evaluate_is_the_modules_own():
+    assert verb.evaluate is runner.evaluate
+    with pytest.raises(ConfigError):
+        verb.EvalConfig(output=Path("o"), limit=0)
