@@ -5,6 +5,7 @@ from being paged out between tokens (mlx-lm does the same).
 """
 
 import gc
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,7 +13,7 @@ import mlx.core as mx
 
 from mlxvr.errors import OutOfMemoryError
 
-__all__ = ["avoid_cpu_compiler", "fast_dtype", "release_thread", "track_peak", "wired"]
+__all__ = ["avoid_cpu_compiler", "fast_dtype", "physical_memory", "release_thread", "track_peak", "wired"]
 
 
 class Peak:
@@ -67,6 +68,13 @@ def avoid_cpu_compiler() -> None:
 def fast_dtype() -> str | None:
     """The dtype to compute in where a model's own would be many times slower: float32 on the CPU; None: its own."""
     return "float32" if mx.default_device() == mx.Device(mx.cpu) else None
+
+
+def physical_memory() -> int:
+    """How many bytes of memory the device has; where MLX does not say, the machine."""
+    info = mx.device_info()
+    known = info.get("memory_size") or info.get("total_memory") or 0
+    return int(known) or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def release_thread() -> None:

@@ -20,35 +20,30 @@ float32, which is many times faster there.
 
 import gc
 import math
-import os
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 
 from mlxvr.callbacks import Progress, ShouldStop
-from mlxvr.confidence import FirstAnswer, score_first_answer, should_exit
+from mlxvr.confidence import should_exit
 from mlxvr.errors import CheckpointError, ConfigError
 from mlxvr.model import memory
 from mlxvr.model.folder import ModelFolder
 from mlxvr.model.network import VideoModel
 from mlxvr.model.prompt import Prompt
-from mlxvr.model.tokenizer import ChatTokenizer
 from mlxvr.porting import hub
 from mlxvr.porting import recipe as recipes
-from mlxvr.porting.layerwise import LayerwiseModel, Track
+from mlxvr.porting.first_answers import MOST_TOKENS, Draft, choose_greedily, opening, write_answers
+from mlxvr.porting.layerwise import LayerwiseModel
 from mlxvr.porting.probes import Probe, budgeted, build_prompts, bundled, load_media
 from mlxvr.porting.verification import ProbeResult, VerificationReport, compare_logits
-from mlxvr.protocol import DualAnswerParser
 
 __all__ = ["VerificationReport", "verify"]
 
-_OPENING = r"\boxed"
 _PROMPT_ROWS = 8  # tokens at the end of a prompt whose logits are compared
-_ANSWER_TOKENS = 24  # with those of the opening; a box of two times and its answer has some 16
 _MEMORY_SHARE = 0.6  # of the machine's memory, for weights; the rest is for keys, values and everybody else
 
 
@@ -85,7 +80,7 @@ def verify(
         raise ConfigError("there are no probes to verify with: give at least one, or leave them out")
     if threshold is not None and not 0.0 <= threshold <= 1.0:
         raise ConfigError(f"threshold {threshold} is outside [0, 1]: it is compared with a probability")
-    limit = _memory_limit() if memory_limit is None else memory_limit
+    limit = int(_MEMORY_SHARE * memory.physical_memory()) if memory_limit is None else memory_limit
     named = str(source.path if isinstance(source, ModelFolder) else source)
     dtype = memory.fast_dtype() if dtype is None else dtype
     with memory.track_peak() as peak:
@@ -94,14 +89,14 @@ def verify(
         _check_pair(original.model, ours.model, named, str(converted))
         at = _threshold(ours.model) if threshold is None else threshold
         prompts = _ask_both(original.model, ours.model, asked, f"{converted} was not converted from {named}")
-        counter = _Counter(progress, 2 * _ANSWER_TOKENS + len(original.model.layers) + len(ours.model.layers))
+        counter = _Counter(progress, 2 * MOST_TOKENS + len(original.model.layers) + len(ours.model.layers))
         source_run = _how(original)
         expected = _read_and_write(original, prompts, counter, should_stop)
         del original
         gc.collect()  # modules hold each other in cycles
         mx.clear_cache()
         scripts = [answer.tokens for answer in expected]
-        own: list[_Answer] = []
+        own: list[Draft] = []
         found = _read_and_write(ours, prompts, counter, should_stop, scripts=scripts, own=own)
         results = tuple(_judge(*four, at) for four in zip(asked, expected, found, own, strict=True))
         held = peak.bytes
@@ -116,55 +111,6 @@ def verify(
     )
 
 
-@dataclass(eq=False)
-class _Answer:
-    """A first answer while it is written; it holds no weights, so that its model can go.
-
-    `row` holds the logits of the next token, `rows` those at the end of the prompt and of every token but the first
-    (whose logits are the last of the prompt's).
-    """
-
-    tokenizer: ChatTokenizer
-    track: Track
-    row: mx.array
-    rows: list[mx.array]
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    ended: bool = False
-
-    def __post_init__(self) -> None:
-        self._parser = DualAnswerParser(self.tokenizer.decode)
-
-    @property
-    def closed(self) -> bool:
-        """Whether the first box is closed."""
-        return self._parser.first_closed
-
-    @property
-    def scored(self) -> FirstAnswer | None:
-        """The answer and its confidence, as the product scores it."""
-        return score_first_answer(self.tokens, self.logprobs, self.tokenizer.decode)
-
-    def take(self, token: int) -> None:
-        """Write a token; the answer ends where the product would stop without reasoning, or at the limit."""
-        if self.tokens:
-            self.rows.append(self.row[None])
-        self.tokens.append(token)
-        self.logprobs.append(float((self.row[token] - mx.logsumexp(self.row)).item()))  # type: ignore[arg-type]
-        if token in self.tokenizer.eos_ids:
-            self.ended = True
-            return
-        self._parser.push(token)
-        self.ended = self.closed or self._parser.stage == "reasoning" or len(self.tokens) >= _ANSWER_TOKENS
-
-    def fork(self) -> "_Answer":
-        """Another answer that begins with these tokens."""
-        forked = _Answer(self.tokenizer, self.track.fork(), self.row, [], list(self.tokens), list(self.logprobs))
-        for token in self.tokens:
-            forked._parser.push(token)
-        return forked
-
-
 def _read_and_write(
     model: LayerwiseModel,
     prompts: Sequence[Prompt],
@@ -172,68 +118,45 @@ def _read_and_write(
     should_stop: ShouldStop | None,
     *,
     scripts: Sequence[Sequence[int]] | None = None,
-    own: list[_Answer] | None = None,
-) -> list[_Answer]:
+    own: list[Draft] | None = None,
+) -> list[Draft]:
     """Read the prompts and write an answer to each, all in lock-step.
 
     `scripts` says what to write instead of the model's own choices, which `own` then gets: the same answer as long as
     the two agree, and from there on one that goes its own way.
     """
-    opening = model.model.tokenizer.encode(_OPENING)
     done = counter.done
     tracks, logits = model.read(prompts, last=_PROMPT_ROWS, progress=counter.layer, should_stop=should_stop)
-    answers = [_Answer(model.model.tokenizer, track, rows[-1], [rows]) for track, rows in zip(tracks, logits)]
-    apart: dict[int, _Answer] = {}
+    answers = [Draft(model.model.tokenizer, track, rows[-1], [rows]) for track, rows in zip(tracks, logits)]
+    apart: dict[int, Draft] = {}
 
-    def choose(answer: _Answer) -> int:
-        place = len(answer.tokens)
-        return opening[place] if place < len(opening) else int(mx.argmax(answer.row).item())  # type: ignore[arg-type]
-
-    def follow(answer: _Answer) -> int:
+    def follow(answer: Draft) -> int:
         index = answers.index(answer)
         assert scripts is not None
         token = scripts[index][len(answer.tokens)]
-        if index not in apart and token != choose(answer):
+        if index not in apart and token != choose_greedily(answer):
             apart[index] = answer.fork()
         return token
 
-    _write(model, answers, choose if scripts is None else follow, counter, should_stop)
-    _write(model, list(apart.values()), choose, None, should_stop)
+    choose = choose_greedily if scripts is None else follow
+    write_answers(model, answers, choose, on_token=counter.step, should_stop=should_stop)
+    write_answers(model, list(apart.values()), should_stop=should_stop)
     for answer in (*answers, *apart.values()):
         answer.track.cache = []
     if own is not None:
         own += [apart.get(index, answer) for index, answer in enumerate(answers)]
-    counter.jump(done + len(model.model.layers) + _ANSWER_TOKENS)
+    counter.jump(done + len(model.model.layers) + MOST_TOKENS)
     return answers
 
 
-def _write(
-    model: LayerwiseModel,
-    answers: Sequence[_Answer],
-    choose: Callable[[_Answer], int],
-    counter: "_Counter | None",
-    should_stop: ShouldStop | None,
-) -> None:
-    """Write token by token until every answer has ended."""
-    while going := [answer for answer in answers if not answer.ended]:
-        for answer in going:
-            answer.take(choose(answer))
-        if going := [answer for answer in going if not answer.ended]:
-            tracks, tokens = [answer.track for answer in going], [answer.tokens[-1] for answer in going]
-            for answer, row in zip(going, model.step(tracks, tokens, should_stop=should_stop)):
-                answer.row = row
-        if counter is not None:
-            counter.jump(counter.done + 1)
-
-
-def _judge(probe: Probe, source: _Answer, forced: _Answer, own: _Answer, threshold: float) -> ProbeResult:
+def _judge(probe: Probe, source: Draft, forced: Draft, own: Draft, threshold: float) -> ProbeResult:
     """Compare what the source wrote with the same tokens in the converted model, and with that one's own answer."""
     theirs, ours = source.scored, own.scored
     decided = source.closed or own.closed
     if theirs is not None and ours is not None:
         confidences = theirs.confidence, ours.confidence
     else:
-        start = len(source.tokenizer.encode(_OPENING))
+        start = len(opening(source.tokenizer))
         confidences = _certainty(source.logprobs[start:]), _certainty(forced.logprobs[start:])
     return ProbeResult(
         name=probe.name,
@@ -257,6 +180,9 @@ class _Counter:
         self._total = total
 
     def layer(self, _: str, __: int, ___: int) -> None:
+        self.step()
+
+    def step(self) -> None:
         self.jump(self.done + 1)
 
     def jump(self, done: int) -> None:
@@ -312,13 +238,6 @@ def _how(model: LayerwiseModel) -> str:
     if model.resident:
         return "in memory"
     return f"layer by layer, {model.kept_bytes / 1e9:.1f} of {model.nbytes / 1e9:.1f} GB in memory"
-
-
-def _memory_limit() -> int:
-    """Bytes that weights may take on this machine."""
-    info = mx.device_info()
-    whole = info.get("memory_size") or info.get("total_memory") or 0
-    return int(_MEMORY_SHARE * (int(whole) or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")))
 
 
 def _certainty(logprobs: Sequence[float]) -> float:

@@ -1,0 +1,117 @@
+r"""First answers to many prompts, written in lock-step by a model that runs layer by layer.
+
+The assistant turn is opened with ``\boxed``, so that a model that was not trained for the protocol answers in a box
+too. An answer ends where the product would stop without reasoning: at the closing of the first box, at the beginning of
+the reasoning, at the end of the turn, or at a limit.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+
+from mlxvr.callbacks import ShouldStop
+from mlxvr.confidence import FirstAnswer, score_first_answer
+from mlxvr.model.tokenizer import ChatTokenizer
+from mlxvr.porting.layerwise import LayerwiseModel, Track
+from mlxvr.protocol import DualAnswerParser
+
+__all__ = ["MOST_TOKENS", "Draft", "choose_greedily", "opening", "write_answers"]
+
+MOST_TOKENS = 24  # with those of the opening; a box of two times and its answer has some 16
+
+
+def opening(tokenizer: ChatTokenizer) -> list[int]:
+    """The tokens that every answer begins with."""
+    return tokenizer.encode(r"\boxed")
+
+
+@dataclass(eq=False)
+class Draft:
+    """A first answer while it is written; it holds no weights, so that its model can go.
+
+    Attributes:
+        tokenizer: of the model that writes.
+        track: prompt and answer on their way through the layers.
+        row: float32 (vocab,), the logits of the next token.
+        rows: logits (tokens, vocab) that are kept: what it is made with, and those of every token but the first, whose
+            logits are the last of the prompt's.
+        tokens: what is written.
+        logprobs: natural log of each token's probability.
+        ended: whether there is nothing to add.
+    """
+
+    tokenizer: ChatTokenizer
+    track: Track
+    row: mx.array
+    rows: list[mx.array] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    ended: bool = False
+
+    def __post_init__(self) -> None:
+        self._parser = DualAnswerParser(self.tokenizer.decode)
+
+    @property
+    def closed(self) -> bool:
+        """Whether the first box is closed."""
+        return self._parser.first_closed
+
+    @property
+    def scored(self) -> FirstAnswer | None:
+        """The answer and its confidence, as the product scores it."""
+        return score_first_answer(self.tokens, self.logprobs, self.tokenizer.decode)
+
+    def take(self, token: int) -> None:
+        """Write a token."""
+        if self.tokens:
+            self.rows.append(self.row[None])
+        self.tokens.append(token)
+        self.logprobs.append(float((self.row[token] - mx.logsumexp(self.row)).item()))  # type: ignore[arg-type]
+        if token in self.tokenizer.eos_ids:
+            self.ended = True
+            return
+        self._parser.push(token)
+        self.ended = self.closed or self._parser.stage == "reasoning" or len(self.tokens) >= MOST_TOKENS
+
+    def fork(self) -> "Draft":
+        """Another answer that begins with these tokens."""
+        forked = Draft(self.tokenizer, self.track.fork(), self.row, [], list(self.tokens), list(self.logprobs))
+        for token in self.tokens:
+            forked._parser.push(token)
+        return forked
+
+
+def choose_greedily(draft: Draft) -> int:
+    """The next token of an answer: of the opening, then the likeliest."""
+    begun = opening(draft.tokenizer)
+    place = len(draft.tokens)
+    return begun[place] if place < len(begun) else int(mx.argmax(draft.row).item())  # type: ignore[arg-type]
+
+
+def write_answers(
+    model: LayerwiseModel,
+    drafts: Sequence[Draft],
+    choose: Callable[[Draft], int] = choose_greedily,
+    *,
+    on_token: Callable[[], None] | None = None,
+    should_stop: ShouldStop | None = None,
+) -> None:
+    """Write token by token, one of every answer at a time, until all have ended.
+
+    Args:
+        model: writes.
+        drafts: what is written so far; are extended.
+        choose: the next token of an answer.
+        on_token: called after each token.
+        should_stop: see `LayerwiseModel.step`.
+    """
+    while going := [draft for draft in drafts if not draft.ended]:
+        for draft in going:
+            draft.take(choose(draft))
+        if going := [draft for draft in going if not draft.ended]:
+            tracks, tokens = [draft.track for draft in going], [draft.tokens[-1] for draft in going]
+            for draft, row in zip(going, model.step(tracks, tokens, should_stop=should_stop)):
+                draft.row = row
+        if on_token is not None:
+            on_token()
