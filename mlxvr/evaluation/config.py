@@ -65,7 +65,7 @@ class EvalConfig:
     )
     subtitles: bool = field(default=False, metadata=_flag("data", "put the benchmark's subtitles into its questions"))
     skip_bad_rows: bool = field(
-        default=False, metadata=_flag("data", "leave rows out that cannot be used, instead of stopping")
+        default=False, metadata=_flag("data", "leave rows of --data out that cannot be used, instead of stopping")
     )
     limit: int | None = field(default=None, metadata=_flag("data", "ask only the first so many questions", metavar="N"))
 

@@ -126,7 +126,7 @@ def evaluate(config: EvalConfig, *, progress: Progress | None = None) -> EvalRep
         CheckpointError: the model cannot be loaded.
     """
     questions = read_questions(config)
-    other = _read_other(config)
+    other = _read_other(config, questions.rows)
     _check_written(config)
     ranks = sharding.Ranks()
     if ranks.size > 1 and config.workers > 1:
@@ -159,11 +159,9 @@ def evaluate(config: EvalConfig, *, progress: Progress | None = None) -> EvalRep
 
 
 def read_questions(config: EvalConfig) -> Questions:
-    """The rows that a configuration names; raises `DataError` for rows that cannot be used."""
+    """The rows that a configuration names; raises `DataError` for rows of a data file that cannot be used."""
     if config.task is not None and config.data_root is not None:
         benchmark = read_benchmark(config.task, config.data_root, subtitles=config.subtitles)
-        if benchmark.skipped and not config.skip_bad_rows:
-            raise DataError(f"{benchmark.skipped[0]}; --skip-bad-rows leaves such rows out ({len(benchmark.skipped)})")
         left_out = bool(benchmark.missing or benchmark.skipped)
         return Questions(
             rows=benchmark.rows[: config.limit],
@@ -373,10 +371,14 @@ class _Other:
     threshold: float | None
 
 
-def _read_other(config: EvalConfig) -> _Other | None:
+def _read_other(config: EvalConfig, rows: Iterable[Row]) -> _Other | None:
     if config.compare is None:
         return None
-    samples = read_samples(config.compare / sharding.MAIN)
+    asked = {row.id: row for row in rows}
+    samples = [
+        _relabelled(sample, asked[sample.id]) if sample.id in asked else sample
+        for sample in read_samples(config.compare / sharding.MAIN)
+    ]
     threshold = None
     try:
         threshold = json.loads((config.compare / _REPORT).read_bytes())["settings"]["threshold"]

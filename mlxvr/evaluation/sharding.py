@@ -8,7 +8,8 @@ Two ways to have several. Ranks are started from outside, on one machine or many
 Workers (`--workers N`) are started here, on this machine. Either way the shard 0 writes `samples.jsonl` and shard r
 `samples.rank<r>.jsonl`, so that nobody waits for anybody and each file is as safe as that of a single run. At the end,
 and before a run that goes on after a stop, all samples become one file. Ranks exchange them as bytes, so that their
-disks need not be the same. Clips are dealt again for every run, of what is left: the number of processes may change.
+disks need not be the same. Clips are dealt again for every run, of what is left: the number of processes may change. A
+rank that has done its share keeps a core busy until all have (MLX's ring polls); when one fails, the launcher ends all.
 """
 
 import contextlib
