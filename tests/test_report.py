@@ -143,8 +143,18 @@ def test_tables_show_the_summary(write):
     for name, group in summary.per_task.items():
         cells = next(cells for cells in reader.rows if cells[0] == name)
         assert cells[1] == str(group.count)
-        assert cells[3].split()[0] == f"{100 * group.direct.accuracy.value:.0f}%"
+        for cell, figures in zip(cells[3:6], (group.direct, group.think, group.auto)):
+            assert cell.split()[0] == f"{100 * figures.accuracy.value:.0f}%"
+        assert cells[6].split()[0] == numerals.points(group.gain, group.count)
         assert cells[8].split()[0] == f"{100 * group.think_ratio.value:.0f}%"
+
+
+def test_columns_say_how_many_rows_they_are_over(write):
+    samples = [*HAND, row("x", pair="alone"), row("y", pair="q"), row("z", pair="q", answer=None)]
+    head = next(cells for cells in Reader(write(samples).read_text()).rows if cells[0] == "Mode")
+    # 8 choices and the answer of the grounded question; two with an interval; pairs need all rows and a second one
+    assert head[1:4] == ["Score", "Accuracy (n 10)", "mIoU (n 2)"]
+    assert head[4:] == ["R@0.3", "R@0.5", "R@0.7", "Acc@GQA", "Pairs (n 1)", "Tokens", "Seconds"]
 
 
 def test_first_sentence(write):
@@ -230,6 +240,7 @@ def test_gallery_records(write):
     assert rows["10"]["gold_option"] == 0
     assert rows["8"]["error"] == "no such file: <i>x</i>"
     assert rows["6"]["first"] is None
+    assert [name for name in rows if rows[name]["fallback"]] == ["5"]
     order = sorted(rows, key=lambda name: rows[name]["interest"])
     assert order[0] == "4"  # gives a wrong answer early
 
@@ -314,7 +325,16 @@ def test_unlabelled_runs_tell_the_cost(write):
     assert "no labels" in said
     assert "reasons on 57%" in said  # 4 of 7
     assert "accuracy" not in said
+    head = next(cells for cells in Reader(text).rows if cells[0] == "Task")
+    assert head[3:] == ["Think ratio", "Tokens", "of think’s"]
     assert 'id="cost"' in text
+
+
+def test_failed_rows_are_listed(write):
+    text = write(HAND).read_text()
+    assert "1 row of 10 failed" in text
+    assert "<code>8</code> no such file: &lt;i&gt;x&lt;/i&gt;" in text
+    assert "No row failed." in write(HAND[:3]).read_text()
 
 
 def test_live_runs_have_no_curve(write):
@@ -326,8 +346,9 @@ def test_live_runs_have_no_curve(write):
 def test_comparison(write):
     other = [replace(sample, confidence=0.1 if sample.id in "27" else sample.confidence) for sample in HAND]
     other[0] = replace(other[0], first="B", text="B", second="B")
-    path = write(HAND, title="4 bit", other=("bf16", other))
-    expected = compare(other, HAND, threshold=0.9, bootstrap=50)
+    run = [*HAND, row("only here")]
+    path = write(run, title="4 bit", other=("bf16", other))
+    expected = compare(other, run, threshold=0.9, bootstrap=50)
     data = data_of(path)
     assert {**data["comparison"], "other": None} == json.loads(json.dumps({**expected.to_dict(), "other": None}))
     changes = {one["id"]: one["changes"] for one in data["rows"]}
@@ -337,7 +358,9 @@ def test_comparison(write):
     rows = {one["id"]: one for one in data["rows"]}
     assert (rows["1"]["other"]["first"], rows["1"]["other"]["right"]["auto"]) == ("B", False)
     assert rows["8"]["other"] is None
-    cells = next(cells for cells in Reader(path.read_text()).rows if cells[0] == "tokens a question")
+    table = {cells[0]: cells for cells in Reader(path.read_text()).rows}
+    assert table["think ratio"][1:3] == ["67%", "56%"]
+    cells = table["tokens a question"]
     # 9 rows; of this run 1, 2, 4 and 9 exit, of the other 1, 4 and 9
     assert cells[1:3] == [numerals.tokens((3 * 5 + 6 * 105) / 9), numerals.tokens((4 * 5 + 5 * 105) / 9)]
 

@@ -19,6 +19,7 @@ from mlxvr.errors import ConfigError, DataError, MediaError
 from mlxvr.evaluation.grading import Grade, final_answer, find_interval, segments_of
 from mlxvr.evaluation.judged import Judged
 from mlxvr.evaluation.samples import Sample
+from mlxvr.protocol import is_fallback
 
 __all__ = ["Clip", "embed_frames", "gallery_rows", "read_thumbnails"]
 
@@ -159,6 +160,7 @@ def _answers(row: Judged) -> dict[str, Any]:
     sample = row.sample
     return {
         "first": sample.first,
+        "fallback": sample.first is not None and is_fallback(sample.first),
         "final": _cut(sample.final) if sample.reasoned else None,
         "reasoning": None if sample.reasoning is None else _cut(sample.reasoning),
         "confidence": sample.confidence,

@@ -151,10 +151,11 @@ def _cost(group: Group) -> str:
     told = numerals.points_interval(change, rows)
     size = numerals.points(change, rows).lstrip("+−")
     if change.value == 0:
-        said = "costs <b>nothing</b>"
+        said = f"costs <b>no</b> {_noun_short(group)}"
     else:
-        said = f"{'gains' if change.value > 0 else 'costs'} <b>{size} {'point' if size == '1' else 'points'}</b>"
-    return f"{said} of {_noun_short(group)}" + (f" (difference {told})" if told else "")
+        unit = "point" if size == "1" else "points"
+        said = f"{'gains' if change.value > 0 else 'costs'} <b>{size} {unit}</b> of {_noun_short(group)}"
+    return said + (f" (difference {told})" if told else "")
 
 
 def _noun_short(group: Group) -> str:
@@ -163,6 +164,7 @@ def _noun_short(group: Group) -> str:
 
 def _subtitle(content: Content) -> str:
     known = [str(content.settings[name]) for name in ("model", "data", "task", "mode") if content.settings.get(name)]
+    known = [value for value in known if value not in content.title]
     return f'<p class="subtitle">{escape(" · ".join(known))}</p>' if known else ""
 
 
@@ -226,7 +228,9 @@ def _cautions(content: Content) -> str:
         )
     if group is not None:
         auto = group.auto
-        if group.clips < _FEW_CLIPS:
+        if group.clips == 1:
+            told.append("One independent clip only: no interval can be given.")
+        elif group.clips < _FEW_CLIPS:
             told.append(
                 f"Only {numerals.count(group.clips, 'independent clip')}: the intervals are wide, and still "
                 "narrower than they should be."
@@ -313,13 +317,17 @@ def _spread(cost: Distribution, written: Callable[[float], str]) -> str:
 
 def _sizes(rows: Sequence[Judged]) -> dict[str, int]:
     """How many rows, or pairs, each figure is over."""
-    grades = [row.direct for row in rows if row.direct is not None]
+    kept = [row for row in rows if row.sample.error is None]
+    grades = [row.direct for row in kept if row.direct is not None]
+    pairs: dict[str, list[bool]] = {}
+    for row in kept:
+        pairs.setdefault(row.sample.pair, []).append(row.direct is not None)
     return {
         "score": len(grades),
         "accuracy": sum(grade.accuracy is not None for grade in grades),
         "iou": sum(grade.iou is not None for grade in grades),
         "both": sum(grade.accuracy is not None and grade.iou is not None for grade in grades),
-        "pairs": len({row.sample.pair for row in rows if row.direct is not None and row.sample.pair}),
+        "pairs": sum(name != "" and len(members) > 1 and all(members) for name, members in pairs.items()),
     }
 
 
@@ -470,22 +478,24 @@ def _breakdown(groups: Mapping[str, Group], title: str, key: str, *, with_chart:
     if not groups:
         return ""
     has_think = all(group.think is not None for group in groups.values())
-    columns = [title, "Rows", "Clips", "Direct", *(["Think"] if has_think else []), "Auto"]
-    columns += ["Gain of thinking", "Auto − think"] if has_think else []
+    has_labels = any(group.auto.labelled for group in groups.values())
+    columns = [title, "Rows", "Clips"]
+    columns += ["Direct", *(["Think"] if has_think else []), "Auto"] if has_labels else []
+    columns += ["Gain of thinking", "Auto − think"] if has_labels and has_think else []
     columns += ["Think ratio", "Tokens", *(["of think’s"] if has_think else [])]
     body = []
     for name, group in groups.items():
-        rows = group.auto.labelled
-        cells = [_show(name, **{key: name}), f"{group.count:,}", f"{group.clips:,}", _cell(group.direct.score, rows)]
-        cells += [_cell(group.think.score, rows)] if group.think is not None else []
-        cells.append(_cell(group.auto.score, rows))
-        if group.think is not None:
+        rows, think = group.auto.labelled, group.think if has_think else None
+        cells = [_show(name, **{key: name}), f"{group.count:,}", f"{group.clips:,}"]
+        if has_labels:
+            modes = [group.direct, *([think] if think is not None else []), group.auto]
+            cells += [_cell(figures.score, rows) for figures in modes]
+        if has_labels and think is not None:
             cells += [_difference_cell(group.gain, rows), _difference_cell(group.auto_vs_think, rows)]
         cells += [_cell(group.think_ratio, group.count), numerals.tokens(group.auto.tokens.mean)]
-        if group.think is not None:
-            cells.append(
-                numerals.share(group.auto.tokens.mean / group.think.tokens.mean, 1) if group.think.tokens.mean else "–"
-            )
+        if think is not None:
+            always = think.tokens.mean
+            cells.append(numerals.share(group.auto.tokens.mean / always, 1) if always else "–")
         body.append(cells)
     chart = ""
     if with_chart:
@@ -496,9 +506,10 @@ def _breakdown(groups: Mapping[str, Group], title: str, key: str, *, with_chart:
         left = f" The {_MOST_BARS} that think most; the table has all." if len(bars) > _MOST_BARS else ""
         drawn = charts.bars_chart(bars[:_MOST_BARS], "rows that reason")
         chart = _figures([(drawn, f"Think ratio with 95% intervals.{left}")])
-    kinds = {score_name(group) for group in groups.values()}
-    note = f"Direct, think and auto: {' or '.join(sorted(one.lower() if one != 'mIoU' else one for one in kinds))}"
+    kinds = {score_name(group) for group in groups.values() if group.auto.labelled}
+    note = f"Direct, think and auto: {' or '.join(sorted(one if one == 'mIoU' else one.lower() for one in kinds))}"
     note += "; differences in points, coloured where the 95% interval leaves out zero. Of many rows some do so by luck."
+    note = note if has_labels else ""
     return f'{_table(columns, body)}<p class="note">{note}</p>{chart}'
 
 

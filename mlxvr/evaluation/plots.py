@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlxvr.evaluation import numerals
-from mlxvr.evaluation.charts import nines, wilson
+from mlxvr.evaluation.charts import histogram, nines, wilson
 from mlxvr.evaluation.judged import Judged
 from mlxvr.evaluation.page import Content, score_name
 from mlxvr.evaluation.writing import replace_file
@@ -92,7 +92,9 @@ def _cost(axes: "Axes", content: Content) -> None:
             if mode.score.low is not None and mode.score.high is not None:
                 axes.vlines(x, 100 * mode.score.low, 100 * mode.score.high, color=marker, alpha=0.5)
             axes.plot([x], [y], "o", color=marker)
-            axes.annotate(name, (x, y), xytext=(6, 6), textcoords="offset points")
+            if group is content.summary.overall:
+                axes.annotate(name, (x, y), xytext=(0, 8), textcoords="offset points", ha="center")
+    axes.set_xlim(left=0)
     axes.set_xlabel("mean generated tokens per question")
     axes.set_ylabel(f"{score_name(content.summary.overall)} (%)")
     axes.set_title(_at(content), fontsize=10)
@@ -118,10 +120,15 @@ def _reliability(axes: "Axes", content: Content) -> None:
 
 
 def _confidence(axes: "Axes", content: Content) -> None:
-    edges = [step / 4 for step in range(17)]
     for label, color, is_right in (("right", _BLUE, True), ("wrong", _ORANGE, False)):
-        places = [nines(value) for value in _confidences(content.rows, is_right)]
-        axes.hist(places, bins=edges, color=color, alpha=0.7, label=f"{label} ({len(places):,})")
+        found = _confidences(content.rows, is_right)
+        counts = histogram(found)
+        width = nines(1) / len(counts)
+        heights = [count if is_right else -count for count in counts]
+        places = [width * place for place in range(len(counts))]
+        axes.bar(places, heights, 0.94 * width, align="edge", color=color, label=f"{label} ({len(found):,})")
+    axes.axhline(0, color="#333333", linewidth=0.8)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{abs(value):,g}")
     axes.axvline(nines(min(1.0, content.summary.threshold)), color=_RED, linestyle="--", linewidth=1)
     axes.set_xticks([nines(value) for value in _TICKS], [f"{value:g}" for value in _TICKS])
     axes.set_xlabel("confidence (axis stretched towards 1)")

@@ -49,7 +49,6 @@ if (slider && data.curve.length) {
 }
 
 // The gallery's filters: name, label, choices [value, label], and what a row must be.
-const isFallback = (row) => row.first !== null && row.problems.includes("fallback") || /^\s*let.s analyze/i.test(row.first || "");
 const names = (key) => [...new Set(data.rows.map((row) => row[key]).filter(Boolean))].sort();
 const problems = [...new Set(data.rows.flatMap((row) => row.problems))].sort();
 const FILTERS = [
@@ -65,7 +64,7 @@ const FILTERS = [
       : row.right.direct === (value === "hurt") && row.right.think === (value === "helped"))],
   ["format", "Format", [["fallback", "declined to answer"], ["no_box", "no first box"], ...problems.map((name) => [`problem:${name}`, name])],
     (row, value) => row.error === null && (value === "no_box" ? row.first === null
-      : value === "fallback" ? isFallback(row) : row.problems.includes(value.slice(8)))],
+      : value === "fallback" ? row.fallback : row.problems.includes(value.slice(8)))],
 ];
 if (data.against) {
   FILTERS.unshift(["against", `Against ${data.against.title}`, [["became_right", "became right"], ["became_wrong", "became wrong"],
