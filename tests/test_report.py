@@ -276,9 +276,12 @@ def test_frames_are_limited_to_what_tells_most(write, tmp_path):
     for name in "abc":
         write_clip(tmp_path / f"{name}.mp4", frames=12)
     samples = [row("1", media="a.mp4"), row("2", "B", "A", media="b.mp4"), row("3", "B", "A", 0.1, media="c.mp4")]
+    samples.append(row("0", "B", "A", media="B gone.mp4"))
     path = write(samples, clips=1)
     data = data_of(path)
-    assert [one["clip"] for one in data["rows"]] == [None, 0, None]  # 2 is wrong and exits
+    assert [one["clip"] for one in data["rows"]] == [0, None, 1, None]  # 0 and 2 are wrong and exit
+    assert [len(clip["frames"]) for clip in data["clips"]] == [0, 4]
+    assert "Frames of 1 clip are in the page" in path.read_text()
     assert "those of 2 more would make it too large" in path.read_text()
     assert data_of(write(samples, clips=0))["clips"] == []
 

@@ -70,22 +70,27 @@ def embed_frames(
         if row.sample.media:
             clip = _clip(row.sample)
             weights[clip] = min(weights.get(clip, record["interest"]), record["interest"])
-    shown = sorted(weights, key=lambda clip: (weights[clip], str(clip)))[:limit]
     clips: list[dict[str, Any]] = []
-    for done, (media, start, end) in enumerate(shown):
+    places: dict[Clip, int] = {}
+    wanted, read = min(limit, len(weights)), 0
+    for clip in sorted(weights, key=lambda one: (weights[one], str(one))):
+        if read == wanted:
+            break
         if progress is not None:
-            progress("frames", done, len(shown))
+            progress("frames", read, wanted)
+        media, start, end = clip
         path = Path(media) if media_root is None else media_root / media
+        places[clip] = len(clips)
         try:
             clips.append({"frames": read_thumbnails(path, start=start, end=end), "note": ""})
-        except (MediaError, ConfigError, OSError) as error:
+            read += 1
+        except (MediaError, ConfigError, OSError) as error:  # does not count towards the limit
             clips.append({"frames": [], "note": str(error)})
-    if progress is not None and shown:
-        progress("frames", len(shown), len(shown))
-    places = {clip: place for place, clip in enumerate(shown)}
+    if progress is not None and wanted:
+        progress("frames", wanted, wanted)
     for row, record in zip(rows, records):
         record["clip"] = places.get(_clip(row.sample)) if row.sample.media else None
-    return clips, len(weights) - len(shown)
+    return clips, len(weights) - len(clips)
 
 
 def read_thumbnails(path: Path, *, start: float | None = None, end: float | None = None) -> list[dict[str, Any]]:

@@ -711,9 +711,10 @@ def _gallery(content: Content) -> str:
         return ""
     note = ""
     if content.clips_left_out:
+        shown = sum(bool(clip["frames"]) for clip in content.clips)
         note = (
-            f"<p class=note>Frames of {numerals.count(len(content.clips), 'clip')} are in this page, those whose rows "
-            f"tell most; those of {content.clips_left_out:,} more would make it too large.</p>"
+            f"<p class=note>Frames of {numerals.count(shown, 'clip')} are in the page, those whose rows tell most; "
+            f"those of {content.clips_left_out:,} more would make it too large.</p>"
         )
     return (
         '<form id="filters"></form><p id="presets" class="presets"></p><p id="found" aria-live="polite"></p>'

@@ -99,7 +99,7 @@ def _cost(axes: "Axes", content: Content) -> None:
     axes.set_ylabel(f"{score_name(content.summary.overall)} (%)")
     axes.set_title(_at(content), fontsize=10)
     if len(runs) > 1:
-        axes.legend()
+        axes.legend(loc="lower right")
 
 
 def _reliability(axes: "Axes", content: Content) -> None:
@@ -128,6 +128,7 @@ def _confidence(axes: "Axes", content: Content) -> None:
         places = [width * place for place in range(len(counts))]
         axes.bar(places, heights, 0.94 * width, align="edge", color=color, label=f"{label} ({len(found):,})")
     axes.axhline(0, color="#333333", linewidth=0.8)
+    axes.locator_params(axis="y", integer=True)
     axes.yaxis.set_major_formatter(lambda value, _: f"{abs(value):,g}")
     axes.axvline(nines(min(1.0, content.summary.threshold)), color=_RED, linestyle="--", linewidth=1)
     axes.set_xticks([nines(value) for value in _TICKS], [f"{value:g}" for value in _TICKS])
