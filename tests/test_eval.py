@@ -117,9 +117,12 @@ def test_the_table_says_what_the_modes_are_worth(capfd, tmp_path, model, data, h
     code, out, err = call(capfd, "--model", model, "--data", data, "--output", output, "--threshold", 0.8)
     assert code == 0, err
     lines = {line.split()[0]: re.sub(r"\s+", " ", line) for line in reversed(out.splitlines()) if line.strip()}
-    assert re.match(r"direct 0\.750 \[0\.\d+, 0\.\d+\] 0\.00 5\.0 \(5\.0, 5\.0\)", lines["direct"])
-    assert re.match(r"think 1\.000 \[1\.000, 1\.000\] 1\.00 105\.0 \(105\.0, 105\.0\)", lines["think"])
-    assert re.match(r"auto 1\.000 \[1\.000, 1\.000\] 0\.25 30\.0 \(5\.0, 105\.0\)", lines["auto"])
+    number, interval = r"(\d\.\d{3})", r" \[\d\.\d{3}, \d\.\d{3}\]"
+    assert lines["direct"] == " direct think auto"
+    scores = re.fullmatch("accuracy" + 3 * f" {number}{interval}", lines["accuracy"])
+    assert scores.groups() == ("0.750", "1.000", "1.000")
+    assert lines["thinks"] == "thinks 0.00 1.00 0.25"
+    assert lines["tokens"].startswith("tokens (p50, p95) 5.0 (5.0, 5.0) 105.0 (105.0, 105.0) 30.0 (5.0, 105.0)")
     assert "40 questions about 40 clips" in out
     assert re.search(r"gain from thinking +\+0\.250 \[", out)
     assert re.search(r"confidence +AUROC 1\.000", out)

@@ -323,9 +323,10 @@ def test_frames_in_a_folder_and_an_image(tmp_path, reasoner):
     report = run(write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "run", max_tokens=4)
     found = samples_of(report)
     frames = sorted(str(path) for path in (tmp_path / "frames").iterdir())
-    expected = reasoner.open(frames, fps=3.0)
-    assert found["folder"].video_tokens == expected.ask("What?", max_tokens=4).usage.video_tokens
-    assert 0 < found["part"].video_tokens < found["folder"].video_tokens
+    for name, part in (("folder", {}), ("part", {"start": 0.0, "end": 0.9})):
+        expected = reasoner.open(frames, fps=3.0, **part).ask("What?", max_tokens=4).usage
+        assert found[name].video_tokens == expected.video_tokens
+    assert found["part"].video_tokens < found["folder"].video_tokens
     assert found["image"].video_tokens > 0
     assert "no folder of jpg or png frames" in found["none"].error
 

@@ -44,21 +44,23 @@ def table(report: "EvalReport") -> str:
 def _modes(group: Group) -> list[str]:
     modes = [("direct", group.direct, 0.0), ("think", group.think, 1.0), ("auto", group.auto, group.think_ratio.value)]
     shown = [(name, figures, ratio) for name, figures, ratio in modes if figures is not None]
-    columns: list[tuple[str, list[str]]] = [
+    rows: list[tuple[str, list[str]]] = [
         (title, [_estimate(getattr(figures, name)) for _, figures, _ in shown])
         for name, title in _SCORES
-        if any(getattr(figures, name) is not None for _, figures, _ in shown)
+        if getattr(group.auto, name) is not None
     ]
-    for least in group.auto.recall:
-        columns.append((f"R@{least}", [_estimate(figures.recall.get(least)) for _, figures, _ in shown]))
-    columns.append(("thinks", [f"{ratio:.2f}" for _, _, ratio in shown]))
-    columns.append(("tokens (p50, p95)", [_cost(figures, "tokens", ".1f") for _, figures, _ in shown]))
-    columns.append(("seconds (p50, p95)", [_cost(figures, "seconds", ".2f") for _, figures, _ in shown]))
-    widths = [max(len(title), *map(len, cells)) for title, cells in columns]
-    lines = ["        " + "  ".join(f"{title:>{width}}" for (title, _), width in zip(columns, widths))]
-    for place, (name, _, _) in enumerate(shown):
-        lines.append(f"{name:8}" + "  ".join(f"{cells[place]:>{width}}" for (_, cells), width in zip(columns, widths)))
-    return lines
+    rows += [
+        (f"R@{least}", [_estimate(figures.recall.get(least)) for _, figures, _ in shown]) for least in group.auto.recall
+    ]
+    rows.append(("thinks", [f"{ratio:.2f}" for _, _, ratio in shown]))
+    rows.append(("tokens (p50, p95)", [_cost(figures, "tokens", ".1f") for _, figures, _ in shown]))
+    rows.append(("seconds (p50, p95)", [_cost(figures, "seconds", ".2f") for _, figures, _ in shown]))
+    rows.insert(0, ("", [name for name, _, _ in shown]))
+    widths = [max(len(cells[place]) for _, cells in rows) for place in range(len(shown))]
+    return [
+        f"{title:20}" + "  ".join(f"{cell:{width}}" for cell, width in zip(cells, widths)).rstrip()
+        for title, cells in rows
+    ]
 
 
 def _confidence(group: Group) -> list[str]:
