@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from mlxvr.evaluation import numerals
 from mlxvr.evaluation.charts import histogram, nines, wilson
+from mlxvr.evaluation.content import Content, score_name
 from mlxvr.evaluation.judged import Judged
-from mlxvr.evaluation.page import Content, score_name
 from mlxvr.evaluation.writing import replace_file
 
 if TYPE_CHECKING:

@@ -18,10 +18,11 @@ from mlxvr.callbacks import Progress
 from mlxvr.errors import ConfigError
 from mlxvr.evaluation.calibrate import Calibration
 from mlxvr.evaluation.compare import Comparison, compare
+from mlxvr.evaluation.content import Against, Content
 from mlxvr.evaluation.gallery import embed_frames, gallery_rows
 from mlxvr.evaluation.judged import Judged, curve, judge
 from mlxvr.evaluation.metrics import summarise
-from mlxvr.evaluation.page import Against, Content, make_page
+from mlxvr.evaluation.page import make_page
 from mlxvr.evaluation.samples import Sample
 from mlxvr.evaluation.writing import replace_file
 
