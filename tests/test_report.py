@@ -333,6 +333,23 @@ def test_unlabelled_runs_tell_the_cost(write):
     assert 'id="cost"' in text
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "said"),
+    [
+        ("A" * 40, "A" * 30 + "B" * 10, "The early exit is better than always thinking, by"),
+        ("A" * 30 + "B" * 10, "A" * 40, "The early exit loses accuracy: even the best end"),
+        ("A" * 39 + "B", "B" + "A" * 39, "No difference from always thinking can be shown"),
+    ],
+)
+def test_verdicts(write, first, second, said):
+    samples = [row(f"{index:02}", *pair) for index, pair in enumerate(zip(first, second))]
+    assert re.search('<p class="verdict[^>]*>(.*?)</p>', write(samples).read_text())[1].startswith(said)
+    always = [replace(sample, confidence=0.1) for sample in samples]  # so the comparison is that of exit and thinking
+    wanted = {"is b": "this run is better", "loses": "this run is worse", "No di": "no difference can be shown"}
+    text = write(samples, other=("always", always)).read_text()
+    assert next(told for sign, told in wanted.items() if sign in said) in text
+
+
 def test_failed_rows_are_listed(write):
     text = write(HAND).read_text()
     assert "1 row of 10 failed" in text
