@@ -17,7 +17,7 @@ import mlxvr
 from mlxvr.errors import ConfigError
 from mlxvr.evaluation.lmms.answering import Asked, answer_all, open_log, read_context, read_visuals
 from mlxvr.evaluation.lmms.options import LmmsOptions
-from mlxvr.evaluation.samples import read_samples
+from mlxvr.evaluation.samples import read_run, read_samples
 from mlxvr.model.prompt import KINDS, question_text
 from mlxvr.reasoner import demo_folder
 
@@ -165,15 +165,17 @@ def test_a_question_that_fails_costs_itself(reasoner, truth, tmp_path, caplog):
         asked("What is it?", [path_of(ROWS[0]), path_of(ROWS[2])], 1),
         asked(prompt_of(ROWS[0]), [path_of(ROWS[0])], 2),
         asked("   ", [path_of(ROWS[0])], 3),
+        asked(prompt_of(ROWS[0]), [path_of(ROWS[0])], 4),
     ]
     options = LmmsOptions(log_file=str(tmp_path / "log.jsonl"))
     with open_log(options.log_file, reasoner, options) as log:
         responses = list(answer_all(reasoner, requests, options, log=log))
-    assert [response.text for response in responses] == ["", "", truth[0].text, ""]
+    assert [response.text for response in responses] == ["", "", truth[0].text, "", truth[0].text]
+    assert responses[4].answer.usage.cached_tokens == 0, "nothing that a failure left is built upon"
     assert "broken.mp4" in responses[0].error
     assert "2 videos" in responses[1].error
     assert "the question is empty" in responses[3].error
-    assert "3 of 4 questions could not be answered" in caplog.text
+    assert "3 of 5 questions could not be answered" in caplog.text
     assert [sample.error for sample in read_samples(tmp_path / "log.jsonl")] == [one.error for one in responses]
 
 
@@ -185,6 +187,7 @@ def test_the_log_holds_what_led_to_the_answers(reasoner, truth, tmp_path):
             list(answer_all(reasoner, requests[: 2 + len(log.done)], options, log=log))
     samples = read_samples(tmp_path / "log.jsonl")
     assert [sample.id for sample in samples] == ["t-0", "t-1", "t-2"]
+    assert read_run(tmp_path / "log.jsonl")["threshold"] == reasoner.threshold
     for sample, answer, row in zip(samples, truth, ROWS):
         assert (sample.first, sample.second, sample.text) == (answer.first, answer.second, answer.text)
         assert (sample.reasoning, sample.reasoned) == (answer.reasoning, answer.reasoned)
@@ -195,11 +198,21 @@ def test_the_log_holds_what_led_to_the_answers(reasoner, truth, tmp_path):
         open_log(options.log_file, reasoner, LmmsOptions(mode="think"))
 
 
-def test_several_pictures_are_the_frames_of_a_video_and_no_visuals_are_none(reasoner):
+def test_several_pictures_are_the_frames_of_a_video_and_no_visuals_are_none(reasoner, monkeypatch):
+    rates = []
+    genuine = type(reasoner).open
+
+    def spy(self, source, **options):
+        rates.append(options["fps"])
+        return genuine(self, source, **options)
+
     frames = [Image.new("RGB", (64, 64), (40 * step, 0, 0)) for step in range(6)]
     options = LmmsOptions(mode="direct", frames_fps=3, max_new_tokens=8)
     requests = [asked("Which color?", frames), asked("Which color?", frames[0], 1), asked("Which color?", None, 2)]
-    video, image, nothing = answer_all(reasoner, requests, options)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(reasoner), "open", spy)
+        video, image, nothing = answer_all(reasoner, requests, options)
+    assert rates == [3.0, None, None]
     with reasoner.open(frames, fps=3.0) as clip:
         own = clip.ask("Which color?", mode="direct", max_tokens=8)
     assert video.answer.token_ids == own.token_ids
@@ -331,6 +344,22 @@ def test_what_cannot_be_run_is_refused_in_one_line(lmms, model, monkeypatch):
 def test_a_cleaned_model_loads_again(lmms, model, truth):
     model.clean()
     assert model.generate_until(requests_of(lmms, [0]))[0].text == truth[0].text
+
+
+@needs_lmms_eval
+def test_an_entry_point_is_enough_to_be_found(tmp_path):
+    """As an installed distribution names it; no variable is set."""
+    found = tmp_path / "other-1.0.dist-info"
+    found.mkdir()
+    (found / "METADATA").write_text("Metadata-Version: 2.1\nName: other\nVersion: 1.0\n")
+    (found / "entry_points.txt").write_text("[lmms_eval.models]\nmlxvr = mlxvr.evaluation.lmms:manifest\n")
+    code = "from lmms_eval.models import get_model_manifest; print(get_model_manifest('mlxvr').simple_class_path)"
+    environment = {name: value for name, value in os.environ.items() if name != "LMMS_EVAL_PLUGINS"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), str(Path(mlxvr.__file__).parents[1])])
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment, check=True
+    )
+    assert done.stdout.split()[-1] == "mlxvr.evaluation.lmms.models.mlxvr.Mlxvr"
 
 
 TASK = """\

@@ -109,7 +109,7 @@ def read_context(context: str) -> tuple[str, Kind]:
     and `<video>` go: media come first.
     """
     text = _PLACEHOLDER.sub("", context).strip()
-    for kind in reversed(KINDS):  # "qa", which only has last words, comes last
+    for kind in KINDS:
         head, tail = question_text("\0", kind=kind).split("\0")
         if text.startswith(head) and text.endswith(tail.strip()) and len(text) > len(head) + len(tail.strip()):
             return text[len(head) : -len(tail.strip())].strip(), kind  # type: ignore[return-value]
