@@ -313,7 +313,7 @@ def test_frames_in_a_folder_and_an_image(tmp_path, reasoner):
             "video": "frames",
             "frames_fps": 3.0,
             "start": 0.0,
-            "end": 1.0,
+            "end": 0.9,
             "question": "What?",
             "answer": "A",
         },
