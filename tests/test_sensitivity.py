@@ -83,10 +83,8 @@ def whole_squares(folder, answered):
                 media_mask=prompt.media_mask[None],
             )
             logits = model.logits(hidden)[0, one.first : one.first + len(one.targets)]
-            chosen = mx.eye(logits.shape[-1])[mx.array(one.targets)]
-            own = (logits * chosen).sum(axis=-1, keepdims=True)
-            others = (mx.exp(logits - own) * (1 - chosen)).sum(axis=-1)  # (1 - p) / p, also where p is nearly 1
-            return -mx.log(others).mean()
+            chances = mx.softmax(logits, axis=-1)[mx.arange(len(one.targets)), mx.array(one.targets)]
+            return mx.mean(mx.log(chances))
 
         for key, gradient in mx.grad(certainty)(weights).items():
             name = f"language_model.{key.removesuffix('.weight')}"
