@@ -167,10 +167,11 @@ def test_a_run_is_held_against_an_earlier_one(capfd, tmp_path, model, data, head
     before = made(data, tmp_path / "before", header, sure=20, right=lambda n: n < 36)
     after = made(data, tmp_path / "after", header, sure=30)
     asked = ("--model", model, "--data", data, "--threshold", 0.8)
-    assert call(capfd, *asked, "--output", before)[0] == 0
+    assert call(capfd, *asked[:-1], 0.7, "--output", before)[0] == 0
     code, out, err = call(capfd, *asked, "--output", after, "--compare", before, "--json")
     assert code == 0, err
     found = json.loads(out)["comparison"]
+    assert found["thresholds"] == [0.7, 0.8], "each run has its own"
     assert found["direct"]["difference"]["value"] == pytest.approx(10 / 40)
     assert found["think"]["difference"]["value"] == pytest.approx(4 / 40)
     assert sorted(found["stopped_thinking"]) == [f"r{n}" for n in range(20, 30)]
