@@ -8,6 +8,7 @@ __all__ = ["Bars"]
 _BYTES = {"unit": "B", "unit_scale": True}
 _UNITS: dict[str, dict[str, Any]] = {
     "decoding": {"unit": "frame"},
+    "frames": {"unit": "clip"},
     "vision": {"unit": "row"},
     "prefill": {"unit": "token"},
     "evaluate": {"unit": "row"},

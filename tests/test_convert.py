@@ -559,6 +559,16 @@ def test_other_refusals(source, tmp_path, left_behind):
     for call, kind, says in [
         (lambda: convert(tmp_path / "gone", tmp_path / "out"), CheckpointError, "no such folder"),
         (lambda: convert(source, tmp_path / "out", bits=7), RecipeError, "bits = 7; expected one of"),
+        (lambda: convert(source, tmp_path / "out", bits="auto"), ConfigError, "--q-bits auto and --target-gb together"),
+        (lambda: convert(source, tmp_path / "out", target_bytes=10**6), ConfigError, "--target-gb together"),
+        (
+            lambda: convert(source, tmp_path / "out", bits="auto", target_bytes=10**6, mode="mxfp4"),
+            ConfigError,
+            "leave out --q-group-size and --q-mode",
+        ),
+        (lambda: convert(source, tmp_path / "out", bits="most"), RecipeError, "expected a number or 'auto'"),
+        (lambda: convert(source, tmp_path / "out", mode="fp4"), RecipeError, "mode = 'fp4'"),
+        (lambda: convert(source, tmp_path / "out", mode="mxfp4", bits=8), RecipeError, "bits = 8; expected 4"),
         (lambda: convert(source, tmp_path / "out", group_size=0), RecipeError, "group_size = 0"),
         (lambda: convert(source, tmp_path / "out", group_size=48), RecipeError, "group_size = 48"),
         (lambda: convert(source, tmp_path / "out", dtype="int8"), RecipeError, "dtype = 'int8'"),

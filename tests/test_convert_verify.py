@@ -11,6 +11,7 @@ from checkpoints import write_checkpoint
 
 from mlxvr.convert import convert, main
 from mlxvr.errors import VerificationError
+from mlxvr.model.loading import load_model
 from mlxvr.porting import probes as bundle
 
 STRICT = """
@@ -32,6 +33,7 @@ def few_probes(monkeypatch):
     chosen = [probe for probe in bundle.bundled() if probe.name in ("disc", "text-0", "text-1")]
     assert len(chosen) == 3
     monkeypatch.setattr("mlxvr.porting.verify.bundled", lambda: chosen)
+    monkeypatch.setattr("mlxvr.porting.sensitivity.bundled", lambda: chosen)
 
 
 @pytest.fixture
@@ -139,3 +141,23 @@ def test_the_shipped_limits_let_the_bundled_checkpoint_pass(tmp_path):
 
     report = convert(demo_folder() / "checkpoint", tmp_path / "out", verify=True)
     assert dataclasses.asdict(report)["shortfalls"] == ()
+
+
+def test_bits_that_are_measured_fit_the_size_to_the_byte(source, tmp_path, capsys):
+    four = convert(source, tmp_path / "four", bits=4)
+    six = convert(source, tmp_path / "six", bits=6)
+    target = (four.bytes_after + six.bytes_after) // 2
+    arguments = ["--hf-path", str(source), "--mlx-path", str(tmp_path / "out"), "--q-bits", "auto"]
+    assert main([*arguments, "--target-gb", str(target / 1e9), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert four.bytes_after < report["bytes_after"] <= target
+    assert report["bits"] == "auto"
+    settings = settings_of(tmp_path / "out")
+    assert settings["quantization"]["bits"] == "auto"
+    assert settings["quantization"]["target_bytes"] == target
+    assert "bits measured for each module" in (tmp_path / "out" / "README.md").read_text()
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization"]
+    assert len({(one["bits"], one["group_size"]) for one in config.values() if isinstance(one, dict)}) > 1
+    assert load_model(tmp_path / "out").settings == settings
+    assert main([*arguments, "--target-gb", "1e-6", "--force"]) == 2
+    assert "is too small" in capsys.readouterr().err

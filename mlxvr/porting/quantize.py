@@ -104,7 +104,7 @@ def convert(
     precision: Callable[[str], Precision | None] = chosen.precision
     if bits == "auto":
         assert target_bytes is not None, "checked with the options"
-        precision = _measured(folder, chosen, target_bytes, progress)
+        precision = _measured(checkpoint, chosen, target_bytes, progress)
     plan = make_plan(checkpoint, precision, chosen.quantization.dtype)
     settings = card.settings(checkpoint.folder, origin, chosen, keep_measured=named is None)
     if bits == "auto":
@@ -223,6 +223,8 @@ def _check_options(
     """Refuse what no recipe would take, before anything is downloaded."""
     if (bits == "auto") != (target_bytes is not None):
         raise ConfigError("bits chosen for each module need a size: give --q-bits auto and --target-gb together")
+    if bits == "auto" and (group_size is not None or mode is not None):
+        raise ConfigError("bits that are measured bring their groups and mode: leave out --q-group-size and --q-mode")
     if dequantize and (bits not in (None, 0) or group_size is not None or mode is not None):
         raise ConfigError("dequantized weights have no bits, groups or mode: leave out the --q options")
     if isinstance(bits, str) and bits != "auto":
@@ -233,12 +235,12 @@ def _check_options(
 
 
 def _measured(
-    folder: Path, recipe: Recipe, target_bytes: int, progress: Progress | None
+    checkpoint: Checkpoint, recipe: Recipe, target_bytes: int, progress: Progress | None
 ) -> Callable[[str], Precision | None]:
     """Choose each module's precision by what it does to the answers' confidence."""
     from mlxvr.porting.sensitivity import choose_precisions
 
-    return choose_precisions(folder, recipe, target_bytes=target_bytes, progress=progress).get
+    return choose_precisions(checkpoint, recipe, target_bytes=target_bytes, progress=progress).get
 
 
 def _pinned(source: str | Path, recipe: Recipe | None) -> str | None:

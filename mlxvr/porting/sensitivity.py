@@ -37,7 +37,6 @@ others, and sizes. `tests/benchmarks/quantization.py` compares both.
 """
 
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -51,22 +50,22 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlxvr.callbacks import Progress, ShouldStop
-from mlxvr.confidence import score_first_answer
 from mlxvr.errors import ConfigError
+from mlxvr.model import memory
+from mlxvr.model.folder import ModelFolder
 from mlxvr.model.prompt import Prompt
 from mlxvr.porting.checkpoint import Checkpoint
+from mlxvr.porting.first_answers import Draft, opening, write_answers
 from mlxvr.porting.layerwise import Layer, LayerwiseModel, Track
 from mlxvr.porting.plan import DTYPE_CODES, make_plan, packed_tensors
 from mlxvr.porting.probes import Probe, budgeted, build_prompts, bundled, load_media
 from mlxvr.porting.recipe import Precision, Recipe
-from mlxvr.protocol import DualAnswerParser
+from mlxvr.porting.report import format_bytes
 
 __all__ = ["BITS", "GROUP_SIZES", "Candidate", "assign", "candidates", "choose_precisions", "measure"]
 
 BITS = (3, 4, 5, 6, 8)  # two bits change a layer too much for a first order to say how
 GROUP_SIZES = (32, 64)
-_OPENING = r"\boxed"
-_ANSWER_TOKENS = 24
 _MEMORY_SHARE = 0.4  # of the machine's memory, for weights
 _UNITS = 1 << 16  # steps of size that the knapsack tells apart at most
 _ROWS = 1 << 14  # rows of an embedding or head at a time
@@ -98,7 +97,7 @@ class _Answered:
 
 
 def choose_precisions(
-    folder: Path,
+    source: Path | Checkpoint,
     recipe: Recipe,
     *,
     target_bytes: int,
@@ -110,7 +109,7 @@ def choose_precisions(
     """Choose how each matrix of a checkpoint is stored, so that the weights take at most `target_bytes` in all.
 
     Args:
-        folder: the unquantized source.
+        source: an unquantized folder, or one that was opened as a source.
         recipe: what it keeps stays unquantized, the bits of its rules are floors, and the group size of a rule holds;
             its own bits, group size and mode play no part. Matrices of the vision tower that it does not keep are
             stored as it says.
@@ -129,7 +128,7 @@ def choose_precisions(
         CheckpointError: the source cannot be converted.
         Cancelled: `should_stop` said so.
     """
-    checkpoint = Checkpoint.open(Path(folder))
+    checkpoint = source if isinstance(source, Checkpoint) else Checkpoint.open(source)
     options = candidates(checkpoint, recipe)
     fixed = _fixed(checkpoint, recipe, options)
     usual = make_plan(checkpoint, fixed.get, recipe.quantization.dtype)
@@ -140,7 +139,7 @@ def choose_precisions(
     if not asked:
         raise ConfigError("there are no probes to measure with: give at least one, or leave them out")
     costs = measure(
-        Path(folder), options, probes=asked, memory_limit=memory_limit, progress=progress, should_stop=should_stop
+        checkpoint.folder, options, probes=asked, memory_limit=memory_limit, progress=progress, should_stop=should_stop
     )
     modules = list(options)
     picks = assign([[(one.nbytes, cost) for one, cost in zip(options[m], costs[m])] for m in modules], budget)
@@ -223,7 +222,7 @@ def assign(options: Sequence[Sequence[tuple[int, float]]], budget: int) -> list[
 
 
 def measure(
-    folder: Path,
+    folder: Path | ModelFolder,
     options: Mapping[str, Sequence[Candidate]],
     *,
     probes: Sequence[Probe],
@@ -235,7 +234,7 @@ def measure(
 
     The arguments are those of `choose_precisions`. All computing is done in float32.
     """
-    limit = _memory_limit() if memory_limit is None else memory_limit
+    limit = int(_MEMORY_SHARE * memory.physical_memory()) if memory_limit is None else memory_limit
     model = LayerwiseModel.open(folder, dtype="float32", memory_limit=limit)
     spec = model.model.spec.with_overrides(**model.model.settings.get("budgets", {}))
     media = load_media(probes, budgeted(spec), should_stop=should_stop)
@@ -408,39 +407,18 @@ def _spent(weight: mx.array, squares: mx.array, precision: Precision | None) -> 
 
 
 def _answer(model: LayerwiseModel, prompts: Sequence[Prompt], should_stop: ShouldStop | None) -> list[_Answered]:
-    r"""Let the model write its first answers, in an assistant turn that opens with ``\boxed``."""
-    opening = model.model.tokenizer.encode(_OPENING)
-    decode, ends = model.model.tokenizer.decode, model.model.eos_ids
+    """Let the model write its first answers."""
     tracks, logits = model.read(prompts, should_stop=should_stop)
-    written: list[list[int]] = [[] for _ in prompts]
-    logprobs: list[list[float]] = [[] for _ in prompts]
-    rows = [one[-1] for one in logits]
-    going = list(range(len(prompts)))
-    while going:
-        for index in going:
-            place, row = len(written[index]), rows[index]
-            token = opening[place] if place < len(opening) else int(mx.argmax(row).item())  # type: ignore[arg-type]
-            written[index].append(token)
-            logprobs[index].append(float((row[token] - mx.logsumexp(row)).item()))  # type: ignore[arg-type]
-        going = [index for index in going if not _ended(written[index], decode, ends)]
-        if going:
-            found = model.step([tracks[i] for i in going], [written[i][-1] for i in going], should_stop=should_stop)
-            for index, row in zip(going, found):
-                rows[index] = row
-    return [_answered(*three, len(opening), decode) for three in zip(prompts, written, logprobs, strict=True)]
+    drafts = [Draft(model.model.tokenizer, track, rows[-1]) for track, rows in zip(tracks, logits)]
+    write_answers(model, drafts, should_stop=should_stop)
+    return [_answered(draft) for draft in drafts]
 
 
-def _ended(tokens: Sequence[int], decode: Any, ends: frozenset[int]) -> bool:
-    parser = DualAnswerParser(decode)
-    for token in tokens:
-        parser.push(token)
-    return tokens[-1] in ends or len(tokens) >= _ANSWER_TOKENS or parser.first_closed or parser.stage == "reasoning"
-
-
-def _answered(prompt: Prompt, tokens: Sequence[int], logprobs: Sequence[float], opening: int, decode: Any) -> _Answered:
+def _answered(draft: Draft) -> _Answered:
     """A probe and the tokens of its confidence; all that was written where there is no box to be sure of."""
-    scored = score_first_answer(tokens, logprobs, decode)
-    start, end = (opening, len(tokens)) if scored is None else scored.token_span
+    prompt, tokens = draft.track.prompt, draft.tokens
+    begun = len(opening(draft.tokenizer))
+    start, end = (begun, len(tokens)) if draft.scored is None else draft.scored.token_span
     read = np.array(tokens[: end - 1], dtype=np.int32)
     at = prompt.next_position + np.arange(len(read), dtype=np.int32)
     whole = replace(
@@ -480,18 +458,11 @@ def _check_target(target: int, rest: int, options: Mapping[str, Sequence[Candida
     most = rest + sum(_unquantized(one) for one in options.values())
     if target < least:
         raise ConfigError(
-            f"the target of {target / 1e9:.3f} GB is too small: at the fewest bits that are chosen from the weights "
-            f"take {least / 1e9:.3f} GB, {rest / 1e9:.3f} GB of it in what the recipe keeps"
+            f"the target of {format_bytes(target)} is too small: at the fewest bits that are chosen from, the weights "
+            f"take {format_bytes(least)}, {format_bytes(rest)} of it in what the recipe keeps"
         )
     if target > most:
         raise ConfigError(
-            f"the target of {target / 1e9:.3f} GB is more than the unquantized weights take, {most / 1e9:.3f} GB: "
-            "convert with --q-bits 0, or give a smaller target"
+            f"the target of {format_bytes(target)} is more than the unquantized weights take, {format_bytes(most)}: "
+            "convert with --q-bits none, or give a smaller target"
         )
-
-
-def _memory_limit() -> int:
-    """Bytes that weights may take on this machine."""
-    info = mx.device_info()
-    whole = info.get("memory_size") or info.get("total_memory") or 0
-    return int(_MEMORY_SHARE * (int(whole) or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")))
