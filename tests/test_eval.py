@@ -18,13 +18,21 @@ import mlxvr
 from mlxvr import eval as verb
 from mlxvr.dataset import load_rows
 from mlxvr.errors import ConfigError
-from mlxvr.evaluation import runner
+from mlxvr.evaluation import plots, runner
 from mlxvr.evaluation.config import EvalConfig
 from mlxvr.evaluation.generation import digest
 from mlxvr.evaluation.samples import Sample, read_samples, write_samples
 from mlxvr.reasoner import demo_folder
 
 ROWS = 40
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_plots():
+    """They take seconds, and are the report's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "have_matplotlib", lambda: False)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from clips import write_clip
 import mlxvr
 from mlxvr.dataset import load_rows
 from mlxvr.errors import ConfigError, DataError
-from mlxvr.evaluation import generation, runner, sharding
+from mlxvr.evaluation import generation, plots, runner, sharding
 from mlxvr.evaluation.config import EvalConfig
 from mlxvr.evaluation.generation import digest, group_rows
 from mlxvr.evaluation.samples import Sample, SampleWriter, decide, read_run, read_samples, write_samples
@@ -29,6 +29,14 @@ from mlxvr.reasoner import demo_folder
 DTYPE = "float32"  # a CPU computes bfloat16 many times slower
 THRESHOLD = 0.97
 MAX_TOKENS = 110  # enough for all but the row without a clip, which the model cannot answer
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_plots():
+    """They take seconds, and are the report's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "have_matplotlib", lambda: False)
+        yield
 
 
 @pytest.fixture(scope="module")
