@@ -37,6 +37,7 @@ from mlxvr.evaluation.calibration import brier, expected_calibration_error, fit_
 from mlxvr.evaluation.metrics import direct_grade, mode_grade, usable
 from mlxvr.evaluation.resampling import Bootstrap, Estimate, clusters_of
 from mlxvr.evaluation.samples import Sample, ordered
+from mlxvr.evaluation.writing import replace_file
 
 __all__ = ["Calibration", "Goal", "Outcome", "TaskThreshold", "TemperatureFit", "calibrate", "write_threshold"]
 
@@ -206,7 +207,8 @@ def write_threshold(model_folder: str | os.PathLike[str], calibration: Calibrati
     old = {key: settings.pop(key) for key in ("threshold", "calibration", "task_thresholds") if key in settings}
     if old and old != json.loads(json.dumps(new)):
         settings["previous_thresholds"] = [*settings.get("previous_thresholds", []), old]
-    _replace(path, (json.dumps(settings | new, indent=2, ensure_ascii=False) + "\n").encode())
+    text = json.dumps(settings | new, indent=2, ensure_ascii=False) + "\n"
+    replace_file(path, lambda file: file.write(text.encode()), advice="make its folder writable")
     return path
 
 
@@ -418,18 +420,3 @@ def _settings(path: Path) -> dict[str, Any]:
     if not isinstance(settings, dict) or not isinstance(settings.get("previous_thresholds", []), list):
         raise CheckpointError(f"{path} is not what a conversion writes; correct or remove it")
     return settings
-
-
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be written ({error.strerror}); make its folder writable") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()

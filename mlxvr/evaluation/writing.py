@@ -11,8 +11,10 @@ from mlxvr.errors import ConfigError
 __all__ = ["replace_file"]
 
 
-def replace_file(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Write a file beside its place and move it there; raises `ConfigError` if that fails."""
+def replace_file(
+    path: Path, write: Callable[[IO[bytes]], object], *, advice: str = "choose another output folder"
+) -> None:
+    """Write a file beside its place and move it there; raises `ConfigError`, with `advice`, if that fails."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -22,7 +24,7 @@ def replace_file(path: Path, write: Callable[[IO[bytes]], object]) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise ConfigError(f"{path} cannot be written ({error.strerror}); choose another output folder") from error
+        raise ConfigError(f"{path} cannot be written ({error.strerror}); {advice}") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
