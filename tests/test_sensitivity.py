@@ -188,7 +188,7 @@ def tensor_bytes(folder):
 
 
 def test_a_conversion_has_the_size_that_was_predicted(one_checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(sensitivity, "bundled", lambda: PROBES)
+    monkeypatch.setattr(sensitivity, "clip_probes", lambda: PROBES)
     recipe = recipes.load("qwen3_vl")
     options = candidates(Checkpoint.open(one_checkpoint), recipe)
     fixed = total_bytes(one_checkpoint, dict.fromkeys(options))[1] - sizes(options, -1)
@@ -269,6 +269,11 @@ def test_a_target_out_of_reach_is_refused(tmp_path):
         choose_precisions(
             folder, make_recipe("qwen3_vl"), target_bytes=fitting, probes=PROBES, should_stop=lambda: True
         )
+
+
+def test_only_clips_are_asked_about_by_default():
+    assert {probe.source.suffix for probe in sensitivity.clip_probes()} == {".mp4"}
+    assert len({probe.source for probe in sensitivity.clip_probes()}) == 6
 
 
 def brute_force(items, budget):

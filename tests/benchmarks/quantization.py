@@ -42,7 +42,6 @@ from mlxvr.porting import recipe as recipes
 from mlxvr.porting import sensitivity
 from mlxvr.porting.checkpoint import Checkpoint
 from mlxvr.porting.plan import make_plan
-from mlxvr.porting.probes import bundled
 from mlxvr.porting.recipe import Precision, Quantization, Rule
 from mlxvr.porting.verify import compare_logits
 from mlxvr.reasoner import demo_folder
@@ -456,10 +455,10 @@ def bundled_schemes() -> dict[str, dict[str, Quantization]]:
 def chosen_schemes(bench: Bench) -> dict[str, Stored]:
     """At three sizes: a scheme of the same bits everywhere or of rules, mlx-lm's choice, and ours.
 
-    Ours is measured on the bundled probes, mlx-lm's on the questions of the bundled clips; none is asked afterwards.
+    Ours is measured on the bundled probes about clips, mlx-lm's on the questions of those clips; none is asked again.
     """
     options = sensitivity.candidates(bench.checkpoint, recipes.load("shellgame"))
-    costs = sensitivity.measure(bench.folder, options, probes=bundled())
+    costs = sensitivity.measure(bench.folder, options, probes=sensitivity.clip_probes())
     rest = bench.nbytes({}) - sum(own[-1].nbytes for own in options.values())
     clips = (demo_folder() / "clips.jsonl").read_text(encoding="utf-8")
     calibration = Bench(bench.folder, demo_folder(), [json.loads(line) for line in clips.splitlines()])
