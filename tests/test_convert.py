@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from checkpoints import FAMILIES, write_checkpoint
 from hub_server import COMMIT, Repo, serve
+from recipes import write_plain
 
 import mlxvr
 from mlxvr import convert as verb
@@ -87,7 +88,7 @@ def left_behind(tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_matrix_is_what_mlx_quantizes_it_to(family, bits, tmp_path):
     folder = write_checkpoint(tmp_path / "source", family, dtype="BF16", shards=3)
-    report = convert(folder, tmp_path / "out", bits=bits, group_size=32)
+    report = convert(folder, tmp_path / "out", recipe=write_plain(tmp_path, family), bits=bits, group_size=32)
     found, quantized = output_tensors(tmp_path / "out"), 0
     for name, weight in source_tensors(folder).items():
         if not is_language_matrix(name, weight):
@@ -157,7 +158,8 @@ def test_the_same_weights_as_mlx_vlms_own_converter_and_its_output_as_a_source(f
 
     names = {"qwen2_5_vl": "old", "qwen3_vl": "new"}[family]  # the only spelling of each that mlx-vlm knows
     folder = write_checkpoint(tmp_path / "source", family, dialect="4.57", names=names, dtype="BF16")
-    convert(folder, tmp_path / "out", bits=4, group_size=64)
+    plain = write_plain(tmp_path, family)
+    convert(folder, tmp_path / "out", recipe=plain, bits=4, group_size=64)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         stock_convert(str(folder), str(tmp_path / "stock"), quantize=True, q_bits=4, q_group_size=64)
@@ -165,7 +167,7 @@ def test_the_same_weights_as_mlx_vlms_own_converter_and_its_output_as_a_source(f
     ours, theirs = output_tensors(tmp_path / "out"), output_tensors(tmp_path / "stock")
     assert ours.keys() == theirs.keys()
     assert all(same(ours[name], theirs[name]) for name in ours)
-    convert(tmp_path / "float", tmp_path / "again", bits=4, group_size=64)
+    convert(tmp_path / "float", tmp_path / "again", recipe=plain, bits=4, group_size=64)
     again = output_tensors(tmp_path / "again")
     assert all(same(ours[name], again[name]) for name in ours)
 
@@ -183,7 +185,7 @@ def test_rows_that_groups_do_not_divide_stay_as_they_are(source, tmp_path):
 def test_bits_per_weight_by_hand(tmp_path):
     text = {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 128, "vocab_size": 512}
     folder = write_checkpoint(tmp_path / "source", "qwen3_vl", dtype="BF16", tied=True, text=text)
-    report = convert(folder, tmp_path / "out", bits=4, group_size=64)
+    report = convert(folder, tmp_path / "out", recipe=write_plain(tmp_path), bits=4, group_size=64)
     # embeddings 512x64; q 128x64, k and v 64x64, o 64x128; gate and up 128x64, down 64x128
     matrices = 512 * 64 + 128 * 64 + 2 * 64 * 64 + 64 * 128 + 3 * 64 * 128
     every = sum(math.prod(array.shape) for array in source_tensors(folder).values())
@@ -361,7 +363,14 @@ def test_side_files(source, tmp_path):
         assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
     config = read_json(tmp_path / "out" / "config.json")
     assert config["quantization"] == config["quantization_config"]
-    assert config["quantization"] == {"bits": 4, "group_size": 64, "mode": "affine"}
+    assert {key: config["quantization"][key] for key in ("bits", "group_size", "mode")} == {
+        "bits": 4,
+        "group_size": 64,
+        "mode": "affine",
+    }
+    raised = {name: entry["bits"] for name, entry in config["quantization"].items() if isinstance(entry, dict)}
+    layers = [f"language_model.model.layers.{index}.mlp.down_proj" for index in range(3)]
+    assert raised == {"language_model.lm_head": 8, **dict.fromkeys(layers, 6)}  # as the recipe has it
     assert "auto_map" not in config
     settings = read_json(tmp_path / "out" / "mlxvr.json")
     assert settings["source"] == "source"

@@ -1,6 +1,5 @@
 """`convert --verify`: what is close enough is kept with its figures, what is not is refused and nothing is lost."""
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from checkpoints import write_checkpoint
+from recipes import write_plain
 
 from mlxvr.convert import convert, main
 from mlxvr.errors import VerificationError
@@ -27,13 +27,23 @@ top1 = 0.5
 """
 
 
+LIMITS = """
+[[verification]]
+bits = 3
+top1 = 0.8
+"""
+
+
 @pytest.fixture(autouse=True)
-def few_probes(monkeypatch):
-    """A picture and two texts instead of thirty probes."""
+def few_probes(request, monkeypatch):
+    """A picture and two texts instead of thirty probes, for all but the slow."""
+    if request.node.get_closest_marker("slow"):
+        return
     chosen = [probe for probe in bundle.bundled() if probe.name in ("disc", "text-0", "text-1")]
     assert len(chosen) == 3
     monkeypatch.setattr("mlxvr.porting.verify.bundled", lambda: chosen)
-    monkeypatch.setattr("mlxvr.porting.sensitivity.bundled", lambda: chosen)
+    clips = [probe for probe in bundle.bundled() if probe.name in ("clip01-0", "clip01-1")]
+    monkeypatch.setattr("mlxvr.porting.sensitivity.bundled", lambda: clips)
 
 
 @pytest.fixture
@@ -53,7 +63,7 @@ def settings_of(folder: Path) -> dict:
 
 
 def test_figures_travel_with_the_weights(source, tmp_path):
-    report = convert(source, tmp_path / "out", bits=8, verify=True)
+    report = convert(source, tmp_path / "out", recipe=write_plain(tmp_path), bits=8, verify=True)
     found = report.verification
     assert found is not None
     assert report.shortfalls == ()
@@ -66,7 +76,7 @@ def test_figures_travel_with_the_weights(source, tmp_path):
     assert {"seconds", "peak_memory"} & kept.keys() == set()
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| Verified | on 3 probe prompts against the source:" in card
-    convert(source, tmp_path / "again", bits=8, verify=True)
+    convert(source, tmp_path / "again", recipe=write_plain(tmp_path), bits=8, verify=True)
     assert settings_of(tmp_path / "again") == settings_of(tmp_path / "out")
 
 
@@ -100,7 +110,7 @@ def test_the_command_line_prints_the_table(source, strict, tmp_path, capsys):
     assert captured.out == ""
     assert "confidence drift" in captured.err
     assert captured.err.splitlines()[-1].startswith("error: the converted model is too far from its source")
-    assert main([*arguments, "--json"]) == 0
+    assert main([*arguments, "--json", "--recipe", str(write_plain(tmp_path))]) == 0
     assert json.loads(capsys.readouterr().out)["verification"]["probes"][0]["name"]
 
 
@@ -115,7 +125,7 @@ def test_a_broken_conversion_is_found(source, tmp_path, monkeypatch):
             values = np.ascontiguousarray(values[::-1])
         write(job, values, first, writer)
 
-    good = convert(source, tmp_path / "good", bits=8, verify=True).verification
+    good = convert(source, tmp_path / "good", bits=8, verify=True, force=True).verification
     monkeypatch.setattr(stream, "_write_rows", with_a_slip)
     bad = convert(source, tmp_path / "bad", bits=8, verify=True, force=True).verification
     assert bad.kl > 20 * good.kl
@@ -136,11 +146,15 @@ def test_sources_of_every_kind(tmp_path, source):
     assert report.verification.logits_error < 1e-5
 
 
+@pytest.mark.slow
 def test_the_shipped_limits_let_the_bundled_checkpoint_pass(tmp_path):
     from mlxvr.reasoner import demo_folder
 
-    report = convert(demo_folder() / "checkpoint", tmp_path / "out", verify=True)
-    assert dataclasses.asdict(report)["shortfalls"] == ()
+    source = demo_folder() / "checkpoint"
+    report = convert(source, tmp_path / "out", verify=True)
+    assert report.shortfalls == ()
+    with pytest.raises(VerificationError, match=r"top-1|flipped"):
+        convert(source, tmp_path / "two", bits=2, recipe=write_plain(tmp_path, more=LIMITS), verify=True)
 
 
 def test_bits_that_are_measured_fit_the_size_to_the_byte(source, tmp_path, capsys):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from checkpoints import FAMILIES, write_checkpoint
 from mlx.utils import tree_flatten
+from recipes import write_plain
 
 from mlxvr.errors import CheckpointError, ConfigError, RecipeError
 from mlxvr.model.fp8 import unpack_fp8
@@ -39,7 +40,7 @@ def same_weights(a: VideoModel, b: VideoModel) -> bool:
 def test_every_format_is_what_mlx_makes_and_loads(family, mode, bits, group_size, tmp_path):
     source = write_checkpoint(tmp_path / "source", family, dtype="BF16")
     fixed = {} if mode != "affine" else {"bits": bits, "group_size": group_size}
-    report = convert(source, tmp_path / "out", mode=mode, **fixed)
+    report = convert(source, tmp_path / "out", recipe=write_plain(tmp_path, family), mode=mode, **fixed)
     assert (report.mode, report.bits, report.group_size) == (mode, bits, group_size)
     convert(source, tmp_path / "floats", bits=0)
     floats, found = tensors_of(tmp_path / "floats"), tensors_of(tmp_path / "out")
@@ -61,7 +62,7 @@ def test_dequantizing_gives_what_mlx_gives(mode, bits, group_size, tmp_path, mon
     monkeypatch.setattr("mlxvr.porting.stream._CHUNK_BYTES", 2000)  # a few rows at a time
     source = write_checkpoint(tmp_path / "source", "qwen3_vl", dtype="BF16")
     fixed = {} if mode != "affine" else {"bits": bits, "group_size": group_size}
-    convert(source, tmp_path / "packed", mode=mode, **fixed)
+    convert(source, tmp_path / "packed", recipe=write_plain(tmp_path), mode=mode, **fixed)
     report = convert(tmp_path / "packed", tmp_path / "out", dequantize=True)
     packed, found = tensors_of(tmp_path / "packed"), tensors_of(tmp_path / "out")
     assert report.bits == report.quantized == 0
@@ -199,7 +200,7 @@ def test_fp8_sources_that_do_not_add_up_are_refused(tmp_path):
 def test_key_rules_read_names_of_their_own(tmp_path):
 
     source = write_checkpoint(tmp_path / "source", "qwen3_vl", dtype="BF16")
-    convert(source, tmp_path / "plain")
+    convert(source, tmp_path / "plain", recipe=write_plain(tmp_path))
     header = (source / "model.safetensors").read_bytes()
     length = int.from_bytes(header[:8], "little")
     entries = json.loads(header[8 : 8 + length])

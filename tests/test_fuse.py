@@ -7,6 +7,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from checkpoints import FAMILIES, write_checkpoint
+from recipes import write_plain
 
 from mlxvr.errors import CheckpointError, ConfigError
 from mlxvr.fuse import main
@@ -65,6 +66,11 @@ def source(request, tmp_path):
     return write_checkpoint(tmp_path / "source", request.param)
 
 
+@pytest.fixture
+def plain(source, tmp_path):
+    return write_plain(tmp_path, json.loads((source / "config.json").read_text())["model_type"])
+
+
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_unquantized_weights(kind, source, tmp_path, monkeypatch):
     monkeypatch.setattr("mlxvr.porting.stream._CHUNK_BYTES", 5000)  # rows in many pieces
@@ -78,8 +84,8 @@ def test_unquantized_weights(kind, source, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
-def test_quantized_weights_that_are_left_unpacked(kind, source, tmp_path):
-    convert(source, tmp_path / "model", bits=4, dtype="float32")
+def test_quantized_weights_that_are_left_unpacked(kind, source, plain, tmp_path):
+    convert(source, tmp_path / "model", recipe=plain, bits=4, dtype="float32")
     adapter = write_adapter(tmp_path / "adapter", tmp_path / "model", kind=kind)
     fuse(tmp_path / "model", adapter, tmp_path / "out", dequantize=True)
     assert not [name for name in tensors_of(tmp_path / "out") if name.endswith(".scales")]
@@ -87,8 +93,8 @@ def test_quantized_weights_that_are_left_unpacked(kind, source, tmp_path):
 
 
 @pytest.mark.parametrize(("mode", "bits"), [("affine", 8), ("affine", 4), ("mxfp4", 4)])
-def test_quantized_weights_are_what_mlx_vlms_own_layers_fuse_to(mode, bits, source, tmp_path):
-    convert(source, tmp_path / "model", mode=mode, bits=bits, dtype="float32")
+def test_quantized_weights_are_what_mlx_vlms_own_layers_fuse_to(mode, bits, source, plain, tmp_path):
+    convert(source, tmp_path / "model", recipe=plain, mode=mode, bits=bits, dtype="float32")
     adapter = write_adapter(tmp_path / "adapter", tmp_path / "model")
     report = fuse(tmp_path / "model", adapter, tmp_path / "out")
     assert (report.bits, report.mode) == (bits, mode)

@@ -40,7 +40,16 @@ def test_the_shipped_recipes():
     assert {name: (r.source, r.family, r.threshold) for name, r in shipped.items()} == expected
     for shipped_recipe in shipped.values():  # the vision tower is kept by all of them
         assert shipped_recipe.precision("vision_tower.blocks.0.attn.qkv") is None
-        assert shipped_recipe.precision("language_model.lm_head") == Precision(bits=4, group_size=64)
+        assert shipped_recipe.precision("language_model.lm_head") == Precision(bits=8, group_size=64)
+        layer = "language_model.model.layers.3"
+        assert shipped_recipe.precision(f"{layer}.mlp.down_proj") == Precision(bits=6, group_size=64)
+        assert shipped_recipe.precision(f"{layer}.self_attn.q_proj") == Precision(bits=4, group_size=64)
+        # The embedding is packed like the rest, unless it is the head.
+        embedding = "language_model.model.embed_tokens"
+        assert shipped_recipe.precision(embedding) == Precision(bits=4, group_size=64)
+        assert shipped_recipe.with_tied_head().precision(embedding) == Precision(bits=8, group_size=64)
+        eight = shipped_recipe.with_quantization(bits=8)
+        assert eight.precision(f"{layer}.mlp.down_proj") == eight.precision("language_model.lm_head")
 
 
 def test_a_family_finds_its_recipe_and_a_known_checkpoint_its_own():
@@ -203,8 +212,24 @@ def test_the_readme_documents_every_key_and_every_recipe():
     assert sorted(recipes) == [(name, str(recipe.load(name).threshold)) for name in recipe.available()]
 
 
+def test_the_readme_states_the_usual_limits():
+    text = (FOLDER / "README.md").read_text().split("### `[[verification]]`")[1]
+    rows = re.findall(r"^\| (\d+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|", text, flags=re.M)
+    usual = Recipe(name="x", family="qwen3_vl", threshold=0.5).verification
+    assert [tuple(map(float, row)) for row in rows] == [dataclasses.astuple(limits) for limits in usual]
+
+
+def test_limits_are_those_of_the_most_bits_that_the_weights_have(read):
+    mine = read(MINIMAL)
+    assert [mine.limits_for(bits).bits for bits in (16, 8, 7.9, 4.7, 4, 3, 2)] == [16, 8, 6, 4, 4, 3, 3]
+    own = read(MINIMAL + "[[verification]]\nbits = 4\nkl = 0.5\n")
+    assert own.limits_for(16) == own.limits_for(2) == Limits(bits=4, kl=0.5)
+    with pytest.raises(RecipeError, match=r"verification.kl = -1.0; expected a number from 0 on"):
+        read(MINIMAL + "[[verification]]\nbits = 4\nkl = -1\n")
+
+
 def test_the_readme_states_the_real_defaults():
-    text = (FOLDER / "README.md").read_text()
+    text = (FOLDER / "README.md").read_text().split("### `[[verification]]`")[0]
     rows = dict(re.findall(r"^\| `(\w+)` \| [^|]+\| ([^|]+?) \|", text.split("### `[quantization]`")[1], flags=re.M))
     defaults = Quantization()
     assert rows["bits"] == str(defaults.bits)

@@ -100,8 +100,9 @@ def test_the_8b_checkpoint_by_hand(tmp_path):
     matrices = 36 * layer + 2 * 151936 * 4096  # embeddings and head
     rest = checkpoint.parameters - matrices
     plan = make_plan(checkpoint, recipe.for_config(checkpoint.folder.config).precision, "bfloat16")
-    by_rules = recipe.for_config(checkpoint.folder.config).quantization.rules
-    if not by_rules:  # 4 bits and two bfloat16 numbers for 64 of them
-        assert plan.nbytes == matrices * (4 + 32 / 64) / 8 + 2 * rest
-    assert 5.5e9 < plan.nbytes < 6.5e9
+    down, head = 36 * 4096 * 12288, 151936 * 4096
+    packed = matrices * (4 + 32 / 64) + down * 2 + head * 4  # 4 bits and two bfloat16 numbers for 64; 6 and 8 bits
+    assert plan.nbytes == packed / 8 + 2 * rest
+    assert plan.bits == (4 * matrices + 2 * down + 4 * head) / matrices
+    assert 6e9 < plan.nbytes < 7e9
     assert len(plan.shards) >= 5

@@ -101,6 +101,8 @@ def convert(
         )
     fixed = 0 if dequantize else None if bits == "auto" else bits
     chosen = chosen.with_quantization(bits=fixed, group_size=group_size, mode=mode, dtype=dtype)
+    if checkpoint.folder.family.mlx_config(checkpoint.folder.config)["tie_word_embeddings"]:
+        chosen = chosen.with_tied_head()
     precision: Callable[[str], Precision | None] = chosen.precision
     if bits == "auto":
         assert target_bytes is not None, "checked with the options"

@@ -28,6 +28,8 @@ __all__ += ["Recipe", "Rule", "available", "for_config", "for_source", "load"]
 BITS = (0, 2, 3, 4, 5, 6, 8)  # 0: the weights are not quantized
 GROUP_SIZES = (32, 64, 128)
 DTYPES = ("bfloat16", "float16", "float32")
+_HEAD = "language_model.lm_head"
+_EMBEDDING = "language_model.model.embed_tokens"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +69,10 @@ class Rule:
         if fixed is not None:
             expected = f"at most the {fixed.bits} bits of {self.mode}"
             check_value("min_bits", self.min_bits, self.min_bits <= fixed.bits, expected)
+
+    def covers(self, module: str) -> bool:
+        """Whether the rule is for the module of this MLX path."""
+        return fnmatchcase(module, self.match)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +129,7 @@ class Quantization:
             return None
         bits, group_size, mode = self.bits, self.group_size, self.mode
         for rule in self.rules:
-            if fnmatchcase(module, rule.match):
+            if rule.covers(module):
                 bits = max(bits, rule.min_bits)
                 group_size = rule.group_size or group_size
                 mode = rule.mode or mode
@@ -165,6 +171,17 @@ class Limits:
             check_value(key, value, value is None or value >= 0, "a number from 0 on")
 
 
+# About twice what the bundled checkpoint shows at these bits (see convert/README.md), and one or two exits more.
+_USUAL_LIMITS = (
+    Limits(bits=16, logits_error=0.02, top1=0.99, kl=0.001, confidence_drift=0.005, flipped_exits=0.05),
+    Limits(bits=8, logits_error=0.03, top1=0.98, kl=0.003, confidence_drift=0.01, flipped_exits=0.05),
+    Limits(bits=6, logits_error=0.05, top1=0.96, kl=0.01, confidence_drift=0.02, flipped_exits=0.05),
+    Limits(bits=5, logits_error=0.08, top1=0.94, kl=0.03, confidence_drift=0.04, flipped_exits=0.09),
+    Limits(bits=4, logits_error=0.12, top1=0.88, kl=0.1, confidence_drift=0.08, flipped_exits=0.13),
+    Limits(bits=3, logits_error=0.25, top1=0.8, kl=0.3, confidence_drift=0.1, flipped_exits=0.25),
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Budgets:
     """Frame and token budgets of the model; None leaves the checkpoint's processor files in charge."""
@@ -198,7 +215,7 @@ class Recipe:
     system_prompt: str = ""  # VideoAuto-R1's own
     key_rules: tuple[KeyRule, ...] = ()
     quantization: Quantization = field(default_factory=Quantization)
-    verification: tuple[Limits, ...] = ()
+    verification: tuple[Limits, ...] = _USUAL_LIMITS
     budgets: Budgets = field(default_factory=Budgets)
 
     def __post_init__(self) -> None:
@@ -208,6 +225,14 @@ class Recipe:
         """Copy with other values; takes those of `Quantization.changed` and raises what it raises."""
         return dataclasses.replace(self, quantization=self.quantization.changed(**changes))
 
+    def with_tied_head(self) -> "Recipe":
+        """Copy for a checkpoint whose embedding serves as output head: rules for the head hold for it too."""
+        quantization = self.quantization
+        heads = [dataclasses.replace(rule, match=_EMBEDDING) for rule in quantization.rules if rule.covers(_HEAD)]
+        return dataclasses.replace(
+            self, quantization=dataclasses.replace(quantization, rules=(*quantization.rules, *heads))
+        )
+
     def precision(self, module: str) -> Precision | None:
         """See `Quantization.precision`."""
         return self.quantization.precision(module)
@@ -215,7 +240,7 @@ class Recipe:
     def limits_for(self, bits: float) -> Limits:
         """Limits for weights of `bits` bits (unquantized: 16): those of the most bits that are not above it.
 
-        Below all of them the loosest hold; without any, nothing is limited.
+        Below all of them, those of the fewest bits hold; without any, nothing is limited.
         """
         ordered = sorted(self.verification, key=lambda limits: limits.bits)
         fitting = [limits for limits in ordered if limits.bits <= bits] or ordered[:1]
