@@ -3,8 +3,8 @@
     python -m tests.benchmarks.quantization --clips DIR [--table bits|kept|modes|auto|answers|random] [--count 300]
 
 The bundled checkpoint is asked about held-out clips of its own world, written to DIR if it has none. Every scheme
-quantizes MLX's way and keeps scales in bfloat16, as a conversion does; the numbers that come back from packed weights
-then run in float32. First answers decide confidence and exits, so the sweeps read those alone: the answer of the
+quantizes MLX's way and keeps scales in bfloat16, as a conversion does; the numbers that come back from packed weights,
+in bfloat16, then run in float32. First answers decide confidence and exits, so the sweeps read those alone: the answer of the
 unquantized checkpoint is given, and where a scheme would have written another token, its own answer is written out.
 `--table answers` lets a few schemes think to the end.
 
