@@ -473,7 +473,9 @@ def chosen_schemes(bench: Bench) -> dict[str, Stored]:
         items = [[(one.nbytes, cost) for one, cost in zip(options[m], costs[m])] for m in options]
         picks = sensitivity.assign(items, size - rest)
         found[f"ours, at most as large as {name}"] = {m: options[m][pick].precision for m, pick in zip(options, picks)}
-        found[f"mlx-lm's {low} or 8 bits, likewise"] = choose_by_threshold(bench, calibration, low, size)
+        found[f"mlx-lm's {low} or 8 bits, at most as large as {name}"] = choose_by_threshold(
+            bench, calibration, low, size
+        )
     return found
 
 
