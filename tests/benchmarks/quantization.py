@@ -4,9 +4,9 @@
 
 The bundled checkpoint is asked about held-out clips of its own world, written to DIR if it has none. Every scheme
 quantizes MLX's way and keeps scales in bfloat16, as a conversion does; the numbers that come back from packed weights,
-in bfloat16, then run in float32. First answers decide confidence and exits, so the sweeps read those alone: the answer of the
-unquantized checkpoint is given, and where a scheme would have written another token, its own answer is written out.
-`--table answers` lets a few schemes think to the end.
+in bfloat16, then run in float32. First answers decide confidence and exits, so the sweeps read those alone: the answer
+of the unquantized checkpoint is given, and where a scheme would have written another token, its own answer is written
+out. `--table answers` lets a few schemes think to the end.
 
 The language model runs on transformers (torch, float32): on a CPU without Metal or CUDA MLX takes exponentials one at a
 time, which makes a pass seven times as slow. A run begins by comparing both.
@@ -457,7 +457,8 @@ def chosen_schemes(bench: Bench) -> dict[str, Stored]:
 
     Ours is measured on the bundled probes about clips, mlx-lm's on the questions of those clips; none is asked again.
     """
-    options = sensitivity.candidates(bench.checkpoint, recipes.load("shellgame"))
+    free = replace(recipes.load("shellgame"), quantization=Quantization())  # its rules would be floors
+    options = sensitivity.candidates(bench.checkpoint, free)
     costs = sensitivity.measure(bench.folder, options, probes=sensitivity.clip_probes())
     rest = bench.nbytes({}) - sum(own[-1].nbytes for own in options.values())
     clips = (demo_folder() / "clips.jsonl").read_text(encoding="utf-8")
