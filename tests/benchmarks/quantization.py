@@ -8,8 +8,8 @@ in bfloat16, then run in float32. First answers decide confidence and exits, so 
 of the unquantized checkpoint is given, and where a scheme would have written another token, its own answer is written
 out. `--table answers` lets a few schemes think to the end.
 
-The language model runs on transformers (torch, float32): on a CPU MLX takes exponentials one at a time, and a scheme took
-two to three times as long. A run begins by comparing both.
+The language model runs on transformers (torch, float32): on a CPU MLX takes exponentials one at a time, and a scheme
+took two to three times as long. A run begins by comparing both.
 
 Clips of one seed choose, clips of another report: a scheme picked on the clips that it is judged by looks better than
 it is.
