@@ -10,6 +10,7 @@ import checkpoints
 import mlx.core as mx
 import numpy as np
 import pytest
+from recipes import write_plain
 
 import mlxvr
 from mlxvr.errors import Cancelled, CheckpointError, ConfigError
@@ -39,7 +40,7 @@ def probes() -> list[Probe]:
 def converted(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     folder = tmp_path_factory.mktemp("verify")
     for bits in (8, 4, 2):
-        convert(SOURCE, folder / str(bits), bits=bits)
+        convert(SOURCE, folder / str(bits), recipe=write_plain(folder), bits=bits)
     return {bits: folder / str(bits) for bits in (8, 4, 2)}
 
 

@@ -239,9 +239,10 @@ def _check_options(
 def _measured(
     checkpoint: Checkpoint, recipe: Recipe, target_bytes: int, progress: Progress | None
 ) -> Callable[[str], Precision | None]:
-    """Choose each module's precision by what it does to the answers' confidence."""
+    """Choose each module's precision by what it does to confidence; rules are for those who do not measure."""
     from mlxvr.porting.sensitivity import choose_precisions
 
+    recipe = dataclasses.replace(recipe, quantization=dataclasses.replace(recipe.quantization, rules=()))
     return choose_precisions(checkpoint, recipe, target_bytes=target_bytes, progress=progress).get
 
 

@@ -44,7 +44,7 @@ from mlxvr.porting.verification import ProbeResult, VerificationReport, compare_
 __all__ = ["VerificationReport", "verify"]
 
 _PROMPT_ROWS = 8  # tokens at the end of a prompt whose logits are compared
-_MEMORY_SHARE = 0.6  # of the machine's memory, for weights; the rest is for keys, values and everybody else
+_MEMORY_SHARE = 0.4  # of the machine's memory, for weights; as much again goes into keys, values and logits
 
 
 def verify(
@@ -64,7 +64,7 @@ def verify(
         source, converted: model folders, or Hub ids; the source may be opened already, with key rules of its own.
         threshold: confidence from which a first answer stands; None: the converted model's own, else its family's.
         probes: what they are asked; None: `mlxvr.porting.probes.bundled()`.
-        memory_limit: bytes that weights may take; None: 60% of the machine's memory.
+        memory_limit: bytes that weights may take; None: 40% of the machine's memory.
         dtype: "float32", "float16" or "bfloat16", what both compute in; None: each its own, but float32 on a CPU.
         progress: called with ("verify", done, total).
         should_stop: asked between layers and tokens.
