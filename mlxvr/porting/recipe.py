@@ -174,7 +174,7 @@ class Limits:
 # For weights that nobody has measured yet: error and KL of random weights with some room, the others by judgement.
 _USUAL_LIMITS = (
     Limits(bits=16, logits_error=0.02, kl=0.001, confidence_drift=0.005, flipped_exits=0.05),
-    Limits(bits=8, logits_error=0.06, kl=0.002, confidence_drift=0.01, flipped_exits=0.05),
+    Limits(bits=8, logits_error=0.12, kl=0.006, confidence_drift=0.01, flipped_exits=0.05),
     Limits(bits=6, logits_error=0.15, kl=0.01, confidence_drift=0.02, flipped_exits=0.07),
     Limits(bits=5, logits_error=0.25, kl=0.03, confidence_drift=0.04, flipped_exits=0.09),
     Limits(bits=4, logits_error=0.45, kl=0.1, confidence_drift=0.08, flipped_exits=0.1),
