@@ -343,12 +343,14 @@ def test_frames_in_a_folder_and_an_image(tmp_path, reasoner):
 
 
 CODE = """
+import signal
 import sys
 from pathlib import Path
 from mlxvr.evaluation.config import EvalConfig
 from mlxvr.evaluation.runner import evaluate
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by what was started in the background
     data, output, workers = sys.argv[1:]
     config = EvalConfig(data=Path(data), output=Path(output), dtype="float32", max_tokens=110, workers=int(workers))
     asked = []
