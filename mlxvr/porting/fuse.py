@@ -69,8 +69,10 @@ def fuse(
     recipe = _as_it_is(checkpoint, dequantize=dequantize)
     origin = card.origin(checkpoint.folder, model)
 
+    tensors = checkpoint.folder.mlx_tensors()
+
     def stored(module: str) -> Precision | None:
-        packed = not dequantize and f"{module}.scales" in checkpoint.folder.mlx_tensors()
+        packed = not dequantize and f"{module}.scales" in tensors
         return Precision(**checkpoint.folder.quantization_of(module)) if packed else None
 
     plan = make_plan(checkpoint, stored, None, updates=updates, note=f"fused {given.fingerprint()}")
