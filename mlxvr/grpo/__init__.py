@@ -1,0 +1,1 @@
+"""Fine-tuning with group-relative rewards: rollouts, loss, adapters and the trainer."""
