@@ -95,8 +95,10 @@ def test_the_figures_of_the_readme_hold(tmp_path):
     from shellgame import evaluate
 
     rows = evaluate.load_rows(tmp_path, seed=1, count=304)
-    asked = evaluate.ask_in_parallel(None, tmp_path, rows, threshold=0.97, live=False, dtype=faster_dtype(), workers=2)
-    table = evaluate.summarise(list(asked))
+    config = evaluate.EvalConfig(
+        data=tmp_path / "clips.jsonl", output=tmp_path / "report", threshold=0.97, dtype=faster_dtype(), workers=2
+    )
+    table = evaluate.summarise(evaluate.measure(config, rows))
     perception, tracking = table["perception"], table["tracking"]
     assert perception["first_right"] >= 0.95
     assert perception["confidence"] >= 0.97

@@ -1,20 +1,18 @@
 """Measure a checkpoint on fresh clips: `python -m shellgame.evaluate --clips heldout --out figures.json`.
 
-The held-out set is written if the folder has none (seeded: the same files every time). Every question is asked once in
-mode `think`, and what `direct` and `auto` would have answered follows from that: greedy decoding makes the answer of
-`auto` a prefix of that of `think`. `--live` asks in mode `auto` too and insists that this is so.
+The held-out set is written if the folder has none (seeded: the same files every time). `mlxvr.eval` asks every question
+once and keeps what came of it beside the clips, so that a stopped run goes on; the table is over groups of questions
+and mixes of them. Right is what equals the true answer exactly, for times too.
 """
 
 import argparse
-import functools
-import itertools
 import json
-import multiprocessing
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import mlxvr
+from mlxvr.bars import Bars
+from mlxvr.eval import EvalConfig, evaluate
+from mlxvr.evaluation.samples import Sample, decide, read_samples
 
 from .clips import held_out_set, write_set
 from .questions import GROUPS
@@ -29,78 +27,37 @@ COLUMNS = (
     ("tokens think", "think_tokens"),
     ("tokens auto", "auto_tokens"),
 )
-_reasoner: mlxvr.Reasoner | None = None  # of a worker process
 MIXES = {"even mix": {"perception": 1, "tracking": 1}, "3:1 mix": {"perception": 3, "tracking": 1}}
 
 
-def ask_all(
-    reasoner: mlxvr.Reasoner, folder: Path, rows: Sequence[dict], *, threshold: float, live: bool
-) -> Iterator[dict]:
-    """Ask every question; yields what came of each."""
-    clip, opened = None, ""
-    for row in rows:
-        if row["video"] != opened:
-            clip, opened = reasoner.open(folder / row["video"]), row["video"]
-        ask = {"options": row["options"], "kind": row["kind"], "threshold": threshold}
-        answer = clip.ask(row["question"], mode="think", **ask)
-        confidence = answer.confidence or 0.0
-        thinks = confidence < threshold
-        text = answer.second if thinks else answer.first
-        if live:
-            now = clip.ask(row["question"], mode="auto", **ask)
-            if (now.text, now.reasoned) != (text, thinks):
-                raise RuntimeError(f"{row['id']}: auto says {now.text!r}, think implies {text!r}")
-        direct, everything = answer.usage.first_answer_tokens, answer.usage.generated_tokens
-        yield {
-            "id": row["id"],
-            "group": row["group"],
-            "about": row["about"],
-            "swaps": row["swaps"],
-            "size": row["size"],
-            "crf": row["crf"],
-            "answer": row["answer"],
-            "first": answer.first,
-            "second": answer.second,
-            "first_right": answer.first == row["answer"],
-            "second_right": answer.second == row["answer"],
-            "auto_right": text == row["answer"],
-            "confidence": confidence,
-            "thinks": thinks,
-            "direct_tokens": direct,
-            "think_tokens": everything,
-            "auto_tokens": everything if thinks else direct,
-            "trace_right": (answer.reasoning or "").strip() == row["trace"],
-            "prompt_tokens": answer.usage.prompt_tokens,
-        }
+def measure(config: EvalConfig, rows: Sequence[dict]) -> list[dict]:
+    """Ask every question of `config.data`; what came of each, in the order of `rows`."""
+    with Bars() as bars:
+        report = evaluate(config, progress=bars)
+    if report.summary.errors:
+        raise RuntimeError(f"questions that failed: {report.summary.errors}")
+    samples = {sample.id: sample for sample in read_samples(report.samples)}
+    return [judge(row, samples[row["id"]], report.summary.threshold) for row in rows if row["id"] in samples]
 
 
-def ask_in_parallel(
-    model: str | None,
-    folder: Path,
-    rows: Sequence[dict],
-    *,
-    threshold: float,
-    live: bool,
-    dtype: str | None,
-    workers: int,
-) -> Iterator[dict]:
-    """`ask_all` in several processes, each with a model of its own; results come in the order of the rows."""
-    clips = [list(group) for _, group in itertools.groupby(rows, key=lambda row: row["video"])]
-    context = multiprocessing.get_context("spawn")  # MLX does not survive a fork
-    with ProcessPoolExecutor(workers, context, initializer=_load, initargs=(model, dtype)) as pool:
-        ask = functools.partial(_ask_clip, folder=folder, threshold=threshold, live=live)
-        for results in pool.map(ask, clips):
-            yield from results
-
-
-def _load(model: str | None, dtype: str | None) -> None:
-    global _reasoner
-    _reasoner = mlxvr.load(model, dtype=dtype)
-
-
-def _ask_clip(rows: Sequence[dict], *, folder: Path, threshold: float, live: bool) -> list[dict]:
-    assert _reasoner is not None
-    return list(ask_all(_reasoner, folder, rows, threshold=threshold, live=live))
+def judge(row: dict, sample: Sample, threshold: float) -> dict:
+    """What a question's answers are worth, and what they cost."""
+    decision = decide(sample, threshold)
+    kept = ("id", "group", "about", "swaps", "size", "crf", "answer")
+    return {key: row[key] for key in kept} | {
+        "first": sample.first,
+        "second": sample.second,
+        "first_right": sample.first == row["answer"],
+        "second_right": sample.second == row["answer"],
+        "auto_right": decision.text == row["answer"],
+        "confidence": sample.confidence or 0.0,
+        "thinks": decision.reasoned,
+        "direct_tokens": sample.first_tokens,
+        "think_tokens": sample.total_tokens,
+        "auto_tokens": decision.tokens,
+        "trace_right": (sample.reasoning or "").strip() == row["trace"],
+        "prompt_tokens": sample.prompt_tokens,
+    }
 
 
 def summarise(results: Sequence[dict]) -> dict[str, dict[str, float]]:
@@ -160,24 +117,20 @@ def main(argv: Iterable[str] | None = None) -> int:
     add("--dtype", default=None, help="what to compute in; float32 is fastest on a CPU with a good BLAS")
     add("--workers", type=int, default=2, help="processes")
     add("--threshold", type=float, default=0.97)
-    add("--live", action="store_true", help="also ask in mode auto and compare")
+    add("--report", type=Path, default=None, help="folder of the samples and report.html (default: beside the clips)")
     add("--out", type=Path, default=None, help="where to write the figures as JSON")
     options = parser.parse_args(argv)
-    rows = load_rows(options.clips, seed=options.seed, count=options.count)[: options.limit]
-    results = []
-    asked = ask_in_parallel(
-        options.model,
-        options.clips,
-        rows,
-        threshold=options.threshold,
-        live=options.live,
+    rows = load_rows(options.clips, seed=options.seed, count=options.count)
+    config = EvalConfig(
+        model=options.model,
+        data=options.clips / "clips.jsonl",
+        output=options.report or options.clips / "report",
         dtype=options.dtype,
         workers=options.workers,
+        threshold=options.threshold,
+        limit=options.limit,
     )
-    for number, result in enumerate(asked, 1):
-        results.append(result)
-        if number % 50 == 0:
-            print(f"{number} of {len(rows)} questions", flush=True)
+    results = measure(config, rows)
     table = summarise(results)
     print(markdown(table))
     if options.out is not None:
