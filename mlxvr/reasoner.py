@@ -89,7 +89,14 @@ def load(
 
 
 class Reasoner:
-    """A loaded model and the thread that runs it. Made by `load`; a context manager that closes itself."""
+    """A loaded model and the thread that runs it. Made by `load`; a context manager that closes itself.
+
+    Attributes:
+        threshold: the confidence from which a direct answer stands, where a question names none.
+        task_thresholds: thresholds that were calibrated for tasks of their own, by name: for `Clip.ask(threshold=)`.
+        spec: how frames are sampled and sized.
+        kv_bits, prefill_step_size: see `load`.
+    """
 
     def __init__(
         self,
@@ -106,6 +113,7 @@ class Reasoner:
         self.kv_bits = kv_bits
         self.prefill_step_size = prefill_step_size
         self.threshold = _default_threshold(network)
+        self.task_thresholds = _task_thresholds(network)
         self.spec = network.spec.with_overrides(**network.settings.get("budgets", {}))
 
     def open(
@@ -379,9 +387,21 @@ def _default_threshold(network: "VideoModel") -> float:
     own = network.settings.get("threshold")
     if own is None:
         return recipe.for_config(network.config).threshold
-    if isinstance(own, bool) or not isinstance(own, int | float) or not 0.0 <= own <= 1.0:
-        raise CheckpointError(f"mlxvr.json says threshold {own!r}; expected a number from 0 to 1: correct the file")
-    return float(own)
+    return _threshold("threshold", own)
+
+
+def _task_thresholds(network: "VideoModel") -> dict[str, float]:
+    """What a calibration wrote for single tasks into `mlxvr.json`."""
+    own = network.settings.get("task_thresholds", {})
+    if not isinstance(own, dict):
+        raise CheckpointError(f"mlxvr.json says task_thresholds {own!r}; expected a table of numbers: correct the file")
+    return {task: _threshold(f"task_thresholds.{task}", value) for task, value in own.items()}
+
+
+def _threshold(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
+        raise CheckpointError(f"mlxvr.json says {name} {value!r}; expected a number from 0 to 1: correct the file")
+    return float(value)
 
 
 def _until(tokens: Iterator[TokenLike], should_stop: ShouldStop) -> Iterator[TokenLike]:

@@ -10,12 +10,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from mlxvr.convert import convert
 from mlxvr.errors import CheckpointError, ConfigError, DataError
 from mlxvr.evaluation import calibrate as module
 from mlxvr.evaluation.calibrate import calibrate, write_threshold
 from mlxvr.evaluation.calibration import fit_temperature, scale
 from mlxvr.evaluation.samples import Sample, decide
-from mlxvr.reasoner import _default_threshold
+from mlxvr.reasoner import _default_threshold, demo_folder
 
 
 def make(count, seed=0, *, labelled=True, skill=1.0, think=0.8, per_clip=1, levels=None, task=lambda number: ""):
@@ -343,6 +344,25 @@ def test_writing_the_threshold(tmp_path):
         {key: written[key] for key in ("threshold", "calibration", "task_thresholds")},
     ]
     assert sorted(os.listdir(folder)) == ["config.json", "mlxvr.json"]
+
+
+def test_the_card_of_a_converted_folder_names_the_new_threshold(tmp_path):
+    folder = tmp_path / "model"
+    convert(demo_folder() / "checkpoint", folder)
+    before = (folder / "README.md").read_text(encoding="utf-8")
+    found = calibrate(make(100, 8), "accuracy")
+    write_threshold(folder, found)
+    after = (folder / "README.md").read_text(encoding="utf-8")
+    assert "confidence of 0.97 |" in before
+    assert after == before.replace("confidence of 0.97 |", f"confidence of {found.threshold} |")
+    assert sorted(path.name for path in folder.iterdir() if path.name.startswith(".")) == []
+
+
+def test_a_card_of_another_make_stays_as_it_is(tmp_path):
+    folder = model_folder(tmp_path / "model", None)
+    (folder / "README.md").write_text("# Mine\n\nThreshold: high\n")
+    write_threshold(folder, calibrate(make(60), "accuracy"))
+    assert (folder / "README.md").read_text() == "# Mine\n\nThreshold: high\n"
 
 
 def test_a_folder_without_settings_gets_some(tmp_path):

@@ -265,10 +265,11 @@ def test_the_threshold_is_the_flags_else_the_folders_else_the_recipes(folders, c
         assert loaded.threshold == 0.98
         assert loaded.ask(clip_path, "What?", max_tokens=2, **MODEST).threshold == 0.98
     own = write_checkpoint(tmp_path / "own", "qwen3_vl")
-    settings = {"threshold": 0.6, "budgets": {"video_tokens": 32, "fps": 1.0}}
+    settings = {"threshold": 0.6, "budgets": {"video_tokens": 32, "fps": 1.0}, "task_thresholds": {"count": 0.8}}
     (own / "mlxvr.json").write_text(json.dumps(settings))
     with mlxvr.load(own) as loaded:
         assert loaded.ask(clip_path, "What?", max_tokens=2).threshold == 0.6
+        assert loaded.task_thresholds == {"count": 0.8}
         assert loaded.ask(clip_path, "What?", max_tokens=2, threshold=0.2).threshold == 0.2
         assert (loaded.spec.video_tokens, loaded.spec.fps) == (32, 1.0)
     for wrong in ("0.5", 1.5, True):

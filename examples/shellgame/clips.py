@@ -9,6 +9,7 @@ trained on, others are larger and reach it through the processor's token budget.
 import argparse
 import json
 import random
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,9 +101,9 @@ def held_out_set(seed: int, clips: int) -> Iterable[tuple[str, ClipSpec, list[di
 def _examples_for(rng: random.Random, turn: str, number: int, extent: tuple[float, float]) -> list[Example]:
     moving, game = PERCEPTION[:5], PERCEPTION[5:]
     if turn == "moving":
-        return [make_example(rng, rng.choice(moving), rng.randint(7, 16), extent)]
+        return [_lasting_example(rng, rng.choice(moving), extent)]
     if turn == "game":
-        return [make_example(rng, game[number % len(game)], rng.randint(7, 16), extent)]
+        return [_lasting_example(rng, game[number % len(game)], extent)]
     if turn == "counting":
         return [make_example(rng, "count", rng.randint(7, 16), extent)]
     if turn == "easy":
@@ -112,6 +113,14 @@ def _examples_for(rng: random.Random, turn: str, number: int, extent: tuple[floa
     example = make_example(rng, "final_cup", pairs, extent, swaps=swaps, held_out=turn == "held-out sequences")
     about = rng.choice(("start_cup", "ball_color", "cup_color", "first_swap"))
     return [example, make_question(rng, about, example.clock, example.scene)]
+
+
+def _lasting_example(rng: random.Random, kind: str, extent: tuple[float, float]) -> Example:
+    """An example whose answer, if it is about time, is no single moment: two swaps may fall into one pair of frames."""
+    while True:
+        example = make_example(rng, kind, rng.randint(7, 16), extent)
+        if not re.search(r"\[(\S+), \1\]", example.answer):
+            return example
 
 
 def demo_set(seed: int = 0) -> Iterable[tuple[str, ClipSpec, list[dict]]]:

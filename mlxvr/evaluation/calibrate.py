@@ -38,6 +38,7 @@ from mlxvr.evaluation.metrics import direct_grade, mode_grade, usable
 from mlxvr.evaluation.resampling import Bootstrap, Estimate, clusters_of
 from mlxvr.evaluation.samples import Sample, ordered
 from mlxvr.evaluation.writing import replace_file
+from mlxvr.porting.card import with_threshold
 
 __all__ = ["Calibration", "Goal", "Outcome", "TaskThreshold", "TemperatureFit", "calibrate", "write_threshold"]
 
@@ -187,7 +188,8 @@ def write_threshold(model_folder: str | os.PathLike[str], calibration: Calibrati
     """Write a threshold into a model folder's `mlxvr.json`, where the reasoner finds it; returns the file.
 
     The old threshold is kept under `previous_thresholds`, the evidence under `calibration`, thresholds of tasks under
-    `task_thresholds`. The file is replaced in one step.
+    `task_thresholds` (`Reasoner.task_thresholds`). The file is replaced in one step, and after it the model card, which
+    names the threshold too.
 
     Raises:
         ConfigError: the threshold is above 1, or the file cannot be written.
@@ -208,8 +210,18 @@ def write_threshold(model_folder: str | os.PathLike[str], calibration: Calibrati
     if old and old != json.loads(json.dumps(new)):
         settings["previous_thresholds"] = [*settings.get("previous_thresholds", []), old]
     text = json.dumps(settings | new, indent=2, ensure_ascii=False) + "\n"
-    replace_file(path, lambda file: file.write(text.encode()), advice="make its folder writable")
+    _replace(path, text)
+    card = folder / "README.md"
+    if card.is_file():
+        before = card.read_text(encoding="utf-8")
+        after = with_threshold(before, calibration.threshold)
+        if after != before:
+            _replace(card, after)
     return path
+
+
+def _replace(path: Path, text: str) -> None:
+    replace_file(path, lambda file: file.write(text.encode()), advice="make its folder writable")
 
 
 @dataclass(frozen=True)

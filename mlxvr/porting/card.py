@@ -18,10 +18,11 @@ from mlxvr.porting import hub
 from mlxvr.porting.recipe import Recipe
 from mlxvr.porting.staging import write_synced
 
-__all__ = ["Origin", "origin", "settings", "write"]
+__all__ = ["Origin", "origin", "settings", "with_threshold", "write"]
 
 _WRITTEN_HERE = ("config.json", "mlxvr.json", "README.md")
 _OF_THE_RUN = ("source", "source_run", "seconds", "peak_memory")
+_THRESHOLD_ROW = re.compile(r"^\| Threshold \|.*\|$", re.MULTILINE)
 _VERSIONED = ("mlxvr", "mlx", "mlx-vlm")
 
 
@@ -96,6 +97,15 @@ def write(stage: Path, folder: ModelFolder, config: dict[str, Any], settings: di
     write_synced(stage / "README.md", _card(folder, settings, title).encode())
 
 
+def with_threshold(text: str, threshold: float) -> str:
+    """A model card's text with another threshold; unchanged where it is not a card of ours."""
+    return _THRESHOLD_ROW.sub(lambda _: f"| Threshold | {_threshold(threshold)} |", text, count=1)
+
+
+def _threshold(value: float) -> str:
+    return f"a direct answer stands from a confidence of {value}"
+
+
 def _unusable(folder: ModelFolder, key: str, value: object, expected: str) -> CheckpointError:
     return CheckpointError(
         f"{folder.path / 'mlxvr.json'}: {key} = {value!r}; expected {expected}: correct it, or name a recipe"
@@ -131,7 +141,7 @@ def _card(folder: ModelFolder, settings: dict[str, Any], title: str) -> str:
         **_adapted(settings.get("adapter")),
         "Bits per weight": f"{quantization['bits_per_weight']:.2f}, everything included",
         "Recipe": f"`{recipe['name']}`",
-        "Threshold": f"a direct answer stands from a confidence of {settings['threshold']}",
+        "Threshold": _threshold(settings["threshold"]),
         **_verified(settings.get("verification")),
         "Made with": ", ".join(f"{name} {number}" for name, number in settings["versions"].items()),
     }
