@@ -3,21 +3,26 @@
 An adapter folder has mlx-vlm 0.7.10's layout: `adapters.safetensors`, whose tensors are `<module>.lora_a` and
 `<module>.lora_b` (and `.m` for DoRA), and `adapter_config.json` with `lora_parameters` {"rank", "scale", "dropout",
 "keys"}. mlx-vlm's own function puts the layers in, but then loads the weights without looking: a folder made for
-another model would leave them untrained and say nothing. So names and shapes are compared here.
+another model would leave them untrained and say nothing. So names and shapes are compared here. It also builds DoRA
+layers of the wrong width around weights of 3, 5 or 6 bits; `add_layers` builds them right.
 """
 
 import hashlib
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlxvr.errors import CheckpointError
 from mlxvr.model.safetensors import TensorInfo, read_header
 
-__all__ = ["Adapter", "apply_adapter"]
+__all__ = ["LORA_PARTS", "Adapter", "add_layers", "apply_adapter", "find_layers", "swap_modules"]
+
+LORA_PARTS = ("lora_a", "lora_b", "m")
 
 _LORA_ENDINGS = (".lora_a", ".lora_b", ".m", ".A", ".B")
 
@@ -95,6 +100,55 @@ def apply_adapter(network: Any, folder: Path) -> str:
     return adapter.fingerprint()
 
 
+def add_layers(
+    network: Any, names: Iterable[str], *, rank: int, scale: float, dropout: float = 0.0, dora: bool = False
+) -> None:
+    """Put LoRA or DoRA layers (mlx-vlm's) around linear modules; they change nothing until their `lora_b` does.
+
+    Args:
+        network: is changed.
+        names: of modules, from the network's root, quantized or not.
+        rank, scale, dropout: of each layer.
+        dora: also learn the length of each row of the weight.
+
+    Raises `ValueError` for a name that is no linear module.
+    """
+    from mlx_vlm.trainer.peft.dora_layers import DoRALinear
+    from mlx_vlm.trainer.peft.lora_layers import LoRALinear
+
+    modules = dict(network.named_modules())
+    layers: dict[str, Any] = {}
+    for name in names:
+        module = modules.get(name)
+        if not isinstance(module, nn.Linear | nn.QuantizedLinear):
+            raise ValueError(f"{name} is no linear module")
+        outputs, inputs = module.weight.shape
+        if isinstance(module, nn.QuantizedLinear):
+            inputs = inputs * 32 // module.bits
+        layer = (DoRALinear if dora else LoRALinear)(inputs, outputs, r=rank, dropout=dropout, scale=scale)
+        if dora:
+            layer.set_linear(module)
+        else:
+            layer.linear = module
+        layers[name] = layer
+    swap_modules(network, layers)
+
+
+def find_layers(network: Any) -> dict[str, Any]:
+    """The LoRA and DoRA layers of a network by their name from its root; `.linear` is the module inside."""
+    return {name: module for name, module in network.named_modules() if "lora_a" in module and "linear" in module}
+
+
+def swap_modules(network: Any, modules: Mapping[str, Any]) -> None:
+    """Put modules in the places that their names say, counted from the network's root."""
+    for name, module in modules.items():
+        *path, last = name.split(".")
+        parent = network
+        for part in path:
+            parent = parent[int(part)] if part.isdigit() else parent[part]
+        parent[last] = module
+
+
 def _check_config(config: Any, file: Path) -> None:
     kind = config.get("fine_tune_type", "lora") if isinstance(config, dict) else None
     if kind == "full":
@@ -112,7 +166,13 @@ def _attach(network: Any, folder: Path, config: dict[str, Any]) -> None:
 
     try:
         peft._restore_quantization(network, config.get("base_quantization", {}))
-        peft._apply_lora_layers(network, config)
+        settings = config["lora_parameters"]
+        if "keys" in settings:
+            names = peft._resolve_lora_targets(network, settings["keys"])
+            how = {key: settings[key] for key in ("rank", "scale", "dropout")}
+            add_layers(network, names, dora=config.get("fine_tune_type") == "dora", **how)
+        else:
+            peft._apply_lora_layers(network, config)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"the adapter {folder} does not fit this model: {error}") from error
 

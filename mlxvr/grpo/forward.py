@@ -1,0 +1,268 @@
+"""One differentiable pass over a packed group: the log-prob of every token of every completion.
+
+The layers' weights and parts are mlx-vlm's; what is done here instead of there is what decides time and memory:
+
+- Attention goes block by block. A block of queries is scored against what it can see and nothing else: the prompt up
+  to itself, or the prompt and its own completions. No N x N scores and no N x N mask exist, the upper triangle is not
+  computed, and where attention is not fused a block's scores are all that is held.
+- The head runs only where a token is predicted, some tokens at a time, and again in the backward pass: G * T rows of a
+  vocabulary of 151,936 would be the largest array by far.
+- With `checkpoint`, a layer keeps its input only and is computed again in the backward pass.
+
+`mx.checkpoint` differentiates its arguments alone and asks for the gradient of every one of them. So a layer's trained
+parameters and its input are arguments, and positions and masks are not. MLX may compute what does not depend on each
+other side by side: blocks are made to (`mx.depends`), so that they take turns in memory.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import Any, cast
+
+import mlx.core as mx
+import numpy as np
+
+from mlxvr.grpo.packing import Packed
+from mlxvr.model.network import VideoModel
+
+__all__ = ["completion_logprobs"]
+
+# Attention scores of one layer that may exist at once where attention is not fused (128 MiB in bfloat16).
+_SCORES_AT_ONCE = 2**26
+# Logits that may exist at once (128 MiB in float32).
+_LOGITS_AT_ONCE = 2**25
+
+
+def completion_logprobs(
+    model: VideoModel,
+    packed: Packed,
+    *,
+    temperature: float = 1.0,
+    checkpoint: bool = False,
+    tokens_at_once: int | None = None,
+) -> mx.array:
+    """Log-probs of a group's tokens: log_softmax(logits / temperature) over the whole vocabulary.
+
+    Args:
+        model: differentiable in its trainable parameters, which must be the layers' own.
+        packed: the group.
+        temperature: that the completions were sampled at; 0 (greedy) counts as 1.
+        checkpoint: keep less and compute more; the result does not change.
+        tokens_at_once: of the head; bounds the memory; None: as many as fit into 128 MiB.
+
+    Returns:
+        float32 (G, T), 0 where padded; not yet evaluated.
+    """
+    hidden = model.embed(
+        mx.array(packed.ids)[None], features=packed.features, media_mask=packed.media_mask[None]
+    )  # (1, N, hidden)
+    positions = mx.array(packed.positions)[:, None]
+    attend = _make_attention(_blocks(packed, _heads(model)), recompute=checkpoint)
+    levels = packed.features.deepstack if packed.features is not None else []
+    seen = mx.array(np.flatnonzero(packed.media_mask).astype(np.int32))
+    for index, layer in enumerate(model.layers):
+        hidden = _run_layer(layer, hidden, positions, attend, checkpoint=checkpoint)
+        if index < len(levels):
+            hidden = hidden.at[:, seen].add(levels[index].astype(hidden.dtype)[None])
+    rows = hidden[0, mx.array(packed.columns[packed.mask])]
+    if tokens_at_once is None:
+        tokens_at_once = max(1, _LOGITS_AT_ONCE // int(model.config["text_config"]["vocab_size"]))
+    score = _make_head(model, packed.targets[packed.mask], temperature or 1.0, tokens_at_once)
+    places = np.zeros(packed.mask.shape, dtype=np.int32)
+    places[packed.mask] = np.arange(np.count_nonzero(packed.mask))
+    return mx.where(mx.array(packed.mask), score(rows)[mx.array(places)], 0.0)
+
+
+@dataclass(frozen=True, eq=False)
+class _Block:
+    """Queries `start:stop`, which see the columns `:shared` and `own:stop`, as `mask` says.
+
+    A "causal" mask is aligned at the lower right: the last query sees everything.
+    """
+
+    start: int
+    stop: int
+    shared: int
+    own: int
+    mask: mx.array | str
+
+    def queries(self, array: mx.array) -> mx.array:
+        """Its part of (1, heads, N, head_dim)."""
+        return array[:, :, self.start : self.stop]
+
+    def keys(self, array: mx.array) -> mx.array:
+        """What it sees of (1, heads, N, head_dim)."""
+        if self.shared == self.own:
+            return array[:, :, : self.stop]
+        return mx.concatenate([array[:, :, : self.shared], array[:, :, self.own : self.stop]], axis=2)
+
+    def add_keys(self, total: mx.array, part: mx.array) -> None:
+        """Add to `total` what belongs to `keys(total)`, in place."""
+        if self.shared == self.own:
+            total[:, :, : self.stop] += part
+            return
+        total[:, :, : self.shared] += part[:, :, : self.shared]
+        total[:, :, self.own : self.stop] += part[:, :, self.shared :]
+
+
+def _blocks(packed: Packed, heads: int, scores_at_once: int | None = None) -> list[_Block]:
+    """Cut a packed sequence so that no block has more scores than may exist at once.
+
+    Short completions share a block, which then needs a mask of its own size; a long one is a block or several.
+    """
+    most = (scores_at_once or _SCORES_AT_ONCE) // heads
+    prompt = packed.prompt_length
+    blocks = [_Block(start, stop, 0, 0, "causal") for start, stop in _pieces(0, prompt, 0, most)]
+    together: list[tuple[int, int]] = []
+    for span in packed.spans:
+        start = together[0][0] if together else span[0]
+        if together and (span[1] - start) * (prompt + span[1] - start) > most:
+            blocks += _completion_blocks(together, packed, most)
+            together = []
+        if span[1] > span[0]:
+            together.append(span)
+    if together:
+        blocks += _completion_blocks(together, packed, most)
+    return blocks
+
+
+def _completion_blocks(spans: Sequence[tuple[int, int]], packed: Packed, most: int) -> list[_Block]:
+    """Blocks of completions that lie side by side: one for several, one or more for one."""
+    prompt, first, last = packed.prompt_length, spans[0][0], spans[-1][1]
+    if len(spans) == 1:
+        return [_Block(start, stop, prompt, first, "causal") for start, stop in _pieces(first, last, prompt, most)]
+    owner, column = packed.owner[first:last], np.arange(first, last)
+    own = (owner[:, None] == owner[None]) & (column[None] <= column[:, None])
+    mask = np.concatenate([np.ones((last - first, prompt), dtype=bool), own], axis=1)
+    return [_Block(first, last, prompt, first, mx.array(mask))]
+
+
+def _pieces(start: int, stop: int, before: int, most: int) -> list[tuple[int, int]]:
+    """Cut a run of queries that sees `before` other columns; each piece has at most `most` scores, or one query."""
+    step = max(1, most // (before + stop - start))
+    edges = [*range(start, stop, step), stop]
+    return list(pairwise(edges))
+
+
+Attention = Callable[[mx.array, mx.array, mx.array, float], mx.array]
+
+
+def _make_attention(blocks: Sequence[_Block], *, recompute: bool) -> Attention:
+    """Attention (1, heads, N, head_dim) over the blocks; `recompute` keeps nothing but queries, keys and values."""
+
+    def attend(queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
+        done: list[mx.array] = []
+        for block in blocks:
+            parts = [block.queries(queries), block.keys(keys), block.keys(values)]
+            if recompute:
+                parts = _after(parts, done[-1:])
+            done.append(_attend_block(block, scale, *parts))
+        return mx.concatenate(done, axis=2)
+
+    def attend_again(queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
+        @mx.custom_function
+        def attention(queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
+            return attend(queries, keys, values, scale)
+
+        @attention.vjp
+        def backward(
+            primals: tuple[mx.array, ...], cotangent: mx.array, _: mx.array
+        ) -> tuple[mx.array, mx.array, mx.array]:
+            queries, keys, values = primals
+            to_queries: list[mx.array] = []
+            to_keys, to_values = mx.zeros(keys.shape, mx.float32), mx.zeros(values.shape, mx.float32)
+            for block in blocks:
+                inputs = [block.queries(queries), block.keys(keys), block.keys(values), block.queries(cotangent)]
+                inputs = _after(inputs, [*to_queries[-1:], to_keys, to_values])
+                run = partial(_attend_block, block, scale)
+                parts = mx.vjp(run, inputs[:3], inputs[3:])[1]
+                to_queries.append(parts[0])
+                block.add_keys(to_keys, parts[1])
+                block.add_keys(to_values, parts[2])
+            return mx.concatenate(to_queries, axis=2), to_keys.astype(keys.dtype), to_values.astype(values.dtype)
+
+        return cast("mx.array", attention(queries, keys, values))
+
+    return attend_again if recompute else attend
+
+
+def _after(arrays: list[mx.array], others: list[mx.array]) -> list[mx.array]:
+    """The same arrays, computed after others."""
+    return cast("list[mx.array]", mx.depends(arrays, others)) if others else arrays
+
+
+def _attend_block(block: _Block, scale: float, queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
+    return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=block.mask)
+
+
+def _heads(model: VideoModel) -> int:
+    return int(model.config["text_config"]["num_attention_heads"])
+
+
+def _run_layer(layer: Any, hidden: mx.array, positions: mx.array, attend: Attention, *, checkpoint: bool) -> mx.array:
+    """One layer over (1, N, hidden)."""
+
+    def run(parameters: Any, hidden: mx.array) -> mx.array:
+        layer.update(parameters)
+        hidden = hidden + _self_attention(layer.self_attn, layer.input_layernorm(hidden), positions, attend)
+        out: mx.array = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+        return out
+
+    parameters = layer.trainable_parameters()
+    if not checkpoint:
+        return run(parameters, hidden)
+    out = mx.checkpoint(run)(parameters, hidden)
+    layer.update(parameters)  # not what the layer was last traced with
+    return out
+
+
+def _self_attention(part: Any, hidden: mx.array, positions: mx.array, attend: Attention) -> mx.array:
+    """What mlx-vlm's attention of either family computes, with `attend` in the middle."""
+    _, length, _ = hidden.shape
+
+    def split(projected: mx.array, heads: int) -> mx.array:  # (1, N, heads * head_dim) -> (1, N, heads, head_dim)
+        return projected.reshape(1, length, heads, -1)
+
+    queries = split(part.q_proj(hidden), part.n_heads)
+    keys = split(part.k_proj(hidden), part.n_kv_heads)
+    values = split(part.v_proj(hidden), part.n_kv_heads)
+    if "q_norm" in part:
+        queries, keys = part.q_norm(queries), part.k_norm(keys)
+    queries, keys, values = (array.transpose(0, 2, 1, 3) for array in (queries, keys, values))
+    queries, keys = part.rotary_emb.apply_rotary(queries, keys, positions)
+    mixed = attend(queries, keys, values, part.scale)
+    out: mx.array = part.o_proj(mixed.transpose(0, 2, 1, 3).reshape(1, length, -1))
+    return out
+
+
+def _make_head(
+    model: VideoModel, targets: np.ndarray, temperature: float, tokens_at_once: int
+) -> Callable[[mx.array], mx.array]:
+    """Hidden states (M, hidden) before the last normalisation -> log-probs of the targets, float32 (M,)."""
+    edges = [*range(0, len(targets), tokens_at_once), len(targets)]
+    chunks = [(slice(start, stop), mx.array(targets[start:stop])) for start, stop in pairwise(edges)]
+    norm = model.network.language_model.model.norm
+
+    def score(wanted: mx.array, rows: mx.array) -> mx.array:
+        logits = model.logits(norm(rows)).astype(mx.float32) / temperature
+        return mx.take_along_axis(logits, wanted[:, None], axis=-1)[:, 0] - mx.logsumexp(logits, axis=-1)
+
+    @mx.custom_function
+    def head(rows: mx.array) -> mx.array:
+        done: list[mx.array] = []
+        for where, wanted in chunks:
+            (own,) = _after([rows[where]], done[-1:])
+            done.append(score(wanted, own))
+        return mx.concatenate(done)
+
+    @head.vjp
+    def backward(rows: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
+        done: list[mx.array] = []
+        for where, wanted in chunks:
+            inputs = _after([rows[where], cotangent[where]], done[-1:])
+            (part,) = mx.vjp(partial(score, wanted), inputs[:1], inputs[1:])[1]
+            done.append(part)
+        return mx.concatenate(done)
+
+    return cast("Callable[[mx.array], mx.array]", head)

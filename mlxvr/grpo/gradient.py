@@ -1,0 +1,154 @@
+"""The gradient of one group: everything between its rewards and the optimizer.
+
+One prompt, its completions and their advantages go in; the gradient of the LoRA weights and what the loss saw come out,
+evaluated, so that nothing of the pass stays in memory. Averaging over groups, clipping and stepping are the trainer's.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlxvr.errors import ConfigError
+from mlxvr.grpo.forward import completion_logprobs
+from mlxvr.grpo.lora import adapters_off
+from mlxvr.grpo.loss import LossConfig, objective
+from mlxvr.grpo.packing import Packed, pack
+from mlxvr.model.adapter import find_layers
+from mlxvr.model.network import VideoModel
+
+if TYPE_CHECKING:
+    from mlxvr.grpo.rollout import Rollout
+
+__all__ = ["GroupStats", "group_gradient", "group_logprobs"]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class GroupStats:
+    """What a group's loss saw; shares and means are over the tokens that count (see `loss.objective`).
+
+    Attributes:
+        loss: its value.
+        kl: from the reference policy; 0 without one.
+        clip_share: tokens whose gradient the clip cut off.
+        ratio_mean: mean ratio to the policy that sampled.
+        entropy: minus the mean log-prob.
+        tokens: how many counted.
+        logprobs: float32 (G, T), of this policy before the update, 0 where padded; `old_logprobs` of later updates on
+            the same rollout.
+        reference_logprobs: float32 (G, T), likewise; None where no reference was needed.
+    """
+
+    loss: float
+    kl: float
+    clip_share: float
+    ratio_mean: float
+    entropy: float
+    tokens: int
+    logprobs: np.ndarray
+    reference_logprobs: np.ndarray | None
+
+
+def group_gradient(
+    model: VideoModel,
+    rollout: "Rollout",
+    advantages: np.ndarray,
+    *,
+    config: LossConfig,
+    temperature: float = 1.0,
+    checkpoint: bool = False,
+    old_logprobs: np.ndarray | None = None,
+    reference_logprobs: np.ndarray | None = None,
+    reference: Mapping[str, mx.array] | None = None,
+) -> tuple[dict[str, Any], GroupStats]:
+    """The gradient of a group's loss in the model's trainable parameters.
+
+    Args:
+        model: with LoRA layers (`lora.attach`), otherwise frozen.
+        rollout: the prompt and its completions.
+        advantages: float32 (G,), see `loss.advantages`.
+        config: which loss.
+        temperature: that the completions were sampled at.
+        checkpoint: compute the layers again in the backward pass instead of keeping what is in them: about a quarter
+            of the memory for about half as much time again, and the same gradient.
+        old_logprobs: float32 (G, T), of the policy that sampled; None: it is this one, and every ratio is exactly 1.
+        reference_logprobs: float32 (G, T); None: computed here, when `config.beta` is positive.
+        reference: the adapter that the reference policy has, a `lora.snapshot`; None: none.
+
+    Returns:
+        The gradient, as a tree like `model.network.trainable_parameters()`, and what the loss saw; all evaluated.
+
+    Raises:
+        ConfigError: dropout and `checkpoint` together: what is computed again would drop other inputs.
+        ValueError: shapes that do not fit the group.
+    """
+    packed = pack(rollout.prompt, [one.ids for one in rollout.completions])
+    mask = packed.mask.copy()
+    if config.mask_truncated:
+        mask[[one.truncated for one in rollout.completions]] = False
+    if np.shape(advantages) != mask.shape[:1]:
+        raise ValueError(f"{np.shape(advantages)} advantages for {mask.shape[0]} completions")
+    for given in (old_logprobs, reference_logprobs):
+        if given is not None and given.shape != mask.shape:
+            raise ValueError(f"log-probs of the shape {given.shape}; expected {mask.shape}")
+    if config.beta > 0.0 and reference_logprobs is None:
+        with adapters_off(model, reference):
+            reference_logprobs = _logprobs(model, packed, temperature)
+
+    def loss(_: Any) -> tuple[mx.array, dict[str, mx.array]]:
+        logprobs = completion_logprobs(model, packed, temperature=temperature, checkpoint=checkpoint)
+        old = mx.stop_gradient(logprobs) if old_logprobs is None else mx.array(old_logprobs)
+        given = mx.array(reference_logprobs) if reference_logprobs is not None else None
+        value, stats = objective(logprobs, old, given, mx.array(advantages), mx.array(mask), config)
+        return value, {**stats, "logprobs": mx.stop_gradient(logprobs)}
+
+    with _dropout(model, checkpoint), _same_weights(model):
+        (value, stats), gradient = nn.value_and_grad(model.network, loss)(None)
+        mx.eval(value, stats, gradient)
+    logprobs = np.array(stats.pop("logprobs"))
+    figures = {name: float(figure.item()) for name, figure in stats.items()}
+    return gradient, GroupStats(
+        loss=float(value.item()),
+        tokens=int(mask.sum()),
+        logprobs=logprobs,
+        reference_logprobs=reference_logprobs,
+        **figures,
+    )
+
+
+def group_logprobs(model: VideoModel, rollout: "Rollout", *, temperature: float = 1.0) -> np.ndarray:
+    """Log-probs of a group's tokens under the policy as it is, without gradient: float32 (G, T), 0 where padded."""
+    return _logprobs(model, pack(rollout.prompt, [one.ids for one in rollout.completions]), temperature)
+
+
+def _logprobs(model: VideoModel, packed: Packed, temperature: float) -> np.ndarray:
+    return np.array(completion_logprobs(model, packed, temperature=temperature))
+
+
+@contextmanager
+def _dropout(model: VideoModel, checkpoint: bool) -> Iterator[None]:
+    """Dropout of the LoRA layers, which sampling never has, is on while a gradient is computed."""
+    layers = [layer for layer in find_layers(model.network).values() if getattr(layer.dropout, "_p_1", 1.0) < 1.0]
+    if layers and checkpoint:
+        raise ConfigError("dropout and gradient checkpointing do not go together: set one of them to 0")
+    for layer in layers:
+        layer.dropout.train()
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.dropout.eval()
+
+
+@contextmanager
+def _same_weights(model: VideoModel) -> Iterator[None]:
+    """Tracing leaves its own arrays in the modules; give them back the ones that they had."""
+    parameters = model.network.trainable_parameters()
+    try:
+        yield
+    finally:
+        model.network.update(parameters)

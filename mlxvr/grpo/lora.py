@@ -1,0 +1,234 @@
+"""The weights that are trained: small LoRA matrices beside the language model's own, which stay as they are.
+
+Everything else is frozen, vision tower and embeddings included. The layers are mlx-vlm's and so is the layout on disk
+(see `mlxvr.model.adapter`): stock mlx-vlm, `mlxvr.load(adapter=...)` and `mlxvr.fuse` read what is saved here. The
+matrices are float32 whatever the model computes in: a step of 1e-6 is lost in bfloat16.
+
+The reference policy is the same model with its adapters off: no second copy of the weights. When training begins from
+an adapter, it is the model with that adapter as it was: a `snapshot`.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlxvr.errors import CheckpointError, ConfigError
+from mlxvr.model.adapter import LORA_PARTS, Adapter, add_layers, apply_adapter, find_layers, swap_modules
+from mlxvr.model.network import VideoModel
+
+__all__ = [
+    "PROJECTIONS",
+    "LoraConfig",
+    "adapters_off",
+    "attach",
+    "attach_saved",
+    "lora_weights",
+    "save_adapter",
+    "snapshot",
+]
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """How much is trained, and where; raises `ConfigError` for a value that cannot be used.
+
+    Attributes:
+        rank: of the two matrices' product.
+        scale: what the product is multiplied with ("alpha / rank" elsewhere).
+        dropout: share of a layer's inputs that the matrices do not see while a gradient is computed. Sampling has none,
+            so that the ratio is 1 only without it.
+        dora: also learn the length of each row of the weight (arXiv 2402.09353).
+        keys: the last names of the modules, from `PROJECTIONS`, in every layer of the language model.
+    """
+
+    rank: int = 16
+    scale: float = 2.0
+    dropout: float = 0.0
+    dora: bool = False
+    keys: tuple[str, ...] = PROJECTIONS
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ConfigError(f"rank {self.rank} is not positive: 16 is usual")
+        if not (math.isfinite(self.scale) and self.scale > 0.0):
+            raise ConfigError(f"scale {self.scale} is not a positive number: 2 is usual")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ConfigError(f"dropout {self.dropout} is outside [0, 1): 0 is usual")
+        unknown = sorted(set(self.keys) - set(PROJECTIONS))
+        if unknown or not self.keys:
+            named = repr(unknown[0]) if unknown else "no module"
+            raise ConfigError(f"keys name {named}: use some of {', '.join(PROJECTIONS)}")
+
+
+def attach(model: VideoModel, config: LoraConfig, *, seed: int) -> None:
+    """Put new LoRA layers into the language model and freeze everything else; the model answers as before.
+
+    Args:
+        model: is changed.
+        config: of the layers.
+        seed: of the first matrices; the second ones are 0.
+
+    Raises `ConfigError` when the model has adapters already.
+    """
+    _check_bare(model)
+    names = _targets(model, config.keys)
+    add_layers(model.network, names, rank=config.rank, scale=config.scale, dropout=config.dropout, dora=config.dora)
+    key = mx.random.key(seed)
+    for _, layer in sorted(find_layers(model.network).items()):
+        key, own = mx.random.split(key)
+        limit = layer.lora_a.shape[0] ** -0.5
+        layer.lora_a = mx.random.uniform(-limit, limit, layer.lora_a.shape, key=own)
+    _freeze_the_rest(model)
+
+
+def attach_saved(model: VideoModel, folder: Path) -> LoraConfig:
+    """Put a saved adapter into the language model, to train it on, and freeze everything else.
+
+    Returns its config, with which `save_adapter` writes it again.
+
+    Raises:
+        ConfigError: the model has adapters already.
+        CheckpointError: the adapter is damaged, was made for another model, or changes more than the language model's
+            projections.
+    """
+    _check_bare(model)
+    adapter = Adapter.open(folder)
+    apply_adapter(model.network, folder)
+    names = sorted(find_layers(model.network))
+    last = {name.rpartition(".")[2] for name in names}
+    if not names or not last <= set(PROJECTIONS) or not all(name.startswith(_LAYERS) for name in names):
+        raise CheckpointError(
+            f"the adapter {folder} changes other modules than the language model's projections: fuse it, and train the "
+            "fused model"
+        )
+    _freeze_the_rest(model)
+    settings = adapter.config["lora_parameters"]
+    try:
+        return LoraConfig(
+            rank=int(settings["rank"]),
+            scale=adapter.scale,
+            dropout=float(settings.get("dropout", 0.0)),
+            dora=adapter.is_dora,
+            keys=tuple(key for key in PROJECTIONS if key in last),
+        )
+    except ConfigError as error:
+        raise CheckpointError(f"the adapter {folder} cannot be trained on: {error}") from error
+
+
+def lora_weights(model: VideoModel) -> dict[str, mx.array]:
+    """The trained weights by the names that they have on disk."""
+    return {
+        f"{name}.{part}": layer[part]
+        for name, layer in sorted(find_layers(model.network).items())
+        for part in LORA_PARTS
+        if part in layer
+    }
+
+
+def snapshot(model: VideoModel) -> dict[str, mx.array]:
+    """A copy of the trained weights as they are now, for `adapters_off`."""
+    copies = {name: mx.array(array) for name, array in lora_weights(model).items()}
+    mx.eval(copies)
+    return copies
+
+
+def save_adapter(folder: Path, model: VideoModel, config: LoraConfig) -> None:
+    """Write the trained weights as an adapter folder in mlx-vlm's layout, each file atomically.
+
+    Args:
+        folder: is made if it does not exist; other files in it stay.
+        model: with LoRA layers.
+        config: that they were made with.
+
+    Raises `ConfigError` when a file cannot be written or there is nothing to write.
+    """
+    weights = lora_weights(model)
+    if not weights:
+        raise ConfigError("the model has no adapter to save: attach one first")
+    described = {
+        "fine_tune_type": "dora" if config.dora else "lora",
+        "num_layers": -1,
+        "lora_parameters": {
+            "rank": config.rank,
+            "scale": config.scale,
+            "dropout": config.dropout,
+            "keys": sorted(find_layers(model.network)),
+        },
+    }
+    temporary = [folder / f".adapter.{os.getpid()}.json", folder / f".adapter.{os.getpid()}.safetensors"]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary[0].write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+        mx.save_safetensors(str(temporary[1]), weights)
+        os.replace(temporary[0], folder / "adapter_config.json")
+        os.replace(temporary[1], folder / "adapters.safetensors")
+    except (OSError, RuntimeError) as error:
+        raise ConfigError(f"the adapter cannot be written to {folder}: {error}") from error
+    finally:
+        for file in temporary:
+            file.unlink(missing_ok=True)
+
+
+@contextmanager
+def adapters_off(model: VideoModel, start: Mapping[str, mx.array] | None = None) -> Iterator[None]:
+    """The reference policy, while the context lasts.
+
+    Args:
+        model: with LoRA layers.
+        start: None: the model without its adapters, bit for bit; a `snapshot`: the model with them as they were.
+    """
+    layers = find_layers(model.network)
+    if start is None:
+        swap_modules(model.network, {name: layer.linear for name, layer in layers.items()})
+        try:
+            yield
+        finally:
+            swap_modules(model.network, layers)
+        return
+    now = lora_weights(model)
+    _put(layers, start)
+    try:
+        yield
+    finally:
+        _put(layers, now)
+
+
+_LAYERS = "language_model.model.layers."
+
+
+def _put(layers: Mapping[str, Any], weights: Mapping[str, mx.array]) -> None:
+    for name, array in weights.items():
+        module, _, part = name.rpartition(".")
+        layers[module][part] = array
+
+
+def _targets(model: VideoModel, keys: tuple[str, ...]) -> list[str]:
+    return [
+        name
+        for name, _ in model.network.named_modules()
+        if name.startswith(_LAYERS) and name.rpartition(".")[2] in keys
+    ]
+
+
+def _check_bare(model: VideoModel) -> None:
+    if find_layers(model.network):
+        raise ConfigError("the model has an adapter already: load it without one, then attach the adapter to train")
+
+
+def _freeze_the_rest(model: VideoModel) -> None:
+    model.network.freeze()
+    layers = find_layers(model.network)
+    for layer in layers.values():
+        layer.unfreeze(recurse=False, keys=[part for part in LORA_PARTS if part in layer])
+    _put(layers, {name: array.astype(mx.float32) for name, array in lora_weights(model).items()})
+    model.network.eval()  # dropout is for gradients alone
+    mx.eval(model.network.trainable_parameters())

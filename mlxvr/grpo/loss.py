@@ -1,0 +1,151 @@
+"""What GRPO minimises, given log-probs: advantages, clipped ratios, and the distance to the reference policy.
+
+    ratio      exp(log p - log p_old) for each token; or one for each completion, exp of the mean over its tokens
+    policy     -min(ratio * A, clip(ratio, 1 - low, 1 + high) * A)
+    KL         exp(d) - d - 1 with d = log p_reference - log p: never negative, and unbiased (k3)
+    loss       policy + beta * KL, brought together in one of three ways:
+                 grpo      mean over a completion's tokens, then over completions (arXiv 2402.03300)
+                 bnpo      mean over all tokens of the group
+                 dr_grpo   sum over tokens / (completions * the most tokens allowed): length is no lever (2503.20783)
+
+Ratios of whole completions are GSPO's (arXiv 2507.18071). Advantages are (reward - mean) / (std + 1e-4) with the n-1
+standard deviation, as VideoAuto-R1 computes them. All sums are within one group, as a group is one forward pass.
+
+At the first update after a rollout the ratio is exactly 1 and the policy's part of the loss the same whatever it does
+(-mean(A), which is 0, for grpo): look at gradients, rewards and KL, not at the loss.
+"""
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from mlxvr.errors import ConfigError
+
+__all__ = ["IMPORTANCE", "LOSS_TYPES", "LossConfig", "advantages", "objective"]
+
+LOSS_TYPES = ("grpo", "bnpo", "dr_grpo")
+IMPORTANCE = ("token", "sequence")
+_STD_FLOOR = 1e-4
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """Which loss; raises `ConfigError` for a value that cannot be used.
+
+    Attributes:
+        loss_type: one of `LOSS_TYPES`.
+        importance: one of `IMPORTANCE`, what has a ratio of its own.
+        clip_low: a ratio counts down to 1 - clip_low.
+        clip_high: a ratio counts up to 1 + clip_high.
+        beta: weight of the KL divergence from the reference policy; 0: the reference is not computed.
+        mask_truncated: leave out completions that hit the limit of tokens.
+        max_completion_tokens: that limit, which dr_grpo divides by.
+    """
+
+    loss_type: str = "grpo"
+    importance: str = "token"
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    beta: float = 0.01
+    mask_truncated: bool = False
+    max_completion_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.loss_type not in LOSS_TYPES:
+            raise ConfigError(f"loss_type {self.loss_type!r} is unknown: use one of {', '.join(LOSS_TYPES)}")
+        if self.importance not in IMPORTANCE:
+            raise ConfigError(f"importance {self.importance!r} is unknown: use one of {', '.join(IMPORTANCE)}")
+        if not 0.0 <= self.clip_low <= 1.0:
+            raise ConfigError(f"clip_low {self.clip_low} is outside [0, 1]: 0.2 is usual")
+        if not 0.0 <= self.clip_high < float("inf"):
+            raise ConfigError(f"clip_high {self.clip_high} is no number from 0 up: 0.2 is usual")
+        if not 0.0 <= self.beta < float("inf"):
+            raise ConfigError(f"beta {self.beta} is no number from 0 up: 0.01 is usual, 0 leaves the reference out")
+        if self.max_completion_tokens is not None and self.max_completion_tokens < 1:
+            raise ConfigError(f"max_completion_tokens {self.max_completion_tokens} is not positive")
+        if self.loss_type == "dr_grpo" and self.max_completion_tokens is None:
+            raise ConfigError("loss_type 'dr_grpo' divides by max_completion_tokens: set it")
+
+
+def advantages(rewards: np.ndarray, *, scale: bool = True) -> np.ndarray:
+    """How much better each completion of a group did than the group: float32 (G,).
+
+    Args:
+        rewards: (G,), finite.
+        scale: divide by the standard deviation; False: only subtract the mean (Dr. GRPO).
+
+    Returns:
+        All zeros where the rewards are equal, as they are for one completion.
+
+    Raises `ValueError` when a reward is not a finite number.
+    """
+    given = np.asarray(rewards, dtype=np.float64)
+    if not np.isfinite(given).all():
+        raise ValueError(f"rewards {given.tolist()} are not all finite")
+    if len(given) == 0 or np.ptp(given) == 0.0:
+        return np.zeros(len(given), dtype=np.float32)
+    centred = given - given.mean()
+    return (centred / (given.std(ddof=1) + _STD_FLOOR) if scale else centred).astype(np.float32)
+
+
+def objective(
+    logprobs: mx.array,
+    old_logprobs: mx.array,
+    reference_logprobs: mx.array | None,
+    advantages: mx.array,
+    mask: mx.array,
+    config: LossConfig,
+) -> tuple[mx.array, dict[str, mx.array]]:
+    """The loss of one group, and what is worth knowing about it.
+
+    Args:
+        logprobs: float32 (G, T), of each completion's tokens under the policy that is trained.
+        old_logprobs: float32 (G, T), under the policy that sampled them.
+        reference_logprobs: float32 (G, T), under the reference policy; needed when `config.beta` is positive.
+        advantages: float32 (G,).
+        mask: bool (G, T), the tokens that count. A completion without any adds nothing, but is counted as one.
+        config: which loss.
+
+    Returns:
+        The loss, and means over the tokens that count, without gradient: "kl", "clip_share" (tokens whose gradient the
+        clip cuts off), "ratio_mean", and "entropy" (minus the mean log-prob, which estimates it on the policy's own
+        samples). "kl" is 0 without a reference.
+    """
+    counts = mask.sum(axis=1)
+    total = mx.maximum(counts.sum(), 1)
+
+    def per_completion(values: mx.array) -> mx.array:
+        return mx.where(mask, values, 0.0).sum(axis=1)
+
+    def mean(values: mx.array) -> mx.array:
+        return mx.stop_gradient(per_completion(values).sum() / total)
+
+    log_ratio = mx.where(mask, logprobs - mx.stop_gradient(old_logprobs), 0.0)
+    if config.importance == "sequence":
+        log_ratio = log_ratio.sum(axis=1, keepdims=True) / mx.maximum(counts, 1)[:, None]
+    ratio = mx.exp(log_ratio)
+    advantage = mx.stop_gradient(advantages)[:, None]
+    clipped = mx.clip(ratio, 1.0 - config.clip_low, 1.0 + config.clip_high)
+    loss = mx.broadcast_to(-mx.minimum(ratio * advantage, clipped * advantage), logprobs.shape)
+    kl = mx.zeros_like(logprobs)
+    if reference_logprobs is not None:
+        away = mx.where(mask, mx.stop_gradient(reference_logprobs) - logprobs, 0.0)
+        kl = mx.expm1(away) - away
+        loss = loss + config.beta * kl
+    elif config.beta > 0.0:
+        raise ValueError("beta is positive: the log-probs of the reference policy are needed")
+    sums = per_completion(loss)
+    if config.loss_type == "grpo":
+        value = (sums / mx.maximum(counts, 1)).mean()
+    elif config.loss_type == "bnpo":
+        value = sums.sum() / total
+    else:
+        value = sums.sum() / (mask.shape[0] * (config.max_completion_tokens or 1))
+    cut = ((ratio < 1.0 - config.clip_low) & (advantage < 0)) | ((ratio > 1.0 + config.clip_high) & (advantage > 0))
+    return value, {
+        "kl": mean(kl),
+        "clip_share": mean(mx.broadcast_to(cut, mask.shape)),
+        "ratio_mean": mean(mx.broadcast_to(ratio, mask.shape)),
+        "entropy": mean(-logprobs),
+    }
