@@ -40,13 +40,36 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from mlxvr.errors import DataError
 
-__all__ = ["Answer", "Kind", "Row", "load_rows", "make_row", "scan_rows", "strip_letters"]
+__all__ = [
+    "Answer",
+    "Kind",
+    "Row",
+    "load_rows",
+    "make_locator",
+    "make_row",
+    "parse_line",
+    "read_lines",
+    "scan_rows",
+    "strip_letters",
+    "to_record",
+]
 
 Kind = Literal["exact_match", "math", "iou", "gqa"]
 Answer: TypeAlias = str | list[Any]
 
 _ASK_KINDS = {"exact_match": "qa", "math": "qa", "iou": "grounding", "gqa": "grounded_qa"}
 _ALIASES = {"qa": "exact_match", "grounding": "iou", "grounded_qa": "gqa"}
+_OPTIONAL = (
+    "options",
+    "start",
+    "end",
+    "frames_fps",
+    "task",
+    "category",
+    "pair",
+    "subtitles",
+    "answer_opening",
+)
 _FRAME_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 _LETTER = re.compile(r"\(?([A-Z])(?:\)|[.:)]\s.*|[.:]|$)", re.DOTALL)
 _SUBTITLES = "This video's subtitles are listed below:"  # Video-MME's own words
@@ -150,14 +173,14 @@ def load_rows(
 def scan_rows(path: str | Path, *, media_root: Path | None = None, labelled: bool = True) -> Iterator[Row | DataError]:
     """Yield each row of a dataset, or what is wrong with it; arguments and errors of the file are `load_rows`'."""
     path = Path(path)
-    locate = _locator(path.parent, media_root)
+    locate = make_locator(path.parent, media_root)
     seen: dict[str, str] = {}
-    for number, raw in enumerate(_read_lines(path), start=1):
+    for number, raw in enumerate(read_lines(path), start=1):
         if not raw.strip():
             continue
         line = f"{path}:{number}"
         try:
-            row = make_row(_parse_json(raw, line), line=line, locate=locate, labelled=labelled)
+            row = make_row(parse_line(raw, line), line=line, locate=locate, labelled=labelled)
             if row.id in seen:
                 raise DataError(f"{line}: the id {row.id!r} is that of {seen[row.id]} already: give every row its own")
         except DataError as error:
@@ -182,6 +205,81 @@ def make_row(record: Mapping[str, Any], *, line: str, locate: Callable[[str], Pa
         return _Checker(record).row(line, locate, labelled)
     except DataError as error:
         raise DataError(f"{line}: {error}") from None
+
+
+def to_record(row: Row, *, media: str) -> dict[str, Any]:
+    """The fields of a row as a line of a dataset has them; `make_row` builds the same row from it.
+
+    Args:
+        row: to be written.
+        media: the path of its video or image, as the new file is to give it.
+    """
+    record: dict[str, Any] = {"id": row.id}
+    if row.video is not None or row.image is not None:
+        record["image" if row.video is None else "video"] = media
+    record["question"] = row.question
+    if row.answer is not None:
+        record["answer"] = row.answer
+    record["kind"] = row.kind
+    for name in _OPTIONAL:
+        value = getattr(row, name)
+        if value not in (None, "", ()):
+            record[name] = list(value) if name == "options" else value
+    return record
+
+
+def make_locator(folder: Path, media_root: Path | None) -> Callable[[str], Path]:
+    """The rule for media paths of a file in `folder`: from a path as written to the file that it names.
+
+    Raises `DataError`, when called, for a path that may not be used.
+    """
+
+    def locate(text: str) -> Path:
+        if "://" in text or "\0" in text:
+            raise DataError(f"{text!r} is not a local path: download the file and give its path")
+        if media_root is not None:
+            root = Path(os.path.abspath(media_root))
+            path = Path(os.path.normpath(root / text))
+            if not path.is_relative_to(root):
+                raise DataError(f"{text!r} leaves the media root {root}: give a media root that holds it")
+            return path
+        if Path(text).is_absolute():
+            raise DataError(f"{text!r} is an absolute path: make it relative to the file, or give a media root")
+        if not (folder / text).resolve().is_relative_to(folder.resolve()):
+            raise DataError(f"{text!r} leaves the folder of the file: move the media there, or give a media root")
+        return folder / text
+
+    return locate
+
+
+def read_lines(path: Path) -> Iterator[bytes]:
+    """Yield the lines of a file as they are on disk; raises `DataError` if it cannot be read."""
+    if path.is_dir():
+        raise DataError(f"{path} is a folder: give a JSONL file, one question a line")
+    try:
+        with path.open("rb") as file:
+            yield from file
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist: check the path") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def parse_line(raw: bytes, line: str) -> Mapping[str, Any]:
+    """A line as a JSON object; raises `DataError` beginning with `line` ("file:line") if it is none."""
+    try:
+        text = raw.decode("utf-8-sig")
+        record = json.loads(text)
+        if "\\ud" in text.lower():  # half of a surrogate pair, spelt out, could not be written to any file
+            json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeError:
+        raise DataError(f"{line}: the line is not UTF-8: save the file as UTF-8") from None
+    except (ValueError, RecursionError) as error:
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else "it is too deep or holds too long a number"
+        raise DataError(f"{line}: the line is not JSON ({reason}): write one JSON object a line") from None
+    if not isinstance(record, dict):
+        raise DataError(f"{line}: the line holds {_show(record)}: expected a JSON object, {{...}}")
+    return record
 
 
 def strip_letters(options: Sequence[str]) -> list[str]:
@@ -349,52 +447,3 @@ def _show(value: Any) -> str:
     """A value for a message: on one line and not too long."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _read_lines(path: Path) -> Iterator[bytes]:
-    if path.is_dir():
-        raise DataError(f"{path} is a folder: give a JSONL file, one question a line")
-    try:
-        with path.open("rb") as file:
-            yield from file
-    except FileNotFoundError:
-        raise DataError(f"{path} does not exist: check the path") from None
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
-
-
-def _parse_json(raw: bytes, line: str) -> Mapping[str, Any]:
-    try:
-        text = raw.decode("utf-8-sig")
-        record = json.loads(text)
-        if "\\ud" in text.lower():  # half of a surrogate pair, spelt out, could not be written to any file
-            json.dumps(record, ensure_ascii=False).encode()
-    except UnicodeError:
-        raise DataError(f"{line}: the line is not UTF-8: save the file as UTF-8") from None
-    except (ValueError, RecursionError) as error:
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else "it is too deep or holds too long a number"
-        raise DataError(f"{line}: the line is not JSON ({reason}): write one JSON object a line") from None
-    if not isinstance(record, dict):
-        raise DataError(f"{line}: the line holds {_show(record)}: expected a JSON object, {{...}}")
-    return record
-
-
-def _locator(folder: Path, media_root: Path | None) -> Callable[[str], Path]:
-    """The rule for media paths of a file in `folder`."""
-
-    def locate(text: str) -> Path:
-        if "://" in text or "\0" in text:
-            raise DataError(f"{text!r} is not a local path: download the file and give its path")
-        if media_root is not None:
-            root = Path(os.path.abspath(media_root))
-            path = Path(os.path.normpath(root / text))
-            if not path.is_relative_to(root):
-                raise DataError(f"{text!r} leaves the media root {root}: give a media root that holds it")
-            return path
-        if Path(text).is_absolute():
-            raise DataError(f"{text!r} is an absolute path: make it relative to the file, or give a media root")
-        if not (folder / text).resolve().is_relative_to(folder.resolve()):
-            raise DataError(f"{text!r} leaves the folder of the file: move the media there, or give a media root")
-        return folder / text
-
-    return locate

@@ -19,7 +19,21 @@ PACKAGE = Path(mlxvr.__file__).parent
 
 # From the bottom up. Modules of one layer may use each other only where it says so; a package is one module here.
 LAYERS = [
-    ({"callbacks", "confidence", "dataset", "detokenizer", "errors", "protocol", "rewards", "scanner"}, True),
+    (
+        {
+            "callbacks",
+            "confidence",
+            "dataset",
+            "detokenizer",
+            "errors",
+            "ledger",
+            "protocol",
+            "records",
+            "rewards",
+            "scanner",
+        },
+        True,
+    ),
     ({"media"}, False),
     ({"model"}, False),
     ({"porting"}, False),
@@ -32,7 +46,7 @@ LAYERS = [
 RANKS = {name: rank for rank, (names, _) in enumerate(LAYERS) for name in names}
 
 PURE = LAYERS[0][0]
-OPTIONAL = {"rewards": {"math_verify"}}  # an extra, imported when it is there
+OPTIONAL = {"records": {"pyarrow"}, "rewards": {"math_verify"}}  # extras, imported when they are needed
 MEDIA_NEEDS = {"PIL", "av", "numpy"}
 NEVER = {"cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve", "torch", "torchvision"}
 MLX_VLM = {f"mlxvr.model.{name}" for name in ("adapter", "cache", "decode", "families", "loading", "network")}

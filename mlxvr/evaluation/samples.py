@@ -3,18 +3,13 @@ r"""One generated row, as it is kept: a line of `samples.jsonl`, from which ever
 A row is generated once, in think mode. Its sample holds both answers, the confidence and what each part cost, so that
 direct, think and auto at any threshold follow without another generation (`decide`).
 
-The file grows by one line per row and each line is on the disk before the next row is asked. Killed at any moment, a
-run loses at most the row that it was working on: a last line without its newline is dropped when the file is read, and
-overwritten when the run goes on. The first line says which settings the samples were made with, and a run with other
-settings is refused, since figures from both together would describe neither.
+The file is a `Ledger`: it grows by one line per row, survives a kill, and refuses samples that were made with other
+settings.
 """
 
-import errno
-import fcntl
-import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from pathlib import Path
@@ -23,6 +18,7 @@ from typing import Any, Self, get_args
 
 from mlxvr.dataset import Kind
 from mlxvr.errors import ConfigError, DataError
+from mlxvr.ledger import Ledger, check_run, read_entries, read_run, write_ledger
 
 __all__ = [
     "Decision",
@@ -35,9 +31,6 @@ __all__ = [
     "read_samples",
     "write_samples",
 ]
-
-_RUN = "run"
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,9 +160,7 @@ def read_samples(path: str | os.PathLike[str]) -> list[Sample]:
     """
     source = Path(path)
     samples: dict[str, Sample] = {}
-    for number, record in _records(source, _whole_lines(_read(source))):
-        if number == 1 and set(record) == {_RUN}:
-            continue
+    for number, record in read_entries(source):
         sample = _sample(source, number, record)
         if sample.id in samples:
             raise DataError(f"{source}:{number}: the id {sample.id!r} is there twice; remove one of the two lines")
@@ -177,42 +168,12 @@ def read_samples(path: str | os.PathLike[str]) -> list[Sample]:
     return list(samples.values())
 
 
-def read_run(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read the settings that the samples of a file were made with; {} if it does not say."""
-    source = Path(path)
-    for _, record in _records(source, _whole_lines(_read(source)).split(b"\n", 1)[0]):
-        if set(record) == {_RUN} and isinstance(record[_RUN], dict):
-            return record[_RUN]
-        break
-    return {}
-
-
-def check_run(path: str | os.PathLike[str], run: Mapping[str, Any]) -> None:
-    """Raise `ConfigError` when a file's samples were made with other settings than `run`; an empty file is fine."""
-    found = _whole_lines(_read(Path(path)))
-    if found:
-        _check_run(Path(path), found, _line({_RUN: dict(run)}))
-
-
 def write_samples(path: str | os.PathLike[str], run: Mapping[str, Any], samples: Iterable[Sample]) -> None:
     """Write a whole file of samples in one step: a stop leaves the old file or the new one.
 
     Raises `ConfigError` when it cannot be written.
     """
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(_line({_RUN: dict(run)}))
-            file.writelines(_line(sample.to_dict()) for sample in samples)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-        _sync_folder(target.parent)
-    except OSError as error:
-        raise _unwritable(target, error) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_ledger(path, run, (sample.to_dict() for sample in samples))
 
 
 class SampleWriter:
@@ -237,26 +198,11 @@ class SampleWriter:
     """
 
     def __init__(self, path: str | os.PathLike[str], run: Mapping[str, Any]) -> None:
-        self._path = Path(path)
-        self.done: set[str] = set()
-        header = _line({_RUN: dict(run)})
+        self._ledger = Ledger(path, run)
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        except OSError as error:
-            raise _unwritable(self._path, error) from error
-        try:
-            _lock(self._file, self._path)
-            found = _whole_lines(self._path.read_bytes())
-            self._end = len(found)
-            if found:
-                _check_run(self._path, found, header)
-                self.done = {sample.id for sample in read_samples(self._path)}
-            else:
-                self._append(header)
-                _sync_folder(self._path.parent)
+            self.done = {sample.id for sample in read_samples(path)}
         except BaseException:
-            os.close(self._file)
+            self._ledger.close()
             raise
 
     def write(self, sample: Sample) -> None:
@@ -267,15 +213,13 @@ class SampleWriter:
             ConfigError: the disk is full or the file cannot be written; what was there before still is.
         """
         if sample.id in self.done:
-            raise DataError(f"{self._path} has a sample {sample.id!r} already; give every row an id of its own")
-        self._append(_line(sample.to_dict()))
+            raise DataError(f"{self._ledger.path} has a sample {sample.id!r} already; give every row an id of its own")
+        self._ledger.append(sample.to_dict())
         self.done.add(sample.id)
 
     def close(self) -> None:
         """Let go of the file; may be called twice."""
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
+        self._ledger.close()
 
     def __enter__(self) -> Self:
         return self
@@ -285,55 +229,6 @@ class SampleWriter:
     ) -> None:
         self.close()
 
-    def _append(self, line: bytes) -> None:
-        """Put a line behind the last whole one, over what may be left of one that was cut off."""
-        try:
-            os.ftruncate(self._file, self._end)
-            written = 0
-            while written < len(line):
-                written += os.pwrite(self._file, line[written:], self._end + written)
-            os.fsync(self._file)
-        except OSError as error:
-            _shorten(self._file, self._end)
-            raise _unwritable(self._path, error) from error
-        self._end += len(line)
-
-
-def _line(record: Mapping[str, Any]) -> bytes:
-    text = json.dumps(record, ensure_ascii=False, allow_nan=False)
-    try:
-        return f"{text}\n".encode()
-    except UnicodeEncodeError:  # a path that is no UTF-8; escaped it is valid JSON all the same
-        return f"{json.dumps(record, allow_nan=False)}\n".encode()
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read ({error.strerror}); give the samples.jsonl of a run") from error
-
-
-def _whole_lines(content: bytes) -> bytes:
-    """The content without a last line that was cut off."""
-    return content[: content.rfind(b"\n") + 1]
-
-
-def _records(path: Path, content: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The objects of a file's lines with their numbers, from 1; empty lines are passed over."""
-    for number, line in enumerate(content.split(b"\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise DataError(
-                f"{path}:{number}: no JSON ({error}); remove the line, and its row is asked again"
-            ) from error
-        if not isinstance(record, dict):
-            raise DataError(f"{path}:{number}: a {type(record).__name__}; expected an object with a sample's fields")
-        yield number, record
-
 
 def _sample(path: Path, number: int, record: dict[str, Any]) -> Sample:
     """A sample from a line; fields of a later version are passed over."""
@@ -342,44 +237,3 @@ def _sample(path: Path, number: int, record: dict[str, Any]) -> Sample:
         return Sample(**{name: value for name, value in record.items() if name in wanted})
     except (DataError, TypeError) as error:
         raise DataError(f"{path}:{number}: no sample ({error}); remove the line, and its row is asked again") from error
-
-
-def _check_run(path: Path, found: bytes, header: bytes) -> None:
-    """Refuse to add to the samples of another run."""
-    old = read_run(path)
-    new = json.loads(header)[_RUN]
-    if old == new:
-        return
-    if not old and set(json.loads(found.split(b"\n", 1)[0] or b"{}")) != {_RUN}:
-        raise ConfigError(f"{path} does not begin with the settings of a run; choose another output folder")
-    names = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
-    told = ", ".join(f"{name} {old.get(name)!r} (now {new.get(name)!r})" for name in names[:3])
-    raise ConfigError(f"{path} was made with other settings: {told}; use those, or choose another output folder")
-
-
-def _lock(descriptor: int, path: Path) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise ConfigError(f"another process is writing {path}; wait for it or stop it") from error
-
-
-def _shorten(descriptor: int, size: int) -> None:
-    try:
-        os.ftruncate(descriptor, size)
-    except OSError:  # the line that was cut off is dropped by whoever reads the file
-        return
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _unwritable(path: Path, error: OSError) -> ConfigError:
-    if error.errno in _FULL:
-        return ConfigError(f"the disk of {path} is full; free some space and run again: it goes on where it stopped")
-    return ConfigError(f"{path} cannot be written ({error.strerror}); choose another output folder")

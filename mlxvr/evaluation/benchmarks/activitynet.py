@@ -17,8 +17,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from mlxvr.evaluation.benchmarks.entries import Entry
-from mlxvr.evaluation.benchmarks.files import Folder, as_text
+from mlxvr.evaluation.benchmarks.files import Folder
 from mlxvr.evaluation.benchmarks.grounding import grounding_entry, read_columns
+from mlxvr.records import as_text
 
 __all__ = ["read"]
 

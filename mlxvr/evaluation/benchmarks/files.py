@@ -1,19 +1,17 @@
-"""The files of a benchmark's release: tables in parquet, JSON, JSONL or CSV, and videos in one of several folders.
+"""The files of a benchmark's release: tables, and videos in one of several folders.
 
 A folder may be the Hub's cache, where every file is a link to elsewhere: links are followed, since the folder was
 chosen by its owner. Names that come out of a table may not climb out of it.
 """
 
-import ast
-import csv
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mlxvr.errors import DataError
+from mlxvr.records import load_file, read_records
 
-__all__ = ["Folder", "as_list", "as_text", "read_records"]
+__all__ = ["Folder"]
 
 _SUFFIXES = (".mp4", ".MP4", ".mkv", ".webm", ".avi", ".mov")
 
@@ -48,7 +46,7 @@ class Folder:
 
     def mapping(self, path: Path) -> dict[str, str]:
         """A JSON file that holds texts by name; raises `DataError` if it does not."""
-        content = _load(path)
+        content = load_file(path)
         if not isinstance(content, Mapping) or not all(isinstance(value, str) for value in content.values()):
             raise DataError(f"{path} is no mapping of names to texts: download it again")
         return dict(content)
@@ -73,64 +71,3 @@ class Folder:
         stem = name.with_suffix("") if name.suffix in _SUFFIXES else name
         for suffix in _SUFFIXES:
             yield base / f"{stem}{suffix}"
-
-
-def read_records(path: Path) -> list[Any]:
-    """All records of a table file; of a JSON object its values, each with its name as `key`.
-
-    Raises `DataError`: the file is damaged, or parquet cannot be read for want of pyarrow.
-    """
-    content = _read_parquet(path) if path.suffix == ".parquet" else _load(path)
-    if isinstance(content, Mapping):
-        return [{"key": key, **value} if isinstance(value, Mapping) else value for key, value in content.items()]
-    if not isinstance(content, list):
-        raise DataError(f"{path} holds a {type(content).__name__}: expected a list of records")
-    return content
-
-
-def _load(path: Path) -> Any:
-    """What a JSON, JSONL, CSV or text file holds."""
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            if path.suffix == ".csv":
-                return list(csv.DictReader(file))
-            if path.suffix == ".jsonl":
-                return [json.loads(line) for line in file if line.strip()]
-            if path.suffix == ".txt":
-                return [{"text": line.rstrip("\r\n")} for line in file if line.strip()]
-            return json.load(file)
-    except (OSError, ValueError, RecursionError, csv.Error) as error:
-        raise DataError(f"{path} cannot be read ({_first_line(error)}): download it again") from error
-
-
-def as_list(value: Any) -> list[Any]:
-    """A column that holds a list, in whichever way it was stored: as such, or written out."""
-    if isinstance(value, str):
-        try:
-            value = ast.literal_eval(value)
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            return []
-    return list(value) if isinstance(value, list | tuple) else []
-
-
-def as_text(value: Any) -> str:
-    """A column that names something, a number or a text, as text without outer space."""
-    return "" if value is None else str(value).strip()
-
-
-def _read_parquet(path: Path) -> list[dict[str, Any]]:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise DataError(
-            f"{path} needs the package pyarrow to be read: install it with `pip install pyarrow`"
-        ) from error
-    try:
-        return parquet.read_table(path, partitioning=None).to_pylist()
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{path} cannot be read ({_first_line(error)}): download it again") from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0][:120] or type(error).__name__

@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from mlxvr.evaluation.benchmarks.entries import Entry, segments
-from mlxvr.evaluation.benchmarks.files import Folder, as_list, as_text
+from mlxvr.evaluation.benchmarks.entries import Entry
+from mlxvr.evaluation.benchmarks.files import Folder
+from mlxvr.records import as_list, as_text, segments
 
 __all__ = ["grounding_entry", "read_columns"]
 

@@ -14,7 +14,8 @@ public grade comes from a language model.
 from collections.abc import Iterator, Mapping
 
 from mlxvr.evaluation.benchmarks.entries import Entry
-from mlxvr.evaluation.benchmarks.files import Folder, as_text
+from mlxvr.evaluation.benchmarks.files import Folder
+from mlxvr.records import as_text
 
 __all__ = ["read"]
 

@@ -25,8 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from mlxvr.errors import DataError
-from mlxvr.evaluation.benchmarks.entries import Entry, letter_of
-from mlxvr.evaluation.benchmarks.files import Folder, as_list, as_text
+from mlxvr.evaluation.benchmarks.entries import Entry
+from mlxvr.evaluation.benchmarks.files import Folder
+from mlxvr.records import as_list, as_text, letter_of
 
 __all__ = ["read"]
 

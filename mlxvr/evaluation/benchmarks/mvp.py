@@ -16,8 +16,9 @@ last token for confidence; rows say so by `answer_opening`.
 
 from collections.abc import Iterator
 
-from mlxvr.evaluation.benchmarks.entries import Entry, letter_of
-from mlxvr.evaluation.benchmarks.files import Folder, as_list, as_text
+from mlxvr.evaluation.benchmarks.entries import Entry
+from mlxvr.evaluation.benchmarks.files import Folder
+from mlxvr.records import as_list, as_text, letter_of
 
 __all__ = ["read"]
 

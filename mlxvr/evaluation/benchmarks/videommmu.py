@@ -16,7 +16,8 @@ from collections.abc import Iterator
 
 from mlxvr.dataset import strip_letters
 from mlxvr.evaluation.benchmarks.entries import Entry
-from mlxvr.evaluation.benchmarks.files import Folder, as_list, as_text
+from mlxvr.evaluation.benchmarks.files import Folder
+from mlxvr.records import as_list, as_text
 
 __all__ = ["read"]
 
