@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxvr.grpo.forward import _blocks
+from mlxvr.grpo import forward
 from mlxvr.grpo.packing import Packed, pack, tree_mask
 
 
@@ -63,19 +63,22 @@ def test_what_cannot_be_packed(completions):
         pack(make_prompt(3), completions)
 
 
-@pytest.mark.parametrize("scores_at_once", [1, 17, 60, 200, 10**9])
+@pytest.mark.parametrize(("scores_at_once", "queries_at_once"), [(1, 99), (60, 99), (200, 99), (10**9, 99), (10**9, 4)])
 @pytest.mark.parametrize("lengths", [[1], [1, 1, 1], [6, 1, 9, 2, 2], [3, 3, 3, 3], [1, 20, 1], [2]])
 @pytest.mark.parametrize("prompt", [1, 7])
-def test_blocks_show_each_query_what_the_tree_shows_it(prompt, lengths, scores_at_once):
+def test_blocks_show_each_query_what_the_tree_shows_it(prompt, lengths, scores_at_once, queries_at_once, monkeypatch):
+    monkeypatch.setattr(forward, "_SCORES_AT_ONCE", 2 * scores_at_once)
+    monkeypatch.setattr(forward, "_QUERIES_AT_ONCE", queries_at_once)
     packed = pack_lengths(prompt, lengths)
     count = len(packed.ids)
     seen = np.zeros((count, count), dtype=int)
     next_query = 0
-    for block in _blocks(packed, 1, scores_at_once):
+    for block in forward._blocks(packed, 2):
         assert block.start == next_query < block.stop
         next_query = block.stop
         keys = np.array(block.keys(mx.arange(count)[None, None, :, None]))[0, 0, :, 0]
         queries = np.arange(block.start, block.stop)
+        assert len(queries) <= queries_at_once
         assert len(queries) * len(keys) <= max(scores_at_once, len(keys))  # as many as allowed, but one query at least
         if isinstance(block.mask, str):  # causal, aligned at the lower right
             visible = np.arange(len(keys))[None] <= np.arange(len(queries))[:, None] + len(keys) - len(queries)
@@ -87,8 +90,14 @@ def test_blocks_show_each_query_what_the_tree_shows_it(prompt, lengths, scores_a
     np.testing.assert_array_equal(seen, np.array(tree_mask(packed)).astype(int))
 
 
-def test_short_completions_share_a_block_and_long_ones_do_not():
+def test_short_completions_share_a_block_and_long_ones_do_not(monkeypatch):
     packed = pack_lengths(10, [4, 4, 4, 30])
-    assert len(_blocks(packed, 1, 10**9)) == 2
-    shares = [(block.start, block.stop) for block in _blocks(packed, 1, 200)]
-    assert shares == [(0, 10), (10, 19), (19, 24), (24, 29), (29, 34), (34, 39), (39, 44), (44, 48)]
+
+    def cut(scores: int, queries: int) -> list[tuple[int, int]]:
+        monkeypatch.setattr(forward, "_SCORES_AT_ONCE", scores)
+        monkeypatch.setattr(forward, "_QUERIES_AT_ONCE", queries)
+        return [(block.start, block.stop) for block in forward._blocks(packed, 1)]
+
+    assert cut(10**9, 99) == [(0, 10), (10, 48)]
+    assert cut(200, 99) == [(0, 10), (10, 19), (19, 24), (24, 29), (29, 34), (34, 39), (39, 44), (44, 48)]
+    assert cut(10**9, 8) == [(0, 8), (8, 10), (10, 16), (16, 19), (19, 27), (27, 35), (35, 43), (43, 48)]
