@@ -1,0 +1,45 @@
+"""Moments in videos: descriptions to locate, and questions whose answer is to be shown (NeXT-GQA).
+
+Swapped ends are put in order; a record without a moment that has a length is a bad one.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from mlxvr.grpo.formats.columns import Fields, Source, interval, media_path, options, text
+from mlxvr.grpo.formats.wording import choice, plain_question
+from mlxvr.records import as_text
+
+__all__ = ["read_moments", "read_nextgqa", "read_timer1"]
+
+
+def read_moments(record: Mapping[str, Any], source: Source) -> Fields:
+    """Charades-STA and ActivityNet-TVG: `description`, `timestamps`, `video`."""
+    return _moment(record, "description", "timestamps")
+
+
+def read_timer1(record: Mapping[str, Any], source: Source) -> Fields:
+    """TimeR1: `sentence`, `timestamp`, `video`."""
+    return _moment(record, "sentence", "timestamp")
+
+
+def read_nextgqa(record: Mapping[str, Any], source: Source) -> Fields:
+    """NeXT-GQA: `question`, `options`, `answer` (a letter or an option), `timestamps`, `video`."""
+    given = options(record.get("options"))
+    return {
+        "question": plain_question(text(record, "question")),
+        "options": given,
+        "answer": [choice(as_text(record.get("answer")), given), interval(record, "timestamps")],
+        "kind": "gqa",
+        "video": media_path(record.get("video"), "video"),
+        "category": as_text(record.get("type")),
+    }
+
+
+def _moment(record: Mapping[str, Any], description: str, moments: str) -> Fields:
+    return {
+        "question": " ".join(plain_question(text(record, description)).split()),
+        "answer": interval(record, moments),
+        "kind": "iou",
+        "video": media_path(record.get("video"), "video"),
+    }

@@ -1,0 +1,98 @@
+"""Text and image questions, and Video-R1: free text, numbers and choices, judged as a text or as a formula."""
+
+import re
+from collections.abc import Mapping, Sequence
+from string import ascii_uppercase
+from typing import Any
+
+from mlxvr.errors import DataError
+from mlxvr.grpo.formats.columns import Fields, LeftOut, Source, media_path, options, text
+from mlxvr.grpo.formats.wording import boxed, choice, is_formula, letter, plain_question, split_options
+from mlxvr.records import as_text
+
+__all__ = ["read_dapo_math", "read_thinklite", "read_video_r1", "read_virl"]
+
+_SOLUTION = re.compile(r"<answer>\s*(.*?)\s*</answer>", re.DOTALL)
+_KINDS = {
+    "exact_match": "exact_match",
+    "math": "math",
+    "multiple choice": "exact_match",
+    "multiple_choice": "exact_match",
+    "numerical": "math",
+}
+_VIDEO_R1 = ("multiple choice", "numerical")
+
+
+def read_dapo_math(record: Mapping[str, Any], source: Source) -> Fields:
+    """DAPO-Math: `prompt`, `solution`; text alone, judged as a formula.
+
+    The original parquet is understood too: a list of messages in `prompt`, the solution in `reward_model`.
+    """
+    prompt = record.get("prompt")
+    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], Mapping):
+        prompt = prompt[0].get("content")
+    solution = record.get("solution")
+    if solution is None and isinstance(record.get("reward_model"), Mapping):
+        solution = record["reward_model"].get("ground_truth")
+    return {
+        "question": plain_question(text({"prompt": prompt}, "prompt")),
+        "answer": boxed(as_text(solution)) or None,
+        "kind": "math",
+    }
+
+
+def read_virl(record: Mapping[str, Any], source: Source) -> Fields:
+    r"""ViRL: `question`, `answer` (in `\boxed{}`), `image` (a list of one; questions about several are left out)."""
+    image = media_path(record.get("image"), "image")
+    asked = _asked(text(record, "question"), boxed(as_text(record.get("answer"))))
+    return {**asked, "image": image, "category": as_text(record.get("category"))}
+
+
+def read_thinklite(record: Mapping[str, Any], source: Source) -> Fields:
+    """ThinkLite-VL-Hard: `problem`, `ground_truth`, `image`, `problem_type` (exact_match or math)."""
+    kind = record.get("problem_type")
+    if kind is not None and kind not in _KINDS:
+        raise DataError(f"problem_type is {kind!r}: expected exact_match or math")
+    asked = _asked(text(record, "problem"), boxed(as_text(record.get("ground_truth"))))
+    if kind is not None:
+        asked["kind"] = _KINDS[kind]
+    return {**asked, "image": media_path(record.get("image"), "image")}
+
+
+def read_video_r1(record: Mapping[str, Any], source: Source) -> Fields:
+    """Video-R1: `problem`, `options`, `solution` (`<answer>B</answer>`), `path`, `data_type`, `problem_type`.
+
+    The mix takes what is multiple choice or numerical; other types (OCR, free-form, regression) are left out.
+    """
+    kind, media = text(record, "problem_type"), text(record, "data_type")
+    if kind not in _VIDEO_R1:
+        raise LeftOut(f"problem_type is {kind!r}: the mix has {' and '.join(_VIDEO_R1)}")
+    if media not in ("image", "video"):
+        raise DataError(f"data_type is {media!r}: expected image or video")
+    found = _SOLUTION.search(text(record, "solution"))
+    if not found or not found[1]:
+        raise DataError("solution holds no <answer>..</answer>: expected one, such as <answer>B</answer>")
+    if kind == "numerical":
+        asked: Fields = {"question": plain_question(text(record, "problem")), "answer": found[1]}
+    else:
+        given = options(record["options"]) if record.get("options") else []
+        asked = _asked(text(record, "problem"), found[1], given)
+    return {
+        **asked,
+        "kind": _KINDS[kind],
+        media: media_path(record.get("path"), "path"),
+        "category": as_text(record.get("data_source")),
+    }
+
+
+def _asked(question: str, answer: str, given: Sequence[str] = ()) -> Fields:
+    """Question, options and answer; `given` are options that stand beside the question."""
+    question = plain_question(question)
+    head, found = split_options(question)
+    if found and (found == given if given else letter(answer) in ascii_uppercase[: len(found)] and letter(answer)):
+        question, given = plain_question(head), found
+    if given:
+        return {"question": question, "options": given, "answer": choice(answer, given) or None, "kind": "exact_match"}
+    answer = letter(answer) or answer
+    kind = "math" if is_formula(answer) else "exact_match"
+    return {"question": question, "answer": answer or None, "kind": kind}
