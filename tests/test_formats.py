@@ -441,6 +441,8 @@ def test_instructions_go_and_questions_stay(given, plain):
         ("A. red\nB. blue", None, []),  # no question
         ("Q?\nOptions:\nA.\nB. blue", None, []),
         ("Q? Options: (A) 1 (B) as in (A)", None, []),
+        ("Q? Options: (A) (B) 2", None, []),
+        ("Q? Options: (A) 1\nhint (B) 2", None, []),
     ],
 )
 def test_options_in_a_question(question, head, options):
