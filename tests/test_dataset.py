@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import mlxvr
-from mlxvr.dataset import Row, load_rows, scan_rows, strip_letters
+from mlxvr.dataset import Row, load_rows, make_locator, make_row, scan_rows, strip_letters, to_record
 from mlxvr.errors import DataError
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
@@ -53,6 +53,27 @@ def test_a_full_row(write, tmp_path):
             line=f"{path}:1",
         )
     ]
+
+
+@pytest.mark.parametrize("record", [QUESTION, MATH, GROUND, BOTH, {**MATH, "image": "x.png"}])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"answer": None},
+        {"task": "t", "category": "c", "pair": "p", "subtitles": "Hi.", "answer_opening": "Answer:"},
+        {"start": 0, "end": 4.5, "frames_fps": 3},
+    ],
+)
+def test_a_row_can_be_written(tmp_path, record, more):
+    """And is the same when it is read again, in a file of its own."""
+    if "start" in more and "video" not in record:
+        more = {}
+    locate = make_locator(tmp_path, None)
+    row = make_row({**record, **more}, line="d:1", locate=locate, labelled=False)
+    written = json.loads(json.dumps(to_record(row, media=row.media)))
+    assert make_row(written, line="d:1", locate=locate, labelled=False) == row
+    assert set(written) <= {*record, *more, "kind"}
 
 
 def test_text_alone_and_an_image(write, tmp_path):

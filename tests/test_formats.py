@@ -375,6 +375,22 @@ def test_mmr_letters_close_up(read):
 
 
 @pytest.mark.parametrize(
+    ("problem", "answer", "given", "kind"),
+    [
+        ("How many?", "3", "math", "math"),
+        ("How many?", "3", "exact_match", "exact_match"),
+        ("How many?", "3", None, "math"),
+        ("Which?", "blue", None, "exact_match"),
+        ("Which?\nA. red\nB. blue", "B", "math", "exact_match"),
+    ],
+)
+def test_kinds_of_thinklite(read, problem, answer, given, kind):
+    """What the record says; with options a letter, which is no formula."""
+    row = read("thinklite-vl-hard", {**THINKLITE, "problem": problem, "ground_truth": answer, "problem_type": given})
+    assert shown(row, "answer", "kind") == (answer, kind)
+
+
+@pytest.mark.parametrize(
     ("answer", "kind", "label"),
     [
         ("\\boxed{\\frac{1}{2}}", "math", "\\frac{1}{2}"),

@@ -54,7 +54,7 @@ def read_thinklite(record: Mapping[str, Any], source: Source) -> Fields:
     if kind is not None and kind not in _KINDS:
         raise DataError(f"problem_type is {kind!r}: expected exact_match or math")
     asked = _asked(text(record, "problem"), boxed(as_text(record.get("ground_truth"))))
-    if kind is not None:
+    if kind is not None and "options" not in asked:
         asked["kind"] = _KINDS[kind]
     return {**asked, "image": media_path(record.get("image"), "image")}
 
