@@ -1,5 +1,6 @@
 """Filtering by difficulty: what is dropped, that a kill at any point costs nothing, and that the output loads again."""
 
+import hashlib
 import json
 import os
 import random
@@ -10,12 +11,16 @@ import time
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from mlxvr.dataset import Row, load_rows
 from mlxvr.errors import Cancelled, ConfigError, DataError, MediaError
-from mlxvr.grpo.filtering import FilterReport, Sampling, filter_rows, progress_file
+from mlxvr.grpo.filtering import FilterReport, Sampling, filter_rows, make_sampler, progress_file
+from mlxvr.model.loading import load_model
+from mlxvr.reasoner import demo_folder
 
 RIGHT, WRONG = "\\boxed{B}<think>So.</think>\\boxed{A}", "\\boxed{A}<think>So.</think>\\boxed{B}"
 ONE_MORE = "\\boxed{A}<think>So.</think>"  # the first answer is right, and there is no second
@@ -44,6 +49,72 @@ class Scripted:
 
 def without_place(rows):
     return [replace(row, line="") for row in rows]
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return load_model(demo_folder() / "checkpoint")
+
+
+def test_completions_of_a_model(demo, monkeypatch):
+    """One rollout a row, asked for what was set; the token that ends a turn is no text."""
+    asked = {}
+    ids = demo.tokenizer.encode(RIGHT)
+    end = min(demo.eos_ids)
+
+    def encode_row(model, row, **options):
+        asked["encode"] = (model, row, options)
+        return "prompt"
+
+    def rollout(model, prompt, **options):
+        asked["rollout"] = (model, prompt, options)
+        groups = [[*ids, end], ids, [end], ids[:3]]
+        return SimpleNamespace(completions=[SimpleNamespace(ids=np.array(one, np.int32)) for one in groups])
+
+    monkeypatch.setitem(sys.modules, "mlxvr.grpo.prompts", SimpleNamespace(encode_row=encode_row))
+    monkeypatch.setitem(sys.modules, "mlxvr.grpo.rollout", SimpleNamespace(rollout=rollout))
+    (row,) = text_rows(1)
+    sampling = Sampling(max_tokens=7, temperature=0.5, top_p=0.9, max_prompt_tokens=99)
+    texts = make_sampler(demo, samples=4, sampling=sampling)(row, 12)
+    assert texts == [RIGHT, RIGHT, "", demo.tokenizer.decode(ids[:3])]
+    assert asked["encode"] == (demo, row, {"spec": demo.spec, "max_prompt_tokens": 99, "should_stop": None})
+    drawn = {"group_size": 4, "max_tokens": 7, "temperature": 0.5, "top_p": 0.9, "seed": 12, "should_stop": None}
+    assert asked["rollout"] == (demo, "prompt", drawn)
+
+
+def test_the_bundled_model(demo, tmp_path):
+    """The default sampler with the real rollout: clips of the bundled world, twice the same."""
+    pytest.importorskip("mlxvr.grpo.prompts")
+    rollout = pytest.importorskip("mlxvr.grpo.rollout").rollout
+    from mlxvr.grpo.prompts import encode_row
+
+    from mlxvr.rewards import score
+
+    rows = load_rows(demo_folder() / "clips.jsonl")[:4]
+    options = {"samples": 4, "sampling": Sampling(max_tokens=96, seed=3), "threshold": 0.5}
+    rates = {}
+    for row in rows:
+        seed = int.from_bytes(hashlib.sha256(f"3/{row.id}".encode()).digest()[:4])
+        prompt = encode_row(demo, row, spec=demo.spec)
+        made = rollout(demo, prompt, group_size=4, max_tokens=96, temperature=1.0, top_p=1.0, seed=seed)
+        texts = [demo.tokenizer.decode(one.ids.tolist()).replace("<|im_end|>", "") for one in made.completions]
+        most = 2 if row.kind == "gqa" else 1
+        rates[row.id] = sum(score(text, row.answer, row.kind).second >= 0.5 * most for text in texts)
+    kept = [row.id for row in rows if 0 < rates[row.id] < 4]
+    output = tmp_path / "k.jsonl"
+    if not kept:
+        with pytest.raises(DataError, match="no row is left"):
+            filter_rows(demo, rows, output, **options)
+    else:
+        report = filter_rows(demo, rows, output, **options)
+        assert [row.id for row in load_rows(output, media_root=report.media_root)] == kept
+    lines = [json.loads(line) for line in progress_file(output).read_text().splitlines()]
+    assert lines[0]["run"]["weights"] == demo.fingerprint
+    found = {
+        one["id"]: sum(second >= (1 if row.kind == "gqa" else 0.5) for second in one["second"])
+        for one, row in zip(lines[1:], rows)
+    }
+    assert found == rates
 
 
 def test_never_and_always_are_dropped(tmp_path):
