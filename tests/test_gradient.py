@@ -334,3 +334,13 @@ def test_shapes_that_do_not_fit(model, group) -> None:
         group_gradient(model, group, ADVANTAGES[:3], config=config)
     with pytest.raises(ValueError, match="expected"):
         group_gradient(model, group, ADVANTAGES, config=config, old_logprobs=np.zeros((4, 5), np.float32))
+
+
+def test_what_cannot_be_trained(tmp_path) -> None:
+    model, config = tiny_model(tmp_path / "m", "qwen3_vl"), LossConfig(beta=0.0)
+    group = make_group(model)
+    with pytest.raises(ConfigError, match=r"vision_tower.* is not frozen"):
+        group_gradient(model, group, ADVANTAGES, config=config)
+    model.network.freeze()
+    with pytest.raises(ConfigError, match="nothing to train"):
+        group_gradient(model, group, ADVANTAGES, config=config)

@@ -159,9 +159,7 @@ def _make_attention(blocks: Sequence[_Block], *, recompute: bool) -> Attention:
         done: list[mx.array] = []
         for block in blocks:
             parts = [block.queries(queries), block.keys(keys), block.keys(values)]
-            if recompute:
-                parts = _after(parts, done[-1:])
-            done.append(_attend_block(block, scale, *parts))
+            done.append(_attend_block(block, scale, *_after(parts, done[-1:])))
         return mx.concatenate(done, axis=2)
 
     def attend_again(queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:

@@ -7,11 +7,12 @@ evaluated, so that nothing of the pass stays in memory. Averaging over groups, c
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten
 
 from mlxvr.errors import ConfigError
 from mlxvr.grpo.forward import completion_logprobs
@@ -83,9 +84,11 @@ def group_gradient(
         The gradient, as a tree like `model.network.trainable_parameters()`, and what the loss saw; all evaluated.
 
     Raises:
-        ConfigError: dropout and `checkpoint` together: what is computed again would drop other inputs.
+        ConfigError: there is nothing to train, or something outside the layers; or dropout and `checkpoint` together:
+            what is computed again would drop other inputs.
         ValueError: shapes that do not fit the group.
     """
+    _check_trainable(model)
     packed = pack(rollout.prompt, [one.ids for one in rollout.completions])
     mask = packed.mask.copy()
     if config.mask_truncated:
@@ -127,6 +130,15 @@ def group_logprobs(model: VideoModel, rollout: "Rollout", *, temperature: float 
 
 def _logprobs(model: VideoModel, packed: Packed, temperature: float) -> np.ndarray:
     return np.array(completion_logprobs(model, packed, temperature=temperature))
+
+
+def _check_trainable(model: VideoModel) -> None:
+    names = [name for name, _ in cast("list[Any]", tree_flatten(model.network.trainable_parameters()))]
+    if not names:
+        raise ConfigError("the model has nothing to train: attach an adapter first")
+    for name in names:  # the passes that compute again would give the others no gradient
+        if not name.startswith("language_model.model.layers."):
+            raise ConfigError(f"{name} is not frozen: only the language model's layers can be trained")
 
 
 @contextmanager

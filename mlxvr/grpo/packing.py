@@ -9,6 +9,8 @@ last column, which all completions share; the others are predicted from the colu
 
 The tree is exact, not an approximation: each completion's hidden states, and the gradient through the shared prompt,
 are what they would be if the completions were run one at a time. Completions of different lengths cost no padding.
+Recording the prompt's keys and values and handing them to a batch of completions is the same mathematics; attention by
+blocks (`forward`) computes what that computes, and nothing has to be kept outside the graph.
 """
 
 from collections.abc import Sequence
