@@ -359,6 +359,15 @@ def test_rows_that_fail(tmp_path):
     assert (report.kept, report.failed, report.sampled) == (3, (), 1)
 
 
+def test_a_row_that_cannot_be_judged(tmp_path):
+    rows = text_rows(2)
+    rows[0] = replace(rows[0], answer=[1])  # no text, which no file could have brought in
+    with pytest.raises(DataError, match=r"^d\.jsonl:0: answer \[1\] "):
+        filter_rows(None, rows, tmp_path / "k.jsonl", sampler=Scripted({"r0": 1, "r1": 1}))
+    report = filter_rows(None, rows, tmp_path / "k.jsonl", sampler=Scripted({"r0": 1, "r1": 1}), skip_bad=True)
+    assert (report.kept, len(report.failed)) == (1, 1)
+
+
 def test_stopping_and_telling(tmp_path):
     rows, output, told = text_rows(5), tmp_path / "k.jsonl", []
     sampler = Scripted({row.id: 1 for row in rows})

@@ -141,7 +141,7 @@ def filter_rows(
         sampling: tokens, temperature and seed; None: the defaults of `Sampling`.
         spec: frames and pixels; None: the model's own.
         media_root: that of the rows, if they have one.
-        skip_bad: whether rows whose media cannot be read are left out instead of raising.
+        skip_bad: whether rows that cannot be shown or judged are left out instead of raising.
         sampler: takes the place of the model: texts of a row's completions, as many as `samples`.
         progress: called with ("filter", rows done, rows).
         should_stop: ends the work between rows and tokens with `Cancelled`; what was sampled is kept.
@@ -169,14 +169,13 @@ def filter_rows(
             if should_stop is not None and should_stop():
                 raise Cancelled(f"stopped after {done} of {len(labelled)} rows; the same call goes on there")
             try:
-                texts = sampler(row, _seed(sampling.seed, row))
+                earned = _earned(row, sampler(row, _seed(sampling.seed, row)), samples)
             except (DataError, MediaError) as error:
                 told = str(error) if str(error).startswith(row.line) else f"{row.line}: {error}"
                 if not skip_bad:
                     raise type(error)(told) from error
                 failed.append(told)
                 continue
-            earned = _earned(row, texts, samples)
             ledger.append({"id": row.id, "asked": _digest(row), "second": earned})
             known[row.id, _digest(row)] = earned
             sampled += 1
