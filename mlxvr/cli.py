@@ -1,6 +1,7 @@
 """What every verb of the command line shares: one-line errors, exit codes, `--debug`.
 
-A verb is a parser and a body. `run_verb` parses, calls the body and turns what happens into an exit code:
+A verb is a parser and a body. Its flags may be the fields of a dataclass (`add_settings`, see `mlxvr.settings`).
+`run_verb` parses, calls the body and turns what happens into an exit code:
 
     0    done                                130  stopped with Ctrl-C
     2    the caller can put it right: a wrong option, or any `MlxvrError`
@@ -10,16 +11,18 @@ Each failure is one line on stderr, `error: ...`; `--debug` adds the traceback. 
 """
 
 import argparse
+import dataclasses
 import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
-from typing import NoReturn
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
 
 from mlxvr.errors import MlxvrError
+from mlxvr.settings import Setting, settings_of
 
-__all__ = ["VerbParser", "run_verb"]
+__all__ = ["VerbParser", "add_settings", "run_verb", "told_settings"]
 
 Body = Callable[[argparse.Namespace], int | None]
 
@@ -40,6 +43,48 @@ class VerbParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print the mistake on one line and exit with 2."""
         self.exit(2, f"error: {message} (see `{self.prog} --help`)\n")
+
+
+def add_settings(parser: VerbParser, config: type, groups: Mapping[str, str], *, sparse: bool = False) -> None:
+    """Give a parser one flag for each field of a dataclass.
+
+    Args:
+        parser: of a verb.
+        config: the dataclass; see `mlxvr.settings.flag`.
+        groups: titles of the help by the name of the group.
+        sparse: leave what is not given out of the result of parsing instead of putting the default there, for those
+            who have values of less weight from elsewhere; then switches can also be turned off (`--no-x`), and a
+            field without default is not asked for.
+    """
+    sections = {name: parser.add_argument_group(title) for name, title in groups.items()}
+    for setting in settings_of(config).values():
+        options = dict(setting.options)
+        section = sections[options.pop("group")]
+        how = _how(setting, sparse, options)
+        section.add_argument(setting.flag, **options, **how)
+
+
+def told_settings(args: argparse.Namespace, config: type) -> dict[str, Any]:
+    """What parsing found for the fields of a dataclass."""
+    return {name: getattr(args, name) for name in settings_of(config) if hasattr(args, name)}
+
+
+def _how(setting: Setting, sparse: bool, options: dict[str, Any]) -> dict[str, Any]:
+    """How argparse treats a setting; writes the default into its help."""
+    missing = setting.default is dataclasses.MISSING
+    shown = not missing and setting.default is not None and setting.default != () and setting.kind is not bool
+    if shown:
+        default = ",".join(setting.default) if setting.kind is tuple else setting.default
+        options["help"] += f" (default: {default})"
+    kind = setting.from_text if setting.kind is tuple else setting.kind
+    if sparse:
+        if setting.kind is bool:
+            options["help"] += " (default: yes)" if setting.default else ""
+            return {"action": argparse.BooleanOptionalAction, "default": argparse.SUPPRESS}
+        return {"type": kind, "default": argparse.SUPPRESS}
+    if setting.kind is bool:
+        return {"action": "store_true"}
+    return {"type": kind, **({"required": True} if missing else {"default": setting.default})}
 
 
 def run_verb(parser: VerbParser, body: Body, argv: Sequence[str] | None = None) -> int:

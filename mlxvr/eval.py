@@ -5,15 +5,13 @@ are the fields of `EvalConfig`. stdout carries the figures, stderr the progress.
 """
 
 import argparse
-import dataclasses
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any
 
 from mlxvr.bars import Bars
-from mlxvr.cli import VerbParser, run_verb
+from mlxvr.cli import VerbParser, add_settings, run_verb, told_settings
 from mlxvr.evaluation.config import EvalConfig
 
 if TYPE_CHECKING:
@@ -48,20 +46,7 @@ def make_parser() -> VerbParser:
         epilog="A run that was stopped goes on where it was: give the same --output.\n"
         "example: mlxvr.eval --model videoauto-8b-4bit --data clips.jsonl --output report --calibrate no_loss",
     )
-    groups = {name: parser.add_argument_group(title) for name, title in _GROUPS.items()}
-    types = get_type_hints(EvalConfig)
-    for field in dataclasses.fields(EvalConfig):
-        options = dict(field.metadata)
-        group, kind = groups[options.pop("group")], _kind(types[field.name])
-        if field.default is dataclasses.MISSING:
-            options |= {"required": True, "type": kind}
-        elif kind is bool:
-            options |= {"action": "store_true"}
-        else:
-            options |= {"type": kind, "default": field.default}
-            if field.default is not None:
-                options["help"] += " (default: %(default)s)"
-        group.add_argument(f"--{field.name.replace('_', '-')}", **options)
+    add_settings(parser, EvalConfig, _GROUPS)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
@@ -72,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _eval(args: argparse.Namespace) -> None:
-    config = EvalConfig(**{field.name: getattr(args, field.name) for field in dataclasses.fields(EvalConfig)})
+    config = EvalConfig(**told_settings(args, EvalConfig))
     from mlxvr.evaluation.runner import evaluate
     from mlxvr.evaluation.tables import table
 
@@ -87,12 +72,6 @@ def _eval(args: argparse.Namespace) -> None:
     for name, error in list(report.summary.errors.items())[:_TOLD]:
         print(f"failed: {name}: {error}", file=sys.stderr)
     print(json.dumps(report.to_dict(), ensure_ascii=False) if args.json else table(report))
-
-
-def _kind(hint: Any) -> type:
-    """What a flag's text is made into: `T` of `T | None`, the path of `str | Path`."""
-    kinds = [kind for kind in get_args(hint) or (hint,) if kind is not type(None)]
-    return str if str in kinds else Path if Path in kinds else kinds[0]
 
 
 if __name__ == "__main__":

@@ -26,18 +26,22 @@ LAYERS = [
             "dataset",
             "detokenizer",
             "errors",
+            "intervals",
             "ledger",
+            "mathematics",
             "protocol",
             "records",
             "rewards",
             "scanner",
+            "settings",
+            "writing",
         },
         True,
     ),
     ({"media"}, False),
     ({"model"}, False),
     ({"porting"}, False),
-    ({"answer", "asking", "reasoner", "worker"}, True),
+    ({"answer", "asking", "ranks", "reasoner", "worker"}, True),
     ({"evaluation", "grpo"}, False),
     ({"bars", "cli"}, False),
     ({"bench", "convert", "eval", "fuse", "generate", "train"}, False),
@@ -46,7 +50,7 @@ LAYERS = [
 RANKS = {name: rank for rank, (names, _) in enumerate(LAYERS) for name in names}
 
 PURE = LAYERS[0][0]
-OPTIONAL = {"records": {"pyarrow"}, "rewards": {"math_verify"}}  # extras, imported when they are needed
+OPTIONAL = {"records": {"pyarrow"}, "mathematics": {"math_verify"}}  # extras, imported when they are needed
 MEDIA_NEEDS = {"PIL", "av", "numpy"}
 NEVER = {"cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve", "torch", "torchvision"}
 MLX_VLM = {f"mlxvr.model.{name}" for name in ("adapter", "cache", "decode", "families", "loading", "network")}

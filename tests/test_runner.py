@@ -24,6 +24,7 @@ from mlxvr.evaluation import generation, plots, runner, sharding
 from mlxvr.evaluation.config import EvalConfig
 from mlxvr.evaluation.generation import digest, group_rows
 from mlxvr.evaluation.samples import Sample, SampleWriter, decide, read_run, read_samples, write_samples
+from mlxvr.ranks import Ranks
 from mlxvr.reasoner import demo_folder
 
 DTYPE = "float32"  # a CPU computes bfloat16 many times slower
@@ -487,6 +488,6 @@ def test_a_sample_that_did_not_fail_goes_first(tmp_path):
     write_samples(tmp_path / "samples.jsonl", run, [bad])
     write_samples(tmp_path / "samples.rank1.jsonl", run, [good])
     write_samples(tmp_path / "samples.rank2.jsonl", run, [bad])
-    assert sharding.collect(tmp_path, run, sharding.Ranks()) == {"a": good}
+    assert sharding.collect(tmp_path, run, Ranks()) == {"a": good}
     with pytest.raises(ConfigError, match="other settings"):
-        sharding.collect(tmp_path, {"model": "n"}, sharding.Ranks())
+        sharding.collect(tmp_path, {"model": "n"}, Ranks())

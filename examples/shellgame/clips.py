@@ -1,6 +1,7 @@
 """Clips on disk: scenes drawn and encoded as H.264, and the seeded sets of clips with their questions.
 
-    python -m shellgame.clips ../mlxvr/demo          # the bundled clips
+    python -m shellgame.clips ../mlxvr/demo                                    # the bundled clips
+    python -m shellgame.clips rows --set training --count 400 --seed 1        # clips to fine-tune on
 
 Every clip of a set has its own frame rate, size, quality, keyframe distance and look. Some sizes are what the model was
 trained on, others are larger and reach it through the processor's token budget.
@@ -10,7 +11,7 @@ import argparse
 import json
 import random
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,11 +92,22 @@ def held_out_set(seed: int, clips: int) -> Iterable[tuple[str, ClipSpec, list[di
     """Fresh clips as (name, spec, records), the groups in turn; tracking clips are also asked about what they show."""
     rng = random.Random(f"shellgame held-out set {seed}")
     plan = ["moving", "tracking", "game", "held-out sequences", "easy", "moving", "longer games", "counting"]
+    return _set(rng, plan, clips, "clip")
+
+
+def training_set(seed: int, clips: int) -> Iterable[tuple[str, ClipSpec, list[dict]]]:
+    """Clips to fine-tune on, as `held_out_set` gives them; no sequence of swaps is among them that tests hold out."""
+    rng = random.Random(f"shellgame training set {seed}")
+    plan = ["tracking", "moving", "tracking", "game", "tracking", "counting", "tracking", "easy"]
+    return _set(rng, plan, clips, "train")
+
+
+def _set(rng: random.Random, plan: Sequence[str], clips: int, name: str) -> Iterable[tuple[str, ClipSpec, list[dict]]]:
     for index in range(clips):
         size = SIZES[(index // len(plan) + index) % len(SIZES)]
         examples = _examples_for(rng, plan[index % len(plan)], index // len(plan), extent_of(size))
-        name, spec = f"clip{index:04d}", make_spec(rng, examples[0], size)
-        yield name, spec, [record(name, number, example, spec) for number, example in enumerate(examples)]
+        clip, spec = f"{name}{index:04d}", make_spec(rng, examples[0], size)
+        yield clip, spec, [record(clip, number, example, spec) for number, example in enumerate(examples)]
 
 
 def _examples_for(rng: random.Random, turn: str, number: int, extent: tuple[float, float]) -> list[Example]:
@@ -168,12 +180,16 @@ def write_set(folder: Path, clips: Iterable[tuple[str, ClipSpec, list[dict]]]) -
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write the bundled clips."""
-    parser = argparse.ArgumentParser(description="Write the bundled clips and their questions.")
+    """Write a set of clips."""
+    sets = {"bundled": None, "held-out": held_out_set, "training": training_set}
+    parser = argparse.ArgumentParser(description="Write clips and their questions.")
     parser.add_argument("folder", type=Path, help="gets clips.jsonl and clips/*.mp4")
+    parser.add_argument("--set", choices=sets, default="bundled", help="which clips (default: the bundled ones)")
+    parser.add_argument("--count", type=int, default=300, help="clips of the other sets")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
-    write_set(options.folder, demo_set(options.seed))
+    make = sets[options.set]
+    write_set(options.folder, demo_set(options.seed) if make is None else make(options.seed, options.count))
     return 0
 
 

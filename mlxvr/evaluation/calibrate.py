@@ -37,8 +37,8 @@ from mlxvr.evaluation.calibration import brier, expected_calibration_error, fit_
 from mlxvr.evaluation.metrics import direct_grade, mode_grade, usable
 from mlxvr.evaluation.resampling import Bootstrap, Estimate, clusters_of
 from mlxvr.evaluation.samples import Sample, ordered
-from mlxvr.evaluation.writing import replace_file
 from mlxvr.porting.card import with_threshold
+from mlxvr.writing import replace_file
 
 __all__ = ["Calibration", "Goal", "Outcome", "TaskThreshold", "TemperatureFit", "calibrate", "write_threshold"]
 

@@ -8,20 +8,16 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 from mlxvr.errors import ConfigError, DataError
 from mlxvr.evaluation.calibrate import Calibration, Goal, calibrate
 from mlxvr.evaluation.samples import Sample
+from mlxvr.settings import flag
 
 __all__ = ["EvalConfig"]
 
 _BUDGETS = ("ratio", "tokens")
-
-
-def _flag(group: str, help_text: str, **options: Any) -> Mapping[str, Any]:
-    """What makes a field a flag; `options` go to argparse."""
-    return {"group": group, "help": help_text, **options}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,86 +29,84 @@ class EvalConfig:
     """
 
     model: str | Path | None = field(
-        default=None, metadata=_flag("model", "folder or Hub id (default: the bundled demo checkpoint)", metavar="M")
+        default=None, metadata=flag("model", "folder or Hub id (default: the bundled demo checkpoint)", metavar="M")
     )
     adapter: Path | None = field(
-        default=None, metadata=_flag("model", "folder of LoRA weights to put on top", metavar="DIR")
+        default=None, metadata=flag("model", "folder of LoRA weights to put on top", metavar="DIR")
     )
-    revision: str | None = field(
-        default=None, metadata=_flag("model", "branch, tag or commit of a Hub id", metavar="R")
-    )
+    revision: str | None = field(default=None, metadata=flag("model", "branch, tag or commit of a Hub id", metavar="R"))
     dtype: str | None = field(
-        default=None, metadata=_flag("model", "what to compute in (default: the checkpoint's)", metavar="T")
+        default=None, metadata=flag("model", "what to compute in (default: the checkpoint's)", metavar="T")
     )
     kv_bits: int | None = field(
-        default=None, metadata=_flag("model", "quantize keys and values to this many bits", metavar="N")
+        default=None, metadata=flag("model", "quantize keys and values to this many bits", metavar="N")
     )
     prefill_step_size: int = field(
-        default=2048, metadata=_flag("model", "prompt tokens that go through the model at once", metavar="N")
+        default=2048, metadata=flag("model", "prompt tokens that go through the model at once", metavar="N")
     )
 
     data: Path | None = field(
-        default=None, metadata=_flag("data", "JSONL, one question a line (default: the bundled clips)", metavar="FILE")
+        default=None, metadata=flag("data", "JSONL, one question a line (default: the bundled clips)", metavar="FILE")
     )
     media_root: Path | None = field(
-        default=None, metadata=_flag("data", "folder that holds the media (default: the file's)", metavar="DIR")
+        default=None, metadata=flag("data", "folder that holds the media (default: the file's)", metavar="DIR")
     )
     task: str | None = field(
-        default=None, metadata=_flag("data", "a public benchmark instead, read from --data-root", metavar="NAME")
+        default=None, metadata=flag("data", "a public benchmark instead, read from --data-root", metavar="NAME")
     )
     data_root: Path | None = field(
-        default=None, metadata=_flag("data", "folder of the benchmark's files", metavar="DIR")
+        default=None, metadata=flag("data", "folder of the benchmark's files", metavar="DIR")
     )
-    subtitles: bool = field(default=False, metadata=_flag("data", "put the benchmark's subtitles into its questions"))
+    subtitles: bool = field(default=False, metadata=flag("data", "put the benchmark's subtitles into its questions"))
     skip_bad_rows: bool = field(
-        default=False, metadata=_flag("data", "leave rows of --data out that cannot be used, instead of stopping")
+        default=False, metadata=flag("data", "leave rows of --data out that cannot be used, instead of stopping")
     )
-    limit: int | None = field(default=None, metadata=_flag("data", "ask only the first so many questions", metavar="N"))
+    limit: int | None = field(default=None, metadata=flag("data", "ask only the first so many questions", metavar="N"))
 
-    fps: float | None = field(default=None, metadata=_flag("frames", "frames to sample per second", metavar="F"))
-    max_frames: int | None = field(default=None, metadata=_flag("frames", "the most frames to sample", metavar="N"))
+    fps: float | None = field(default=None, metadata=flag("frames", "frames to sample per second", metavar="F"))
+    max_frames: int | None = field(default=None, metadata=flag("frames", "the most frames to sample", metavar="N"))
     video_tokens: int | None = field(
-        default=None, metadata=_flag("frames", "the most tokens that a clip may take", metavar="N")
+        default=None, metadata=flag("frames", "the most tokens that a clip may take", metavar="N")
     )
 
-    output: Path = field(metadata=_flag("run", "folder for samples and report", metavar="DIR"))
-    max_tokens: int = field(default=4096, metadata=_flag("run", "the most tokens of an answer", metavar="N"))
+    output: Path = field(metadata=flag("run", "folder for samples and report", metavar="DIR"))
+    max_tokens: int = field(default=4096, metadata=flag("run", "the most tokens of an answer", metavar="N"))
     threshold: float | None = field(
         default=None,
-        metadata=_flag("run", "confidence that is sure enough (default: the checkpoint's own)", metavar="T"),
+        metadata=flag("run", "confidence that is sure enough (default: the checkpoint's own)", metavar="T"),
     )
     live: bool = field(
         default=False,
-        metadata=_flag("run", "stop early for real at the threshold, instead of working auto out afterwards"),
+        metadata=flag("run", "stop early for real at the threshold, instead of working auto out afterwards"),
     )
     workers: int = field(
-        default=1, metadata=_flag("run", "processes on this machine, each with a model of its own", metavar="N")
+        default=1, metadata=flag("run", "processes on this machine, each with a model of its own", metavar="N")
     )
-    retry_errors: bool = field(default=False, metadata=_flag("run", "ask rows again that failed in an earlier run"))
+    retry_errors: bool = field(default=False, metadata=flag("run", "ask rows again that failed in an earlier run"))
 
     calibrate: str | None = field(
         default=None,
-        metadata=_flag("figures", "choose the threshold: no_loss, accuracy, ratio=X or tokens=X", metavar="GOAL"),
+        metadata=flag("figures", "choose the threshold: no_loss, accuracy, ratio=X or tokens=X", metavar="GOAL"),
     )
-    margin: float = field(default=0.01, metadata=_flag("figures", "the score that no_loss may lose", metavar="X"))
+    margin: float = field(default=0.01, metadata=flag("figures", "the score that no_loss may lose", metavar="X"))
     folds: int = field(
-        default=5, metadata=_flag("figures", "folds of held-out clips behind the calibration's figures", metavar="N")
+        default=5, metadata=flag("figures", "folds of held-out clips behind the calibration's figures", metavar="N")
     )
-    per_task: bool = field(default=False, metadata=_flag("figures", "calibrate each task, too"))
+    per_task: bool = field(default=False, metadata=flag("figures", "calibrate each task, too"))
     temperature_scaling: bool = field(
-        default=False, metadata=_flag("figures", "report temperature scaling beside the raw confidence")
+        default=False, metadata=flag("figures", "report temperature scaling beside the raw confidence")
     )
     write_threshold: bool = field(
-        default=False, metadata=_flag("figures", "write the chosen threshold into the model folder's mlxvr.json")
+        default=False, metadata=flag("figures", "write the chosen threshold into the model folder's mlxvr.json")
     )
     compare: Path | None = field(
         default=None,
-        metadata=_flag("figures", "an earlier run's output folder to hold this one against", metavar="DIR"),
+        metadata=flag("figures", "an earlier run's output folder to hold this one against", metavar="DIR"),
     )
     resamples: int = field(
-        default=1000, metadata=_flag("figures", "bootstrap resamples behind the 95%% intervals", metavar="N")
+        default=1000, metadata=flag("figures", "bootstrap resamples behind the 95%% intervals", metavar="N")
     )
-    seed: int = field(default=0, metadata=_flag("figures", "of resamples and folds", metavar="N"))
+    seed: int = field(default=0, metadata=flag("figures", "of resamples and folds", metavar="N"))
 
     def __post_init__(self) -> None:
         if self.data is not None and self.task is not None:

@@ -16,9 +16,10 @@ from typing import Any
 from mlxvr.callbacks import Progress
 from mlxvr.dataset import strip_letters
 from mlxvr.errors import ConfigError, DataError, MediaError
-from mlxvr.evaluation.grading import Grade, final_answer, find_interval, segments_of
+from mlxvr.evaluation.grading import Grade, final_answer
 from mlxvr.evaluation.judged import Judged
 from mlxvr.evaluation.samples import Sample
+from mlxvr.intervals import find_named_interval, segments_of
 from mlxvr.protocol import is_fallback
 
 __all__ = ["Clip", "embed_frames", "gallery_rows", "read_thumbnails"]
@@ -225,8 +226,8 @@ def _spans(sample: Sample) -> dict[str, Any] | None:
             gold = segments_of(truth.partition("<>")[2] if sample.kind == "gqa" and isinstance(truth, str) else truth)
         except DataError:
             gold = []
-    first = find_interval(final_answer(sample.first or "").rpartition("<>")[2])
-    final = find_interval(final_answer(sample.final).rpartition("<>")[2]) if sample.reasoned else None
+    first = find_named_interval(final_answer(sample.first or "").rpartition("<>")[2])
+    final = find_named_interval(final_answer(sample.final).rpartition("<>")[2]) if sample.reasoned else None
     return {"gold": gold, "first": first, "final": final}
 
 

@@ -23,41 +23,24 @@ parts; without `<>` both are read from the whole.
 
 import math
 import re
-import threading
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from string import ascii_uppercase
-from types import ModuleType
 from typing import Any
 
+from mlxvr import mathematics
 from mlxvr.confidence import answer_span
 from mlxvr.errors import DataError
+from mlxvr.intervals import Interval, best_iou, find_named_interval, is_point, segments_of
 from mlxvr.protocol import is_fallback, parse
 from mlxvr.scanner import Scanner
 
-__all__ = ["Grade", "final_answer", "find_interval", "grade", "grade_parts", "segments_of", "temporal_iou"]
+__all__ = ["Grade", "final_answer", "grade", "grade_parts"]
 
 _RIGHT_IOU = 0.5  # an interval that overlaps this much is right where right or wrong must be said
 _TWO_PARTS = "<>"
 _LAST_LETTER = "E"  # of the choices that the public patterns know, where the options stand in the question
-_EPSILON = 1e-9
-
-_NUMBER = r"(?:\d+(?:\.\d+)?)"
-_BETWEEN = r"\s*(?:,|-|\u2013|\u2014|\bto\b|\band\b)\s*"
-_INTERVAL = re.compile(
-    rf"""(?<![\d.])(?:
-        \[\s*({_NUMBER}){_BETWEEN}({_NUMBER})\s*\]
-      | \(\s*({_NUMBER}){_BETWEEN}({_NUMBER})\s*\)
-      | ({_NUMBER}){_BETWEEN}({_NUMBER})
-    )(?![\d.])""",
-    re.VERBOSE | re.IGNORECASE,
-)
-_NAMED_INTERVAL = re.compile(
-    rf"\bstarts?(?:_time|\s+time)?\W+(?:at\s+)?({_NUMBER}).*?\bends?(?:_time|\s+time)?\W+(?:at\s+)?({_NUMBER})",
-    re.IGNORECASE | re.DOTALL,
-)
 
 _WRAPPED = re.compile(r"\\(?:text|math)[a-z]*\s*\{(.*)\}|\$(.*)\$|\*\*(.*)\*\*|\{(.*)\}|\[(.*)\]", re.DOTALL)
 _DECLARED = re.compile(r"\b(?i:answer|option|choice)\s*(?:is\b)?\s*[:=]?\s*(?:option\s+)?[(*]*([A-Z])\b(?!['\u2019])")
@@ -118,12 +101,12 @@ def grade_parts(kind: str, text: str | None, answer: str | Sequence[Any] | None,
     if kind in ("exact_match", "math"):
         return Grade(accuracy=_accuracy(said, answer, options, is_math=kind == "math"))
     if kind == "iou":
-        iou, iop = _overlap(find_interval(said), segments_of(answer))
+        iou, iop = _overlap(find_named_interval(said), segments_of(answer))
         return Grade(iou=iou, iop=iop)
     if kind == "gqa":
         truth, segments = _two_parts(answer)
         parts = said.split(_TWO_PARTS)
-        iou, iop = _overlap(find_interval(parts[-1]), segments)
+        iou, iop = _overlap(find_named_interval(parts[-1]), segments)
         return Grade(accuracy=_accuracy(parts[0], truth, options, is_math=False), iou=iou, iop=iop)
     raise DataError(f"kind {kind!r} cannot be graded; expected exact_match, math, iou or gqa")
 
@@ -136,56 +119,16 @@ def final_answer(text: str) -> str:
     return text[slice(*boxes[-1].content)].strip() if boxes else parse(text).outside.strip()
 
 
-def find_interval(text: str) -> tuple[float, float] | None:
-    """The first interval in a text, in seconds, its ends in order; None: there is none."""
-    found = _NAMED_INTERVAL.search(text) or _INTERVAL.search(text)
-    return _ends(found) if found else None
-
-
-def temporal_iou(one: tuple[float, float], other: tuple[float, float]) -> float:
-    """Intersection over union of two intervals; 0 where `one` is a point, as in the public evaluator."""
-    (start, end), (first, last) = sorted(one), sorted(other)
-    if end - start <= _EPSILON:
-        return 0.0
-    return max(0.0, min(end, last) - max(start, first)) / (max(end, last) - min(start, first))
-
-
-def segments_of(answer: str | Sequence[Any] | None) -> list[tuple[float, float]]:
-    """The ground-truth segments of an answer: [start, end], a list of such, or a text that holds them.
-
-    Raises `DataError` when there is none.
-    """
-    found: list[tuple[float, float]] = []
-    if isinstance(answer, str):
-        found = [_ends(interval) for interval in _INTERVAL.finditer(answer)]
-    elif answer:
-        pairs = [answer] if not isinstance(answer[0], Sequence) or isinstance(answer[0], str) else answer
-        try:
-            ends = [[float(end) for end in pair] for pair in pairs]
-        except (TypeError, ValueError):
-            ends = []
-        if all(len(pair) == 2 and all(map(math.isfinite, pair)) for pair in ends):
-            found = [(min(pair), max(pair)) for pair in ends]
-    if not found:
-        raise DataError(f"answer {answer!r} holds no segment; expected [start, end] in seconds, or a list of such")
-    return found
-
-
-def _ends(found: re.Match[str]) -> tuple[float, float]:
-    start, end = (float(group) for group in found.groups() if group is not None)
-    return min(start, end), max(start, end)
-
-
-def _overlap(interval: tuple[float, float] | None, segments: list[tuple[float, float]]) -> tuple[float, float]:
+def _overlap(interval: Interval | None, segments: list[Interval]) -> tuple[float, float]:
     """IoU and intersection over prediction with the best segment of each."""
-    if interval is None or interval[1] - interval[0] <= _EPSILON:
+    if interval is None or is_point(interval):
         return 0.0, 0.0
     length = interval[1] - interval[0]
     shared = (max(0.0, min(interval[1], end) - max(interval[0], start)) for start, end in segments)
-    return max(temporal_iou(interval, segment) for segment in segments), max(shared) / length
+    return best_iou(interval, segments), max(shared) / length
 
 
-def _two_parts(answer: str | Sequence[Any] | None) -> tuple[Any, list[tuple[float, float]]]:
+def _two_parts(answer: str | Sequence[Any] | None) -> tuple[Any, list[Interval]]:
     """Answer and segments of a grounded question's ground truth."""
     if isinstance(answer, str) and _TWO_PARTS in answer:
         truth, _, segments = answer.partition(_TWO_PARTS)
@@ -295,7 +238,8 @@ def _is_equal_math(said: str, truth: str) -> bool:
     values = _value(one), _value(other)
     if None not in values:
         return math.isclose(*values, rel_tol=1e-6) or _value(one.rstrip("%")) == _value(other.rstrip("%"))  # type: ignore[arg-type]
-    return _verify(said, truth)
+    formulas = (f"${_unwrap(text).strip('$')}$" for text in (said, truth))
+    return mathematics.is_available() and mathematics.are_equal(*formulas)
 
 
 def _value(formula: str) -> float | None:
@@ -309,26 +253,3 @@ def _value(formula: str) -> float | None:
         above, below = (_number(part) for part in (parts[:2] if parts[0] else parts[2:]))
         return None if above is None or not below else (-above if sign == "-" else above) / below
     return _number(formula)
-
-
-@cache
-def _math_verify() -> ModuleType | None:
-    """The package `math-verify`, where it is installed."""
-    try:
-        import math_verify
-    except ImportError:
-        return None
-    return math_verify
-
-
-def _verify(said: str, truth: str) -> bool:
-    """Whether `math-verify` finds two formulas equal; it limits its time by a signal, so in the main thread only."""
-    package = _math_verify()
-    if package is None:
-        return False
-    seconds = 5 if threading.current_thread() is threading.main_thread() else None
-    try:
-        parsed = [package.parse(f"${_unwrap(text).strip('$')}$", parsing_timeout=seconds) for text in (truth, said)]
-        return bool(package.verify(*parsed, timeout_seconds=seconds))
-    except Exception:  # a formula that it cannot handle; it raises anything from SympifyError to TimeoutException
-        return False

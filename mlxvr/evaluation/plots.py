@@ -13,7 +13,7 @@ from mlxvr.evaluation import numerals
 from mlxvr.evaluation.charts import histogram, nines, wilson
 from mlxvr.evaluation.content import Content, score_name
 from mlxvr.evaluation.judged import Judged
-from mlxvr.evaluation.writing import replace_file
+from mlxvr.writing import replace_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

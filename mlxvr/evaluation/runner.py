@@ -32,6 +32,7 @@ from mlxvr.evaluation.metrics import Summary, SweepRow, summarise, sweep
 from mlxvr.evaluation.report import write_report
 from mlxvr.evaluation.samples import Sample, SampleWriter, read_samples, write_samples
 from mlxvr.media import VisionSpec
+from mlxvr.ranks import Ranks
 
 if TYPE_CHECKING:
     from mlxvr.reasoner import Reasoner
@@ -128,7 +129,7 @@ def evaluate(config: EvalConfig, *, progress: Progress | None = None) -> EvalRep
     questions = read_questions(config)
     other = _read_other(config, questions.rows)
     _check_written(config)
-    ranks = sharding.Ranks()
+    ranks = Ranks()
     if ranks.size > 1 and config.workers > 1:
         raise ConfigError(
             f"{ranks.size} ranks were launched already: leave --workers out, or start it without launcher"
@@ -238,7 +239,7 @@ def _threshold(config: EvalConfig, reasoner: "Reasoner") -> float:
 
 
 def _samples(
-    config: EvalConfig, rows: Sequence[Row], reasoner: "Reasoner", ranks: sharding.Ranks, progress: Progress | None
+    config: EvalConfig, rows: Sequence[Row], reasoner: "Reasoner", ranks: Ranks, progress: Progress | None
 ) -> tuple[list[Sample], int]:
     """The samples of all rows, in their order, with the labels of today, and how many were generated now."""
     run = _run(config, reasoner)
@@ -267,7 +268,7 @@ def _samples(
     return [_relabelled(known[row.id], row) for row in rows], len(left)
 
 
-def _prepare(config: EvalConfig, run: dict[str, Any], ranks: sharding.Ranks) -> dict[str, Sample]:
+def _prepare(config: EvalConfig, run: dict[str, Any], ranks: Ranks) -> dict[str, Sample]:
     """What earlier runs left, in one file again, without the rows that are to be asked anew."""
     main, leftovers = config.output / sharding.MAIN, sharding.shard_files(config.output)
     if ranks.rank:
@@ -335,7 +336,7 @@ def _work(
             step()
 
 
-def _bring_together(output: Path, run: dict[str, Any], ranks: sharding.Ranks, rows: Sequence[Row]) -> dict[str, Sample]:
+def _bring_together(output: Path, run: dict[str, Any], ranks: Ranks, rows: Sequence[Row]) -> dict[str, Sample]:
     """All samples; those of several shards become one file, in the order of the rows."""
     if ranks.size == 1 and not sharding.shard_files(output):
         return {sample.id: sample for sample in read_samples(output / sharding.MAIN)}

@@ -22,46 +22,17 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from mlxvr.errors import ConfigError, MlxvrError
 from mlxvr.evaluation.samples import Sample, check_run, read_samples
+from mlxvr.ranks import Ranks
 
 if TYPE_CHECKING:
     from multiprocessing.process import BaseProcess
 
-__all__ = ["MAIN", "Ranks", "collect", "shard_file", "shard_files", "workers"]
+__all__ = ["MAIN", "collect", "shard_file", "shard_files", "workers"]
 
 MAIN = "samples.jsonl"
 _PATIENCE = 0.2  # seconds between looks at the workers
-
-
-class Ranks:
-    """This process among those that were started together; alone where no launcher did."""
-
-    def __init__(self) -> None:
-        import mlx.core as mx
-
-        self._group = mx.distributed.init()
-        self.rank: int = self._group.rank()
-        self.size: int = self._group.size()
-
-    def gather(self, data: bytes) -> list[bytes]:
-        """The bytes of every rank, in their order, on every rank; waits for all of them."""
-        if self.size == 1:
-            return [data]
-        import mlx.core as mx
-
-        sizes = np.array(mx.distributed.all_gather(mx.array([len(data)], mx.int32), group=self._group))
-        longest = max(1, int(sizes.max()))
-        padded = np.zeros(longest, np.uint8)
-        padded[: len(data)] = np.frombuffer(data, np.uint8)
-        every = np.array(mx.distributed.all_gather(mx.array(padded), group=self._group)).reshape(self.size, longest)
-        return [row[:size].tobytes() for row, size in zip(every, sizes)]
-
-    def wait(self) -> None:
-        """Return when every rank has come this far."""
-        self.gather(b"")
 
 
 def shard_file(output: Path, shard: int) -> Path:

@@ -1,0 +1,89 @@
+"""Intervals of time as answers give them, and how far two of them overlap.
+
+Two numbers with `,`, a dash, `to` or `and` between, in brackets or not, as the training reward and the public evaluator
+read them. Swapped ends are put in order. Clock times (1:23) are none.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from mlxvr.errors import DataError
+
+__all__ = ["Interval", "best_iou", "find_interval", "find_named_interval", "is_point", "segments_of", "temporal_iou"]
+
+Interval = tuple[float, float]  # seconds, in order
+
+_NUMBER = r"(?:\d+(?:\.\d+)?)"
+_EPSILON = 1e-9
+_BETWEEN = r"\s*(?:,|-|\u2013|\u2014|\bto\b|\band\b)\s*"
+_INTERVAL = re.compile(
+    rf"""(?<![\d.])(?:
+        \[\s*({_NUMBER}){_BETWEEN}({_NUMBER})\s*\]
+      | \(\s*({_NUMBER}){_BETWEEN}({_NUMBER})\s*\)
+      | ({_NUMBER}){_BETWEEN}({_NUMBER})
+    )(?![\d.])""",
+    re.VERBOSE | re.IGNORECASE,
+)
+_NAMED_INTERVAL = re.compile(
+    rf"\bstarts?(?:_time|\s+time)?\W+(?:at\s+)?({_NUMBER}).*?\bends?(?:_time|\s+time)?\W+(?:at\s+)?({_NUMBER})",
+    re.IGNORECASE | re.DOTALL,
+)
+
+
+def find_interval(text: str) -> Interval | None:
+    """The first interval in a text; None: there is none."""
+    found = _INTERVAL.search(text)
+    return _ends(found) if found else None
+
+
+def find_named_interval(text: str) -> Interval | None:
+    """The first interval that is spelt out (`start: 3.0, end: 5.5`), else the first of any form."""
+    found = _NAMED_INTERVAL.search(text)
+    return _ends(found) if found else find_interval(text)
+
+
+def is_point(interval: Interval) -> bool:
+    """Whether an interval has no length."""
+    return abs(interval[1] - interval[0]) <= _EPSILON
+
+
+def temporal_iou(one: Interval, other: Interval) -> float:
+    """Intersection over union of two intervals; 0 where `one` is a point, as in the public evaluator."""
+    (start, end), (first, last) = sorted(one), sorted(other)
+    if is_point((start, end)):
+        return 0.0
+    whole = max(end, last) - min(start, first)  # where they do not touch, nothing is shared
+    return max(0.0, min(end, last) - max(start, first)) / whole if math.isfinite(whole) else 0.0
+
+
+def best_iou(interval: Interval | None, segments: Sequence[Interval]) -> float:
+    """IoU with the segment that fits best; 0 without an interval."""
+    return 0.0 if interval is None else max(temporal_iou(interval, segment) for segment in segments)
+
+
+def segments_of(answer: Any) -> list[Interval]:
+    """The ground-truth segments of an answer: [start, end], a list of such, or a text that holds them.
+
+    Raises `DataError` when there is none.
+    """
+    found: list[Interval] = []
+    if isinstance(answer, str):
+        found = [_ends(interval) for interval in _INTERVAL.finditer(answer)]
+    elif isinstance(answer, Sequence) and answer:
+        pairs = [answer] if not isinstance(answer[0], Sequence) or isinstance(answer[0], str) else answer
+        try:
+            ends = [[float(end) for end in pair] for pair in pairs]
+        except (TypeError, ValueError):
+            ends = []
+        if all(len(pair) == 2 and all(map(math.isfinite, pair)) for pair in ends):
+            found = [(min(pair), max(pair)) for pair in ends]
+    if not found:
+        raise DataError(f"answer {answer!r} holds no segment; expected [start, end] in seconds, or a list of such")
+    return found
+
+
+def _ends(found: re.Match[str]) -> Interval:
+    start, end = (float(group) for group in found.groups() if group is not None)
+    return min(start, end), max(start, end)
