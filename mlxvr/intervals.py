@@ -19,11 +19,11 @@ _NUMBER = r"(?:\d+(?:\.\d+)?)"
 _EPSILON = 1e-9
 _BETWEEN = r"\s*(?:,|-|\u2013|\u2014|\bto\b|\band\b)\s*"
 _INTERVAL = re.compile(
-    rf"""(?<![\d.])(?:
+    rf"""(?<![\d.])(?<!\d:)(?:
         \[\s*({_NUMBER}){_BETWEEN}({_NUMBER})\s*\]
       | \(\s*({_NUMBER}){_BETWEEN}({_NUMBER})\s*\)
       | ({_NUMBER}){_BETWEEN}({_NUMBER})
-    )(?![\d.])""",
+    )(?!\.?\d|:\d)""",
     re.VERBOSE | re.IGNORECASE,
 )
 _NAMED_INTERVAL = re.compile(
