@@ -29,6 +29,7 @@ LAYERS = [
             "intervals",
             "ledger",
             "mathematics",
+            "plotting",
             "protocol",
             "records",
             "rewards",
@@ -50,7 +51,11 @@ LAYERS = [
 RANKS = {name: rank for rank, (names, _) in enumerate(LAYERS) for name in names}
 
 PURE = LAYERS[0][0]
-OPTIONAL = {"records": {"pyarrow"}, "mathematics": {"math_verify"}}  # extras, imported when they are needed
+OPTIONAL = {  # extras, imported when they are needed
+    "records": {"pyarrow"},
+    "mathematics": {"math_verify"},
+    "plotting": {"matplotlib"},
+}
 MEDIA_NEEDS = {"PIL", "av", "numpy"}
 NEVER = {"cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve", "torch", "torchvision"}
 MLX_VLM = {f"mlxvr.model.{name}" for name in ("adapter", "cache", "decode", "families", "loading", "network")}

@@ -1,11 +1,10 @@
 """A report's charts as files, PNG and SVG, for slides and papers; needs matplotlib (extra `plot`).
 
-The charts in the page are drawn by `charts` and need nothing. Here the same figures go through matplotlib, whose files
-come out the same every time.
+The charts in the page are drawn by `charts` and need nothing. Here the same figures go through matplotlib; `plotting`
+says how all plots look and writes the files.
 """
 
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,20 +12,14 @@ from mlxvr.evaluation import numerals
 from mlxvr.evaluation.charts import histogram, nines, wilson
 from mlxvr.evaluation.content import Content, score_name
 from mlxvr.evaluation.judged import Judged
-from mlxvr.writing import replace_file
+from mlxvr.plotting import BLUE, GRAY, ORANGE, RED, VIOLET, have_matplotlib, write_plot
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = ["have_matplotlib", "write_plots"]
 
-_BLUE, _ORANGE, _RED, _VIOLET, _GRAY = "#1f62c4", "#d9741a", "#c4361f", "#8a5cc2", "#7a828c"
 _TICKS = (0.0, 0.5, 0.9, 0.99, 0.999, 1.0)
-
-
-def have_matplotlib() -> bool:
-    """Whether plots can be written."""
-    return find_spec("matplotlib") is not None
 
 
 def write_plots(content: Content, folder: Path) -> list[Path]:
@@ -34,25 +27,11 @@ def write_plots(content: Content, folder: Path) -> list[Path]:
 
     Each file is replaced in one step. Returns the files.
     """
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    settings: dict[Any, Any] = {
-        "svg.hashsalt": "mlxvr",
-        "svg.fonttype": "none",
-        "font.size": 10,
-        "axes.spines.top": False,
-    }
-    settings |= {"axes.spines.right": False, "axes.grid": True, "grid.color": "#e6e8eb", "axes.axisbelow": True}
     written = []
     for name, draw in _plots(content).items():
-        with rc_context(settings):
-            figure = Figure(figsize=(6, 4), dpi=150, layout="constrained")
-            draw(figure.add_subplot())
-            for suffix, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
-                path = folder / f"{name}.{suffix}"
-                replace_file(path, lambda out, f=figure, s=suffix, m=metadata: f.savefig(out, format=s, metadata=m))  # type: ignore[misc]
-                written.append(path)
+        paths = [folder / f"{name}.{suffix}" for suffix in ("png", "svg")]
+        write_plot(lambda figure, draw=draw: draw(figure.add_subplot()), *paths)  # type: ignore[misc]
+        written += paths
     return written
 
 
@@ -72,9 +51,9 @@ def _plots(content: Content) -> dict[str, Callable[["Axes"], None]]:
 
 
 def _cost(axes: "Axes", content: Content) -> None:
-    runs = [(content.title, content.summary.overall, content.curve, _BLUE, "-")]
+    runs = [(content.title, content.summary.overall, content.curve, BLUE, "-")]
     if content.against is not None and content.against.curve:
-        runs.append((content.against.title, content.against.summary.overall, content.against.curve, _VIOLET, "--"))
+        runs.append((content.against.title, content.against.summary.overall, content.against.curve, VIOLET, "--"))
     for title, group, curve, color, style in runs:
         rows = [row for row in curve if row.score is not None]
         axes.plot(
@@ -87,7 +66,7 @@ def _cost(axes: "Axes", content: Content) -> None:
             x, y, marker = (
                 mode.tokens.mean,
                 100 * mode.score.value,
-                _RED if name == "auto" and color == _BLUE else color,
+                RED if name == "auto" and color == BLUE else color,
             )
             if mode.score.low is not None and mode.score.high is not None:
                 axes.vlines(x, 100 * mode.score.low, 100 * mode.score.high, color=marker, alpha=0.5)
@@ -105,13 +84,13 @@ def _cost(axes: "Axes", content: Content) -> None:
 def _reliability(axes: "Axes", content: Content) -> None:
     assert content.summary.overall is not None
     assert content.summary.overall.confidence is not None
-    axes.plot([0, 1], [0, 1], ":", color=_GRAY)
+    axes.plot([0, 1], [0, 1], ":", color=GRAY)
     for one in content.summary.overall.confidence.bins:
         if one.accuracy is None or one.confidence is None:
             continue
         low, high = wilson(one.accuracy * one.count, one.count)
-        axes.vlines(one.confidence, low, high, color=_BLUE, alpha=0.5)
-        axes.plot([one.confidence], [one.accuracy], "o", color=_BLUE)
+        axes.vlines(one.confidence, low, high, color=BLUE, alpha=0.5)
+        axes.plot([one.confidence], [one.accuracy], "o", color=BLUE)
         axes.annotate(f"{one.count:,}", (one.confidence, high), xytext=(0, 3), textcoords="offset points", ha="center")
     axes.set_xlim(0, 1.02)
     axes.set_ylim(0, 1.08)
@@ -120,7 +99,7 @@ def _reliability(axes: "Axes", content: Content) -> None:
 
 
 def _confidence(axes: "Axes", content: Content) -> None:
-    for label, color, is_right in (("right", _BLUE, True), ("wrong", _ORANGE, False)):
+    for label, color, is_right in (("right", BLUE, True), ("wrong", ORANGE, False)):
         found = _confidences(content.rows, is_right)
         counts = histogram(found)
         width = nines(1) / len(counts)
@@ -130,7 +109,7 @@ def _confidence(axes: "Axes", content: Content) -> None:
     axes.axhline(0, color="#333333", linewidth=0.8)
     axes.locator_params(axis="y", integer=True)
     axes.yaxis.set_major_formatter(lambda value, _: f"{abs(value):,g}")
-    axes.axvline(nines(min(1.0, content.summary.threshold)), color=_RED, linestyle="--", linewidth=1)
+    axes.axvline(nines(min(1.0, content.summary.threshold)), color=RED, linestyle="--", linewidth=1)
     axes.set_xticks([nines(value) for value in _TICKS], [f"{value:g}" for value in _TICKS])
     axes.set_xlabel("confidence (axis stretched towards 1)")
     axes.set_ylabel("first answers")
@@ -148,7 +127,7 @@ def _think_ratio(axes: "Axes", content: Content) -> None:
     tasks = sorted(content.summary.per_task.items(), key=lambda item: item[1].think_ratio.value)[-30:]
     for place, (_, group) in enumerate(tasks):
         ratio = group.think_ratio
-        axes.barh(place, 100 * ratio.value, color=_BLUE, alpha=0.6)
+        axes.barh(place, 100 * ratio.value, color=BLUE, alpha=0.6)
         if ratio.low is not None and ratio.high is not None:
             axes.hlines(place, 100 * ratio.low, 100 * ratio.high, color="#333333", linewidth=1)
     axes.set_yticks(range(len(tasks)), [f"{name[:28]} ({group.count:,})" for name, group in tasks])
