@@ -1,0 +1,344 @@
+"""How a training run is getting on, for people: a few lines redrawn in place, or a plain line for every step.
+
+On a terminal the lines stay where they are and notes scroll away above them. Elsewhere (a file, a pipe, a terminal that
+calls itself dumb) each entry is one line without escape codes. What is shown is never wider than the terminal: a figure
+that finds no room is left out whole, the last of a line first. Figures that are missing are left out too.
+
+The reward's history is drawn over the whole run, each column the mean of as many steps as it takes.
+
+The view never ends a run. Where its terminal is gone (a connection was lost), it is silent.
+"""
+
+import contextlib
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, NamedTuple, Self, TextIO
+
+__all__ = ["LiveView", "duration", "sparkline"]
+
+_BLOCKS, _ASCII_BLOCKS = "▁▂▃▄▅▆▇█", "_.-:=+*#"
+_BAR, _ASCII_BAR = "█░", "#-"
+_BAR_WIDTH, _SPARK_WIDTH = 24, 32
+_GAP = "  "
+_MANY = 8_192  # rewards that are kept: beyond it neighbours are joined, which a picture of some columns does not show
+
+
+class _Part(NamedTuple):
+    label: str
+    value: str
+
+    def plain(self) -> str:
+        return f"{self.label} {self.value}" if self.label and self.value else self.label or self.value
+
+    def dimmed(self) -> str:
+        label = f"\x1b[2m{self.label}\x1b[22m" if self.label else ""
+        return f"{label} {self.value}" if label and self.value else label or self.value
+
+
+class LiveView:
+    """Shows a run's entries as they come; see `journal` for their names.
+
+    Args:
+        total_steps: of the whole run.
+        out: where to write; None: stderr.
+        history: entries of steps that were made before, by a run that is gone on with; they are not timed.
+    """
+
+    def __init__(
+        self, total_steps: int, out: TextIO | None = None, *, history: Iterable[Mapping[str, Any]] = ()
+    ) -> None:
+        self._total = total_steps
+        self._out: TextIO = out if out is not None else sys.stderr
+        self._is_live = _is_terminal(self._out)
+        self._has_blocks = _can_show(self._out, _BLOCKS + _BAR)
+        self._is_dim = self._is_live and not os.environ.get("NO_COLOR")
+        self._is_closed = False
+        self._drawn: list[int] = []  # widths of the lines on the screen
+        self._step = 0
+        self._steps_here = 0
+        self._start = time.monotonic()
+        self._last: dict[str, Any] = {}
+        self._valid: dict[str, Any] = {}
+        self._rewards: list[tuple[float, int]] = []  # means and of how many steps
+        for entry in history:
+            self._take(entry)
+        self._steps_here = 0
+
+    def update(self, entry: Mapping[str, Any]) -> None:
+        """Show an entry: of a step, of a validation, or of both."""
+        self._take(entry)
+        if self._is_closed:
+            return
+        if self._is_live:
+            self._draw()
+        else:
+            self._write(f"{self._line(entry)}\n")
+
+    def note(self, text: str) -> None:
+        """Say something that stays: above the lines of the view, or as a line of its own."""
+        if self._is_closed:
+            return
+        lines = [_printable(line) for line in text.splitlines()] or [""]
+        if self._is_live:
+            self._write(self._clearing() + "".join(f"{line}\n" for line in lines))
+            self._drawn = []
+            if self._last or self._valid:
+                self._draw()
+        else:
+            self._write("".join(f"{line}\n" for line in lines))
+
+    def close(self) -> None:
+        """Leave the last lines where they are; nothing is shown after. May be called twice."""
+        self._is_closed = True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _take(self, entry: Mapping[str, Any]) -> None:
+        step = _number(entry, "step")
+        if any(str(name).startswith("valid_") for name in entry):
+            self._valid = dict(entry)
+        if step is not None and any(name != "step" and not str(name).startswith("valid_") for name in entry):
+            self._steps_here += max(0, int(step) - self._step) if self._steps_here else 1
+            self._step = int(step)
+            self._last = dict(entry)
+            reward = _number(entry, "reward")
+            if reward is not None:
+                self._rewards.append((reward, 1))
+                if len(self._rewards) > _MANY:
+                    self._rewards = _joined(self._rewards)
+
+    def _times(self) -> tuple[float, float | None]:
+        """Seconds so far, and those that are left at the pace so far."""
+        elapsed = time.monotonic() - self._start
+        if not self._steps_here:
+            return elapsed, None
+        return elapsed, elapsed / self._steps_here * max(0, self._total - self._step)
+
+    def _draw(self) -> None:
+        columns, rows = _size(self._out)
+        lines = [_fit(parts, columns - 1) for parts in self._parts() if parts][: max(1, rows - 1)]
+        texts = [_GAP.join(part.dimmed() if self._is_dim else part.plain() for part in parts) for parts in lines]
+        self._write(self._clearing() + "".join(f"{text}\x1b[K\n" for text in texts))
+        self._drawn = [len(_GAP.join(part.plain() for part in parts)) for parts in lines]
+
+    def _clearing(self) -> str:
+        """What takes the lines of the view off the screen, where a narrower terminal may have broken them."""
+        if not self._drawn:
+            return ""
+        columns, _ = _size(self._out)
+        up = sum(max(1, math.ceil(width / max(1, columns))) for width in self._drawn)
+        return f"\x1b[{up}A\r\x1b[J"
+
+    def _parts(self) -> list[list[_Part]]:
+        """The lines on a terminal, each as parts of which the last may find no room."""
+        last, elapsed_left = self._last, self._times()
+        share = min(1.0, self._step / self._total) if self._total > 0 else 0.0
+        full, empty = _BAR if self._has_blocks else _ASCII_BAR
+        bar = full * round(share * _BAR_WIDTH)
+        head = [_Part("step", f"{self._step:,} of {self._total:,}"), _Part("", f"{bar:{empty}<{_BAR_WIDTH}}")]
+        head += [_Part("", f"{100 * share:3.0f}%"), _Part("elapsed", duration(elapsed_left[0]))]
+        if elapsed_left[1] is not None:
+            head.append(_Part("left", duration(elapsed_left[1])))
+        spark = sparkline(self._rewards, _SPARK_WIDTH, _BLOCKS if self._has_blocks else _ASCII_BLOCKS)
+        reward = _known(
+            ("reward", _plain(last, "reward", 6)), ("", spark), ("spread in a group", _plain(last, "reward_std", 5))
+        )
+        answers = _known(
+            ("first", _percent(last, "first_accuracy", 6)),
+            ("second", _percent(last, "second_accuracy", 6)),
+            ("think", _percent(last, "think_ratio", 6)),
+            ("format", _percent(last, "format", 6)),
+        )
+        update = _known(
+            ("kl", _small(last, "kl", 7)),
+            ("grad norm", _small(last, "grad_norm", 7)),
+            ("learning rate", _small(last, "learning_rate", 7)),
+        )
+        cost = _known(
+            ("tokens", _whole(last, "tokens_mean", 6)),
+            ("longest", _whole(last, "tokens_max", 6)),
+            ("tokens/s", _whole(last, "tokens_per_second", 6)),
+            ("peak memory", _gigabytes(last)),
+        )
+        return [head, reward, answers, update, cost, self._validation(self._valid)]
+
+    def _line(self, entry: Mapping[str, Any]) -> str:
+        """An entry as one line of text."""
+        parts = []
+        if any(name != "step" and not str(name).startswith("valid_") for name in entry):
+            _, left = self._times()
+            parts = _known(
+                ("step", f"{self._step}/{self._total}"),
+                ("reward", _plain(entry, "reward")),
+                ("first", _percent(entry, "first_accuracy")),
+                ("second", _percent(entry, "second_accuracy")),
+                ("think", _percent(entry, "think_ratio")),
+                ("format", _percent(entry, "format")),
+                ("tokens", _whole(entry, "tokens_mean")),
+                ("kl", _small(entry, "kl")),
+                ("grad", _small(entry, "grad_norm")),
+                ("lr", _small(entry, "learning_rate")),
+                ("tokens/s", _whole(entry, "tokens_per_second")),
+                ("memory", _gigabytes(entry)),
+                ("left", "" if left is None else duration(left)),
+            )
+        return _GAP.join(part.plain() for part in [*parts, *self._validation(entry)])
+
+    @staticmethod
+    def _validation(entry: Mapping[str, Any]) -> list[_Part]:
+        figures = _known(
+            ("first", _percent(entry, "valid_first_accuracy")),
+            ("second", _percent(entry, "valid_second_accuracy")),
+            ("auto", _percent(entry, "valid_auto_accuracy")),
+            ("confidence", _plain(entry, "valid_confidence")),
+            ("think", _percent(entry, "valid_think_ratio")),
+            ("tokens", _whole(entry, "valid_tokens")),
+            ("format", _percent(entry, "valid_format")),
+            ("reward", _plain(entry, "valid_reward")),
+        )
+        step = _number(entry, "step")
+        return [_Part("validation" if step is None else f"validation at {step:.0f}:", ""), *figures] if figures else []
+
+    def _write(self, text: str) -> None:
+        encoding = _encoding(self._out)
+        try:
+            self._out.write(text.encode(encoding, "replace").decode(encoding))
+            self._out.flush()
+        except (OSError, ValueError):
+            self._is_closed = True
+
+
+def duration(seconds: float) -> str:
+    """Seconds as `0:07`, `12:31`, `3:05:12` or `2d 4:05:12`."""
+    whole = max(0, round(seconds))
+    days, whole = divmod(whole, 86_400)
+    hours, whole = divmod(whole, 3_600)
+    minutes, whole = divmod(whole, 60)
+    if days or hours:
+        return f"{f'{days}d ' if days else ''}{hours}:{minutes:02}:{whole:02}"
+    return f"{minutes}:{whole:02}"
+
+
+def sparkline(values: Sequence[tuple[float, int]], width: int, blocks: str = _BLOCKS) -> str:
+    """A history in at most `width` characters, from the lowest of `blocks` to the highest.
+
+    Args:
+        values: each with the number of steps that it is the mean of.
+        width: of the picture; where there are more values, each column is the mean of its share of them.
+        blocks: characters from low to high; a history that does not change is drawn in the middle.
+
+    Returns an empty string for fewer than two values.
+    """
+    if len(values) < 2 or width < 1:
+        return ""
+    columns = min(width, len(values))
+    edges = [len(values) * place // columns for place in range(columns + 1)]
+    means = [_mean(values[start:end]) for start, end in zip(edges, edges[1:])]
+    low, high = min(means), max(means)
+    if not high > low:
+        return blocks[len(blocks) // 2] * columns
+    return "".join(blocks[min(len(blocks) - 1, int((one - low) / (high - low) * len(blocks)))] for one in means)
+
+
+def _mean(values: Sequence[tuple[float, int]]) -> float:
+    return sum(value * count for value, count in values) / sum(count for _, count in values)
+
+
+def _joined(values: Sequence[tuple[float, int]]) -> list[tuple[float, int]]:
+    """Half as many: neighbours as their mean."""
+    pairs = [values[place : place + 2] for place in range(0, len(values), 2)]
+    return [(_mean(pair), sum(count for _, count in pair)) for pair in pairs]
+
+
+def _known(*parts: tuple[str, str]) -> list[_Part]:
+    return [_Part(label, value) for label, value in parts if value]
+
+
+def _fit(parts: Sequence[_Part], width: int) -> list[_Part]:
+    """As many parts as fit, whole; of the first at least what there is room for."""
+    fitting: list[_Part] = []
+    used = 0
+    for part in parts:
+        used += len(part.plain()) + (len(_GAP) if fitting else 0)
+        if used > width:
+            break
+        fitting.append(part)
+    return fitting or [_Part("", parts[0].plain()[: max(0, width)])]
+
+
+def _number(entry: Mapping[str, Any], name: str) -> float | None:
+    """A figure, if it is known and finite."""
+    try:
+        value = float(entry[name])
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return None
+    return value if math.isfinite(value) else None
+
+
+def _plain(entry: Mapping[str, Any], name: str, width: int = 0) -> str:
+    value = _number(entry, name)
+    return "" if value is None else f"{value:{width}.3f}"
+
+
+def _percent(entry: Mapping[str, Any], name: str, width: int = 0) -> str:
+    value = _number(entry, name)
+    return "" if value is None else f"{f'{100 * value:.1f}%':>{width}}"
+
+
+def _whole(entry: Mapping[str, Any], name: str, width: int = 0) -> str:
+    value = _number(entry, name)
+    return "" if value is None else f"{value:{width},.0f}"
+
+
+def _small(entry: Mapping[str, Any], name: str, width: int = 0) -> str:
+    value = _number(entry, name)
+    return "" if value is None else f"{value:{width}.3g}"
+
+
+def _gigabytes(entry: Mapping[str, Any]) -> str:
+    value = _number(entry, "peak_memory")
+    return "" if value is None else f"{value / 2**30:.1f} GiB"
+
+
+def _printable(text: str) -> str:
+    """Without control characters, so that no text can move the cursor."""
+    return "".join(char if char.isprintable() else " " for char in text)
+
+
+def _is_terminal(out: TextIO) -> bool:
+    try:
+        return out.isatty() and os.environ.get("TERM") != "dumb"
+    except (AttributeError, ValueError):
+        return False
+
+
+def _encoding(out: TextIO) -> str:
+    return getattr(out, "encoding", None) or "utf-8"
+
+
+def _can_show(out: TextIO, text: str) -> bool:
+    try:
+        text.encode(_encoding(out))
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True
+
+
+def _size(out: TextIO) -> tuple[int, int]:
+    """Columns and rows of the terminal."""
+    with contextlib.suppress(AttributeError, OSError, ValueError):
+        size = os.get_terminal_size(out.fileno())
+        if size.columns and size.lines:
+            return size
+    return shutil.get_terminal_size()
