@@ -25,7 +25,8 @@ from mlxvr.dataset import Row
 from mlxvr.errors import Cancelled, MlxvrError, OutOfMemoryError
 from mlxvr.evaluation.grading import final_answer
 from mlxvr.evaluation.samples import Sample
-from mlxvr.media import VisionInput, VisionSpec, load_vision
+from mlxvr.media import VisionInput, VisionSpec
+from mlxvr.media.rows import load_row
 
 if TYPE_CHECKING:
     from mlxvr.reasoner import Clip, Reasoner
@@ -152,7 +153,7 @@ def _read_ahead(groups: Sequence[tuple[Row, ...]], spec: VisionSpec) -> Generato
         started = time.perf_counter()
         vision: VisionInput | Exception | None
         try:
-            vision = _look(rows[0], spec, stop)
+            vision = load_row(rows[0], spec, should_stop=stop.is_set)
         except Exception as error:
             vision = error
         return rows, vision, time.perf_counter() - started
@@ -166,11 +167,3 @@ def _read_ahead(groups: Sequence[tuple[Row, ...]], spec: VisionSpec) -> Generato
                     yield ready.result()
         finally:
             stop.set()
-
-
-def _look(row: Row, spec: VisionSpec, stop: threading.Event) -> VisionInput | None:
-    source: Any = row.source()
-    if source is None:
-        return None
-    spec = spec.with_overrides(fps=row.frames_fps)
-    return load_vision(source, spec, start=row.start, end=row.end, should_stop=stop.is_set)

@@ -217,7 +217,7 @@ def make_sampler(
             seed=seed,
             should_stop=should_stop,
         )
-        return [_text(model, one.ids.tolist()) for one in group.completions]
+        return group.texts
 
     return sample
 
@@ -358,13 +358,6 @@ def _relative(row: Row, base: Path) -> str:
     if absolute.is_relative_to(root):
         return absolute.relative_to(root).as_posix()
     return path.resolve().relative_to(base.resolve()).as_posix()
-
-
-def _text(model: "VideoModel", ids: list[int]) -> str:
-    """What a completion says, without the token that ended it."""
-    while ids and ids[-1] in model.eos_ids:
-        ids = ids[:-1]
-    return model.tokenizer.decode(ids)
 
 
 def _tell(progress: Progress | None, done: int, total: int) -> None:

@@ -1,0 +1,100 @@
+"""A row as a prompt that completions are sampled from and learned on: tokens, positions and visual features.
+
+The vision tower is frozen, so its features are computed once here, outside every gradient, and serve the rollout and
+all passes of the loss.
+"""
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from mlxvr.callbacks import ShouldStop
+from mlxvr.dataset import Row
+from mlxvr.errors import ConfigError, DataError
+from mlxvr.media import VisionInput, VisionSpec
+from mlxvr.media.rows import load_row
+from mlxvr.model.network import VideoModel, VisionFeatures
+from mlxvr.model.prompt import build_prompt
+
+__all__ = ["EncodedPrompt", "encode_row"]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class EncodedPrompt:
+    """A prompt, ready for the language model.
+
+    Attributes:
+        row: that it asks.
+        ids: int32 (P,).
+        positions: int32 (3, P), rope positions.
+        media_mask: bool (P,), the visual tokens.
+        features: of the visual tokens, in order; None without media.
+        next_position: of the first token of a completion.
+    """
+
+    row: Row
+    ids: np.ndarray
+    positions: np.ndarray
+    media_mask: np.ndarray
+    features: VisionFeatures | None
+    next_position: int
+
+
+def encode_row(
+    model: VideoModel,
+    row: Row,
+    *,
+    spec: VisionSpec | None = None,
+    max_prompt_tokens: int | None = None,
+    vision: VisionInput | None = None,
+    should_stop: ShouldStop | None = None,
+) -> EncodedPrompt:
+    """Read what a row shows, run the vision tower over it, and write its question as a prompt.
+
+    Args:
+        model: that will be asked.
+        row: of a dataset.
+        spec: how frames are sampled and sized; None: the model's own.
+        max_prompt_tokens: the most tokens; None: the model's context.
+        vision: what `load_row` made of the row, with `spec`, for those who read it ahead.
+        should_stop: asked between frames and between chunks of them.
+
+    Raises:
+        DataError: the prompt is too long, or a folder of frames holds none; the message begins with the row's line.
+        MediaError: what the row shows cannot be read.
+        Cancelled: `should_stop` said so.
+    """
+    if vision is None:
+        vision = load_row(row, spec or model.spec, should_stop=should_stop)
+    media = [] if vision is None else [vision]
+    try:
+        prompt = build_prompt(
+            model.tokenizer,
+            model.family,
+            model.config,
+            media,
+            row.text,
+            options=row.options,
+            kind=row.ask_kind,
+            answer_opening=row.answer_opening,
+            system=model.system_prompt,
+        )
+    except ConfigError as error:  # the row's question, or its length
+        raise DataError(f"{row.line}: {error}") from error
+    if max_prompt_tokens is not None and len(prompt.ids) > max_prompt_tokens:
+        raise DataError(
+            f"{row.line}: the prompt has {len(prompt.ids)} tokens, {int(prompt.media_mask.sum())} of them visual, and "
+            f"the limit is {max_prompt_tokens}: raise it, or lower the visual tokens"
+        )
+    features = model.encode(media, should_stop=should_stop) if media else None
+    if features is not None:
+        mx.eval(features.embeds, features.deepstack)
+    return EncodedPrompt(
+        row=row,
+        ids=prompt.ids,
+        positions=prompt.positions,
+        media_mask=prompt.media_mask,
+        features=features,
+        next_position=prompt.next_position,
+    )
