@@ -1,8 +1,10 @@
 """How a training run is getting on, for people: a few lines redrawn in place, or a plain line for every step.
 
 On a terminal the lines stay where they are and notes scroll away above them. Elsewhere (a file, a pipe, a terminal that
-calls itself dumb) each entry is one line without escape codes. What is shown is never wider than the terminal: a figure
-that finds no room is left out whole, the last of a line first. Figures that are missing are left out too.
+calls itself dumb) each entry is one line without escape codes. Figures that are missing are left out.
+
+The view is never wider or higher than its terminal: bar and history shrink first, then what finds no room on a line
+goes on in the next one, and lines at the end that find no room are left out.
 
 The reward's history is drawn over the whole run, each column the mean of as many steps as it takes.
 
@@ -16,6 +18,8 @@ import shutil
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from statistics import fmean
 from types import TracebackType
 from typing import Any, NamedTuple, Self, TextIO
 
@@ -24,8 +28,9 @@ __all__ = ["LiveView", "duration", "sparkline"]
 _BLOCKS, _ASCII_BLOCKS = "▁▂▃▄▅▆▇█", "_.-:=+*#"
 _BAR, _ASCII_BAR = "█░", "#-"
 _BAR_WIDTH, _SPARK_WIDTH = 24, 32
+_LEAST = 6  # characters: a bar or a history of fewer says nothing
 _GAP = "  "
-_MANY = 8_192  # rewards that are kept: beyond it neighbours are joined, which a picture of some columns does not show
+_LARGEST = 1e30  # no figure of a training is larger, and its digits would fill the screen
 
 
 class _Part(NamedTuple):
@@ -64,7 +69,7 @@ class LiveView:
         self._start = time.monotonic()
         self._last: dict[str, Any] = {}
         self._valid: dict[str, Any] = {}
-        self._rewards: list[tuple[float, int]] = []  # means and of how many steps
+        self._rewards: list[float] = []
         for entry in history:
             self._take(entry)
         self._steps_here = 0
@@ -114,9 +119,7 @@ class LiveView:
             self._last = dict(entry)
             reward = _number(entry, "reward")
             if reward is not None:
-                self._rewards.append((reward, 1))
-                if len(self._rewards) > _MANY:
-                    self._rewards = _joined(self._rewards)
+                self._rewards.append(reward)
 
     def _times(self) -> tuple[float, float | None]:
         """Seconds so far, and those that are left at the pace so far."""
@@ -127,10 +130,11 @@ class LiveView:
 
     def _draw(self) -> None:
         columns, rows = _size(self._out)
-        lines = [_fit(parts, columns - 1) for parts in self._parts() if parts][: max(1, rows - 1)]
-        texts = [_GAP.join(part.dimmed() if self._is_dim else part.plain() for part in parts) for parts in lines]
-        self._write(self._clearing() + "".join(f"{text}\x1b[K\n" for text in texts))
-        self._drawn = [len(_GAP.join(part.plain() for part in parts)) for parts in lines]
+        width = max(1, columns - 1)  # a full line makes some terminals go on to the next
+        lines = [line for parts in self._parts(width) for line in _flow(parts, width)][: max(1, rows - 1)]
+        texts = [_GAP.join(part.dimmed() if self._is_dim else part.plain() for part in line) for line in lines]
+        self._write(self._clearing() + "".join(f"{text}\n" for text in texts))
+        self._drawn = [_width(line) for line in lines]
 
     def _clearing(self) -> str:
         """What takes the lines of the view off the screen, where a narrower terminal may have broken them."""
@@ -140,20 +144,24 @@ class LiveView:
         up = sum(max(1, math.ceil(width / max(1, columns))) for width in self._drawn)
         return f"\x1b[{up}A\r\x1b[J"
 
-    def _parts(self) -> list[list[_Part]]:
-        """The lines on a terminal, each as parts of which the last may find no room."""
-        last, elapsed_left = self._last, self._times()
-        share = min(1.0, self._step / self._total) if self._total > 0 else 0.0
-        full, empty = _BAR if self._has_blocks else _ASCII_BAR
-        bar = full * round(share * _BAR_WIDTH)
-        head = [_Part("step", f"{self._step:,} of {self._total:,}"), _Part("", f"{bar:{empty}<{_BAR_WIDTH}}")]
-        head += [_Part("", f"{100 * share:3.0f}%"), _Part("elapsed", duration(elapsed_left[0]))]
-        if elapsed_left[1] is not None:
-            head.append(_Part("left", duration(elapsed_left[1])))
-        spark = sparkline(self._rewards, _SPARK_WIDTH, _BLOCKS if self._has_blocks else _ASCII_BLOCKS)
-        reward = _known(
-            ("reward", _plain(last, "reward", 6)), ("", spark), ("spread in a group", _plain(last, "reward_std", 5))
+    def _parts(self, width: int) -> list[list[_Part]]:
+        """What is on a terminal, line by line where there is room."""
+        last = self._last
+        elapsed, left = self._times()
+        share = min(1.0, max(0.0, self._step / self._total)) if self._total > 0 else 0.0
+        head = _known(
+            ("step", f"{self._step:,} of {self._total:,}"),
+            ("", f"{100 * share:3.0f}%"),
+            ("elapsed", duration(elapsed)),
+            ("left", "" if left is None else duration(left)),
         )
+        bar = _BAR if self._has_blocks else _ASCII_BAR
+        room = _room(head, width, _BAR_WIDTH)
+        full = round(share * room)
+        head[1:1] = _known(("", bar[0] * full + bar[1] * (room - full)))
+        reward = _known(("reward", _plain(last, "reward", 6)), ("spread in a group", _plain(last, "reward_std", 5)))
+        blocks = _BLOCKS if self._has_blocks else _ASCII_BLOCKS
+        reward[1:1] = _known(("", sparkline(self._rewards, _room(reward, width, _SPARK_WIDTH), blocks)))
         answers = _known(
             ("first", _percent(last, "first_accuracy", 6)),
             ("second", _percent(last, "second_accuracy", 6)),
@@ -230,11 +238,11 @@ def duration(seconds: float) -> str:
     return f"{minutes}:{whole:02}"
 
 
-def sparkline(values: Sequence[tuple[float, int]], width: int, blocks: str = _BLOCKS) -> str:
+def sparkline(values: Sequence[float], width: int, blocks: str = _BLOCKS) -> str:
     """A history in at most `width` characters, from the lowest of `blocks` to the highest.
 
     Args:
-        values: each with the number of steps that it is the mean of.
+        values: finite figures, the oldest first.
         width: of the picture; where there are more values, each column is the mean of its share of them.
         blocks: characters from low to high; a history that does not change is drawn in the middle.
 
@@ -244,46 +252,47 @@ def sparkline(values: Sequence[tuple[float, int]], width: int, blocks: str = _BL
         return ""
     columns = min(width, len(values))
     edges = [len(values) * place // columns for place in range(columns + 1)]
-    means = [_mean(values[start:end]) for start, end in zip(edges, edges[1:])]
+    means = [fmean(values[start:end]) for start, end in pairwise(edges)]
     low, high = min(means), max(means)
     if not high > low:
         return blocks[len(blocks) // 2] * columns
     return "".join(blocks[min(len(blocks) - 1, int((one - low) / (high - low) * len(blocks)))] for one in means)
 
 
-def _mean(values: Sequence[tuple[float, int]]) -> float:
-    return sum(value * count for value, count in values) / sum(count for _, count in values)
-
-
-def _joined(values: Sequence[tuple[float, int]]) -> list[tuple[float, int]]:
-    """Half as many: neighbours as their mean."""
-    pairs = [values[place : place + 2] for place in range(0, len(values), 2)]
-    return [(_mean(pair), sum(count for _, count in pair)) for pair in pairs]
-
-
 def _known(*parts: tuple[str, str]) -> list[_Part]:
     return [_Part(label, value) for label, value in parts if value]
 
 
-def _fit(parts: Sequence[_Part], width: int) -> list[_Part]:
-    """As many parts as fit, whole; of the first at least what there is room for."""
-    fitting: list[_Part] = []
-    used = 0
+def _width(parts: Iterable[_Part]) -> int:
+    return len(_GAP.join(part.plain() for part in parts))
+
+
+def _room(parts: Sequence[_Part], width: int, most: int) -> int:
+    """Characters that are left for a picture among parts on a line; 0 where they are too few."""
+    left = min(most, width - _width(parts) - len(_GAP))
+    return left if left >= _LEAST else 0
+
+
+def _flow(parts: Iterable[_Part], width: int) -> list[list[_Part]]:
+    """Parts on as many lines as they need, none of them wider than `width`."""
+    lines: list[list[_Part]] = []
     for part in parts:
-        used += len(part.plain()) + (len(_GAP) if fitting else 0)
-        if used > width:
-            break
-        fitting.append(part)
-    return fitting or [_Part("", parts[0].plain()[: max(0, width)])]
+        if len(part.plain()) > width:
+            part = _Part("", part.plain()[:width])
+        if lines and _width([*lines[-1], part]) <= width:
+            lines[-1].append(part)
+        else:
+            lines.append([part])
+    return lines
 
 
 def _number(entry: Mapping[str, Any], name: str) -> float | None:
-    """A figure, if it is known and finite."""
+    """A figure, if it is known, a number and finite."""
     try:
         value = float(entry[name])
     except (KeyError, TypeError, ValueError, OverflowError):
         return None
-    return value if math.isfinite(value) else None
+    return value if abs(value) < _LARGEST else None
 
 
 def _plain(entry: Mapping[str, Any], name: str, width: int = 0) -> str:
