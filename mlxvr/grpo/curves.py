@@ -1,0 +1,216 @@
+"""The curves of a training run in one picture, from the entries of its journal.
+
+Six panels over the steps: the reward with its parts, the accuracies of both answers, the shares (confidence, think
+ratio, format), lengths, loss and KL, gradient norm and learning rate. Validations are marked by dots. Groups are few in
+a step, so figures jump about: they are drawn faintly, with a mean over neighbouring steps on top.
+
+Of a long run a point is the mean of several steps, which the axis then says, since a thousand points are more than a
+picture can show. Figures that are null are passed over; a panel without any says so.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlxvr.errors import DataError
+from mlxvr.plotting import BLUE, GRAY, GREEN, ORANGE, RED, VIOLET, check_plot, write_plot
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["check_plot", "plot_curves", "smooth", "thin"]
+
+_MOST = 1_000  # points of a line
+_FEW = 40  # points of a line: up to here each is marked, and none is smoothed
+_WINDOWS = 30  # the mean is over this part of the run
+_LARGEST = 1e30  # no figure of a training is larger, and sums of such figures would have no end
+_PARTS = (
+    ("first answer", "first", ORANGE, "-"),
+    ("reviewed answer", "second", GREEN, "-"),
+    ("format", "format", GRAY, "-"),
+    ("fallback", "fallback", VIOLET, "-"),
+    ("agreement", "agreement", ORANGE, "--"),
+    ("coherence", "coherence", GREEN, "--"),
+)
+
+Line = tuple[list[float], list[float]]  # steps and figures
+
+
+def plot_curves(entries: Sequence[Mapping[str, Any]], path: Path, *, title: str = "") -> None:
+    """Write the curves of a run as PNG or SVG, by the suffix of `path`; the file is replaced in one step.
+
+    Args:
+        entries: of a journal; those without a step are passed over.
+        path: ends in `.png` or `.svg`.
+        title: heads the picture.
+
+    Raises:
+        ConfigError: another suffix, no matplotlib, or the file cannot be written.
+        DataError: there is no entry with a step.
+    """
+    known = sorted((entry for entry in entries if _number(entry, "step") is not None), key=lambda entry: entry["step"])
+    if not known:
+        raise DataError("there is nothing to plot: no entry has a step; train for a step first")
+    write_plot(lambda figure: _draw(figure, known, title), Path(path), size=(13.0, 9.0))
+
+
+def thin(values: Line, most: int = _MOST) -> Line:
+    """A line with at most `most` points: each the mean of equally many neighbours, the last perhaps of fewer.
+
+    Args:
+        values: steps and figures, of the same length.
+        most: at least 1.
+    """
+    size = max(1, math.ceil(len(values[0]) / most))
+    if size == 1:
+        return values
+    starts = range(0, len(values[0]), size)
+    steps, figures = ([_mean(one[start : start + size]) for start in starts] for one in values)
+    return steps, figures
+
+
+def smooth(figures: Sequence[float], window: int) -> list[float]:
+    """The mean over `window` neighbours around each figure (an odd number), of those that there are at both ends."""
+    sums = [0.0, *accumulate(figures)]
+    half = window // 2
+    edges = ((max(0, place - half), min(len(figures), place + half + 1)) for place in range(len(figures)))
+    return [(sums[end] - sums[start]) / (end - start) for start, end in edges]
+
+
+def _draw(figure: "Figure", entries: Sequence[Mapping[str, Any]], title: str) -> None:
+    panels = figure.subplots(3, 2, sharex=True)
+    _draw_reward(panels[0][0], entries)
+    _draw_accuracies(panels[0][1], entries)
+    _draw_shares(panels[1][0], entries)
+    _draw_lengths(panels[1][1], entries)
+    _draw_two(panels[2][0], entries, ("loss", "loss", BLUE), ("KL to the reference", "kl", ORANGE))
+    _draw_two(panels[2][1], entries, ("gradient norm", "grad_norm", BLUE), ("learning rate", "learning_rate", ORANGE))
+    steps = sum(any(name != "step" and not name.startswith("valid_") for name in entry) for entry in entries)
+    size = max(1, math.ceil(steps / _MOST))
+    for axes in panels[-1]:
+        axes.set_xlabel("step" if size == 1 else f"step (a point is the mean of up to {size:,})")
+    first, last = float(entries[0]["step"]), float(entries[-1]["step"])
+    margin = max(0.5, 0.02 * (last - first))
+    panels[0][0].set_xlim(first - margin, last + margin)
+    panels[0][0].xaxis.get_major_locator().set_params(integer=True)
+    if title:
+        figure.suptitle(title)
+
+
+def _draw_reward(axes: "Axes", entries: Sequence[Mapping[str, Any]]) -> None:
+    axes.set_title("reward")
+    _draw_curve(axes, entries, "reward", "reward", BLUE)
+    for label, name, color, style in _PARTS:
+        _draw_curve(axes, entries, name, label, color, style=style)
+    _draw_validation(axes, entries, "valid_reward", "reward, validation", BLUE)
+    _finish(axes)
+
+
+def _draw_accuracies(axes: "Axes", entries: Sequence[Mapping[str, Any]]) -> None:
+    axes.set_title("accuracy")
+    _draw_curve(axes, entries, "first_accuracy", "first answer", ORANGE)
+    _draw_curve(axes, entries, "second_accuracy", "reviewed answer", GREEN)
+    _draw_validation(axes, entries, "valid_first_accuracy", "first, validation", ORANGE)
+    _draw_validation(axes, entries, "valid_second_accuracy", "reviewed, validation", GREEN)
+    _draw_validation(axes, entries, "valid_auto_accuracy", "auto, validation", RED)
+    _finish(axes, percent=True)
+
+
+def _draw_shares(axes: "Axes", entries: Sequence[Mapping[str, Any]]) -> None:
+    axes.set_title("confidence, think ratio, format")
+    _draw_curve(axes, entries, "think_ratio", "think ratio", VIOLET)
+    _draw_curve(axes, entries, "format", "format", GRAY)
+    _draw_validation(axes, entries, "valid_confidence", "confidence, validation", BLUE)
+    _draw_validation(axes, entries, "valid_think_ratio", "think ratio, validation", VIOLET)
+    _draw_validation(axes, entries, "valid_format", "format, validation", GRAY)
+    _finish(axes, percent=True)
+
+
+def _draw_lengths(axes: "Axes", entries: Sequence[Mapping[str, Any]]) -> None:
+    axes.set_title("tokens of a completion")
+    _draw_curve(axes, entries, "tokens_mean", "mean", BLUE)
+    _draw_curve(axes, entries, "tokens_max", "longest", GRAY)
+    _draw_validation(axes, entries, "valid_tokens", "mean, validation", BLUE)
+    axes.set_ylim(bottom=0)
+    _finish(axes)
+
+
+def _draw_two(
+    axes: "Axes", entries: Sequence[Mapping[str, Any]], left: tuple[str, str, str], right: tuple[str, str, str]
+) -> None:
+    """Two figures of unlike size: (label, name, color) of each, the second on an axis at the right."""
+    axes.set_title(f"{left[0]} and {right[0]}")
+    other = axes.twinx()
+    other.spines["right"].set_visible(True)
+    other.grid(False)
+    for here, (label, name, color) in ((axes, left), (other, right)):
+        _draw_curve(here, entries, name, label, color, marker="." if here is axes else "x")
+        here.set_ylabel(label if here.lines else f"{label}: not recorded", color=color)
+        here.tick_params(axis="y", labelcolor=color)
+        here.ticklabel_format(axis="y", scilimits=(-3, 4))
+        if not here.lines:
+            here.set_yticks([])
+    if not axes.lines and not other.lines:
+        _say_nothing(axes)
+
+
+def _draw_curve(
+    axes: "Axes",
+    entries: Sequence[Mapping[str, Any]],
+    name: str,
+    label: str,
+    color: str,
+    style: str = "-",
+    marker: str = ".",
+) -> None:
+    steps, figures = thin(_line(entries, name))
+    if not steps:
+        return
+    if len(steps) <= _FEW:
+        axes.plot(steps, figures, style, color=color, linewidth=1.5, marker=marker, label=label)
+        return
+    axes.plot(steps, figures, color=color, linewidth=0.6, alpha=0.3)
+    window = max(3, len(figures) // _WINDOWS | 1)
+    axes.plot(steps, smooth(figures, window), style, color=color, linewidth=1.6, label=label)
+
+
+def _draw_validation(axes: "Axes", entries: Sequence[Mapping[str, Any]], name: str, label: str, color: str) -> None:
+    steps, figures = thin(_line(entries, name))
+    if steps:
+        size = 6.0 if len(steps) <= _FEW else 3.0
+        axes.plot(steps, figures, ":o", color=color, linewidth=1, markersize=size, markeredgecolor="white", label=label)
+
+
+def _finish(axes: "Axes", *, percent: bool = False) -> None:
+    if percent:
+        axes.set_ylim(-0.03, 1.03)
+        axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f}%")
+    if axes.lines:
+        axes.legend(fontsize=7.5, framealpha=0.8, edgecolor="none", ncols=2)
+    else:
+        _say_nothing(axes)
+
+
+def _say_nothing(axes: "Axes") -> None:
+    axes.set_yticks([])
+    axes.text(0.5, 0.5, "not recorded", transform=axes.transAxes, ha="center", va="center", color=GRAY)
+
+
+def _line(entries: Sequence[Mapping[str, Any]], name: str) -> Line:
+    """Steps and figures of the entries in which a figure is known."""
+    points = [(float(entry["step"]), value) for entry in entries if (value := _number(entry, name)) is not None]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def _number(entry: Mapping[str, Any], name: str) -> float | None:
+    value = entry.get(name)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    return float(value) if abs(value) < _LARGEST else None
+
+
+def _mean(figures: Sequence[float]) -> float:
+    return math.fsum(figures) / len(figures)
