@@ -141,7 +141,11 @@ def agree(one: str, other: str, kind: str = "exact_match") -> float:
     if kind == "gqa":
         (text, where), (other_text, other_where) = _two_parts(one), _two_parts(other)
         return (float(_is_same(text, other_text)) + _iou(where, other_where)) / 2
-    return 1.0 if kind == "math" and _is_same(one, other) else _judge(other, kind)(one)
+    if kind == "math" and _is_same(one, other):
+        return 1.0
+    if _FORMULA.fullmatch(one):  # either one may say that both are formulas
+        one, other = other, one
+    return _judge(other, kind)(one)
 
 
 def format_reward(completion: str) -> float:
