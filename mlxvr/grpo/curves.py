@@ -27,6 +27,7 @@ _MOST = 1_000  # points of a line
 _FEW = 40  # points of a line: up to here each is marked, and none is smoothed
 _WINDOWS = 30  # the mean is over this part of the run
 _LARGEST = 1e30  # no figure of a training is larger, and sums of such figures would have no end
+_SMOOTH = {"learning_rate"}  # figures that do not jump about
 _PARTS = (
     ("first answer", "first", ORANGE, "-"),
     ("reviewed answer", "second", GREEN, "-"),
@@ -91,11 +92,11 @@ def _draw(figure: "Figure", entries: Sequence[Mapping[str, Any]], title: str) ->
     steps = sum(any(name != "step" and not name.startswith("valid_") for name in entry) for entry in entries)
     size = max(1, math.ceil(steps / _MOST))
     for axes in panels[-1]:
-        axes.set_xlabel("step" if size == 1 else f"step (a point is the mean of up to {size:,})")
+        axes.set_xlabel("step" if size == 1 else f"step (means of {size:,} steps)")
     first, last = float(entries[0]["step"]), float(entries[-1]["step"])
-    margin = max(0.5, 0.02 * (last - first))
+    margin = max(1.0, 0.02 * (last - first))
     panels[0][0].set_xlim(first - margin, last + margin)
-    panels[0][0].xaxis.get_major_locator().set_params(integer=True)
+    panels[0][0].xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     if title:
         figure.suptitle(title)
 
@@ -169,8 +170,9 @@ def _draw_curve(
     steps, figures = thin(_line(entries, name))
     if not steps:
         return
-    if len(steps) <= _FEW:
-        axes.plot(steps, figures, style, color=color, linewidth=1.5, marker=marker, label=label)
+    if len(steps) <= _FEW or name in _SMOOTH:
+        mark = marker if len(steps) <= _FEW else ""
+        axes.plot(steps, figures, style, color=color, linewidth=1.5, marker=mark, label=label)
         return
     axes.plot(steps, figures, color=color, linewidth=0.6, alpha=0.3)
     window = max(3, len(figures) // _WINDOWS | 1)
