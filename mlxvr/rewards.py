@@ -44,7 +44,7 @@ from mlxvr.dataset import Row
 from mlxvr.errors import ConfigError, DataError
 from mlxvr.intervals import best_iou, find_interval, segments_of, temporal_iou
 
-__all__ = ["Reward", "RewardFunction", "Weights", "agree", "answers", "format_reward", "load_reward", "score"]
+__all__ = ["Reward", "RewardFunction", "Weights", "agree", "answers", "format_reward", "load_reward", "most", "score"]
 
 _BOX, _THINK, _END_THINK = "\\boxed{", "<think>", "</think>"
 _BRACES = re.compile(r"\\boxed\{|[{}]")
@@ -122,6 +122,11 @@ def score(completion: str, answer: Any, kind: str = "exact_match", *, weights: W
     fallback = float(second > _SURE and said_first.startswith(_DECLINES))
     total = weights.first * first + weights.second * second + weights.format * well_formed + weights.fallback * fallback
     return Reward(total=total, first=first, second=second, format=well_formed, fallback=fallback)
+
+
+def most(kind: str) -> float:
+    """The most that an answer can earn, unweighted: 2 for "gqa", which is the sum of two parts, else 1."""
+    return 2.0 if kind == "gqa" else 1.0
 
 
 def answers(completion: str) -> tuple[str, str]:

@@ -30,6 +30,7 @@ from mlxvr.dataset import Row, to_record
 from mlxvr.errors import Cancelled, ConfigError, DataError, MediaError
 from mlxvr.ledger import Ledger, read_entries, write_atomically
 from mlxvr.media.spec import VisionSpec
+from mlxvr.rewards import most, score
 
 if TYPE_CHECKING:
     from mlxvr.model.network import VideoModel
@@ -37,8 +38,6 @@ if TYPE_CHECKING:
 __all__ = ["FilterReport", "Sampler", "Sampling", "filter_rows", "make_sampler", "progress_file"]
 
 Sampler = Callable[[Row, int], Sequence[str]]  # of a row and a seed: the texts of its completions
-
-_MOST = {"exact_match": 1.0, "math": 1.0, "iou": 1.0, "gqa": 2.0}  # what a second answer can earn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -286,8 +285,6 @@ def _seed(seed: int, row: Row) -> int:
 
 def _earned(row: Row, texts: Sequence[str], samples: int) -> list[float]:
     """What the second answers earn, unweighted."""
-    from mlxvr.rewards import score
-
     if len(texts) != samples:
         raise ConfigError(f"{row.line}: the sampler made {len(texts)} completions: expected {samples}")
     return [float(score(text, row.answer, row.kind).second) for text in texts]
@@ -314,7 +311,7 @@ def _decide(
             unlabelled += 1
             records.append(record)
         elif earned is not None:
-            right = sum(one >= threshold * _MOST[row.kind] for one in earned)
+            right = sum(one >= threshold * most(row.kind) for one in earned)
             never += right == 0
             always += right == samples
             if 0 < right < samples:

@@ -20,6 +20,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlxvr.errors import CheckpointError, ConfigError
+from mlxvr.grpo.config import PROJECTIONS
 from mlxvr.model.adapter import LORA_PARTS, Adapter, add_layers, apply_adapter, find_layers, swap_modules
 from mlxvr.model.network import VideoModel
 
@@ -33,8 +34,6 @@ __all__ = [
     "save_adapter",
     "snapshot",
 ]
-
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True, kw_only=True)

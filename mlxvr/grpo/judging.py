@@ -1,0 +1,96 @@
+"""What the completions of a group earn: the paper's reward, the user's own, or one that needs no labels."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mlxvr.errors import ConfigError, DataError
+from mlxvr.grpo.labelfree import GroupAnswer, agreement, coherence, group_answer, label_free_reward
+from mlxvr.grpo.rollout import Rollout
+from mlxvr.model.network import VideoModel
+from mlxvr.rewards import Reward, RewardFunction, Weights, score
+
+__all__ = ["Judge", "Judgement"]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Judgement:
+    """What a group earned.
+
+    Attributes:
+        rewards: of each completion.
+        parts: scores (G,) of a row without an answer, by name; empty for others.
+        unlabelled: what such a group says, for the guard; None for others.
+    """
+
+    rewards: Sequence[Reward]
+    parts: dict[str, np.ndarray]
+    unlabelled: GroupAnswer | None = None
+
+    @property
+    def totals(self) -> np.ndarray:
+        """float64 (G,)."""
+        return np.array([reward.total for reward in self.rewards])
+
+
+class Judge:
+    """Judges groups, as the settings say."""
+
+    def __init__(
+        self, *, weights: Weights, own: RewardFunction | None = None, label_free: Sequence[str] = (), temperature: float
+    ):
+        """Set the rules.
+
+        Args:
+            weights: of the reward's parts.
+            own: takes the place of the paper's reward.
+            label_free: what scores rows without an answer, of `labelfree.PARTS`.
+            temperature: that completions are sampled at.
+        """
+        self._weights = weights
+        self._own = own
+        self._label_free = tuple(label_free)
+        self._temperature = temperature
+
+    def judge(self, model: VideoModel, group: Rollout) -> Judgement:
+        """Judge the completions of a row.
+
+        Raises:
+            DataError: the row has no answer and nothing judges such rows, its answer has the wrong form, or the user's
+                own function returned something that is no reward; the message begins with the row's line.
+            ConfigError: the row needs a package that is not installed.
+        """
+        row = group.prompt.row
+        if self._own is not None:
+            return Judgement(rewards=[self._ask_own(self._own, text, group) for text in group.texts], parts={})
+        if row.answer is not None:
+            try:
+                rewards = [score(text, row.answer, row.kind, weights=self._weights) for text in group.texts]
+            except DataError as error:
+                raise DataError(f"{row.line}: {error}") from error
+            return Judgement(rewards=rewards, parts={})
+        if not self._label_free:
+            raise DataError(f"{row.line}: the row has no answer: add it, or use --reward agreement,coherence")
+        parts = {}
+        if "agreement" in self._label_free:
+            parts["agreement"] = agreement(group.texts, row.kind)
+        if "coherence" in self._label_free:
+            parts["coherence"] = coherence(model, group, temperature=self._temperature)
+        rewards = label_free_reward(parts, group.texts, row.kind, weights=self._weights)
+        return Judgement(rewards=rewards, parts=parts, unlabelled=group_answer(row, group.texts))
+
+    def _ask_own(self, function: RewardFunction, text: str, group: Rollout) -> Reward:
+        row = group.prompt.row
+        try:
+            said = function(text, row)
+        except Exception as error:  # a user's function may raise anything
+            told = " ".join(str(error).split())
+            raise ConfigError(f"{row.line}: the reward function failed ({type(error).__name__}: {told})") from error
+        if isinstance(said, Reward):
+            return said
+        if isinstance(said, bool | int | float) and math.isfinite(said):
+            nan = math.nan
+            return Reward(total=float(said), first=nan, second=nan, format=nan, fallback=nan)
+        raise DataError(f"{row.line}: the reward function returned {said!r}: a finite number or a Reward is needed")

@@ -1,0 +1,131 @@
+"""What a run needs to go on bit for bit: adapter weights, the optimizer's moments, and how far it is.
+
+Order and samples follow from the seed, the step's number and the rows' ids, so no random state has to be kept. All of
+it is one safetensors file that is replaced in one step: a killed run finds the last saving whole.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.optimizers as optim
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlxvr.errors import CheckpointError, ConfigError
+from mlxvr.grpo.lora import lora_weights
+from mlxvr.model.adapter import find_layers
+from mlxvr.model.network import VideoModel
+
+__all__ = ["Progress", "load_state", "save_state", "state_file"]
+
+_NOTES = "mlxvr_train"
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """How far a run is.
+
+    Attributes:
+        step: steps that are done.
+        run: the settings that decide what the steps do; another run cannot go on from here.
+        best: the highest validation reward, None before the first.
+        best_step: the steps that had been done then.
+        skipped: rows that could not be used, by id.
+        guard: the state of what watches training without labels.
+    """
+
+    step: int = 0
+    run: dict[str, Any] = field(default_factory=dict)
+    best: float | None = None
+    best_step: int = 0
+    skipped: dict[str, str] = field(default_factory=dict)
+    guard: dict[str, Any] = field(default_factory=dict)
+
+
+def state_file(output: Path) -> Path:
+    """Where a run in `output` keeps its state."""
+    return output / "state" / "state.safetensors"
+
+
+def save_state(
+    output: Path,
+    model: VideoModel,
+    optimizer: optim.Optimizer,
+    progress: Progress,
+    *,
+    reference: Mapping[str, mx.array] | None = None,
+) -> None:
+    """Write the state of a run, atomically.
+
+    Args:
+        output: the run's folder.
+        model: with LoRA layers.
+        optimizer: with the moments of their weights.
+        progress: how far it is.
+        reference: the adapter that the reference policy has, if any.
+
+    Raises `ConfigError` when it cannot be written.
+    """
+    path = state_file(output)
+    arrays = {f"adapter/{name}": array for name, array in lora_weights(model).items()}
+    arrays |= {f"optimizer/{name}": array for name, array in cast("list[Any]", tree_flatten(optimizer.state))}
+    arrays |= {f"reference/{name}": array for name, array in (reference or {}).items()}
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.safetensors")  # MLX insists on the ending
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        mx.save_safetensors(str(temporary), arrays, {_NOTES: json.dumps(asdict(progress))})
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        raise ConfigError(
+            f"the state cannot be written to {path}: {error}; make room, or use another output"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_state(
+    output: Path, model: VideoModel, optimizer: optim.Optimizer
+) -> tuple[Progress, dict[str, mx.array] | None]:
+    """Put a saved state into model and optimizer.
+
+    Args:
+        output: the run's folder.
+        model: with LoRA layers of the same shapes.
+        optimizer: of the same kind.
+
+    Returns:
+        How far the run is, and the reference policy's adapter or None.
+
+    Raises:
+        ConfigError: there is no state.
+        CheckpointError: it is damaged or that of another model.
+    """
+    path = state_file(output)
+    if not path.is_file():
+        raise ConfigError(f"{output} holds no state to resume from: leave --resume out, or give the folder of a run")
+    try:
+        loaded = mx.load(str(path), format="safetensors", return_metadata=True)
+        arrays, notes = cast("tuple[dict[str, mx.array], dict[str, str]]", loaded)
+        progress = Progress(**json.loads(notes[_NOTES]))
+        mx.eval(arrays)
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} cannot be read as the state of a run ({error}): start the run anew") from error
+    parts: dict[str, dict[str, mx.array]] = {"adapter": {}, "optimizer": {}, "reference": {}}
+    for name, array in arrays.items():
+        part, _, rest = name.partition("/")
+        parts[part][rest] = array
+    now = lora_weights(model)
+    if {name: array.shape for name, array in now.items()} != {n: a.shape for n, a in parts["adapter"].items()}:
+        raise CheckpointError(f"{path} is the state of another model or adapter: give the settings that it began with")
+    layers = find_layers(model.network)
+    for name, array in parts["adapter"].items():
+        module, _, kind = name.rpartition(".")
+        layers[module][kind] = array
+    optimizer.state = tree_unflatten(list(parts["optimizer"].items()))
+    return progress, parts["reference"] or None

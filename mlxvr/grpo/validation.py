@@ -1,0 +1,111 @@
+"""How a model answers rows that it does not learn from: greedily, once, and judged for both answers.
+
+One completion of a row says what direct, think and auto would give: the early exit changes where the answer ends, not
+what comes before it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mlxvr.asking import Outcome, think_once
+from mlxvr.confidence import should_exit
+from mlxvr.dataset import Row
+from mlxvr.grpo.rollout import Completion, Rollout
+from mlxvr.model.decode import Token
+from mlxvr.model.network import VideoModel
+from mlxvr.rewards import Weights, most, score
+
+__all__ = ["RIGHT", "Judged", "judge_answer", "look_at", "summarise"]
+
+RIGHT = 0.7  # share of what can be earned from which an answer counts as right, as in the reward
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """One answered row; accuracies are 1.0 or 0.0.
+
+    Attributes:
+        first, second: whether the two answers were right.
+        auto: whether the answer was that stands at the threshold.
+        confidence: of the first answer; None: it has none.
+        reasoned: whether auto reasons.
+        tokens: that auto writes.
+        format: whether the format was kept.
+        reward: the paper's.
+    """
+
+    first: float
+    second: float
+    auto: float
+    confidence: float | None
+    reasoned: float
+    tokens: int
+    format: float
+    reward: float
+
+
+def look_at(model: VideoModel, row: Row, completion: Completion) -> Outcome:
+    """Read a completion as the reasoner would: the direct answer, its confidence, and where it ends."""
+    outcome = Outcome()
+    tokens = [Token(*pair) for pair in zip(completion.ids.tolist(), completion.logprobs.tolist())]
+    opening = model.tokenizer.encode(row.answer_opening, literal=(0, len(row.answer_opening)))
+    for _ in think_once(
+        tokens,
+        model.tokenizer.decode,
+        outcome,
+        mode="think",
+        threshold=1.0,
+        max_tokens=len(tokens) + 1,
+        stop_ids=model.eos_ids,
+        opening_ids=opening,
+    ):
+        pass
+    return outcome
+
+
+def judge_answer(model: VideoModel, group: Rollout, *, threshold: float, weights: Weights) -> Judged:
+    """Judge the one greedy completion of a labelled row.
+
+    Args:
+        model: that wrote it.
+        group: with one completion.
+        threshold: confidence from which the first answer stands.
+        weights: of the reward.
+    """
+    row, completion = group.prompt.row, group.completions[0]
+    outcome = look_at(model, row, completion)
+    earned = score(group.texts[0], row.answer, row.kind, weights=weights)
+    first, second = (float(part > RIGHT * most(row.kind)) for part in (earned.first, earned.second))
+    stands = should_exit(outcome.scored, threshold)
+    return Judged(
+        first=first,
+        second=second,
+        auto=first if stands else second,
+        confidence=None if outcome.scored is None else outcome.scored.confidence,
+        reasoned=float(not stands),
+        tokens=outcome.first_answer_tokens if stands else len(completion.ids),
+        format=earned.format,
+        reward=earned.total,
+    )
+
+
+def summarise(judged: Sequence[Judged]) -> Mapping[str, float | None]:
+    """Means over rows, by the names that they have in `metrics.jsonl`."""
+    confidences = [one.confidence for one in judged if one.confidence is not None]
+
+    def mean(name: str) -> float:
+        return float(np.mean([getattr(one, name) for one in judged]))
+
+    return {
+        "valid_first_accuracy": mean("first"),
+        "valid_second_accuracy": mean("second"),
+        "valid_auto_accuracy": mean("auto"),
+        "valid_confidence": float(np.mean(confidences)) if confidences else None,
+        "valid_think_ratio": mean("reasoned"),
+        "valid_tokens": mean("tokens"),
+        "valid_format": mean("format"),
+        "valid_reward": mean("reward"),
+        "valid_rows": len(judged),
+    }
