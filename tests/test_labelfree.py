@@ -95,7 +95,7 @@ def test_formulas_agree_by_their_value() -> None:
     pytest.importorskip("math_verify")
     texts = [said("1/2", "0.5"), said("$\\frac{1}{2}$", "1/2"), said("0.5", "2")]
     np.testing.assert_allclose(agreement(texts, "math"), [1, 1, 0])
-    written = [said("$2\\sqrt{2}$", "2\\sqrt{2}"), said("2\\sqrt{2}", "$2\\sqrt{2}$")]  # which is first does not matter
+    written = [said("$\\sqrt{8}$", "2\\sqrt{2}"), said("2\\sqrt{2}", "$\\sqrt{8}$")]  # which is first does not matter
     np.testing.assert_allclose(agreement(written, "math"), [1, 1])
     np.testing.assert_allclose(agreement(written[::-1], "math"), [1, 1])
 
@@ -419,6 +419,9 @@ def test_rows_that_come_again_count_once() -> None:
     assert list(feed(guard, range(3, 5), answer="B")) == [3]
     assert guard.observe([group(4, "C")], 0.5) is None  # the row's newer answer
     assert [one["row"] for one in guard.state()["answers"]] == ["r1", "r2", "r3", "r4"]
+    feed(guard, range(1, 2))  # now the last
+    feed(guard, range(5, 6))
+    assert [one["row"] for one in guard.state()["answers"]] == ["r3", "r4", "r1", "r5"]
 
 
 def test_one_question_may_have_one_answer() -> None:
