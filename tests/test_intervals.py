@@ -106,6 +106,7 @@ def test_numbers_too_large_to_compare():
     endless = find_interval(f"[0, {'9' * 400}]")
     assert endless == (0, math.inf)
     assert temporal_iou(endless, (0, 10)) == 0
+    assert temporal_iou(endless, endless) == 0
     assert temporal_iou((math.inf, math.inf), (0, 10)) == 0
 
 

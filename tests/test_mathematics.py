@@ -120,9 +120,12 @@ def test_a_formula_that_never_ends_is_cut_off(installed):
 def test_answers_and_failures(fake):
     assert fake.are_equal("7", "7") is True
     assert fake.are_equal("8", "7") is False
+    process = fake._ask.__self__._process
     for bad in ("fail 7", "exit 7"):
+        assert fake._ask.__self__._process is process, "a failure costs no new start"
         assert fake.are_equal(bad, "7") is False
         assert fake.are_equal("7", "7") is True, "the next one is answered"
+    assert fake._ask.__self__._process is not process
 
 
 def test_the_limit_is_for_each_question(fake):
@@ -180,14 +183,14 @@ def run(stand_in, code, **options):
     script = "from mlxvr.mathematics import are_equal\n" + textwrap.dedent(code)
     paths = os.pathsep.join(map(str, (stand_in, ROOT)))
     done = subprocess.run(
-        [sys.executable, "-c", script],
+        [sys.executable, "-W", "error", "-c", script],
         env={**os.environ, "PYTHONPATH": paths},
         capture_output=True,
         text=True,
         timeout=60,
         **options,
     )
-    assert done.returncode == 0, done.stderr
+    assert (done.returncode, done.stderr) == (0, ""), "nothing is left running or open"
     return done.stdout
 
 
