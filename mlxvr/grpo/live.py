@@ -177,7 +177,7 @@ class LiveView:
             ("tokens", _whole(last, "tokens_mean", 6)),
             ("longest", _whole(last, "tokens_max", 6)),
             ("tokens/s", _whole(last, "tokens_per_second", 6)),
-            ("peak memory", _gigabytes(last)),
+            ("memory", _gigabytes(last)),
         )
         return [head, reward, answers, update, cost, self._validation(self._valid)]
 
@@ -223,7 +223,7 @@ class LiveView:
         try:
             self._out.write(text.encode(encoding, "replace").decode(encoding))
             self._out.flush()
-        except (OSError, ValueError):
+        except (OSError, ValueError, LookupError):
             self._is_closed = True
 
 
@@ -278,7 +278,8 @@ def _flow(parts: Iterable[_Part], width: int) -> list[list[_Part]]:
     lines: list[list[_Part]] = []
     for part in parts:
         if len(part.plain()) > width:
-            part = _Part("", part.plain()[:width])
+            value = part.value.strip()
+            part = _Part("", _Part(part.label[: max(0, width - len(value) - 1)], value).plain()[:width])
         if lines and _width([*lines[-1], part]) <= width:
             lines[-1].append(part)
         else:

@@ -1,0 +1,316 @@
+"""The live view of a training run: what a terminal shows of it, read by a small terminal of our own."""
+
+import io
+import os
+import re
+import time
+
+import numpy as np
+import pytest
+
+from mlxvr.grpo.live import LiveView, duration, sparkline
+
+STEP = {
+    "step": 1,
+    "loss": 0.01,
+    "kl": 0.00123,
+    "reward": 1.734,
+    "reward_std": 0.41,
+    "format": 0.991,
+    "first_accuracy": 0.5,
+    "second_accuracy": 0.7125,
+    "think_ratio": 0.62,
+    "tokens_mean": 143.4,
+    "tokens_max": 1256,
+    "grad_norm": 0.53,
+    "learning_rate": 1e-5,
+    "tokens_per_second": 812.2,
+    "peak_memory": 14.2 * 2**30,
+}
+VALID = {
+    "step": 20,
+    "valid_first_accuracy": 0.51,
+    "valid_second_accuracy": 0.69,
+    "valid_auto_accuracy": 0.68,
+    "valid_confidence": 0.8125,
+    "valid_think_ratio": 0.55,
+    "valid_tokens": 131,
+    "valid_format": 1.0,
+    "valid_reward": 2.1,
+    "valid_rows": 300,
+}
+
+
+class Screen(io.StringIO):
+    """A terminal of some columns: `lines()` is what it shows after everything that was written."""
+
+    encoding = "utf-8"
+
+    def isatty(self):
+        return True
+
+    def lines(self, columns):
+        cells, row, column = {}, 0, 0
+        for part in re.findall(r"\x1b\[\d*[a-zA-Z]|.", self.getvalue(), re.DOTALL):
+            if part == "\n":
+                row, column = row + 1, 0
+            elif part == "\r":
+                column = 0
+            elif part == "\x1b[J":
+                cells = {at: char for at, char in cells.items() if at < (row, column)}
+            elif part.startswith("\x1b") and part.endswith("A"):
+                row = max(0, row - int(part[2:-1]))
+            elif part.startswith("\x1b"):
+                assert part.endswith("m"), f"{part!r} is not known to this terminal"
+            else:
+                if column == columns:
+                    row, column = row + 1, 0
+                cells[row, column] = part
+                column += 1
+        shown = ["".join(cells.get((at, place), " ") for place in range(columns)).rstrip() for at in range(row + 1)]
+        return shown[:-1] if not shown[-1] else shown
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch):
+    """Seconds, as a list of one; and a terminal of 100 columns without settings of the user's."""
+    now = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    for name in ("NO_COLOR", "TERM"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("LINES", "24")
+    return now
+
+
+def test_a_terminal_shows_every_figure_once(clock):
+    screen = Screen()
+    with LiveView(200, screen) as view:
+        view.update({**VALID, "step": 0})
+        for step in range(1, 51):
+            clock[0] += 12
+            view.update({**STEP, "step": step, "reward": 1 + step / 50})
+        view.update({**STEP, **VALID, "step": 51, "reward": 1.5})
+    lines = screen.lines(100)
+    history = re.fullmatch("reward  1.500  ([▁-█]{32})  spread in a group 0.410", lines.pop(1))[1]
+    assert list(history[:-1]) == sorted(history[:-1])
+    assert (history[0], history[-2], history[-1]) == ("▁", "█", "▇")  # the last is the mean of 2.0 and 1.5: 7 of 8 high
+    assert lines == [
+        "step 51 of 200  ██████░░░░░░░░░░░░░░░░░░   26%  elapsed 10:00  left 29:13",  # 600 s / 51 * 149
+        "first  50.0%  second  71.2%  think  62.0%  format  99.1%",
+        "kl 0.00123  grad norm    0.53  learning rate   1e-05",
+        "tokens    143  longest  1,256  tokens/s    812  memory 14.2 GiB",
+        "validation at 51:  first 51.0%  second 69.0%  auto 68.0%  confidence 0.812  think 55.0%  tokens 131",
+        "format 100.0%  reward 2.100",
+    ]
+
+
+def test_notes_stay_above_the_view():
+    screen = Screen()
+    view = LiveView(10, screen)
+    view.note("a note before the first step")
+    view.update(STEP)
+    view.note("saved\nat step 1 \x1b[2J")
+    view.update({**STEP, "step": 2})
+    lines = screen.lines(100)
+    assert lines[:3] == ["a note before the first step", "saved", "at step 1  [2J"]
+    assert lines[3].startswith("step 2 of 10  ")
+    assert len(lines) == 3 + 5
+
+
+@pytest.mark.parametrize("columns", [1, 7, 20, 33, 60, 80, 100, 250])
+@pytest.mark.parametrize("rows", [2, 5, 50])
+def test_the_view_fits_its_terminal(monkeypatch, columns, rows):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("LINES", str(rows))
+    screen = Screen()
+    view = LiveView(123_456, screen)
+    for step in range(1, 40):
+        view.update({**STEP, **VALID, "step": step})
+    written = re.sub(r"\x1b\[\d*[a-zA-Z]|\r", "", screen.getvalue()).split("\n")
+    assert max(len(line) for line in written) <= max(1, columns - 1)
+    lines = screen.lines(columns)
+    assert len(lines) <= rows - 1
+    if columns >= 20 and rows == 50:
+        assert lines[0].startswith("step 39 of 123,456")
+        shown = " ".join(" ".join(lines).split())
+        for figure in ("50.0%", "71.2%", "62.0%", "99.1%", "1e-05", "812", "14.2 GiB", "51.0%", "0.812", "2.100"):
+            assert figure in shown
+
+
+def test_a_narrower_terminal_is_cleared_as_a_whole(monkeypatch):
+    """Lines of 80 columns take two rows each on a terminal of 50: a row left behind would show the old step."""
+    screen = Screen()
+    view = LiveView(200, screen)
+    view.update(STEP)
+    height = [len(line) for line in screen.lines(100)]
+    monkeypatch.setenv("COLUMNS", "50")
+    before = len(screen.getvalue())
+    view.update({**STEP, "step": 2})
+    up = int(re.match(r"\x1b\[(\d+)A", screen.getvalue()[before:])[1])
+    assert up == sum(-(-length // 50) for length in height) > len(height)
+
+
+def test_elsewhere_there_is_a_plain_line_for_every_entry(clock):
+    out = io.StringIO()
+    with LiveView(200, out) as view:
+        view.update({**VALID, "step": 0})
+        clock[0] += 10
+        view.update(STEP)
+        view.note("saved run/best")
+        clock[0] += 30
+        view.update({**STEP, **VALID, "step": 2})
+    figures = (
+        "reward 1.734  first 50.0%  second 71.2%  think 62.0%  format 99.1%  tokens 143  kl 0.00123  grad 0.53  "
+        "lr 1e-05  tokens/s 812  memory 14.2 GiB"
+    )
+    valid = (
+        "first 51.0%  second 69.0%  auto 68.0%  confidence 0.812  think 55.0%  tokens 131  format 100.0%  reward 2.100"
+    )
+    assert out.getvalue().splitlines() == [
+        f"validation at 0:  {valid}",
+        f"step 1/200  {figures}  left 33:10",
+        "saved run/best",
+        f"step 2/200  {figures}  left 1:06:00  validation at 2:  {valid}",
+    ]
+
+
+def test_a_dumb_terminal_gets_plain_lines(monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    screen = Screen()
+    LiveView(10, screen).update(STEP)
+    assert "\x1b" not in screen.getvalue()
+
+
+def test_no_color(monkeypatch):
+    monkeypatch.setenv("NO_COLOR", "1")
+    screen = Screen()
+    LiveView(10, screen).update(STEP)
+    assert "\x1b" not in screen.getvalue()
+    monkeypatch.delenv("NO_COLOR")
+    other = Screen()
+    LiveView(10, other).update(STEP)
+    assert "\x1b[2mreward\x1b[22m" in other.getvalue()
+    assert other.lines(100) == screen.lines(100)
+
+
+@pytest.mark.parametrize("kind", [Screen, io.StringIO])
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {},
+        {"step": None},
+        {"step": 1},
+        {"step": 1, "reward": None, "kl": float("nan"), "loss": float("inf")},
+        dict.fromkeys({**STEP, **VALID}),
+        dict.fromkeys({**STEP, **VALID}, "?"),
+        dict.fromkeys({**STEP, **VALID}, 1e308),
+        dict.fromkeys({**STEP, **VALID}, -(10**400)),
+        {name: [1] for name in {**STEP, **VALID}},
+        {name: np.float32(1) for name in {**STEP, **VALID}},
+        {**STEP, "step": 10**9},
+        {**STEP, "step": -5},
+        {5: 1, "step": 1},
+    ],
+    ids=range(13),
+)
+@pytest.mark.parametrize("total", [0, 10])
+def test_odd_entries_do_not_end_a_run(kind, entry, total):
+    out = kind()
+    with LiveView(total, out) as view:
+        for one in (entry, STEP, entry, {**STEP, "reward": 1e308}, VALID, entry):
+            view.update(one)
+        view.note("")
+    for word in ("nan", "inf", "None"):
+        assert word not in out.getvalue()
+
+
+def test_figures_that_are_missing_are_left_out():
+    out = io.StringIO()
+    LiveView(10, out).update({"step": 3, "reward": 1.5, "kl": None, "grad_norm": float("nan")})
+    assert out.getvalue() == "step 3/10  reward 1.500  left 0:00\n"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
+def test_ascii_where_blocks_cannot_be_shown(encoding):
+    screen = Screen()
+    screen.encoding = encoding
+    view = LiveView(10, screen)
+    view.note("ready ✓")
+    for step in range(1, 6):
+        view.update({**STEP, "step": step, "reward": step})
+    screen.getvalue().encode(encoding)
+    note, head, reward, *_ = screen.lines(100)
+    shown = ("✓", "█" * 12 + "░" * 12, "▁▃▅▇█") if encoding == "utf-8" else ("?", "#" * 12 + "-" * 12, "_-=*#")
+    assert (note[-1], head.split()[4], reward.split()[2]) == shown
+
+
+def test_a_terminal_that_is_gone_does_not_end_a_run():
+    class Gone(Screen):
+        def write(self, _):
+            raise OSError(5, "Input/output error")
+
+    for out in (Gone(), io.StringIO()):
+        view = LiveView(10, out)
+        if not isinstance(out, Gone):
+            out.close()
+        view.update(STEP)
+        view.note("x")
+        view.close()
+
+
+def test_nothing_is_shown_after_the_end():
+    screen = Screen()
+    view = LiveView(10, screen)
+    view.update(STEP)
+    view.close()
+    view.close()
+    before = screen.getvalue()
+    view.update(STEP)
+    view.note("x")
+    assert screen.getvalue() == before
+
+
+def test_a_run_that_goes_on_times_its_own_steps(clock):
+    screen = Screen()
+    earlier = [{**STEP, "step": step, "reward": 1.0} for step in range(1, 101)] + [{**VALID, "step": 100}]
+    view = LiveView(110, screen, history=earlier)
+    clock[0] += 6
+    view.update({**STEP, "step": 101, "reward": 3.0})
+    lines = screen.lines(100)
+    assert lines[0].endswith("92%  elapsed 0:06  left 0:54")  # 9 steps of 6 s
+    assert lines[1][15:47] == "▁" * 31 + "█"
+    assert lines[-2].startswith("validation at 100:  first 51.0%")
+
+
+def test_the_size_of_a_real_terminal_is_asked():
+    import fcntl
+    import struct
+    import termios
+
+    main, side = os.openpty()
+    try:
+        fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 40, 0, 0))
+        with os.fdopen(side, "w", encoding="utf-8") as out:
+            LiveView(200, out).update(STEP)
+            shown = os.read(main, 10_000).decode()
+    finally:
+        os.close(main)
+    widths = [len(line) for line in re.sub(r"\x1b\[\d*[a-zA-Z]", "", shown).split("\r\n")]
+    assert 30 <= max(widths) <= 39
+
+
+def test_sparkline():
+    assert sparkline([], 10) == sparkline([1.0], 10) == sparkline([1.0, 2.0], 0) == ""
+    assert sparkline([0, 1, 2, 3, 4, 5, 6, 7], 8) == "▁▂▃▄▅▆▇█"
+    assert sparkline([0, 1, 2, 3, 4, 5, 6, 7], 4) == "▁▃▆█"  # 0.5, 2.5, 4.5, 6.5
+    assert sparkline([3.0, 3.0, 3.0], 8) == "▅▅▅"
+    assert sparkline([-1, 1], 8, "ab") == "ab"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0:00"), (7.4, "0:07"), (59.6, "1:00"), (751, "12:31"), (11_112, "3:05:12"), (187_512, "2d 4:05:12")],
+)
+def test_duration(seconds, text):
+    assert duration(seconds) == text
