@@ -12,7 +12,7 @@ from mlxvr.dataset import Row, load_rows, make_locator, make_row, scan_rows, str
 from mlxvr.errors import DataError
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-from shellgame.clips import held_out_set
+from shellgame.clips import held_out_set, training_set
 
 QUESTION = {"id": "a", "video": "a.mp4", "question": "Which cup?", "options": ["left", "right"], "answer": "B"}
 MATH = {"id": "m", "question": "What is 2 + 2?", "answer": "4", "kind": "math"}
@@ -300,10 +300,20 @@ def test_the_bundled_clips_are_a_dataset():
     assert {row.kind for row in rows} == {"exact_match", "iou", "gqa"}
 
 
-def test_the_shell_game_writes_datasets(write):
-    records = [record for _, _, lines in held_out_set(seed=7, clips=64) for record in lines]
+@pytest.mark.parametrize(("make", "seed"), [(held_out_set, 7), (training_set, 13)])
+def test_the_shell_game_writes_datasets(write, make, seed):
+    """Every record is a row. With these seeds a single moment, `[6.8, 6.8]`, comes up first, and is drawn again."""
+    records = [record for _, _, lines in make(seed, 64) for record in lines]
     found = list(scan_rows(write(*records)))
-    good = [row.id for row in found if isinstance(row, Row)]
-    points = [record["id"] for record in records if record["answer"] == "[6.8, 6.8]"]  # seen in one pair of frames
-    assert len(points) == 1
-    assert good == [record["id"] for record in records if record["id"] not in points]
+    assert [row.id for row in found if isinstance(row, Row)] == [record["id"] for record in records]
+    assert {row.kind for row in found} == {"exact_match", "iou", "gqa"}
+
+
+def test_a_single_moment_of_the_shell_game_is_refused(write):
+    records = [record for _, _, lines in held_out_set(seed=7, clips=64) for record in lines]
+    times = [number for number, record in enumerate(records) if record["kind"] == "grounding"]
+    assert len(times) > 5
+    records[times[3]]["answer"] = "[6.8, 6.8]"
+    found = list(scan_rows(write(*records)))
+    assert [number for number, row in enumerate(found) if not isinstance(row, Row)] == [times[3]]
+    assert f"d.jsonl:{times[3] + 1}: answer is '[6.8, 6.8]'" in str(found[times[3]])

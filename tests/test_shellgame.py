@@ -1,6 +1,7 @@
 """The synthetic world of examples/shellgame: scenes, questions, tokens, clips, and the training forward pass."""
 
 import itertools
+import json
 import random
 import re
 import sys
@@ -294,6 +295,40 @@ def test_sets_are_seeded_and_cover_every_group():
         for record in records:
             if record["group"] == "longer games":
                 assert record["swaps"] > world.TRAINED_SWAPS
+
+
+def test_training_clips_hold_no_sequence_that_is_held_out():
+    """Neither do they repeat held-out clips: another seed of the same number is another set."""
+    first, again = (list(clips.training_set(3, 80)) for _ in range(2))
+    assert first == again
+    assert list(clips.training_set(4, 80)) != first
+    shorter = list(clips.training_set(3, 16))
+    assert shorter == first[:16], "a longer set begins as a shorter one"
+
+    held_out = list(clips.held_out_set(3, 80))
+    scenes = [spec.scene for _, spec, _ in held_out]
+    assert all(spec.scene not in scenes for _, spec, _ in first)
+    assert not {name for name, *_ in first} & {name for name, *_ in held_out}, "both fit into one folder"
+
+    sequences = [
+        [swap.slots for swap in spec.scene.swaps]
+        for seed in range(5)
+        for _, spec, _ in clips.training_set(seed, 80)
+        if isinstance(spec.scene, world.ShellGame)
+    ]
+    assert {len(pairs) for pairs in sequences} == set(range(world.TRAINED_SWAPS + 1))
+    assert not any(world.sequence_held_out(pairs) for pairs in sequences)
+    groups = {record["group"] for *_, records in first for record in records}
+    assert groups == {"perception", "counting", "easy", "tracking"}
+
+
+def test_the_sets_of_the_command_line(tmp_path):
+    for name, make in (("training", clips.training_set), ("held-out", clips.held_out_set)):
+        assert clips.main([str(tmp_path / name), "--set", name, "--count", "1", "--seed", "5"]) == 0
+        lines = (tmp_path / name / "clips.jsonl").read_text().splitlines()
+        written = [json.loads(line) for line in lines]
+        assert written == [record for *_, records in make(5, 1) for record in records]
+        assert all((tmp_path / name / record["video"]).stat().st_size for record in written)
 
 
 # ---- what only training needs
