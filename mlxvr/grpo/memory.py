@@ -1,0 +1,535 @@
+"""How much memory a training step needs, worked out before it starts.
+
+Pure arithmetic from the model's settings: no array is made. A step has passes that follow each other (vision tower,
+prefill, decoding, the gradient's head, the gradient's layers, the optimizer), and the peak is what always stays plus
+the largest of them. What a pass holds was read off its graph, array by array; the lists are in the functions below.
+
+MLX prepares work faster than the device does it, and what waits in line has its memory already. So the backward pass of
+a layer counts with nothing given back yet. `mx.set_memory_limit` shortens the line: measured with a limit below what is
+needed, the same passes took up to 40% less.
+"""
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from mlxvr.errors import OutOfMemoryError
+from mlxvr.grpo.lora import PROJECTIONS, lora_weights
+from mlxvr.model.adapter import find_layers
+from mlxvr.model.network import VideoModel
+
+__all__ = ["MemoryEstimate", "Workload", "estimate", "estimate_training"]
+
+_LORA = 4  # LoRA matrices and what they multiply are float32
+_QUERIES_AT_ONCE, _SCORES_AT_ONCE, _LOGITS_AT_ONCE = 256, 2**25, 2**25  # of `forward`
+_PATCHES_AT_ONCE, _VISION_SCORES_AT_ONCE = 16_384, 2**28  # of `network`
+_CACHE_STEP = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """What is to be done; sizes in tokens or bytes.
+
+    Attributes:
+        config: `VideoModel.config`.
+        weight_bytes: of the model without adapters.
+        adapter_parameters: numbers in the LoRA matrices.
+        prompt_tokens: of the longest prompt, visual tokens included.
+        visual_tokens: of them.
+        frame_tokens: visual tokens of one temporal row of a clip.
+        group_size: completions of a prompt.
+        completion_tokens: the most tokens of a completion.
+        checkpoint: layers are computed again in the backward pass.
+        beta: weight of the KL divergence.
+        itemsize: bytes of a number that the model computes with.
+        keys: last names of the modules with LoRA.
+        quantized: the language model's weights are packed.
+        accumulate: gradients of several groups are summed.
+        keep_reference: the reference policy has an adapter of its own, kept beside the trained one.
+        prefill_step: prompt tokens that go through the model at once.
+        backend: "cpu", "metal" or "cuda".
+    """
+
+    config: Mapping[str, Any]
+    weight_bytes: int
+    adapter_parameters: int
+    prompt_tokens: int
+    visual_tokens: int
+    frame_tokens: int = 256
+    group_size: int
+    completion_tokens: int
+    checkpoint: bool
+    beta: float
+    itemsize: int
+    keys: tuple[str, ...] = PROJECTIONS
+    quantized: bool = False
+    accumulate: bool = True
+    keep_reference: bool = False
+    prefill_step: int = 2048
+    backend: str = "metal"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryEstimate:
+    """Bytes that a training step needs.
+
+    Attributes:
+        workload: what was asked.
+        weights: of the model, quantized or not.
+        adapters: the LoRA matrices; twice when the reference policy has its own.
+        optimizer: AdamW's two moments, and the sum of the gradients.
+        features: what the vision tower made of the prompt.
+        vision: the vision tower's pass.
+        cache: keys and values of the prompt and all completions.
+        prefill: reading the prompt, its cache aside.
+        decode: one step of all completions, their cache aside.
+        kept: what the gradient pass keeps of all layers until it comes back to them.
+        layer: what one layer's backward pass holds beside that.
+        attention: of `layer` or `kept`: attention scores.
+        head: logits and their gradients.
+        update: new weights and moments before the old ones are gone.
+    """
+
+    workload: Workload
+    weights: int
+    adapters: int
+    optimizer: int
+    features: int
+    vision: int
+    cache: int
+    prefill: int
+    decode: int
+    kept: int
+    layer: int
+    attention: int
+    head: int
+    update: int
+
+    @property
+    def rollout(self) -> int:
+        """Bytes of the rollout: vision tower first, then prefill or decoding beside the cache."""
+        return max(self.vision, self.cache + max(self.prefill, self.decode))
+
+    @property
+    def gradient(self) -> int:
+        """Bytes of the gradient pass."""
+        return self.kept + max(self.layer, self.head)
+
+    @property
+    def peak(self) -> int:
+        """The most bytes at any time."""
+        return self.resident + max(self.rollout, self.gradient, self.update)
+
+    @property
+    def resident(self) -> int:
+        """Bytes that stay all the time."""
+        return self.weights + self.adapters + self.optimizer + self.features
+
+    def describe(self) -> str:
+        """What needs how much, in lines, and what the peak is made of."""
+        rows = [
+            ("weights", self.weights, "of the model"),
+            ("adapters", self.adapters, "LoRA, float32"),
+            ("optimizer", self.optimizer, "two moments and the gradient"),
+            ("visual features", self.features, "of the prompt"),
+            ("rollout", self.rollout, self._rollout_parts()),
+            ("gradient", self.gradient, self._gradient_parts()),
+            ("update", self.update, "new weights and moments beside the old"),
+        ]
+        lines = [f"{name:<16}{_gb(size):>9}  {what}" for name, size, what in rows]
+        lines.append(f"{'peak':<16}{_gb(self.peak):>9}  mostly {self._dominant()}")
+        return "\n".join(lines)
+
+    def alternatives(self) -> list[tuple[str, "MemoryEstimate"]]:
+        """Settings that need less, the one that saves most first: (what to write, what that needs)."""
+        work = self.workload
+        changes: list[tuple[str, Workload]] = []
+        if not work.checkpoint:
+            changes.append(("--gradient-checkpointing", replace(work, checkpoint=True)))
+        if work.group_size > 2:
+            half = work.group_size // 2
+            changes.append((f"--group-size {half}", replace(work, group_size=half)))
+        if work.completion_tokens > 64:
+            half = work.completion_tokens // 2
+            changes.append((f"--max-completion-tokens {half}", replace(work, completion_tokens=half)))
+        if work.visual_tokens > 128:
+            half = work.visual_tokens // 2
+            fewer = replace(work, prompt_tokens=work.prompt_tokens - work.visual_tokens + half, visual_tokens=half)
+            changes.append((f"--video-tokens {half}", fewer))
+        rank = round(work.adapter_parameters / _parameters_per_rank(work)) if work.keys else 0
+        if rank > 4:
+            smaller = replace(work, adapter_parameters=work.adapter_parameters // rank * (rank // 2))
+            changes.append((f"--rank {rank // 2}", smaller))
+        if self.weights > 5 * _numbers(work.config) // 8:
+            four_bits = min(self.weights, _numbers(work.config) * 9 // 16)
+            changes.append(("weights of 4 bits (mlxvr.convert)", replace(work, weight_bytes=four_bits)))
+        options = [(flag, _estimate(changed)) for flag, changed in changes]
+        return sorted((option for option in options if option[1].peak < self.peak), key=lambda option: option[1].peak)
+
+    def refuse_over(self, limit_bytes: int) -> None:
+        """Raise `OutOfMemoryError` when the peak is above a limit; the message says what to lower, and to what end."""
+        if self.peak <= limit_bytes:
+            return
+        options = [f"{flag} ({_gb(other.peak)})" for flag, other in self.alternatives()]
+        lower = f"; what would lower it, most first: {', '.join(options)}" if options else ""
+        raise OutOfMemoryError(
+            f"training needs about {_gb(self.peak)}, mostly {self._dominant()}; {_gb(limit_bytes)} are allowed{lower}"
+        )
+
+    def _rollout_parts(self) -> str:
+        parts = {"vision tower": self.vision, "cache": self.cache, "prefill": self.prefill, "decoding": self.decode}
+        return _listed(parts)
+
+    def _gradient_parts(self) -> str:
+        return _listed({"kept": self.kept, "one layer": self.layer, "logits": self.head})
+
+    def _dominant(self) -> str:
+        """The largest single part of the peak."""
+        passes = {"rollout": self.rollout, "gradient": self.gradient, "update": self.update}
+        name = max(passes, key=lambda key: passes[key])
+        parts = {"the weights": self.weights, "the adapters and their optimizer": self.adapters + self.optimizer}
+        if name == "rollout":
+            parts |= {"the vision tower": self.vision} if self.rollout == self.vision else {"the cache": self.cache}
+            parts |= {"the prefill": self.prefill} if self.rollout != self.vision else {}
+        elif name == "gradient":
+            kept = "what layers keep for the backward pass" if not self.workload.checkpoint else "the layers' inputs"
+            parts |= {kept: self.kept, "one layer's backward pass": self.layer, "the logits": self.head}
+            parts.pop("the logits" if self.layer >= self.head else "one layer's backward pass")
+        return max(parts, key=lambda key: parts[key])
+
+
+def estimate(
+    model_config: Mapping[str, Any],
+    *,
+    weight_bytes: int,
+    adapter_parameters: int,
+    prompt_tokens: int,
+    visual_tokens: int,
+    group_size: int,
+    completion_tokens: int,
+    checkpoint: bool,
+    beta: float = 0.0,
+    itemsize: int = 2,
+    keys: Collection[str] = PROJECTIONS,
+    **more: Any,
+) -> MemoryEstimate:
+    """Work out what a training step needs at most.
+
+    Args:
+        model_config: `VideoModel.config`.
+        weight_bytes: of the model without adapters.
+        adapter_parameters: numbers in the LoRA matrices.
+        prompt_tokens: of the longest prompt, visual tokens included.
+        visual_tokens: of them.
+        group_size: completions of a prompt.
+        completion_tokens: the most tokens of a completion.
+        checkpoint: layers are computed again in the backward pass.
+        beta: weight of the KL divergence.
+        itemsize: bytes of a number that the model computes with.
+        keys: last names of the modules with LoRA.
+        **more: other attributes of `Workload`.
+    """
+    return _estimate(
+        Workload(
+            config=model_config,
+            weight_bytes=weight_bytes,
+            adapter_parameters=adapter_parameters,
+            prompt_tokens=prompt_tokens,
+            visual_tokens=visual_tokens,
+            group_size=group_size,
+            completion_tokens=completion_tokens,
+            checkpoint=checkpoint,
+            beta=beta,
+            itemsize=itemsize,
+            keys=tuple(keys),
+            **more,
+        )
+    )
+
+
+def estimate_training(
+    model: VideoModel,
+    *,
+    prompt_tokens: int,
+    visual_tokens: int,
+    group_size: int,
+    completion_tokens: int,
+    checkpoint: bool,
+    beta: float = 0.0,
+    **more: Any,
+) -> MemoryEstimate:
+    """`estimate` for a loaded model with adapters: weights, adapters, dtype and backend are the model's own."""
+    adapters = lora_weights(model)
+    parameters: list[tuple[str, mx.array]] = tree_flatten(model.network.parameters())  # type: ignore[assignment]
+    known = {
+        "weight_bytes": sum(array.nbytes for _, array in parameters) - sum(array.nbytes for array in adapters.values()),
+        "adapter_parameters": sum(array.size for array in adapters.values()),
+        "itemsize": model.layers[0].input_layernorm.weight.dtype.size,
+        "keys": sorted({name.rpartition(".")[2] for name in find_layers(model.network)}),
+        "quantized": any(name.endswith(".scales") for name, _ in parameters),
+        "backend": _backend(),
+    }
+    return estimate(
+        model.config,
+        prompt_tokens=prompt_tokens,
+        visual_tokens=visual_tokens,
+        group_size=group_size,
+        completion_tokens=completion_tokens,
+        checkpoint=checkpoint,
+        beta=beta,
+        **{**known, **more},
+    )
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Numbers a token has in each array of the language model."""
+
+    layers: int
+    hidden: int
+    queries: int
+    keys: int
+    inner: int
+    vocabulary: int
+    heads: int
+    head_norms: bool
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> "_Sizes":
+        text = config["text_config"]
+        heads = int(text["num_attention_heads"])
+        head_dim = int(text.get("head_dim") or text["hidden_size"] // heads)
+        return cls(
+            layers=int(text["num_hidden_layers"]),
+            hidden=int(text["hidden_size"]),
+            queries=heads * head_dim,
+            keys=int(text["num_key_value_heads"]) * head_dim,
+            inner=int(text["intermediate_size"]),
+            vocabulary=int(text["vocab_size"]),
+            heads=heads,
+            head_norms=config["model_type"] == "qwen3_vl",
+        )
+
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """(inputs, outputs) of the modules that LoRA goes around."""
+        return {
+            "q_proj": (self.hidden, self.queries),
+            "k_proj": (self.hidden, self.keys),
+            "v_proj": (self.hidden, self.keys),
+            "o_proj": (self.queries, self.hidden),
+            "gate_proj": (self.hidden, self.inner),
+            "up_proj": (self.hidden, self.inner),
+            "down_proj": (self.inner, self.hidden),
+        }
+
+
+def _estimate(work: Workload) -> MemoryEstimate:
+    sizes = _Sizes.of(work.config)
+    adapters = work.adapter_parameters * _LORA
+    levels = len(work.config["vision_config"].get("deepstack_visual_indexes", ()))
+    kept, layer, attention = _layers_pass(work, sizes, levels)
+    return MemoryEstimate(
+        workload=work,
+        weights=work.weight_bytes,
+        adapters=adapters * (2 if work.keep_reference else 1),
+        optimizer=adapters * (3 if work.accumulate else 2),
+        features=work.visual_tokens * sizes.hidden * (1 + levels) * work.itemsize,
+        vision=_vision_pass(work),
+        cache=_cache(work, sizes),
+        prefill=_prefill_pass(work, sizes),
+        decode=_decode_pass(work, sizes),
+        kept=kept,
+        layer=layer,
+        attention=attention,
+        head=_head_pass(work, sizes),
+        update=3 * adapters,
+    )
+
+
+def _layers_pass(work: Workload, sizes: _Sizes, levels: int) -> tuple[int, int, int]:
+    """What is kept of all layers, what the backward pass of one needs beside it, and the attention scores in either.
+
+    Without checkpoints the last layer's backward pass comes when everything is kept. With them, a layer keeps its
+    input, and gradients come as inputs go: the larger of the two ends counts.
+    """
+    tokens = _columns(work)
+    entries, block, copied = _attended(work, sizes.heads)
+    fused = work.backend == "cuda"
+    scores = 0 if fused else entries * sizes.heads * work.itemsize
+    blocks = 0 if fused else block * sizes.heads * work.itemsize
+    whole = tokens * _kept_by_token(work, sizes, fused=fused)
+    copies = copied * 2 * sizes.keys * work.itemsize
+    hidden = tokens * sizes.hidden * work.itemsize
+    gradients = work.adapter_parameters * _LORA
+    backward = tokens * _backward_by_token(work, sizes)
+    if not work.checkpoint:
+        everything = sizes.layers * (whole + scores + copies) + levels * hidden
+        return everything, max(backward, 8 * blocks), sizes.layers * scores
+    inputs = (sizes.layers + levels) * hidden
+    again = whole - hidden + backward + tokens * _forward_by_token(work, sizes)
+    attention = whole - hidden + 6 * blocks
+    return max(inputs, gradients + hidden), max(again, attention), 6 * blocks
+
+
+def _kept_by_token(work: Workload, sizes: _Sizes, *, fused: bool) -> int:
+    """Bytes that a layer keeps of a token until its backward pass.
+
+    - its input and the sum after attention, for the two norms: 2 hidden
+    - what goes into the modules with LoRA, for the gradient of their matrices: once each distinct array where it is
+      float32 already, else a float32 copy for each module
+    - queries and keys before the heads' norms, where there are any
+    - queries, keys and values as attention takes them, and what it returned where it is fused
+    - gate, up, sigmoid(gate), and the product of gate and sigmoid: 4 inner
+    - the short products of LoRA: the rank for each module
+    """
+    item = work.itemsize
+    numbers = 2 * sizes.hidden + sizes.queries + 2 * sizes.keys + 4 * sizes.inner
+    if sizes.head_norms:
+        numbers += sizes.queries + sizes.keys
+    if fused:
+        numbers += sizes.queries
+    return numbers * item + _lora_inputs(work, sizes) + _rank(work) * len(work.keys) * _LORA
+
+
+def _lora_inputs(work: Workload, sizes: _Sizes) -> int:
+    shapes = sizes.shapes()
+    if work.itemsize < _LORA:
+        return sum(shapes[key][0] for key in work.keys) * _LORA
+    together = [("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)]
+    return sum(shapes[names[0]][0] for names in together if set(names) & set(work.keys)) * work.itemsize
+
+
+def _backward_by_token(work: Workload, sizes: _Sizes) -> int:
+    """Bytes that the backward pass of the MLP and its norm makes of a token, nothing given back yet.
+
+    Of the width of the MLP: the gradients of the product, of gate, up and sigmoid, and two steps to that of sigmoid. Of
+    the hidden width: what gate and up send back, by weight and by LoRA, and five of the norm.
+    """
+    item = work.itemsize
+    adapted = len({"gate_proj", "up_proj"} & set(work.keys))
+    cast = 0 if item == _LORA else _LORA + item
+    return 6 * sizes.inner * item + sizes.hidden * (7 * item + adapted * (_LORA + cast))
+
+
+def _forward_by_token(work: Workload, sizes: _Sizes) -> int:
+    """Bytes that a layer's forward pass makes of a token beside what it keeps, nothing given back yet.
+
+    Of each module with LoRA: what the weight gives, what LoRA gives, and that again scaled.
+    """
+    shapes = sizes.shapes()
+    return sum(shapes[key][1] for key in work.keys) * (work.itemsize + 2 * _LORA)
+
+
+def _attended(work: Workload, heads: int) -> tuple[int, int, int]:
+    """Attention scores of a head: all of them, those of the largest block; and columns of keys that are copied.
+
+    The prompt goes in blocks of queries, which see what came before; short completions share a block.
+    """
+    prompt, own = work.prompt_tokens, work.completion_tokens - 1
+    size = max(1, min(_QUERIES_AT_ONCE, _SCORES_AT_ONCE // (heads * (prompt + max(own, 1)))))
+    size = min(size, prompt)
+    entries = prompt * (prompt + size) // 2
+    block = size * prompt
+    if own <= 0:
+        return entries, block, 0
+    if own * 2 > size:  # each completion alone
+        pieces = math.ceil(own / size)
+        seen = pieces * prompt + own * (pieces + 1) // 2
+        entries += work.group_size * (own * prompt + own * (own + min(size, own)) // 2)
+        return entries, max(block, min(size, own) * (prompt + own)), work.group_size * seen
+    together = min(work.group_size, max(1, size // own))
+    blocks = math.ceil(work.group_size / together)
+    columns = prompt + together * own
+    entries += blocks * together * own * columns
+    return entries, max(block, together * own * columns), blocks * columns
+
+
+def _head_pass(work: Workload, sizes: _Sizes) -> int:
+    """Bytes of the logits: two float32 arrays of a chunk, and a third where another chunk follows.
+
+    What the last layer's forward pass made has not been given back yet.
+    """
+    targets = work.group_size * work.completion_tokens
+    chunk = min(targets, max(1, _LOGITS_AT_ONCE // sizes.vocabulary))
+    arrays = (2 if chunk == targets else 3) * _LORA + (0 if work.itemsize == _LORA else work.itemsize)
+    return chunk * sizes.vocabulary * arrays + _columns(work) * _forward_by_token(work, sizes)
+
+
+def _columns(work: Workload) -> int:
+    """Length of the packed sequence."""
+    return work.prompt_tokens + work.group_size * (work.completion_tokens - 1)
+
+
+def _cache(work: Workload, sizes: _Sizes) -> int:
+    """Bytes of keys and values of a group's tree; the layer that grows has its old arrays too."""
+    tokens = work.prompt_tokens + work.group_size * work.completion_tokens
+    tokens = math.ceil(tokens / _CACHE_STEP) * _CACHE_STEP
+    return (sizes.layers + 1) * tokens * 2 * sizes.keys * work.itemsize
+
+
+def _prefill_pass(work: Workload, sizes: _Sizes) -> int:
+    """Bytes of a step of the prompt: the widest part of a layer, nothing given back yet, and attention scores."""
+    step = min(work.prompt_tokens, work.prefill_step)
+    mlp = sizes.hidden * 4 * work.itemsize + sizes.inner * 5 * work.itemsize + _forward_by_token(work, sizes)
+    scores = 0 if work.backend != "cpu" else 2 * sizes.heads * step * work.prompt_tokens * work.itemsize
+    return step * mlp + scores
+
+
+def _decode_pass(work: Workload, sizes: _Sizes) -> int:
+    """Bytes of a step of all completions: logits, and what is drawn from them."""
+    seen = work.prompt_tokens + work.group_size * work.completion_tokens
+    scores = 2 * sizes.heads * work.group_size * seen * work.itemsize
+    return 6 * work.group_size * sizes.vocabulary * _LORA + scores
+
+
+def _vision_pass(work: Workload) -> int:
+    """Bytes of the vision tower over as many rows of a clip as go at once."""
+    vision = work.config["vision_config"]
+    width, inner, heads = int(vision["hidden_size"]), int(vision["intermediate_size"]), int(vision["num_heads"])
+    if work.visual_tokens == 0:
+        return 0
+    merge = int(vision["spatial_merge_size"]) ** 2
+    frame = min(work.frame_tokens, work.visual_tokens) * merge
+    rows = max(1, min(_PATCHES_AT_ONCE // frame, _VISION_SCORES_AT_ONCE // (heads * frame**2)))
+    patches = min(rows * frame, work.visual_tokens * merge)
+    values = 3 * int(vision["temporal_patch_size"]) * int(vision["patch_size"]) ** 2
+    scores = 0 if work.backend != "cpu" else 2 * heads * frame * work.itemsize
+    attention = width * (6 * work.itemsize + 6 * _LORA) + scores
+    mlp = width * 4 * work.itemsize + inner * 5 * work.itemsize
+    return patches * (values * (_LORA + work.itemsize) + max(attention, mlp))
+
+
+def _rank(work: Workload) -> int:
+    return round(work.adapter_parameters / max(1, _parameters_per_rank(work)))
+
+
+def _parameters_per_rank(work: Workload) -> int:
+    sizes = _Sizes.of(work.config)
+    shapes = sizes.shapes()
+    return sizes.layers * sum(sum(shapes[key]) for key in work.keys)
+
+
+def _numbers(config: Mapping[str, Any]) -> int:
+    """Numbers in the language model's matrices."""
+    sizes = _Sizes.of(config)
+    tables = 1 if config["tie_word_embeddings"] else 2
+    layer = sum(inputs * outputs for inputs, outputs in sizes.shapes().values())
+    return sizes.layers * layer + tables * sizes.vocabulary * sizes.hidden
+
+
+def _backend() -> str:
+    if mx.default_device() == mx.Device(mx.cpu):
+        return "cpu"
+    return "metal" if mx.metal.is_available() else "cuda"
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+
+
+def _listed(parts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {_gb(size)}" for name, size in parts.items() if size)
