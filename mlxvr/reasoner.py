@@ -37,7 +37,17 @@ if TYPE_CHECKING:
     from mlxvr.media.vision import VisionSource
     from mlxvr.model.network import VideoModel
 
-__all__ = ["Answer", "Clip", "FirstAnswer", "Reasoner", "ReasoningDelta", "Usage", "demo_folder", "load"]
+__all__ = [
+    "Answer",
+    "Clip",
+    "FirstAnswer",
+    "Reasoner",
+    "ReasoningDelta",
+    "Usage",
+    "default_threshold",
+    "demo_folder",
+    "load",
+]
 
 
 def demo_folder() -> Path:
@@ -112,7 +122,7 @@ class Reasoner:
         self._clips: WeakSet[Clip] = WeakSet()
         self.kv_bits = kv_bits
         self.prefill_step_size = prefill_step_size
-        self.threshold = _default_threshold(network)
+        self.threshold = default_threshold(network)
         self.task_thresholds = _task_thresholds(network)
         self.spec = network.spec.with_overrides(**network.settings.get("budgets", {}))
 
@@ -382,7 +392,7 @@ class Clip:
 _OPENING = frozenset(signature(Reasoner.open).parameters) - {"self", "source"}
 
 
-def _default_threshold(network: "VideoModel") -> float:
+def default_threshold(network: "VideoModel") -> float:
     """The checkpoint's own threshold: what `mlxvr.json` says, else what the recipe of its family says."""
     own = network.settings.get("threshold")
     if own is None:

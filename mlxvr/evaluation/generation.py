@@ -11,13 +11,9 @@ has no such bounds, so there every error is the clip's.
 
 import hashlib
 import json
-import threading
-import time
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
 from mlxvr.answer import Answer, FirstAnswer
@@ -25,8 +21,7 @@ from mlxvr.dataset import Row
 from mlxvr.errors import Cancelled, MlxvrError, OutOfMemoryError
 from mlxvr.evaluation.grading import final_answer
 from mlxvr.evaluation.samples import Sample
-from mlxvr.media import VisionInput, VisionSpec
-from mlxvr.media.rows import load_row
+from mlxvr.media.rows import read_ahead
 
 if TYPE_CHECKING:
     from mlxvr.reasoner import Clip, Reasoner
@@ -59,8 +54,8 @@ def digest(row: Row) -> str:
 
 def generate(reasoner: "Reasoner", groups: Sequence[tuple[Row, ...]], asking: Asking) -> Iterator[Sample]:
     """Ask every row; yields its sample as soon as it is there."""
-    with closing(_read_ahead(groups, reasoner.spec)) as clips:
-        for rows, vision, seconds in clips:
+    with closing(read_ahead((rows[0] for rows in groups), reasoner.spec)) as clips:
+        for rows, (vision, seconds) in zip(groups, clips):
             if isinstance(vision, Exception):
                 yield from (_failed(row, vision) for row in rows)
                 continue
@@ -140,30 +135,3 @@ def _sample(row: Row, **figures: Any) -> Sample:
         asked=digest(row),
         **figures,
     )
-
-
-_Read = tuple[tuple[Row, ...], "VisionInput | Exception | None", float]
-
-
-def _read_ahead(groups: Sequence[tuple[Row, ...]], spec: VisionSpec) -> Generator[_Read, None, None]:
-    """The groups with what there is to see and the seconds that reading took, one clip ahead of the caller."""
-    stop = threading.Event()
-
-    def read(rows: tuple[Row, ...]) -> _Read:
-        started = time.perf_counter()
-        vision: VisionInput | Exception | None
-        try:
-            vision = load_row(rows[0], spec, should_stop=stop.is_set)
-        except Exception as error:
-            vision = error
-        return rows, vision, time.perf_counter() - started
-
-    with ThreadPoolExecutor(1, thread_name_prefix="mlxvr-frames") as pool:
-        try:
-            coming = None
-            for rows in chain(groups, [None]):
-                ready, coming = coming, None if rows is None else pool.submit(read, rows)
-                if ready is not None:
-                    yield ready.result()
-        finally:
-            stop.set()

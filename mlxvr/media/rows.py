@@ -1,5 +1,10 @@
-"""What a row of a dataset shows, read from disk."""
+"""What rows of a dataset show, read from disk, one row ahead of who works on them."""
 
+import threading
+import time
+from collections.abc import Generator, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from typing import Any
 
 from mlxvr.callbacks import ShouldStop
@@ -8,7 +13,7 @@ from mlxvr.media.patches import VisionInput
 from mlxvr.media.spec import VisionSpec
 from mlxvr.media.vision import load_vision
 
-__all__ = ["load_row"]
+__all__ = ["load_row", "read_ahead"]
 
 
 def load_row(row: Row, spec: VisionSpec, *, should_stop: ShouldStop | None = None) -> VisionInput | None:
@@ -30,3 +35,32 @@ def load_row(row: Row, spec: VisionSpec, *, should_stop: ShouldStop | None = Non
     return load_vision(
         source, spec.with_overrides(fps=row.frames_fps), start=row.start, end=row.end, should_stop=should_stop
     )
+
+
+def read_ahead(
+    rows: Iterable[Row], spec: VisionSpec
+) -> Generator[tuple[VisionInput | Exception | None, float], None, None]:
+    """Yield what each row shows and the seconds that reading took, while another thread reads the next row.
+
+    An error is yielded instead of being raised: it is that row's alone. Close the generator to stop the thread.
+    """
+    stop = threading.Event()
+
+    def read(row: Row) -> tuple[VisionInput | Exception | None, float]:
+        started = time.perf_counter()
+        found: VisionInput | Exception | None
+        try:
+            found = load_row(row, spec, should_stop=stop.is_set)
+        except Exception as error:  # what a decoder may raise about a broken file has no bounds
+            found = error
+        return found, time.perf_counter() - started
+
+    with ThreadPoolExecutor(1, thread_name_prefix="mlxvr-frames") as pool:
+        try:
+            coming = None
+            for row in chain(rows, [None]):
+                ready, coming = coming, None if row is None else pool.submit(read, row)
+                if ready is not None:
+                    yield ready.result()
+        finally:
+            stop.set()

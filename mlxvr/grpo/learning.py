@@ -1,0 +1,225 @@
+"""One step of GRPO: completions of some rows, what they earned, and an update of the adapter.
+
+Groups go through the model one after another, so that memory does not grow with the batch: a step is always
+accumulated. With several ranks each has its share of the rows; sums of gradients are brought together, and every rank
+takes the same step. The gradient is the mean over the groups of all ranks, whether they could teach anything or not.
+"""
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.optimizers as optim
+import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlxvr.callbacks import ShouldStop
+from mlxvr.dataset import Row
+from mlxvr.errors import DataError
+from mlxvr.grpo.config import TrainConfig
+from mlxvr.grpo.gradient import GroupStats, group_gradient
+from mlxvr.grpo.judging import Judge, Judgement
+from mlxvr.grpo.loss import LossConfig, advantages
+from mlxvr.grpo.prompts import EncodedPrompt
+from mlxvr.grpo.rollout import Rollout, rollout
+from mlxvr.model.network import VideoModel
+from mlxvr.ranks import Ranks
+
+__all__ = ["Group", "Learner", "NotFinite", "Update", "loss_config", "row_seed"]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Group:
+    """A row's completions, what they earned, and how much better each did than the others: float32 (G,)."""
+
+    rollout: Rollout
+    judgement: Judgement
+    advantages: np.ndarray
+
+    @property
+    def row(self) -> Row:
+        """That was asked."""
+        return self.rollout.prompt.row
+
+    @property
+    def is_unanimous(self) -> bool:
+        """Whether all completions earned the same."""
+        return not self.advantages.any()
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Update:
+    """What an update was.
+
+    Attributes:
+        stats: what each group's loss saw; None for a group that was skipped.
+        grad_norm: of the mean gradient, before it was cut; 0.0 when no group taught anything.
+    """
+
+    stats: Sequence[GroupStats | None]
+    grad_norm: float
+
+
+class NotFinite(DataError):
+    """A loss or a gradient is not a finite number; nothing was changed."""
+
+
+class Learner:
+    """A model with an adapter, its optimizer, and how to take a step.
+
+    Attributes:
+        model: with LoRA layers.
+        optimizer: of their weights.
+        reference: the adapter of the reference policy; None: the model without one.
+        is_whole: False from the first update of a step on, until whoever takes steps says that it is done.
+    """
+
+    def __init__(
+        self,
+        model: VideoModel,
+        config: TrainConfig,
+        judge: Judge,
+        ranks: Ranks,
+        *,
+        reference: Mapping[str, mx.array] | None = None,
+    ) -> None:
+        """Begin with an optimizer that has seen nothing; raises `ConfigError` for a loss that cannot be computed."""
+        self.model = model
+        self.reference = reference
+        self.is_whole = True
+        self.optimizer = optim.AdamW(config.learning_rate, weight_decay=config.weight_decay, bias_correction=True)
+        self._config = config
+        self._judge = judge
+        self._ranks = ranks
+        self._loss = loss_config(config)
+
+    def sample(self, prompt: EncodedPrompt, step: int, *, should_stop: ShouldStop | None = None) -> Group:
+        """Sample and judge the completions of a row.
+
+        Args:
+            prompt: of the row.
+            step: from 1; with the run's seed and the row's id it decides what is drawn.
+            should_stop: asked between tokens.
+
+        Raises as `rollout` and `Judge.judge`.
+        """
+        config = self._config
+        made = rollout(
+            self.model,
+            prompt,
+            group_size=config.group_size,
+            max_tokens=config.max_completion_tokens,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            seed=row_seed(config.seed, step, prompt.row.id),
+            prefill_step_size=config.prefill_step_size,
+            should_stop=should_stop,
+        )
+        judgement = self._judge.judge(self.model, made)
+        return Group(
+            rollout=made,
+            judgement=judgement,
+            advantages=advantages(judgement.totals, scale=config.scale_advantages),
+        )
+
+    def update(self, groups: Sequence[Group], rate: float) -> Update:
+        """Learn from this rank's groups, together with all other ranks, as often as the settings say.
+
+        Args:
+            groups: may be empty.
+            rate: the learning rate.
+
+        Returns:
+            What the first update saw and did: the ratios of later ones are no longer 1.
+
+        Raises:
+            NotFinite: on every rank alike; the weights are those of the last update.
+            ConfigError: a rank is gone.
+        """
+        self.optimizer.learning_rate = rate
+        first: Update | None = None
+        stats: list[GroupStats | None] = [None] * len(groups)
+        for _ in range(self._config.updates):
+            total, now = self._gradients(groups, stats)
+            norm, learned = self._step(total, len(groups), now)
+            first = first or Update(stats=now, grad_norm=norm)
+            if not learned:
+                break
+            stats = [known or new for known, new in zip(stats, now)]
+        assert first is not None, "there is at least one update"
+        return first
+
+    def _gradients(
+        self, groups: Sequence[Group], before: Sequence[GroupStats | None]
+    ) -> tuple[dict[str, mx.array], list[GroupStats | None]]:
+        """The sum of the groups' gradients by name, empty without any, and what they saw."""
+        total: dict[str, mx.array] = {}
+        stats: list[GroupStats | None] = []
+        for group, known in zip(groups, before):
+            if group.is_unanimous and (self._config.skip_unanimous or self._loss.beta == 0.0):
+                stats.append(None)
+                continue
+            gradient, seen = group_gradient(
+                self.model,
+                group.rollout,
+                group.advantages,
+                config=self._loss,
+                temperature=self._config.temperature,
+                checkpoint=self._config.gradient_checkpointing,
+                old_logprobs=None if known is None else known.logprobs,
+                reference_logprobs=None if known is None else known.reference_logprobs,
+                reference=self.reference,
+            )
+            flat = dict(cast("list[tuple[str, mx.array]]", tree_flatten(gradient)))
+            total = {name: total[name] + array for name, array in flat.items()} if total else flat
+            mx.eval(total)
+            stats.append(seen)
+        return total, stats
+
+    def _step(self, total: dict[str, mx.array], count: int, stats: Sequence[GroupStats | None]) -> tuple[float, bool]:
+        """Bring the ranks' sums together and step: the gradient's norm, and whether there was anything to learn."""
+        learned = sum(seen is not None for seen in stats)
+        loss = sum(seen.loss for seen in stats if seen is not None)
+        if self._ranks.size > 1:
+            if not total:
+                trained = cast("list[Any]", tree_flatten(self.model.network.trainable_parameters()))
+                total = {name: mx.zeros(array.shape) for name, array in trained}
+            counts = mx.array([count, learned, loss], dtype=mx.float32)
+            summed = self._ranks.sum({**total, "": counts})
+            count, learned, loss = np.array(summed.pop("")).tolist()
+            total = summed
+        if not learned:
+            return 0.0, False
+        mean = {name: array / count for name, array in total.items()}
+        clipped, norm = optim.clip_grad_norm(mean, self._config.max_grad_norm)
+        length = float(norm.item())
+        if not (math.isfinite(length) and math.isfinite(loss)):
+            raise NotFinite(
+                f"the loss is {loss:g} and the gradient's norm {length:g}: lower the learning rate, or leave the "
+                "batch's rows out"
+            )
+        self.is_whole = False
+        self.optimizer.update(self.model.network, tree_unflatten(list(clipped.items())))
+        mx.eval(self.model.network.trainable_parameters(), self.optimizer.state)
+        return length, True
+
+
+def loss_config(config: TrainConfig) -> LossConfig:
+    """The loss that settings ask for; raises `ConfigError` when it cannot be computed."""
+    return LossConfig(
+        loss_type=config.loss_type,
+        importance=config.importance,
+        clip_low=config.clip_low,
+        clip_high=config.clip_high,
+        beta=config.beta,
+        mask_truncated=config.mask_truncated,
+        max_completion_tokens=config.max_completion_tokens,
+    )
+
+
+def row_seed(*parts: object) -> int:
+    """A seed of 32 bits from what a draw depends on."""
+    return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode("utf-8", "surrogatepass")).digest()[:4])

@@ -1,0 +1,519 @@
+"""A training run, from its settings to an adapter: `train(config)`.
+
+    output/
+      adapters.safetensors, adapter_config.json     the adapter as it was last saved
+      best/                                         the adapter with the highest reward on the validation rows
+      train_config.toml                             the settings
+      metrics.jsonl                                 the figures of each step
+      state/                                        what `--resume` needs
+
+A step decides everything from the seed, its number and the rows' ids; so a run that was killed and resumed ends with
+the same bits as one that was not. Several ranks go through the same steps, each with its share of the rows; rank 0
+alone writes.
+"""
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlxvr.callbacks import Progress as Bar
+from mlxvr.callbacks import ShouldStop
+from mlxvr.dataset import Row, load_rows, to_record
+from mlxvr.errors import ConfigError, DataError, MediaError
+from mlxvr.grpo.config import TrainConfig
+from mlxvr.grpo.curves import plot_curves
+from mlxvr.grpo.figures import figures_of, sum_up
+from mlxvr.grpo.filtering import FilterReport, Sampling, filter_rows
+from mlxvr.grpo.formats import read_rows
+from mlxvr.grpo.journal import Journal, make_sinks
+from mlxvr.grpo.judging import Judge
+from mlxvr.grpo.labelfree import CollapseGuard, GroupAnswer
+from mlxvr.grpo.learning import Group, Learner, NotFinite, loss_config
+from mlxvr.grpo.lora import LoraConfig, attach, attach_saved, save_adapter, snapshot
+from mlxvr.grpo.order import batches
+from mlxvr.grpo.prompts import encode_row
+from mlxvr.grpo.rollout import rollout
+from mlxvr.grpo.schedule import learning_rate
+from mlxvr.grpo.state import Progress, load_state, save_state, state_file
+from mlxvr.grpo.validation import Judged, judge_answer, summarise
+from mlxvr.media.rows import read_ahead
+from mlxvr.media.spec import VisionSpec
+from mlxvr.model import memory
+from mlxvr.model.loading import load_model
+from mlxvr.model.network import VideoModel
+from mlxvr.plotting import check_plot
+from mlxvr.porting import hub
+from mlxvr.ranks import Ranks
+from mlxvr.reasoner import default_threshold, demo_folder
+from mlxvr.rewards import Weights, load_reward
+from mlxvr.settings import write_settings
+from mlxvr.writing import replace_file
+
+__all__ = ["TrainReport", "train"]
+
+OnEntry = Callable[[Mapping[str, Any], int], None]
+OnNote = Callable[[str], None]
+
+# What may differ between a run and the one that goes on from it: nothing that decides what a step does.
+_FREE = {
+    "output", "resume", "steps", "epochs", "save_every", "memory_limit", "plot", "report_to", "skip_bad_rows",
+    "valid", "valid_every", "valid_limit", "model", "data", "media_root", "adapter", "revision", "filter_only",
+    "filter_samples", "filter_threshold", "limit", "format",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainReport:
+    """What a run did.
+
+    Attributes:
+        output: the folder, which is the adapter's.
+        best: the folder of the best adapter; None without validation.
+        best_step: the steps that it had been trained for.
+        steps: that are done, of `total_steps`.
+        stopped: whether it was asked to stop before the end; `resume` goes on.
+        seconds: of this run.
+        figures: of the last step.
+        valid: figures on the validation rows by steps done.
+        skipped: rows that could not be used, by id, and why.
+        warnings: what the run had to say.
+        rank: of this process; only rank 0 writes.
+    """
+
+    output: Path
+    best: Path | None
+    best_step: int
+    steps: int
+    total_steps: int
+    stopped: bool
+    seconds: float
+    figures: Mapping[str, Any]
+    valid: Mapping[int, Mapping[str, Any]]
+    skipped: Mapping[str, str]
+    warnings: tuple[str, ...] = ()
+    rank: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON-ready values."""
+        best = None if self.best is None else str(self.best)
+        return {**dataclasses.asdict(self), "output": str(self.output), "best": best, "warnings": list(self.warnings)}
+
+
+def train(
+    config: TrainConfig,
+    *,
+    progress: Bar | None = None,
+    on_entry: OnEntry | None = None,
+    on_note: OnNote | None = None,
+    should_stop: ShouldStop | None = None,
+) -> TrainReport | FilterReport:
+    """Fine-tune a model with GRPO; goes on where an earlier run stopped if `config.resume`.
+
+    Args:
+        config: what to do.
+        progress: called with (stage, done, total): "download", "check", "filter" and "validate".
+        on_entry: called with each entry of `metrics.jsonl` and the number of steps in all, on rank 0.
+        on_note: called with what is worth a line for people, on rank 0.
+        should_stop: asked between steps; the run then saves its state and returns.
+
+    Returns:
+        What was done; for `config.filter_only` what was kept.
+
+    Raises:
+        ConfigError: a setting cannot be used, the output is another run's, a rank is gone, or training without labels
+            has collapsed. The state is that of the last step.
+        DataError: a row cannot be used, or a loss is not a finite number.
+        CheckpointError: the model, adapter or state cannot be loaded.
+        OutOfMemoryError: the run would not fit.
+    """
+    loss_config(config), _lora_config(config)
+    if config.plot is not None:
+        check_plot(config.plot)
+    own = None if config.own_reward is None else load_reward(config.own_reward)
+    rows, left_out = _read_rows(config)
+    valid = _read_valid(config)
+    ranks = Ranks()
+    note = on_note if on_note is not None and ranks.rank == 0 else _silent
+    for reason in left_out[:5]:
+        note(f"left out: {reason}")
+    if len(left_out) > 5:
+        note(f"left out: {len(left_out) - 5} rows more")
+    _check_output(config)
+    model = _load(config, progress)
+    if config.filter_only:
+        return _filter(config, model, rows, progress, should_stop)
+    with memory.wired():
+        run = _Run(config, model, rows, valid, ranks, own, note)
+        return run.go(progress=progress, on_entry=on_entry, should_stop=should_stop)
+
+
+class _Run:
+    """A run's parts, and its loop."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: VideoModel,
+        rows: Sequence[Row],
+        valid: Sequence[Row],
+        ranks: Ranks,
+        own: Any,
+        note: OnNote,
+    ) -> None:
+        self.config, self.model, self.rows, self.valid, self.ranks = config, model, rows, valid, ranks
+        self.warnings: list[str] = []
+        self._note = note
+        self.spec = frame_spec(config, model)
+        self.threshold = default_threshold(model) if config.threshold is None else config.threshold
+        self.weights = weights_of(config)
+        fingerprint = model.fingerprint
+        if config.adapter is None:
+            self.lora = _lora_config(config)
+            attach(model, self.lora, seed=config.seed)
+            reference = None
+        else:
+            self.lora = attach_saved(model, config.adapter)
+            reference = snapshot(model)
+        judge = Judge(weights=self.weights, own=own, label_free=config.label_free, temperature=config.temperature)
+        self.learner = Learner(model, config, judge, ranks, reference=reference)
+        self.guard = CollapseGuard()
+        per_epoch = len(batches(len(rows), batch_size=config.batch_size, seed=0, epoch=0))
+        self.total = min(config.steps or per_epoch * config.epochs, per_epoch * config.epochs)
+        if config.steps is not None and config.steps > per_epoch * config.epochs:
+            self.total = config.steps  # steps win: more epochs than were asked for
+        self.state = Progress(run=_identity(config, fingerprint, rows, self.total))
+        if config.resume:
+            self._resume()
+
+    def _resume(self) -> None:
+        asked = self.state.run
+        self.state, self.learner.reference = load_state(self.config.output, self.model, self.learner.optimizer)
+        for name in sorted(asked.keys() | self.state.run.keys()):
+            if asked.get(name) != self.state.run.get(name):
+                raise ConfigError(
+                    f"{self.config.output} was begun with {name} {self.state.run.get(name)!r}, and now it is "
+                    f"{asked.get(name)!r}: give what it was begun with, or start a run in another folder"
+                )
+        if self.state.guard:
+            self.guard.restore(self.state.guard)
+
+    def go(self, *, progress: Bar | None, on_entry: OnEntry | None, should_stop: ShouldStop | None) -> TrainReport:
+        """All steps that are left."""
+        config, state = self.config, self.state
+        started = time.perf_counter()
+        figures: Mapping[str, Any] = {}
+        valid: dict[int, Mapping[str, Any]] = {}
+        stopped = False
+        with ExitStack() as stack:
+            journal = self._open_journal(stack)
+
+            def write(entry: Mapping[str, Any]) -> None:
+                if journal is not None:
+                    journal.write(entry)
+                    if on_entry is not None:
+                        on_entry(entry, self.total)
+
+            if state.step == 0 and self.valid:
+                valid[0] = self.validate(progress)
+                write({"step": 0, **valid[0]})
+            shares = stack.enter_context(closing(self._shares(state.step)))
+            while state.step < self.total and not stopped:
+                number = state.step + 1
+                try:
+                    figures, stopping = self._take_step(number, next(shares), should_stop)
+                except BaseException:
+                    if self.learner.is_whole:
+                        self._save()
+                    raise
+                state.step = number
+                self.learner.is_whole = True
+                stopped = stopping and number < self.total
+                entry = {"step": number, **figures}
+                if self.valid and (number % config.valid_every == 0 or number == self.total):
+                    valid[number] = self.validate(progress)
+                    entry |= valid[number]
+                    self._keep_best(valid[number])
+                write(entry)
+                if number % config.save_every == 0 or number == self.total or stopped or number in valid:
+                    self._save()
+            if journal is not None and config.plot is not None:
+                plot_curves(journal.entries(), config.plot)
+        return TrainReport(
+            output=config.output,
+            best=config.output / "best" if state.best is not None else None,
+            best_step=state.best_step,
+            steps=state.step,
+            total_steps=self.total,
+            stopped=stopped,
+            seconds=time.perf_counter() - started,
+            figures=figures,
+            valid=valid,
+            skipped=dict(state.skipped),
+            warnings=tuple(self.warnings),
+            rank=self.ranks.rank,
+        )
+
+    def _take_step(self, number: int, share: "_Share", should_stop: ShouldStop | None) -> tuple[dict[str, Any], bool]:
+        """One step over all ranks: its figures, and whether some rank wants to stop."""
+        config, clock = self.config, time.perf_counter
+        mx.reset_peak_memory()
+        begun = clock()
+        groups, skipped = self._sample(share, number)
+        sampled = clock()
+        rate = learning_rate(
+            number, highest=config.learning_rate, kind=config.schedule, warmup=config.warmup_steps, total=self.total
+        )
+        try:
+            update = self.learner.update(groups, rate)
+        except NotFinite as error:
+            raise self._failed(number, error) from error
+        ended = clock()
+        own = {
+            "groups": [
+                sum_up(self.model, group, stats, threshold=self.threshold) for group, stats in zip(groups, update.stats)
+            ],
+            "skipped": skipped,
+            "stop": should_stop is not None and should_stop(),
+            "peak": int(mx.get_peak_memory()),
+        }
+        del groups
+        every = [json.loads(one) for one in self.ranks.gather(json.dumps(own).encode())]
+        records = sorted((group for one in every for group in one["groups"]), key=lambda group: str(group["id"]))
+        for one in every:
+            self.state.skipped |= one["skipped"]
+        figures: dict[str, Any] = figures_of(records)
+        self._watch(records, figures["entropy"])
+        tokens = sum(count for record in records for count in record["tokens"])
+        figures |= {
+            "grad_norm": update.grad_norm,
+            "learning_rate": rate,
+            "tokens_per_second": tokens / (ended - begun),
+            "rollout_seconds": sampled - begun,
+            "update_seconds": ended - sampled,
+            "peak_memory": max(one["peak"] for one in every),
+            "rows": len(records),
+        }
+        return figures, any(one["stop"] for one in every)
+
+    def _sample(self, share: "_Share", number: int) -> tuple[list[Group], dict[str, str]]:
+        """This rank's groups, and its rows that could not be used."""
+        groups, skipped = [], {}
+        for row, vision in share.rows:
+            try:
+                if isinstance(vision, Exception):
+                    raise vision
+                prompt = encode_row(
+                    self.model,
+                    row,
+                    spec=self.spec,
+                    max_prompt_tokens=self.config.max_prompt_tokens,
+                    vision=vision,
+                )
+                groups.append(self.learner.sample(prompt, number))
+            except (DataError, MediaError) as error:
+                told = str(error) if str(error).startswith(row.line) else f"{row.line}: {error}"
+                if not self.config.skip_bad_rows:
+                    raise type(error)(f"{told}; --skip-bad-rows leaves such rows out") from error
+                skipped[row.id] = told
+        return groups, skipped
+
+    def _shares(self, done: int) -> Generator["_Share", None, None]:
+        """This rank's rows of each step that is left, with what they show, read one row ahead."""
+        counts, order = [], []
+        for batch in islice(_batches(self.config, len(self.rows), self.ranks), done, self.total):
+            counts.append(len(batch))
+            order += [self.rows[index] for index in batch]
+        with closing(read_ahead(order, self.spec)) as media:
+            places = iter(zip(order, media))
+            for count in counts:
+                yield _Share((row, vision) for row, (vision, _) in islice(places, count))
+
+    def validate(self, progress: Bar | None) -> Mapping[str, Any]:
+        """Figures on the validation rows, brought together from all ranks."""
+        own = self.valid[self.ranks.rank :: self.ranks.size]
+        judged = []
+        with closing(read_ahead(own, self.spec)) as media:
+            for done, (row, (vision, _)) in enumerate(zip(own, media)):
+                if isinstance(vision, Exception):
+                    raise DataError(f"{row.line}: {vision}") from vision
+                prompt = encode_row(self.model, row, spec=self.spec, vision=vision)
+                group = rollout(
+                    self.model,
+                    prompt,
+                    group_size=1,
+                    max_tokens=self.config.max_completion_tokens,
+                    temperature=0.0,
+                    seed=0,
+                    prefill_step_size=self.config.prefill_step_size,
+                )
+                judged.append(judge_answer(self.model, group, threshold=self.threshold, weights=self.weights))
+                if progress is not None:
+                    progress("validate", done + 1, len(own))
+        told = json.dumps([dataclasses.asdict(one) for one in judged]).encode()
+        return summarise([Judged(**one) for part in self.ranks.gather(told) for one in json.loads(part)])
+
+    def _watch(self, records: Sequence[Mapping[str, Any]], entropy: float | None) -> None:
+        """Let the guard see the rows without answers; the same on every rank."""
+        unlabelled = [GroupAnswer(**record["unlabelled"]) for record in records if record["unlabelled"] is not None]
+        warning = self.guard.observe(unlabelled, entropy)
+        self.state.guard = self.guard.state() if unlabelled else self.state.guard
+        if warning is not None:
+            self.warnings.append(warning)
+            self._note(warning)
+
+    def _failed(self, number: int, error: NotFinite) -> NotFinite:
+        """The error with the step's rows, which are written down."""
+        batch = next(islice(_batches(self.config, len(self.rows), None), number - 1, None))
+        rows = [self.rows[index] for index in batch]
+        path = self.config.output / "failed_batch.json"
+        if self.ranks.rank == 0:
+            told = {"step": number, "error": str(error), "rows": [{"id": row.id, "line": row.line} for row in rows]}
+            content = json.dumps(told, indent=2, ensure_ascii=False).encode("utf-8", "surrogatepass")
+            replace_file(path, lambda file: file.write(content))
+        ids = ", ".join(row.id for row in rows)
+        return NotFinite(f"step {number}, rows {ids}: {error}; see {path}")
+
+    def _keep_best(self, figures: Mapping[str, Any]) -> None:
+        if self.state.best is None or figures["valid_reward"] > self.state.best:
+            self.state.best, self.state.best_step = figures["valid_reward"], self.state.step
+            if self.ranks.rank == 0:
+                save_adapter(self.config.output / "best", self.model, self.lora)
+
+    def _save(self) -> None:
+        if self.ranks.rank == 0:
+            reference = self.learner.reference
+            save_state(self.config.output, self.model, self.learner.optimizer, self.state, reference=reference)
+            save_adapter(self.config.output, self.model, self.lora)
+
+    def _open_journal(self, stack: ExitStack) -> Journal | None:
+        """The journal of rank 0, where the run goes on."""
+        if self.ranks.rank:
+            return None
+        output = self.config.output
+        write_settings(output / "train_config.toml", self.config, title="what `mlxvr.train --config` reads")
+        told = {name: str(value) for name, value in dataclasses.asdict(self.config).items()}
+        journal = stack.enter_context(Journal(output, sinks=make_sinks(self.config.report_to, output, told)))
+        journal.rewind(self.state.step if self.config.resume else -1)
+        return journal
+
+
+@dataclass(frozen=True)
+class _Share:
+    """A rank's rows of a step with what they show, or why that cannot be read."""
+
+    rows: Iterator[tuple[Row, Any]] = field(repr=False)
+
+
+def frame_spec(config: TrainConfig, model: VideoModel) -> VisionSpec:
+    """How frames are sampled and sized: the flags, then the model's own budgets."""
+    own = model.spec.with_overrides(**model.settings.get("budgets", {}))
+    return own.with_overrides(fps=config.fps, max_frames=config.max_frames, video_tokens=config.video_tokens)
+
+
+def weights_of(config: TrainConfig) -> Weights:
+    """The weights of the reward's parts."""
+    return Weights(
+        first=config.first_weight,
+        second=config.second_weight,
+        format=config.format_weight,
+        fallback=config.fallback_weight,
+    )
+
+
+def _batches(config: TrainConfig, count: int, ranks: Ranks | None) -> Iterator[tuple[int, ...]]:
+    """The share of a rank in each step, for ever; without ranks the whole batches."""
+    epoch = 0
+    rank, size = (0, 1) if ranks is None else (ranks.rank, ranks.size)
+    while True:
+        yield from batches(count, batch_size=config.batch_size, seed=config.seed, epoch=epoch, rank=rank, ranks=size)
+        epoch += 1
+
+
+def _identity(config: TrainConfig, fingerprint: str, rows: Sequence[Row], total: int) -> dict[str, Any]:
+    """What decides the steps of a run, JSON-ready."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(to_record(row, media=row.media), sort_keys=True).encode())
+    told = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.name not in _FREE}
+    told |= {"weights": fingerprint, "rows": digest.hexdigest()[:16]}
+    if config.schedule != "constant":
+        told["steps"] = total
+    plain: dict[str, Any] = json.loads(json.dumps(told))
+    return plain
+
+
+def _lora_config(config: TrainConfig) -> LoraConfig:
+    return LoraConfig(
+        rank=config.rank, scale=config.scale, dropout=config.dropout, dora=config.dora, keys=config.modules
+    )
+
+
+def _read_rows(config: TrainConfig) -> tuple[list[Row], list[str]]:
+    rows, left_out = read_rows(
+        config.data,
+        format=config.format,
+        media_root=config.media_root,
+        skip_bad=config.skip_bad_rows,
+        labelled=not config.label_free and config.own_reward is None,
+    )
+    return rows[: config.limit], left_out
+
+
+def _read_valid(config: TrainConfig) -> list[Row]:
+    if config.valid is None:
+        return []
+    return load_rows(config.valid, media_root=config.media_root if config.format == "mlxvr" else None)[
+        : config.valid_limit
+    ]
+
+
+def _check_output(config: TrainConfig) -> None:
+    if not config.resume and not config.filter_only and state_file(config.output).exists():
+        raise ConfigError(f"{config.output} holds a run already: go on with --resume, or give another folder")
+    if config.resume and not state_file(config.output).is_file():
+        raise ConfigError(f"{config.output} holds no state to resume from: leave --resume out to start a run there")
+
+
+def _load(config: TrainConfig, progress: Bar | None) -> VideoModel:
+    if config.model is None:
+        folder = demo_folder() / "checkpoint"
+    else:
+        folder = hub.resolve(config.model, revision=config.revision, progress=progress)
+    return load_model(folder, dtype=config.dtype)
+
+
+def _filter(
+    config: TrainConfig, model: VideoModel, rows: Sequence[Row], progress: Bar | None, should_stop: ShouldStop | None
+) -> FilterReport:
+    return filter_rows(
+        model,
+        rows,
+        config.output / "kept.jsonl",
+        samples=config.filter_samples,
+        threshold=config.filter_threshold,
+        sampling=Sampling(
+            max_tokens=config.max_completion_tokens,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            seed=config.seed,
+            max_prompt_tokens=config.max_prompt_tokens,
+        ),
+        spec=frame_spec(config, model),
+        media_root=config.media_root,
+        skip_bad=config.skip_bad_rows,
+        progress=progress,
+        should_stop=should_stop,
+    )
+
+
+def _silent(_: str) -> None:
+    pass

@@ -1,0 +1,163 @@
+"""`python -m mlxvr.train`: fine-tune a model with LoRA and GRPO on questions about clips.
+
+The work is `mlxvr.grpo.trainer.train`, which is also this module's `train` for use from Python. The flags are the
+fields of `TrainConfig`, and so are the keys of `--config`. stdout carries the result, stderr the progress.
+"""
+
+import argparse
+import json
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlxvr.bars import Bars
+from mlxvr.callbacks import ShouldStop
+from mlxvr.cli import VerbParser, add_settings, run_verb, told_settings
+from mlxvr.errors import ConfigError
+from mlxvr.grpo.config import TrainConfig
+from mlxvr.settings import read_settings
+
+if TYPE_CHECKING:
+    from mlxvr.grpo.trainer import TrainReport, train
+
+__all__ = ["TrainConfig", "TrainReport", "main", "make_parser", "train"]
+
+_GROUPS = {
+    "model": "which model",
+    "data": "which questions",
+    "frames": "which frames",
+    "run": "how long, and where to",
+    "sampling": "how completions are sampled",
+    "reward": "what they earn",
+    "loss": "what is learned from them",
+    "adapter": "what is trained",
+    "optimizer": "how far a step goes",
+    "validation": "how it is measured",
+}
+_INTERRUPTED = 130
+
+
+def __getattr__(name: str) -> Any:
+    # MLX is not imported before the work begins, so that --help and wrong options answer at once.
+    if name in ("TrainReport", "train"):
+        from mlxvr.grpo import trainer
+
+        return getattr(trainer, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def make_parser() -> VerbParser:
+    """The verb's options: one for each field of `TrainConfig`, `--config` and `--json`."""
+    parser = VerbParser(
+        "mlxvr.train",
+        "Fine-tune a model with LoRA and GRPO: sample groups of answers, reward both boxes, learn from the difference.",
+        epilog="Ctrl-C ends the step and saves; `mlxvr.train --resume --output run` goes on.\n"
+        "example: mlxvr.train --model videoauto-8b-4bit --data train.jsonl --valid valid.jsonl --output run",
+    )
+    add_settings(parser, TrainConfig, _GROUPS, sparse=True)
+    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML with any of these settings; flags win")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the verb; returns its exit code."""
+    return run_verb(make_parser(), _train, argv)
+
+
+def read_config(args: argparse.Namespace) -> TrainConfig:
+    """The settings: flags, then `--config`, then what the run was begun with that `--resume` goes on with.
+
+    Raises `ConfigError` when one cannot be used, or one that is needed is missing.
+    """
+    told = told_settings(args, TrainConfig)
+    values = read_settings(args.config, TrainConfig) if args.config is not None else {}
+    output, resumes = {**values, **told}.get("output"), {**values, **told}.get("resume", False)
+    if resumes and output is not None and (begun := output / "train_config.toml").is_file():
+        values = {**read_settings(begun, TrainConfig), **values}
+    values |= told
+    for name in ("data", "output"):
+        if name not in values:
+            raise ConfigError(f"there is no {name}: give --{name}, or write it into --config")
+    return TrainConfig(**values)
+
+
+def _train(args: argparse.Namespace) -> int | None:
+    config = read_config(args)
+    from mlxvr.grpo.filtering import FilterReport
+    from mlxvr.grpo.live import LiveView
+    from mlxvr.grpo.trainer import train
+
+    view: LiveView | None = None
+
+    def show(entry: Mapping[str, Any], total: int) -> None:
+        nonlocal view
+        view = view or LiveView(total)
+        bars.clear()
+        view.update(entry)
+
+    def note(text: str) -> None:
+        bars.clear()
+        print(text, file=sys.stderr) if view is None else view.note(text)
+
+    with Bars() as bars, _interruptible(note) as should_stop:
+        try:
+            report = train(config, progress=bars, on_entry=show, on_note=note, should_stop=should_stop)
+        finally:
+            if view is not None:
+                view.close()
+    if isinstance(report, FilterReport):
+        print(json.dumps(report.to_dict(), ensure_ascii=False) if args.json else report.describe())
+        return None
+    if report.rank == 0:
+        print(json.dumps(report.to_dict(), ensure_ascii=False) if args.json else _told(report))
+    return _INTERRUPTED if report.stopped else None
+
+
+@contextmanager
+def _interruptible(note: Any) -> Iterator[ShouldStop]:
+    """Ask to stop with the first Ctrl-C; the second one stops at once."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked.is_set
+        return
+
+    def ask(*_: object) -> None:
+        asked.set()
+        signal.signal(signal.SIGINT, before)
+        note("stopping after this step, saved (Ctrl-C again stops at once)")
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield asked.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _told(report: "TrainReport") -> str:
+    """The result for people."""
+    lines = [f"{report.steps} of {report.total_steps} steps; the adapter is in {report.output}"]
+    if report.stopped:
+        lines.append(f"stopped; `mlxvr.train --resume --output {report.output}` goes on")
+    for step, figures in report.valid.items():
+        if step in (min(report.valid), report.best_step, max(report.valid)):
+            named = "best, " if step == report.best_step and report.best is not None else ""
+            lines.append(
+                f"{named}after {step} steps: first {figures['valid_first_accuracy']:.3f}, second "
+                f"{figures['valid_second_accuracy']:.3f}, auto {figures['valid_auto_accuracy']:.3f} at think ratio "
+                f"{figures['valid_think_ratio']:.3f} and {figures['valid_tokens']:.1f} tokens"
+            )
+    if report.best is not None:
+        lines.append(f"the best adapter is in {report.best}")
+    if report.skipped:
+        name, reason = next(iter(report.skipped.items()))
+        lines.append(f"{len(report.skipped)} rows could not be used (the first: {name}: {reason})")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
