@@ -19,10 +19,11 @@ from mlxvr.callbacks import ShouldStop
 from mlxvr.cli import VerbParser, add_settings, run_verb, told_settings
 from mlxvr.errors import ConfigError
 from mlxvr.grpo.config import TrainConfig
+from mlxvr.grpo.report import TrainReport
 from mlxvr.settings import read_settings
 
 if TYPE_CHECKING:
-    from mlxvr.grpo.trainer import TrainReport, train
+    from mlxvr.grpo.trainer import train
 
 __all__ = ["TrainConfig", "TrainReport", "main", "make_parser", "train"]
 
@@ -43,10 +44,10 @@ _INTERRUPTED = 130
 
 def __getattr__(name: str) -> Any:
     # MLX is not imported before the work begins, so that --help and wrong options answer at once.
-    if name in ("TrainReport", "train"):
-        from mlxvr.grpo import trainer
+    if name == "train":
+        from mlxvr.grpo.trainer import train
 
-        return getattr(trainer, name)
+        return train
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -138,7 +139,7 @@ def _interruptible(note: Any) -> Iterator[ShouldStop]:
         signal.signal(signal.SIGINT, before)
 
 
-def _told(report: "TrainReport") -> str:
+def _told(report: TrainReport) -> str:
     """The result for people."""
     lines = [f"{report.steps} of {report.total_steps} steps; the adapter is in {report.output}"]
     if report.stopped:

@@ -28,7 +28,7 @@ from mlxvr.grpo.rollout import Rollout, rollout
 from mlxvr.model.network import VideoModel
 from mlxvr.ranks import Ranks
 
-__all__ = ["Group", "Learner", "NotFinite", "Update", "loss_config", "row_seed"]
+__all__ = ["Group", "Learner", "NotFinite", "Update", "row_seed"]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -81,12 +81,13 @@ class Learner:
         self,
         model: VideoModel,
         config: TrainConfig,
+        loss: LossConfig,
         judge: Judge,
         ranks: Ranks,
         *,
         reference: Mapping[str, mx.array] | None = None,
     ) -> None:
-        """Begin with an optimizer that has seen nothing; raises `ConfigError` for a loss that cannot be computed."""
+        """Begin with an optimizer that has seen nothing."""
         self.model = model
         self.reference = reference
         self.is_whole = True
@@ -94,7 +95,7 @@ class Learner:
         self._config = config
         self._judge = judge
         self._ranks = ranks
-        self._loss = loss_config(config)
+        self._loss = loss
 
     def sample(self, prompt: EncodedPrompt, step: int, *, should_stop: ShouldStop | None = None) -> Group:
         """Sample and judge the completions of a row.
@@ -205,19 +206,6 @@ class Learner:
         self.optimizer.update(self.model.network, tree_unflatten(list(clipped.items())))
         mx.eval(self.model.network.trainable_parameters(), self.optimizer.state)
         return length, True
-
-
-def loss_config(config: TrainConfig) -> LossConfig:
-    """The loss that settings ask for; raises `ConfigError` when it cannot be computed."""
-    return LossConfig(
-        loss_type=config.loss_type,
-        importance=config.importance,
-        clip_low=config.clip_low,
-        clip_high=config.clip_high,
-        beta=config.beta,
-        mask_truncated=config.mask_truncated,
-        max_completion_tokens=config.max_completion_tokens,
-    )
 
 
 def row_seed(*parts: object) -> int:

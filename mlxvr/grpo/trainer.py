@@ -13,99 +13,61 @@ alone writes.
 """
 
 import dataclasses
-import hashlib
 import json
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
 from mlxvr.callbacks import Progress as Bar
 from mlxvr.callbacks import ShouldStop
-from mlxvr.dataset import Row, load_rows, to_record
+from mlxvr.dataset import Row
 from mlxvr.errors import ConfigError, DataError, MediaError
 from mlxvr.grpo.config import TrainConfig
 from mlxvr.grpo.curves import plot_curves
 from mlxvr.grpo.figures import figures_of, sum_up
 from mlxvr.grpo.filtering import FilterReport, Sampling, filter_rows
-from mlxvr.grpo.formats import read_rows
 from mlxvr.grpo.journal import Journal, make_sinks
 from mlxvr.grpo.judging import Judge
 from mlxvr.grpo.labelfree import CollapseGuard, GroupAnswer
-from mlxvr.grpo.learning import Group, Learner, NotFinite, loss_config
-from mlxvr.grpo.lora import LoraConfig, attach, attach_saved, save_adapter, snapshot
+from mlxvr.grpo.learning import Group, Learner, NotFinite
+from mlxvr.grpo.lora import attach, attach_saved, save_adapter, snapshot
 from mlxvr.grpo.order import batches
 from mlxvr.grpo.prompts import encode_row
+from mlxvr.grpo.report import TrainReport
 from mlxvr.grpo.rollout import rollout
 from mlxvr.grpo.schedule import learning_rate
-from mlxvr.grpo.state import Progress, load_state, save_state, state_file
+from mlxvr.grpo.setup import (
+    check_output,
+    frame_spec,
+    identity,
+    load,
+    lora_config,
+    loss_config,
+    read_training_rows,
+    read_validation_rows,
+    reward_weights,
+)
+from mlxvr.grpo.state import Progress, load_state, save_state
 from mlxvr.grpo.validation import Judged, judge_answer, summarise
 from mlxvr.media.rows import read_ahead
-from mlxvr.media.spec import VisionSpec
 from mlxvr.model import memory
-from mlxvr.model.loading import load_model
 from mlxvr.model.network import VideoModel
 from mlxvr.plotting import check_plot
-from mlxvr.porting import hub
 from mlxvr.ranks import Ranks
-from mlxvr.reasoner import default_threshold, demo_folder
-from mlxvr.rewards import Weights, load_reward
+from mlxvr.reasoner import default_threshold
+from mlxvr.rewards import load_reward
 from mlxvr.settings import write_settings
 from mlxvr.writing import replace_file
 
-__all__ = ["TrainReport", "train"]
+__all__ = ["train"]
 
 OnEntry = Callable[[Mapping[str, Any], int], None]
 OnNote = Callable[[str], None]
-
-# What may differ between a run and the one that goes on from it: nothing that decides what a step does.
-_FREE = {
-    "output", "resume", "steps", "epochs", "save_every", "memory_limit", "plot", "report_to", "skip_bad_rows",
-    "valid", "valid_every", "valid_limit", "model", "data", "media_root", "adapter", "revision", "filter_only",
-    "filter_samples", "filter_threshold", "limit", "format",
-}  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainReport:
-    """What a run did.
-
-    Attributes:
-        output: the folder, which is the adapter's.
-        best: the folder of the best adapter; None without validation.
-        best_step: the steps that it had been trained for.
-        steps: that are done, of `total_steps`.
-        stopped: whether it was asked to stop before the end; `resume` goes on.
-        seconds: of this run.
-        figures: of the last step.
-        valid: figures on the validation rows by steps done.
-        skipped: rows that could not be used, by id, and why.
-        warnings: what the run had to say.
-        rank: of this process; only rank 0 writes.
-    """
-
-    output: Path
-    best: Path | None
-    best_step: int
-    steps: int
-    total_steps: int
-    stopped: bool
-    seconds: float
-    figures: Mapping[str, Any]
-    valid: Mapping[int, Mapping[str, Any]]
-    skipped: Mapping[str, str]
-    warnings: tuple[str, ...] = ()
-    rank: int = 0
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON-ready values."""
-        best = None if self.best is None else str(self.best)
-        return {**dataclasses.asdict(self), "output": str(self.output), "best": best, "warnings": list(self.warnings)}
 
 
 def train(
@@ -135,20 +97,20 @@ def train(
         CheckpointError: the model, adapter or state cannot be loaded.
         OutOfMemoryError: the run would not fit.
     """
-    loss_config(config), _lora_config(config)
+    loss_config(config), lora_config(config)
     if config.plot is not None:
         check_plot(config.plot)
     own = None if config.own_reward is None else load_reward(config.own_reward)
-    rows, left_out = _read_rows(config)
-    valid = _read_valid(config)
+    rows, left_out = read_training_rows(config)
+    valid = read_validation_rows(config)
     ranks = Ranks()
     note = on_note if on_note is not None and ranks.rank == 0 else _silent
     for reason in left_out[:5]:
         note(f"left out: {reason}")
     if len(left_out) > 5:
         note(f"left out: {len(left_out) - 5} rows more")
-    _check_output(config)
-    model = _load(config, progress)
+    check_output(config)
+    model = load(config, progress)
     if config.filter_only:
         return _filter(config, model, rows, progress, should_stop)
     with memory.wired():
@@ -174,23 +136,23 @@ class _Run:
         self._note = note
         self.spec = frame_spec(config, model)
         self.threshold = default_threshold(model) if config.threshold is None else config.threshold
-        self.weights = weights_of(config)
+        self.weights = reward_weights(config)
         fingerprint = model.fingerprint
         if config.adapter is None:
-            self.lora = _lora_config(config)
+            self.lora = lora_config(config)
             attach(model, self.lora, seed=config.seed)
             reference = None
         else:
             self.lora = attach_saved(model, config.adapter)
             reference = snapshot(model)
         judge = Judge(weights=self.weights, own=own, label_free=config.label_free, temperature=config.temperature)
-        self.learner = Learner(model, config, judge, ranks, reference=reference)
+        self.learner = Learner(model, config, loss_config(config), judge, ranks, reference=reference)
         self.guard = CollapseGuard()
         per_epoch = len(batches(len(rows), batch_size=config.batch_size, seed=0, epoch=0))
         self.total = min(config.steps or per_epoch * config.epochs, per_epoch * config.epochs)
         if config.steps is not None and config.steps > per_epoch * config.epochs:
             self.total = config.steps  # steps win: more epochs than were asked for
-        self.state = Progress(run=_identity(config, fingerprint, rows, self.total))
+        self.state = Progress(run=identity(config, fingerprint, rows, self.total))
         if config.resume:
             self._resume()
 
@@ -413,22 +375,6 @@ class _Share:
     rows: Iterator[tuple[Row, Any]] = field(repr=False)
 
 
-def frame_spec(config: TrainConfig, model: VideoModel) -> VisionSpec:
-    """How frames are sampled and sized: the flags, then the model's own budgets."""
-    own = model.spec.with_overrides(**model.settings.get("budgets", {}))
-    return own.with_overrides(fps=config.fps, max_frames=config.max_frames, video_tokens=config.video_tokens)
-
-
-def weights_of(config: TrainConfig) -> Weights:
-    """The weights of the reward's parts."""
-    return Weights(
-        first=config.first_weight,
-        second=config.second_weight,
-        format=config.format_weight,
-        fallback=config.fallback_weight,
-    )
-
-
 def _batches(config: TrainConfig, count: int, ranks: Ranks | None) -> Iterator[tuple[int, ...]]:
     """The share of a rank in each step, for ever; without ranks the whole batches."""
     epoch = 0
@@ -436,59 +382,6 @@ def _batches(config: TrainConfig, count: int, ranks: Ranks | None) -> Iterator[t
     while True:
         yield from batches(count, batch_size=config.batch_size, seed=config.seed, epoch=epoch, rank=rank, ranks=size)
         epoch += 1
-
-
-def _identity(config: TrainConfig, fingerprint: str, rows: Sequence[Row], total: int) -> dict[str, Any]:
-    """What decides the steps of a run, JSON-ready."""
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(json.dumps(to_record(row, media=row.media), sort_keys=True).encode())
-    told = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.name not in _FREE}
-    told |= {"weights": fingerprint, "rows": digest.hexdigest()[:16]}
-    if config.schedule != "constant":
-        told["steps"] = total
-    plain: dict[str, Any] = json.loads(json.dumps(told))
-    return plain
-
-
-def _lora_config(config: TrainConfig) -> LoraConfig:
-    return LoraConfig(
-        rank=config.rank, scale=config.scale, dropout=config.dropout, dora=config.dora, keys=config.modules
-    )
-
-
-def _read_rows(config: TrainConfig) -> tuple[list[Row], list[str]]:
-    rows, left_out = read_rows(
-        config.data,
-        format=config.format,
-        media_root=config.media_root,
-        skip_bad=config.skip_bad_rows,
-        labelled=not config.label_free and config.own_reward is None,
-    )
-    return rows[: config.limit], left_out
-
-
-def _read_valid(config: TrainConfig) -> list[Row]:
-    if config.valid is None:
-        return []
-    return load_rows(config.valid, media_root=config.media_root if config.format == "mlxvr" else None)[
-        : config.valid_limit
-    ]
-
-
-def _check_output(config: TrainConfig) -> None:
-    if not config.resume and not config.filter_only and state_file(config.output).exists():
-        raise ConfigError(f"{config.output} holds a run already: go on with --resume, or give another folder")
-    if config.resume and not state_file(config.output).is_file():
-        raise ConfigError(f"{config.output} holds no state to resume from: leave --resume out to start a run there")
-
-
-def _load(config: TrainConfig, progress: Bar | None) -> VideoModel:
-    if config.model is None:
-        folder = demo_folder() / "checkpoint"
-    else:
-        folder = hub.resolve(config.model, revision=config.revision, progress=progress)
-    return load_model(folder, dtype=config.dtype)
 
 
 def _filter(

@@ -1,0 +1,45 @@
+"""What a training run did, for people and programs."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+__all__ = ["TrainReport"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainReport:
+    """What a run did.
+
+    Attributes:
+        output: the folder, which is the adapter's.
+        best: the folder of the best adapter; None without validation.
+        best_step: the steps that it had been trained for.
+        steps: that are done, of `total_steps`.
+        stopped: whether it was asked to stop before the end; `resume` goes on.
+        seconds: of this run.
+        figures: of the last step.
+        valid: figures on the validation rows by steps done.
+        skipped: rows that could not be used, by id, and why.
+        warnings: what the run had to say.
+        rank: of this process; only rank 0 writes.
+    """
+
+    output: Path
+    best: Path | None
+    best_step: int
+    steps: int
+    total_steps: int
+    stopped: bool
+    seconds: float
+    figures: Mapping[str, Any]
+    valid: Mapping[int, Mapping[str, Any]]
+    skipped: Mapping[str, str]
+    warnings: tuple[str, ...] = ()
+    rank: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON-ready values."""
+        best = None if self.best is None else str(self.best)
+        return {**asdict(self), "output": str(self.output), "best": best, "warnings": list(self.warnings)}
