@@ -15,9 +15,9 @@ from mlxvr.errors import ConfigError, DataError
 from mlxvr.media import VisionInput, VisionSpec
 from mlxvr.media.rows import load_row
 from mlxvr.model.network import VideoModel, VisionFeatures
-from mlxvr.model.prompt import build_prompt
+from mlxvr.model.prompt import Prompt, build_prompt
 
-__all__ = ["EncodedPrompt", "encode_row"]
+__all__ = ["EncodedPrompt", "encode_row", "write_prompt"]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -67,27 +67,13 @@ def encode_row(
     """
     if vision is None:
         vision = load_row(row, spec or model.spec, should_stop=should_stop)
-    media = [] if vision is None else [vision]
-    try:
-        prompt = build_prompt(
-            model.tokenizer,
-            model.family,
-            model.config,
-            media,
-            row.text,
-            options=row.options,
-            kind=row.ask_kind,
-            answer_opening=row.answer_opening,
-            system=model.system_prompt,
-        )
-    except ConfigError as error:  # the row's question, or its length
-        raise DataError(f"{row.line}: {error}") from error
+    prompt = write_prompt(model, row, vision)
     if max_prompt_tokens is not None and len(prompt.ids) > max_prompt_tokens:
         raise DataError(
             f"{row.line}: the prompt has {len(prompt.ids)} tokens, {int(prompt.media_mask.sum())} of them visual, and "
             f"the limit is {max_prompt_tokens}: raise it, or lower the visual tokens"
         )
-    features = model.encode(media, should_stop=should_stop) if media else None
+    features = model.encode(prompt.media, should_stop=should_stop) if prompt.media else None
     if features is not None:
         mx.eval(features.embeds, features.deepstack)
     return EncodedPrompt(
@@ -98,3 +84,24 @@ def encode_row(
         features=features,
         next_position=prompt.next_position,
     )
+
+
+def write_prompt(model: VideoModel, row: Row, vision: VisionInput | None) -> Prompt:
+    """A row's question about what it shows, as tokens; the vision tower does not run.
+
+    Raises `DataError`, beginning with the row's line, when the prompt is longer than the model's context.
+    """
+    try:
+        return build_prompt(
+            model.tokenizer,
+            model.family,
+            model.config,
+            [] if vision is None else [vision],
+            row.text,
+            options=row.options,
+            kind=row.ask_kind,
+            answer_opening=row.answer_opening,
+            system=model.system_prompt,
+        )
+    except ConfigError as error:  # the row's question, or its length
+        raise DataError(f"{row.line}: {error}") from error

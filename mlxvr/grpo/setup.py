@@ -8,13 +8,17 @@ from typing import Any
 
 from mlxvr.callbacks import Progress
 from mlxvr.dataset import Row, load_rows, to_record
-from mlxvr.errors import ConfigError
+from mlxvr.errors import ConfigError, DataError, MediaError
 from mlxvr.grpo.config import TrainConfig
 from mlxvr.grpo.formats import read_rows
 from mlxvr.grpo.lora import LoraConfig
 from mlxvr.grpo.loss import LossConfig
+from mlxvr.grpo.memory import MemoryEstimate, estimate_training
+from mlxvr.grpo.prompts import write_prompt
 from mlxvr.grpo.state import state_file
+from mlxvr.media.rows import load_row
 from mlxvr.media.spec import VisionSpec
+from mlxvr.model import memory
 from mlxvr.model.loading import load_model
 from mlxvr.model.network import VideoModel
 from mlxvr.porting import hub
@@ -23,6 +27,7 @@ from mlxvr.rewards import Weights
 
 __all__ = [
     "check_output",
+    "estimate_memory",
     "frame_spec",
     "identity",
     "load",
@@ -33,6 +38,7 @@ __all__ = [
     "reward_weights",
 ]
 
+_LOOKED_AT = 8  # rows whose prompts are measured before the start
 # What may differ between a run and the one that goes on from it: nothing that decides what a step does.
 _FREE = {
     "output", "resume", "steps", "epochs", "save_every", "memory_limit", "plot", "report_to", "skip_bad_rows",
@@ -68,6 +74,48 @@ def identity(config: TrainConfig, fingerprint: str, rows: Sequence[Row], total: 
         told["steps"] = total
     plain: dict[str, Any] = json.loads(json.dumps(told))
     return plain
+
+
+def estimate_memory(
+    config: TrainConfig, model: VideoModel, rows: Sequence[Row], spec: VisionSpec
+) -> tuple[MemoryEstimate, int]:
+    """What a step may need, and how many bytes it may have.
+
+    The prompt is the longest of the first rows, which are read for it, up to the longest that is allowed; completions
+    count as if they all hit their limit.
+
+    Args:
+        config: of the run.
+        model: with LoRA layers.
+        rows: to learn from, in any order.
+        spec: how their frames are sampled and sized.
+    """
+    longest, visual, frame = 1, 0, 0
+    for row in rows[:_LOOKED_AT]:
+        try:
+            vision = load_row(row, spec)
+            prompt = write_prompt(model, row, vision)
+        except (DataError, MediaError):
+            continue  # the step that meets it says so
+        if len(prompt.ids) > longest:
+            longest, visual = len(prompt.ids), int(prompt.media_mask.sum())
+            frame = visual // max(1, 0 if vision is None else vision.grid[0])
+    longest = min(longest, config.max_prompt_tokens)
+    found = estimate_training(
+        model,
+        prompt_tokens=longest,
+        visual_tokens=min(visual, longest),
+        frame_tokens=frame,
+        group_size=config.group_size,
+        completion_tokens=min(config.max_completion_tokens, max(1, model.context_length - longest)),
+        checkpoint=config.gradient_checkpointing,
+        beta=config.beta,
+        accumulate=config.batch_size > 1,
+        keep_reference=config.adapter is not None,
+        prefill_step=config.prefill_step_size,
+    )
+    allowed = memory.physical_memory() if config.memory_limit is None else int(config.memory_limit * 1e9)
+    return found, allowed
 
 
 def lora_config(config: TrainConfig) -> LoraConfig:

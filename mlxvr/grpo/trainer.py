@@ -43,6 +43,7 @@ from mlxvr.grpo.rollout import rollout
 from mlxvr.grpo.schedule import learning_rate
 from mlxvr.grpo.setup import (
     check_output,
+    estimate_memory,
     frame_spec,
     identity,
     load,
@@ -113,7 +114,7 @@ def train(
     model = load(config, progress)
     if config.filter_only:
         return _filter(config, model, rows, progress, should_stop)
-    with memory.wired():
+    with memory.wired(), memory.limited(config.memory_limit):
         run = _Run(config, model, rows, valid, ranks, own, note)
         return run.go(progress=progress, on_entry=on_entry, should_stop=should_stop)
 
@@ -152,9 +153,17 @@ class _Run:
         self.total = min(config.steps or per_epoch * config.epochs, per_epoch * config.epochs)
         if config.steps is not None and config.steps > per_epoch * config.epochs:
             self.total = config.steps  # steps win: more epochs than were asked for
+        self._check_memory()
         self.state = Progress(run=identity(config, fingerprint, rows, self.total))
         if config.resume:
             self._resume()
+
+    def _check_memory(self) -> None:
+        """Say what a step needs, and refuse what cannot fit."""
+        found, allowed = estimate_memory(self.config, self.model, self.rows, self.spec)
+        for line in found.describe().splitlines():
+            self._note(line)
+        found.refuse_over(allowed)
 
     def _resume(self) -> None:
         asked = self.state.run

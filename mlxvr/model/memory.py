@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from mlxvr.errors import OutOfMemoryError
 
-__all__ = ["avoid_cpu_compiler", "fast_dtype", "physical_memory", "release_thread", "track_peak", "wired"]
+__all__ = ["avoid_cpu_compiler", "fast_dtype", "limited", "physical_memory", "release_thread", "track_peak", "wired"]
 
 
 class Peak:
@@ -53,6 +53,23 @@ def wired() -> Iterator[None]:
     finally:
         mx.synchronize()
         mx.set_wired_limit(limit)
+
+
+@contextmanager
+def limited(gigabytes: float | None) -> Iterator[None]:
+    """Let MLX wait for work in line before it takes more memory than this; None: its own limit.
+
+    MLX prepares work ahead of the device, and what waits in line has its memory already. Near the limit it waits,
+    which costs a little time; beyond it the work goes on.
+    """
+    if gigabytes is None:
+        yield
+        return
+    limit = mx.set_memory_limit(int(gigabytes * 1e9))
+    try:
+        yield
+    finally:
+        mx.set_memory_limit(limit)
 
 
 def avoid_cpu_compiler() -> None:
