@@ -1,101 +1,193 @@
-"""What the gradient of a group costs: one packed pass, against mlx-vlm's own loss one completion at a time.
+"""What a step of GRPO costs, rollout and gradient, against mlx-vlm's own trainer on the same weights and prompt.
 
-    python -m tests.benchmarks.grpo [--shape mid|8b] [--prompts 512 1024 2048] [--groups 4 8 16] [--tokens 48]
-        [--repeats 3] [--no-peer] [--json]
+    python -m tests.benchmarks.grpo [--shape mid|8b] [--prompts 512 1024 2048 4096] [--groups 4 8 16] [--tokens 48]
+        [--media image|video] [--repeats 3] [--peer-completions N] [--no-peer] [--peer-checkpoint] [--json FILE]
 
-Random weights, LoRA of rank 8 on every attention projection (8b: rank 16 on all projections), a random clip, random
-completions. Seconds are medians and include the vision tower, once for us and once a completion for the peer, which is
-how each works. Memory is the most that was held beyond the weights. "again" is with layers that are computed again in
-the backward pass. The peer runs the same layers on the same weights; one of its completions is timed and counted G
-times, for that is what it does. First its whole gradient is computed for the smallest group, and ours must equal it.
+Random weights, LoRA of rank 8 on every attention projection (8b: rank 16 on all projections). mlx-vlm's GRPO takes no
+video, so the prompt shows images of the size of a clip's frame, as many as fit, and text fills it up to the very token.
+No token ends a turn: every completion has as many tokens as asked for, drawn at temperature 1 from all of them.
+
+A step is: vision, rollout, loss and gradient. Ours are `VideoModel.encode`, `rollout` and `group_gradient`. The peer's
+are `prepare_rollout` and the gradient function of its training task, as its trainer calls them: one completion at a
+time, vision and prompt anew for each. "again" is our gradient with layers that are computed again in the backward pass.
+Both sides take their steps in turn, in each repeat, with the allocator's cache emptied before. Seconds are medians.
+Memory is the most that was held beyond weights and inputs. With `--peer-completions N` only N of the peer's completions
+are run and their seconds counted G / N times.
+
+A fast wrong answer is worth nothing: first our gradient of the smallest group must be the peer's. And whenever a size
+is measured for the first time, both sides must give the same log-probs to completions that either of them drew.
 """
 
 import argparse
+import gc
 import json
 import statistics
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten
 
-from mlxvr.grpo.gradient import group_gradient
+from mlxvr.dataset import Row
+from mlxvr.grpo.gradient import group_gradient, group_logprobs
 from mlxvr.grpo.lora import LoraConfig, attach
-from mlxvr.grpo.loss import LossConfig
+from mlxvr.grpo.loss import LossConfig, advantages
+from mlxvr.grpo.prompts import EncodedPrompt
+from mlxvr.grpo.rollout import Completion, Rollout, rollout
 from mlxvr.media import normalise
 from mlxvr.model.adapter import find_layers
 from mlxvr.model.network import VideoModel
 from mlxvr.model.prompt import Prompt, build_prompt
-from tests.benchmarks.answers import SHAPES, make_model, timed
+from tests.benchmarks.answers import SHAPES, make_model
 from tests.checkpoints import random_media
 
 LORA = {"mid": LoraConfig(rank=8, keys=("q_proj", "k_proj", "v_proj", "o_proj")), "8b": LoraConfig(rank=16)}
 POLICY = LossConfig(beta=0.0)
+SEED = 7
+# How far the two sides may be apart: gradients, relative; log-probs, on average (float32, and bfloat16 at 4 bits).
+APART = {"mid": (1e-3, 1e-4), "8b": (0.1, 0.1)}
+GIB = 2**30
 
 
-def make_prompt(model: VideoModel, shape: str, length: int) -> Prompt:
-    """A question about a clip, together as near to `length` tokens as whole rows of the clip allow."""
+def make_prompt(model: VideoModel, shape: str, length: int, kind: str) -> Prompt:
+    """A question of exactly `length` tokens about as many frames of noise as it has room for."""
     height, width = SHAPES[shape][2]
 
-    def ask(rows: int) -> Prompt:
-        media = [random_media("qwen3_vl", "video", (rows, height, width))]
-        return build_prompt(model.tokenizer, model.family, model.config, media, "What happens?", system="Be brief.")
+    def ask(frames: int, filling: int) -> Prompt:
+        if kind == "video":
+            media = [random_media("qwen3_vl", "video", (frames, height, width))]
+        else:
+            media = [random_media("qwen3_vl", "image", (1, height, width), seed=seed) for seed in range(frames)]
+        question = "What happens? " + "1" * filling  # a token each
+        return build_prompt(model.tokenizer, model.family, model.config, media, question, system="Be brief.")
 
-    one, two = len(ask(1).ids), len(ask(2).ids)
-    return ask(max(1, 1 + (length - one) // (two - one)))
+    one, two = len(ask(1, 1).ids), len(ask(2, 1).ids)
+    frames = 1 + (length - one) // (two - one)
+    if frames < 1:
+        raise SystemExit(f"a prompt of {length} tokens is too short: the shortest has {one}")
+    prompt = ask(frames, 1)
+    while len(prompt.ids) > length:  # timestamps of later rows are longer
+        frames -= 1
+        prompt = ask(frames, 1)
+    prompt = ask(frames, 1 + length - len(prompt.ids))
+    assert len(prompt.ids) == length
+    return prompt
 
 
-class Ways:
-    """Both ways to a group's gradient, on one model and one group."""
+class Ours:
+    """A step as our trainer takes it."""
 
     def __init__(self, model: VideoModel, prompt: Prompt, size: int, tokens: int):
-        rng = np.random.default_rng(size)
-        self.model, self.prompt, self.size = model, prompt, size
-        self.completions = rng.integers(0, 400, (size, tokens)).astype(np.int32)
-        self.advantages = rng.normal(size=size).astype(np.float32)
+        self.model, self.prompt, self.size, self.tokens = model, prompt, size, tokens
 
-    def packed(self, *, checkpoint: bool = False) -> dict[str, object]:
-        """Ours: vision once, everything in one pass."""
+    def sample(self) -> Rollout:
+        """Vision, and all completions side by side."""
         prompt = self.prompt
-        encoded = SimpleNamespace(
+        encoded = EncodedPrompt(
+            row=Row(id="benchmark", question="What happens?", answer="A", line="benchmark"),
             ids=prompt.ids,
             positions=prompt.positions,
             media_mask=prompt.media_mask,
             features=self.model.encode(prompt.media),
             next_position=prompt.next_position,
         )
-        completions = [SimpleNamespace(ids=ids, truncated=False) for ids in self.completions]
-        rollout = SimpleNamespace(prompt=encoded, completions=completions)
-        return group_gradient(self.model, rollout, self.advantages, config=POLICY, checkpoint=checkpoint)[0]
+        return rollout(self.model, encoded, group_size=self.size, max_tokens=self.tokens, seed=SEED)
 
-    def stock(self, count: int) -> dict[str, object]:
-        """mlx-vlm's trainer: everything anew for each of `count` completions."""
-        from mlx_vlm.trainer.vlm.grpo.loss import completion_logps, grpo_objective
+    def gradient(self, made: Rollout, *, checkpoint: bool = False) -> dict[str, Any]:
+        """Everything in one pass."""
+        earned = advantages(np.array(rewards(len(made.completions))))
+        return group_gradient(self.model, made, earned, config=POLICY, checkpoint=checkpoint)[0]
 
-        network, clip = self.model.network, self.prompt.media[0]
-        pixels = mx.array(normalise(clip.patches, self.model.spec))
-        total: dict[str, object] | None = None
-        for ids, advantage in zip(self.completions[:count], self.advantages.tolist()):
-            whole = mx.array(np.concatenate([self.prompt.ids, ids]))[None]
-            batch = {
-                "input_ids": whole,
-                "attention_mask": mx.ones_like(whole),
-                "pixel_values_videos": pixels,
-                "video_grid_thw": mx.array([clip.grid]),
-            }
 
-            def loss(_: object, batch: dict[str, mx.array] = batch, advantage: float = advantage) -> mx.array:
-                logps = completion_logps(network, batch, len(self.prompt.ids) - 1)
-                mask = mx.ones(logps.shape, dtype=mx.bool_)
-                return grpo_objective(logps, mx.stop_gradient(logps), mask, mx.array([advantage]))[0] / self.size
+class Peer:
+    """A step as mlx-vlm's trainer takes it."""
 
-            gradient = nn.value_and_grad(network, loss)(None)[1]
-            total = gradient if total is None else tree_map(lambda one, other: one + other, total, gradient)
-            mx.eval(total)
-        assert total is not None
-        return total
+    def __init__(self, model: VideoModel, prompt: Prompt, size: int, tokens: int):
+        from mlx_vlm.trainer.vlm.grpo.config import GRPOTrainingArgs
+        from mlx_vlm.trainer.vlm.grpo.trainer import make_task
+
+        self.network = model.network
+        self.tokenizer = SimpleNamespace(eos_token_ids=[], decode=model.tokenizer.decode)
+        patches = mx.array(np.concatenate([normalise(one.patches, model.spec) for one in prompt.media]))
+        grids = mx.array([one.grid for one in prompt.media])
+        video = prompt.media[0].kind == "video"
+        ids = mx.array(prompt.ids)
+        self.inputs = {
+            "input_ids": ids,
+            "attention_mask": mx.ones_like(ids),
+            "pixel_values_videos" if video else "pixel_values": patches,
+            "video_grid_thw" if video else "image_grid_thw": grids,
+        }
+        mx.eval(self.inputs)
+        self.options = GRPOTrainingArgs(
+            group_size=size,
+            max_completion_length=tokens,
+            max_seq_length=len(prompt.ids) + tokens,
+            temperature=1.0,
+            top_p=1.0,
+            top_k=0,
+        )
+        self.task = make_task(self.network, self.options, self.tokenizer)
+        self.compute = self.task.value_and_grad_factory(self.network, False)
+
+    def sample(self) -> dict[str, Any]:
+        """One completion after the other, and what they earned."""
+        from mlx_vlm.trainer.vlm.grpo.trainer import prepare_rollout
+
+        def earned(completions: Sequence[str], **_: object) -> list[float]:
+            return rewards(len(completions))
+
+        rows = [{"inputs": self.inputs, "prompt": "", "answer": None}]
+        mx.random.seed(SEED)
+        return prepare_rollout(self.network, self.tokenizer, rows, self.options, [earned], None)
+
+    def gradient(self, made: dict[str, Any]) -> dict[str, Any]:
+        """One completion after the other, added up."""
+        (loss, _), gradient = self.compute(self.network, made)
+        mx.eval(loss, gradient)
+        return gradient
+
+    def batch(self, ids: np.ndarray) -> dict[str, mx.array]:
+        """A completion with everything before it, as `completion_logps` wants it."""
+        whole = mx.concatenate([self.inputs["input_ids"], mx.array(ids)])[None]
+        return {**self.inputs, "input_ids": whole, "attention_mask": mx.ones_like(whole)}
+
+    def samples(self, completions: Sequence[np.ndarray], earned: Sequence[float]) -> dict[str, Any]:
+        """A rollout with completions of others."""
+        start = self.inputs["input_ids"].size - 1
+        samples = [
+            {"batch": self.batch(ids), "start": start, "advantage": mx.array([advantage])}
+            for ids, advantage in zip(completions, earned)
+        ]
+        return {"samples": samples, "reward_metrics": {}}
+
+    def logprobs(self, ids: np.ndarray) -> np.ndarray:
+        """Of a completion's tokens."""
+        from mlx_vlm.trainer.vlm.grpo.loss import completion_logps
+
+        return np.array(completion_logps(self.network, self.batch(ids), self.inputs["input_ids"].size - 1)[0])
+
+    @contextmanager
+    def recomputing(self) -> Iterator[None]:
+        """Layers that are computed again in the backward pass; mlx-vlm changes their classes, which is undone."""
+        kinds = {type(module) for _, module in self.network.named_modules()}
+        before = {kind: kind.__dict__["__call__"] for kind in kinds if "__call__" in kind.__dict__}
+        self.task.checkpoint(self.network)
+        try:
+            yield
+        finally:
+            for kind, call in before.items():
+                kind.__call__ = call
+
+
+def rewards(count: int) -> list[float]:
+    """Something that differs."""
+    return np.random.default_rng(count).normal(size=count).tolist()
 
 
 def difference(found: object, expected: object) -> float:
@@ -105,76 +197,213 @@ def difference(found: object, expected: object) -> float:
     return (apart / sum(float(mx.sum(other**2)) for _, other in pairs)) ** 0.5
 
 
-def measured(work: Callable[[], object]) -> tuple[float, float]:
-    """Seconds, and GiB held beyond what was held before."""
+def gradients_apart(ours: Ours, peer: Peer) -> float:
+    """How far our gradient of our completions is from the peer's, relative."""
+    made = ours.sample()
+    earned = advantages(np.array(rewards(ours.size)))
+    found = ours.gradient(made)
+    return difference(found, peer.gradient(peer.samples([one.ids for one in made.completions], earned.tolist())))
+
+
+def logprobs_apart(ours: Ours, peer: Peer, made: Rollout, other: Mapping[str, Any]) -> float:
+    """How far log-probs are apart on average: of one of our completions, as drawn, and of one of theirs."""
+    drawn = made.completions[0]
+    length = len(ours.prompt.ids)
+    theirs = np.array(other["samples"][0]["batch"]["input_ids"][0, length:]).astype(np.int32)
+    unknown = Completion(ids=theirs, logprobs=np.zeros(len(theirs), np.float32), text="", truncated=True)
+    scored = group_logprobs(ours.model, Rollout(prompt=made.prompt, completions=(unknown,)))[0]
+    pairs = [(drawn.logprobs, peer.logprobs(drawn.ids)), (scored, peer.logprobs(theirs))]
+    return max(float(np.abs(one - two).mean()) for one, two in pairs)
+
+
+class Meter:
+    """Seconds and bytes of the parts of a step."""
+
+    def __init__(self) -> None:
+        """Begin with an allocator that keeps nothing for later."""
+        gc.collect()
+        mx.synchronize()
+        mx.clear_cache()
+        self._before = mx.get_active_memory()
+        self.seconds: dict[str, float] = {}
+        self.gib: dict[str, float] = {}
+
+    def run(self, name: str, work: Callable[[], Any]) -> Any:
+        """Do a part of the step; what it needs of the parts before counts as held."""
+        mx.synchronize()
+        mx.reset_peak_memory()
+        started = time.perf_counter()
+        result = work()
+        mx.synchronize()
+        self.seconds[name] = time.perf_counter() - started
+        self.gib[name] = (mx.get_peak_memory() - self._before) / GIB
+        return result
+
+
+def our_step(ours: Ours) -> tuple[Meter, Rollout]:
+    """One rollout, and its gradient both ways."""
+    meter = Meter()
+    made = meter.run("rollout", ours.sample)
+    meter.run("gradient", lambda: ours.gradient(made))
     mx.clear_cache()
-    mx.reset_peak_memory()
-    before = mx.get_active_memory()
-    seconds = timed(work)
-    return seconds, (mx.get_peak_memory() - before) / 2**30
+    meter.run("again", lambda: ours.gradient(made, checkpoint=True))
+    return meter, made
 
 
-def run(ways: Ways, repeats: int, *, peer: bool) -> dict[str, float]:
-    """Median seconds and GiB of each way, in turn in each repeat."""
-    works: dict[str, Callable[[], object]] = {
-        "packed": ways.packed,
-        "again": lambda: ways.packed(checkpoint=True),
+def peer_step(peer: Peer, *, checkpoint: bool) -> tuple[Meter, dict[str, Any]]:
+    """One rollout and its gradient, and once more with checkpoints if asked for."""
+    meter = Meter()
+    made = meter.run("rollout", peer.sample)
+    meter.run("gradient", lambda: peer.gradient(made))
+    if checkpoint:
+        mx.clear_cache()
+        with peer.recomputing():
+            meter.run("again", lambda: peer.gradient(made))
+    return meter, made
+
+
+def summary(meters: Sequence[Meter], times: float = 1.0) -> dict[str, dict[str, float]]:
+    """Median seconds, and the most memory, of each part and of whole steps."""
+    seconds: dict[str, list[float]] = {}
+    gib: dict[str, list[float]] = {}
+    for meter in meters:
+        for name, value in meter.seconds.items():
+            seconds.setdefault(name, []).append(value * times)
+            gib.setdefault(name, []).append(meter.gib[name])
+        for name, part in (("step", "gradient"), ("step_again", "again")):
+            if part in meter.seconds:
+                seconds.setdefault(name, []).append((meter.seconds["rollout"] + meter.seconds[part]) * times)
+                gib.setdefault(name, []).append(max(meter.gib["rollout"], meter.gib[part]))
+    return {
+        "seconds": {name: statistics.median(values) for name, values in seconds.items()},
+        "gib": {name: max(values) for name, values in gib.items()},
     }
-    if peer:
-        works["peer"] = lambda: ways.stock(1)
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in works}
-    for _ in range(repeats):
-        for name, work in works.items():
-            found[name].append(measured(work))
-    result: dict[str, float] = {}
-    for name, pairs in found.items():
-        result[f"{name}_seconds"] = statistics.median(pair[0] for pair in pairs)
-        result[f"{name}_gib"] = max(pair[1] for pair in pairs)
-    if peer:
-        result["peer_seconds"] *= ways.size
-    return result
+
+
+def measure(
+    model: VideoModel, prompt: Prompt, size: int, options: argparse.Namespace, allowed: float
+) -> dict[str, Any]:
+    """Steps of both sides in turn: a row of the table."""
+    ours = Ours(model, prompt, size, options.tokens)
+    count = min(size, options.peer_completions or size)
+    peer = None if options.no_peer else Peer(model, prompt, count, options.tokens)
+    mine: list[Meter] = []
+    theirs: list[Meter] = []
+    row: dict[str, Any] = {"prompt": len(prompt.ids), "group": size, "tokens": options.tokens}
+    for repeat in range(options.repeats):
+        meter, made = our_step(ours)
+        mine.append(meter)
+        assert {len(one.ids) for one in made.completions} == {options.tokens}
+        if peer is None:
+            continue
+        meter, other = peer_step(peer, checkpoint=options.peer_checkpoint)
+        theirs.append(meter)
+        assert {one["batch"]["input_ids"].shape[1] - len(prompt.ids) for one in other["samples"]} == {options.tokens}
+        if repeat == 0:
+            row["logprobs_apart"] = logprobs_apart(ours, peer, made, other)
+            if row["logprobs_apart"] > allowed:
+                raise SystemExit(f"log-probs differ by {row['logprobs_apart']:.1e}: the times mean nothing")
+        del made, other
+    row["ours"] = summary(mine)
+    if theirs:
+        row["peer"] = {**summary(theirs, size / count), "completions_run": count}
+    return row
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Markdown: seconds with GiB behind them, and how many times faster a step is."""
+    lines = [
+        "| prompt | G | rollout | mlx-vlm | gradient | again | mlx-vlm | step | mlx-vlm | faster, and with again |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+
+    def cell(side: Mapping[str, Any] | None, name: str) -> str:
+        if side is None or name not in side["seconds"]:
+            return "-"
+        return f"{side['seconds'][name]:.2f} s, {side['gib'][name]:.2f}"
+
+    for row in rows:
+        ours, peer = row["ours"], row.get("peer")
+        cells = [f"{row['prompt']:,}", str(row["group"]), cell(ours, "rollout"), cell(peer, "rollout")]
+        cells += [cell(ours, "gradient"), cell(ours, "again"), cell(peer, "gradient")]
+        cells += [cell(ours, "step"), cell(peer, "step")]
+        faster = [peer["seconds"]["step"] / ours["seconds"][name] for name in ("step", "step_again")] if peer else []
+        cells.append(", ".join(f"{value:.1f}x" for value in faster) or "-")
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def findings(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What grows with the group, and who holds more memory."""
+    lines: list[str] = []
+    for prompt in sorted({row["prompt"] for row in rows}):
+        own = {row["group"]: row for row in rows if row["prompt"] == prompt}
+        few, many = min(own), max(own)
+        if few < many:
+            seconds = [own[size]["ours"]["seconds"] for size in (few, many)]
+            plain, again = (seconds[1][name] / seconds[0][name] for name in ("gradient", "again"))
+            lines.append(
+                f"P={prompt}: the gradient of G={many} costs {plain:.2f} times G={few}'s, {again:.2f} with again"
+            )
+    for row in rows:
+        if "peer" not in row:
+            continue
+        ours, peer = row["ours"]["gib"], row["peer"]["gib"]
+        line = f"P={row['prompt']} G={row['group']}: peak {ours['step'] / peer['step']:.2f} of mlx-vlm's, "
+        line += f"{ours['step_again'] / peer['step']:.2f} with again"
+        if "step_again" in peer:
+            faster = row["peer"]["seconds"]["step_again"] / row["ours"]["seconds"]["step_again"]
+            line += f"; both with again: {ours['step_again'] / peer['step_again']:.2f}, {faster:.1f}x faster"
+        lines.append(f"{line}; log-probs differ by {row['logprobs_apart']:.1e}")
+    return lines
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.grpo", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--shape", choices=tuple(SHAPES), default="mid")
-    parser.add_argument("--prompts", type=int, nargs="+", default=[512, 1024, 2048])
-    parser.add_argument("--groups", type=int, nargs="+", default=[4, 8, 16])
+    parser.add_argument("--prompts", type=int, nargs="+", default=[512, 1024, 2048, 4096], help="tokens of a prompt")
+    parser.add_argument("--groups", type=int, nargs="+", default=[4, 8, 16], help="completions of a prompt")
     parser.add_argument("--tokens", type=int, default=48, help="of each completion")
+    parser.add_argument("--media", choices=("image", "video"), default="image", help="what the prompt shows")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--peer-completions", type=int, default=0, metavar="N", help="run N of mlx-vlm's; 0: all")
     parser.add_argument("--no-peer", action="store_true", help="measure only our own way")
-    parser.add_argument("--json", action="store_true", help="print one JSON object a row")
-    args = parser.parse_args(argv)
+    parser.add_argument("--peer-checkpoint", action="store_true", help="also mlx-vlm's gradient with its checkpoints")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write one JSON object a row")
+    options = parser.parse_args(argv)
+    if options.peer_completions == 1 or min(options.groups) < 2:
+        parser.error("a group has at least two completions")
     if mx.default_device() == mx.Device(mx.cpu):
         mx.disable_compile()
-    model = make_model(args.shape)
-    attach(model, LORA[args.shape], seed=0)
+    model = make_model(options.shape)
+    attach(model, LORA[options.shape], seed=0)
     for index, layer in enumerate(find_layers(model.network).values()):
         layer.lora_b = mx.random.normal(layer.lora_b.shape, key=mx.random.key(index)) * 0.02
     mx.eval(model.network.parameters())
     mx.clear_cache()
-    print(f"weights {mx.get_active_memory() / 2**30:.2f} GiB")
-    if not args.no_peer:
-        ways = Ways(model, make_prompt(model, args.shape, min(args.prompts)), min(args.groups), args.tokens)
-        apart = difference(ways.packed(), ways.stock(ways.size))
+    print(f"weights {mx.get_active_memory() / GIB:.2f} GiB")
+    gradients_allowed, logprobs_allowed = APART[options.shape]
+    if not options.no_peer:
+        prompt, size = make_prompt(model, options.shape, min(options.prompts), options.media), min(options.groups)
+        sides = Ours(model, prompt, size, options.tokens), Peer(model, prompt, size, options.tokens)
+        apart = gradients_apart(*sides)
+        del sides
         print(f"the two gradients differ by {apart:.1e}")
-        if apart > (1e-3 if args.shape == "mid" else 0.1):  # float32 and bfloat16
+        if apart > gradients_allowed:
             raise SystemExit("they must not: the times mean nothing")
-    for length in args.prompts:
-        prompt = make_prompt(model, args.shape, length)
-        for size in args.groups:
-            row = run(Ways(model, prompt, size, args.tokens), args.repeats, peer=not args.no_peer)
-            if args.json:
-                print(json.dumps({"prompt": len(prompt.ids), "group": size, "tokens": args.tokens, **row}), flush=True)
-                continue
-            line = f"P={len(prompt.ids)} G={size}"
-            for name in ("packed", "again", "peer"):
-                if f"{name}_seconds" in row:
-                    line += f" | {name} {row[f'{name}_seconds']:.2f} s {row[f'{name}_gib']:.2f} GiB"
-            if not args.no_peer:
-                line += f" | {row['peer_seconds'] / row['packed_seconds']:.1f}x faster"
-            print(line, flush=True)
+    if options.json:
+        options.json.write_text("", encoding="utf-8")
+    rows: list[dict[str, Any]] = []
+    for length in options.prompts:
+        prompt = make_prompt(model, options.shape, length, options.media)
+        for size in options.groups:
+            rows.append(measure(model, prompt, size, options, logprobs_allowed))
+            print("\n".join(table(rows)[0 if len(rows) == 1 else -1 :]), flush=True)
+            if options.json:
+                with options.json.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(rows[-1]) + "\n")
+    print("\n".join(findings(rows)))
 
 
 if __name__ == "__main__":
