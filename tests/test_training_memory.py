@@ -164,8 +164,8 @@ def test_what_stays_is_counted_by_hand():
 
 def test_what_a_layer_keeps_is_counted_by_hand():
     # Input and sum (8 each); norms' outputs (8 each), attention's output (8) and the MLP's product (16) for LoRA;
-    # queries (8), keys and values (4 each), attention's output as the fused kernel keeps it (8); gate, up, sigmoid, silu
-    # (16 each); 7 short products of 2.
+    # queries (8), keys and values (4 each), attention's output as the fused kernel keeps it (8); gate, up, sigmoid and
+    # silu (16 each); 7 short products of 2.
     each = 8 + 8 + 8 + 8 + 8 + 16 + 8 + 4 + 4 + 8 + 4 * 16 + 7 * 2
     # One block holds both completions: keys and values of 10 + 2 * 3 columns are put together for it.
     copies = 16 * 2 * 4

@@ -8,11 +8,13 @@ MLX prepares work faster than the device does it, and what waits in line has its
 pass makes counts with nothing given back yet. `mx.set_memory_limit` shortens the line: with a limit below what is
 needed, the same passes took up to 40% less on a CPU.
 
-Measured against `mx.get_peak_memory` on MLX's CPU backend (0.32.4), random models of both families, 2 to 24 layers of
+Measured against `mx.get_peak_memory` on MLX's CPU backend (0.32.4), random models of both families, 4 to 24 layers of
 128 to 1,024 numbers, float32, bfloat16 and 4 bits, prompts of 300 to 3,000 tokens, groups of 4 to 16, completions of 32
-to 300: gradient passes 0.86 to 1.08 of what was measured (33 shapes), rollouts 1.00 to 1.19 (7), vision towers 0.80 to
-0.93 (4). On an H200 through MLX's CUDA backend, Qwen3-VL-8B of 4 bits with rank 16: 1.06 to 1.19 (4). Metal was not
-measured; it is taken to be fused in the forward pass and not in training, as MLX's source has it.
+to 300: what a gradient pass takes beyond the weights is estimated at 0.86 to 1.09 of the measured peak (34 shapes),
+rollouts at 1.00 to 1.19 (7), vision towers at 0.88 to 0.97 (4). On an H200 through MLX's CUDA backend the gradient of
+Qwen3-VL-8B at 4 bits, rank 16, is estimated at 1.06 to 1.19 of the measured peak (4 shapes); its term for unpacked
+weights was inferred from these. Metal was not measured: it is taken to be fused in the forward pass and not in training,
+as MLX's source has it.
 """
 
 import math
@@ -515,7 +517,11 @@ def _decode_pass(work: Workload, sizes: _Sizes) -> int:
 
 
 def _vision_pass(work: Workload) -> int:
-    """Bytes of the vision tower over as many rows of a clip as go at once."""
+    """Bytes of the vision tower over as many rows of a clip as go at once.
+
+    The pixels, and the larger part of a layer. Attention: its input, the norm's output, queries, keys and values, five
+    float32 arrays for rotating queries and keys each, and scores where not fused. The MLP: as in the language model.
+    """
     vision = work.config["vision_config"]
     if work.visual_tokens == 0:
         return 0
@@ -526,9 +532,9 @@ def _vision_pass(work: Workload) -> int:
     patches = min(rows * frame, work.visual_tokens * merge)
     values = 3 * int(vision["temporal_patch_size"]) * int(vision["patch_size"]) ** 2
     scores = heads * frame * work.itemsize if work.backend == "cpu" else 0
-    attention = width * (6 * work.itemsize + 6 * _LORA) + scores
+    attention = width * (5 * work.itemsize + 10 * 4) + scores
     mlp = width * 4 * work.itemsize + inner * 5 * work.itemsize
-    return patches * (values * (_LORA + work.itemsize) + max(attention, mlp))
+    return patches * (values * (4 + work.itemsize) + max(attention, mlp))
 
 
 def _rank(work: Workload) -> int:
