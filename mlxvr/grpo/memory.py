@@ -11,10 +11,10 @@ needed, the same passes took up to 40% less on a CPU.
 Measured against `mx.get_peak_memory` on MLX's CPU backend (0.32.4), random models of both families, 4 to 24 layers of
 128 to 1,024 numbers, float32, bfloat16 and 4 bits, prompts of 300 to 3,000 tokens, groups of 4 to 16, completions of 32
 to 300: what a gradient pass takes beyond the weights is estimated at 0.86 to 1.09 of the measured peak (34 shapes),
-rollouts at 1.00 to 1.19 (7), vision towers at 0.88 to 0.97 (4). On an H200 through MLX's CUDA backend the gradient of
-Qwen3-VL-8B at 4 bits, rank 16, is estimated at 1.06 to 1.19 of the measured peak (4 shapes); its term for unpacked
-weights was inferred from these. Metal was not measured: it is taken to be fused in the forward pass and not in training,
-as MLX's source has it.
+rollouts at 1.00 to 1.19 (7), vision towers at 0.88 to 0.97 (4). On an NVIDIA GPU through MLX's CUDA backend the
+gradient of Qwen3-VL-8B at 4 bits, rank 16, is estimated at 1.06 to 1.19 of the measured peak (4 shapes); its term for
+unpacked weights was inferred from these. Metal was not measured: attention is taken to be fused in the forward pass and
+not in training.
 """
 
 import math
