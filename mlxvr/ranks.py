@@ -4,10 +4,12 @@
     mlx.launch --hosts a,b -- python -m mlxvr.train --data train.jsonl --output run
 
 What they tell each other goes through collectives, which every rank must enter in the same order. A rank that is gone
-is noticed there (the ring says so within seconds), and the others end with an error that says what to do.
+is noticed there (the ring says so at once), and the others end with an error that says what to do. Each collective is
+evaluated by `mx.eval` before anything else looks at it: NumPy, which can evaluate an array as well, returns zeros where
+a rank is gone.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import mlx.core as mx
 import numpy as np
@@ -17,6 +19,7 @@ from mlxvr.errors import ConfigError
 __all__ = ["Ranks"]
 
 _AT_ONCE = 2**23  # numbers that are summed in one message: 32 MiB, as MLX itself groups gradients
+_BYTES_AT_ONCE = 2**25
 
 
 class Ranks:
@@ -47,6 +50,23 @@ class Ranks:
         every = self._all_gather(padded).reshape(self.size, longest)
         return [row[:size].tobytes() for row, size in zip(every, sizes)]
 
+    def share(self, data: bytes) -> bytes:
+        """The bytes of rank 0, on every rank; what the others give does not matter.
+
+        Raises `ConfigError` when a rank is gone.
+        """
+        if self.size == 1:
+            return data
+        own = np.frombuffer(data if self.rank == 0 else b"", np.uint8)
+        size = int.from_bytes(self.gather(len(own).to_bytes(8))[0])
+        parts = []
+        for start in range(0, size, _BYTES_AT_ONCE):
+            part = np.zeros(min(_BYTES_AT_ONCE, size - start), np.uint8)
+            if self.rank == 0:
+                part[:] = own[start : start + len(part)]
+            parts.append(self._all_gather(part)[: len(part)].tobytes())
+        return b"".join(parts)
+
     def sum(self, arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
         """The sum over the ranks of each array, float32, on every rank; the same bits on all of them.
 
@@ -56,16 +76,12 @@ class Ranks:
         Raises `ConfigError` when a rank is gone.
         """
         if self.size == 1 or not arrays:
-            return dict(arrays)
+            return {name: array.astype(mx.float32) for name, array in arrays.items()}
         names = sorted(arrays)
         flat = mx.concatenate([arrays[name].astype(mx.float32).reshape(-1) for name in names])
-        try:
-            parts = []
-            for start in range(0, flat.size, _AT_ONCE):
-                parts.append(mx.distributed.all_sum(flat[start : start + _AT_ONCE], group=self._group))
-                mx.eval(parts[-1])
-        except RuntimeError as error:
-            raise _lost(error) from error
+        parts = []
+        for start in range(0, flat.size, _AT_ONCE):
+            parts.append(self._evaluate(mx.distributed.all_sum, flat[start : start + _AT_ONCE]))
         ends = np.cumsum([arrays[name].size for name in names])[:-1].tolist()
         summed = mx.split(mx.concatenate(parts), ends)
         return {name: part.reshape(arrays[name].shape) for name, part in zip(names, summed)}
@@ -75,10 +91,15 @@ class Ranks:
         self.gather(b"")
 
     def _all_gather(self, values: np.ndarray) -> np.ndarray:
+        return np.array(self._evaluate(mx.distributed.all_gather, mx.array(values)))
+
+    def _evaluate(self, collective: Callable[..., mx.array], array: mx.array) -> mx.array:
         try:
-            return np.array(mx.distributed.all_gather(mx.array(values), group=self._group))
+            result = collective(array, group=self._group)
+            mx.eval(result)
         except RuntimeError as error:
             raise _lost(error) from error
+        return result
 
 
 def _lost(error: RuntimeError) -> ConfigError:
