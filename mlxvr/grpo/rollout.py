@@ -27,8 +27,11 @@ from mlxvr.grpo.prompts import EncodedPrompt
 from mlxvr.model.decode import Sampler, prefill
 from mlxvr.model.network import VideoModel
 
-__all__ = ["Completion", "Rollout", "rollout"]
+__all__ = ["Completion", "Rollout", "prefill_step", "rollout"]
 
+# MLX's CPU backend computes all scores of a step of the prompt, also those that nobody sees: fewer tokens at a time
+# leave most of these out. At 2,048 tokens the prompt takes 24% less time and 70% less memory; 128 gains nothing more.
+_CPU_PREFILL = 256
 _STEPS_BETWEEN_CLEARINGS = 256  # MLX keeps freed buffers, and those of a growing cache fit nothing later
 
 
@@ -84,7 +87,7 @@ def rollout(
         temperature: 0 decodes greedily; log-probs are then those of temperature 1.
         top_p: draw from the smallest set of tokens that holds this share of the probability.
         seed: the same seed gives the same completions.
-        prefill_step_size: prompt tokens that go through the model at once; bounds the memory.
+        prefill_step_size: the most prompt tokens that go through the model at once; bounds the memory.
         should_stop: asked between steps.
 
     Raises:
@@ -107,7 +110,7 @@ def rollout(
         cache,
         features=prompt.features,
         media_mask=prompt.media_mask,
-        step_size=prefill_step_size,
+        step_size=prefill_step(prefill_step_size),
         should_stop=should_stop,
     )
     tree = _Tree(len(prompt.ids))
@@ -131,6 +134,11 @@ def rollout(
         if (step + 1) % _STEPS_BETWEEN_CLEARINGS == 0:
             mx.clear_cache()
     return Rollout(prompt=prompt, completions=drawn.completions(model))
+
+
+def prefill_step(most: int) -> int:
+    """How many tokens of a prompt go through the model at once, when at most so many may."""
+    return min(most, _CPU_PREFILL) if mx.default_device() == mx.Device(mx.cpu) else most
 
 
 class _Chooser:

@@ -148,8 +148,10 @@ class Peer:
 
     def gradient(self, made: dict[str, Any]) -> dict[str, Any]:
         """One completion after the other, added up."""
+        parameters = self.network.trainable_parameters()
         (loss, _), gradient = self.compute(self.network, made)
         mx.eval(loss, gradient)
+        self.network.update(parameters)  # its checkpoints leave what they traced in the layers
         return gradient
 
     def batch(self, ids: np.ndarray) -> dict[str, mx.array]:
