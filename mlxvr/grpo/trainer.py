@@ -13,19 +13,22 @@ alone writes.
 """
 
 import dataclasses
+import hashlib
 import json
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from itertools import islice
 from typing import Any
 
 import mlx.core as mx
 
+from mlxvr import __version__
 from mlxvr.callbacks import Progress as Bar
 from mlxvr.callbacks import ShouldStop
-from mlxvr.dataset import Row
+from mlxvr.dataset import Row, to_record
 from mlxvr.errors import ConfigError, DataError, MediaError
 from mlxvr.grpo.config import TrainConfig
 from mlxvr.grpo.curves import plot_curves
@@ -35,7 +38,7 @@ from mlxvr.grpo.journal import Journal, make_sinks
 from mlxvr.grpo.judging import Judge
 from mlxvr.grpo.labelfree import CollapseGuard, GroupAnswer
 from mlxvr.grpo.learning import Group, Learner, NotFinite
-from mlxvr.grpo.lora import attach, attach_saved, save_adapter, snapshot
+from mlxvr.grpo.lora import attach, attach_saved, lora_weights, save_adapter, snapshot
 from mlxvr.grpo.order import batches
 from mlxvr.grpo.prompts import encode_row
 from mlxvr.grpo.report import TrainReport
@@ -54,6 +57,7 @@ from mlxvr.grpo.setup import (
     reward_weights,
 )
 from mlxvr.grpo.state import Progress, load_state, save_state
+from mlxvr.grpo.together import check_same, have_same_bits, shared_state
 from mlxvr.grpo.validation import Judged, judge_answer, summarise
 from mlxvr.media.rows import read_ahead
 from mlxvr.model import memory
@@ -99,18 +103,21 @@ def train(
         OutOfMemoryError: the run would not fit.
     """
     loss_config(config), lora_config(config)
+    ranks = Ranks()  # before anything that only one of them may lack, so that the others notice
+    if config.filter_only and ranks.size > 1:
+        raise ConfigError(f"filter_only is for one process, and these are {ranks.size} ranks: start it without them")
     if config.plot is not None:
         check_plot(config.plot)
     own = None if config.own_reward is None else load_reward(config.own_reward)
     rows, left_out = read_training_rows(config)
     valid = read_validation_rows(config)
-    ranks = Ranks()
     note = on_note if on_note is not None and ranks.rank == 0 else _silent
     for reason in left_out[:5]:
         note(f"left out: {reason}")
     if len(left_out) > 5:
         note(f"left out: {len(left_out) - 5} rows more")
-    check_output(config)
+    if ranks.rank == 0:
+        check_output(config)
     model = load(config, progress)
     if config.filter_only:
         return _filter(config, model, rows, progress, should_stop)
@@ -155,6 +162,7 @@ class _Run:
             self.total = config.steps  # steps win: more epochs than were asked for
         self._check_memory()
         self.state = Progress(run=identity(config, fingerprint, rows, self.total))
+        check_same(ranks, {**self.state.run, **self._pace()})
         if config.resume:
             self._resume()
 
@@ -165,9 +173,24 @@ class _Run:
             self._note(line)
         found.refuse_over(allowed)
 
+    def _pace(self) -> dict[str, Any]:
+        """What the ranks do together and when, beside what decides the steps."""
+        config = self.config
+        valid = json.dumps([to_record(row, media=row.media) for row in self.valid], sort_keys=True)
+        return {
+            "resume": config.resume,
+            "steps": self.total,
+            "save_every": config.save_every,
+            "valid_every": config.valid_every,
+            "validation rows": hashlib.sha256(valid.encode()).hexdigest()[:16],
+            "mlxvr": __version__,
+            "mlx": version("mlx"),
+        }
+
     def _resume(self) -> None:
         asked = self.state.run
-        self.state, self.learner.reference = load_state(self.config.output, self.model, self.learner.optimizer)
+        with shared_state(self.ranks, self.config.output) as folder:
+            self.state, self.learner.reference = load_state(folder, self.model, self.learner.optimizer)
         for name in sorted(asked.keys() | self.state.run.keys()):
             if asked.get(name) != self.state.run.get(name):
                 raise ConfigError(
@@ -215,6 +238,7 @@ class _Run:
                     self._keep_best(valid[number])
                 write(entry)
                 if number % config.save_every == 0 or number == self.total or stopped or number in valid:
+                    self._compare_ranks()
                     self._save()
             if journal is not None and config.plot is not None:
                 plot_curves(journal.entries(), config.plot)
@@ -358,6 +382,16 @@ class _Run:
             self.state.best, self.state.best_step = figures["valid_reward"], self.state.step
             if self.ranks.rank == 0:
                 save_adapter(self.config.output / "best", self.model, self.lora)
+
+    def _compare_ranks(self) -> None:
+        """Say once that the ranks' adapters have become different ones."""
+        told = (
+            "the ranks' adapters are no longer the same to the last bit: their machines round differently; "
+            "that of rank 0 is saved"
+        )
+        if told not in self.warnings and not have_same_bits(self.ranks, lora_weights(self.model)):
+            self.warnings.append(told)
+            self._note(told)
 
     def _save(self) -> None:
         if self.ranks.rank == 0:
