@@ -1,7 +1,7 @@
 """Processes that were started together and work on one thing, over MLX's own distributed engine.
 
     mlx.launch -n 2 -- python -m mlxvr.eval --data clips.jsonl --output run
-    mlx.launch --hosts a,b -- python -m mlxvr.train --data train.jsonl --output run
+    mlx.launch --hostfile hosts.json -- python -m mlxvr.train --data train.jsonl --output run
 
 What they tell each other goes through collectives, which every rank must enter in the same order. A rank that is gone
 is noticed there (the ring says so at once), and the others end with an error that says what to do. Each collective is
