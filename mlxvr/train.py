@@ -9,7 +9,7 @@ import json
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -120,23 +120,28 @@ def _train(args: argparse.Namespace) -> int | None:
 
 
 @contextmanager
-def _interruptible(note: Any) -> Iterator[ShouldStop]:
-    """Ask to stop with the first Ctrl-C; the second one stops at once."""
+def _interruptible(note: Callable[[str], None]) -> Iterator[ShouldStop]:
+    """Ask to stop with the first Ctrl-C, or when whoever started this ends it; the second time it stops at once."""
     asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
-        return
+    before: dict[int, Any] = {}
 
-    def ask(*_: object) -> None:
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def ask(number: int, _: object) -> None:
         asked.set()
-        signal.signal(signal.SIGINT, before)
-        note("stopping after this step, saved (Ctrl-C again stops at once)")
+        restore()
+        note(f"{signal.Signals(number).name}: stopping after this step, saved; once more stops at once")
 
-    before = signal.signal(signal.SIGINT, ask)
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):  # such as under nohup
+                before[number] = signal.signal(number, ask)
     try:
         yield asked.is_set
     finally:
-        signal.signal(signal.SIGINT, before)
+        restore()
 
 
 def _told(report: TrainReport) -> str:

@@ -106,10 +106,11 @@ def test_ten_steps_are_five_a_kill_and_the_rest(tmp_path):
     assert (cut / "adapters.safetensors").read_bytes() == (whole / "adapters.safetensors").read_bytes()
 
 
-def test_ctrl_c_finishes_the_step_and_saves(tmp_path):
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_finishes_the_step_and_saves(tmp_path, stop):
     process = start(*flags(output=tmp_path / "run", steps=500))
     wait_for_step(tmp_path / "run", 1, process)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(stop)
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, stderr
     assert "stopping after this step" in stderr

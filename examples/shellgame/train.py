@@ -8,6 +8,7 @@ time and falls linearly after that. The result is written in bfloat16, as transf
 """
 
 import argparse
+import copy
 import json
 import math
 import os
@@ -47,6 +48,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out", type=Path, default=Path(os.environ.get("OUT", "out")))
     add("--seconds", type=float, default=220.0, help="training time, without start-up and compilation")
     add("--steps", type=int, default=None, help="stop after so many steps instead (for trying things out)")
+    add("--keep-at", type=float, nargs="*", default=(), metavar="S", help="also write snapshots at these seconds")
     add("--batch", type=int, default=128)
     add("--rows", type=int, default=800_000, help="examples in the pool")
     add("--workers", type=int, default=os.cpu_count())
@@ -219,6 +221,7 @@ def make_pools(codec: Codec, buckets: list[Bucket], rows: int) -> list[Pool]:
 def train(trainer: Trainer, lanes: list[Lane], checks: list[Lane], say: Callable) -> dict:
     """Run the steps; returns what happened."""
     options = trainer.options
+    keep = sorted(options.keep_at)
     rng = np.random.default_rng(options.seed)
     weights = np.array([lane.rows for lane in lanes], dtype=float)
     order = rng.choice(len(lanes), size=1 << 20, p=weights / weights.sum())
@@ -242,6 +245,10 @@ def train(trainer: Trainer, lanes: list[Lane], checks: list[Lane], say: Callable
         now = time.time()
         if options.steps is None:
             done = (now - begin) / options.seconds
+        if keep and now - begin >= keep[0]:
+            folder = options.out / f"at_{keep.pop(0):g}s"
+            save(trainer, folder / "checkpoint")
+            say("snapshot", folder, "at step", step)
         if now - last > options.report_every:
             rate, loss = (step - last_step) / (now - last), float(trainer.loss)
             if not math.isfinite(loss):
@@ -260,7 +267,7 @@ def save(trainer: Trainer, folder: Path) -> None:
     special = trainer.codec.special
     trainer.module.generation_config.eos_token_id = special["<|im_end|>"]
     trainer.module.generation_config.pad_token_id = special["<|endoftext|>"]
-    trainer.module.to(torch.bfloat16).save_pretrained(folder)
+    copy.deepcopy(trainer.module).to(torch.bfloat16).save_pretrained(folder)
     trainer.codec.tokenizer.save(str(folder / "tokenizer.json"))
 
 

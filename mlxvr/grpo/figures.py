@@ -4,7 +4,7 @@ What a group's summary holds can be sent as JSON, so that ranks can tell each ot
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -69,7 +69,7 @@ def figures_of(groups: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
         "loss": sum(group["loss"] for group in learned) / len(groups) if learned else None,
         "kl": _weighted(learned, "kl"),
         "reward": mean("reward"),
-        "reward_std": _mean(float(np.std(group["reward"], ddof=1)) for group in groups if len(group["reward"]) > 1),
+        "reward_std": _mean(_quiet(np.std, group["reward"], ddof=1) for group in groups if len(group["reward"]) > 1),
     }
     for name in ("first", "second", "format", "fallback", "first_accuracy", "second_accuracy", "think_ratio"):
         figures[name] = mean(name)
@@ -91,7 +91,13 @@ def figures_of(groups: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
 def _mean(values: Iterable[float]) -> float | None:
     """Of those that are numbers."""
     known = [value for value in values if not math.isnan(value)]
-    return float(np.mean(known)) if known else None
+    return _quiet(np.mean, known) if known else None
+
+
+def _quiet(figure: Callable[..., Any], values: Sequence[float], **options: Any) -> float:
+    """A figure of rewards that may be as large as a user's own function makes them."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return float(figure(values, **options))
 
 
 def _weighted(groups: Sequence[Mapping[str, Any]], name: str) -> float | None:

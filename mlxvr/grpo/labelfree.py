@@ -43,6 +43,7 @@ from mlxvr.confidence import answer_span
 from mlxvr.dataset import Row
 from mlxvr.detokenizer import Detokenizer
 from mlxvr.errors import ConfigError
+from mlxvr.grpo.config import LABEL_FREE
 from mlxvr.grpo.forward import completion_logprobs
 from mlxvr.grpo.packing import pack
 from mlxvr.model.network import VideoModel
@@ -54,7 +55,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PARTS", "CollapseGuard", "GroupAnswer", "agreement", "coherence", "group_answer", "label_free_reward"]
 
-PARTS = ("agreement", "coherence")
+PARTS = LABEL_FREE
 
 _BOX, _END_THINK = "\\boxed{", "</think>"
 _OWN = 0.25  # what a first answer that disagrees costs; little, since a review exists to correct

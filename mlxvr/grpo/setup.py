@@ -15,6 +15,7 @@ from mlxvr.grpo.lora import LoraConfig
 from mlxvr.grpo.loss import LossConfig
 from mlxvr.grpo.memory import MemoryEstimate, estimate_training
 from mlxvr.grpo.prompts import write_prompt
+from mlxvr.grpo.rollout import prefill_step
 from mlxvr.grpo.state import state_file
 from mlxvr.media.rows import load_row
 from mlxvr.media.spec import VisionSpec
@@ -112,7 +113,7 @@ def estimate_memory(
         beta=config.beta,
         accumulate=config.batch_size > 1,
         keep_reference=config.adapter is not None,
-        prefill_step=config.prefill_step_size,
+        prefill_step=prefill_step(config.prefill_step_size),
     )
     allowed = memory.physical_memory() if config.memory_limit is None else int(config.memory_limit * 1e9)
     return found, allowed
