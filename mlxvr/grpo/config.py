@@ -66,7 +66,9 @@ class TrainConfig:
     output: Path = field(metadata=flag("run", "folder for adapter, metrics and state", metavar="DIR"))
     resume: bool = field(default=False, metadata=flag("run", "go on where the run in --output was last saved"))
     epochs: int = field(default=1, metadata=flag("run", "times that every row is seen", metavar="N"))
-    steps: int | None = field(default=None, metadata=flag("run", "stop after so many steps", metavar="N"))
+    steps: int | None = field(
+        default=None, metadata=flag("run", "end after so many steps, whatever --epochs says", metavar="N")
+    )
     batch_size: int = field(
         default=4, metadata=flag("run", "questions of a step, over all ranks; one is in memory at a time", metavar="N")
     )

@@ -97,7 +97,7 @@ def train(
 
     Raises:
         ConfigError: a setting cannot be used, the output is another run's, a rank is gone, or training without labels
-            has collapsed. The state is that of the last step.
+            has collapsed. What was last saved can be gone on from.
         DataError: a row cannot be used, or a loss is not a finite number.
         CheckpointError: the model, adapter or state cannot be loaded.
         OutOfMemoryError: the run would not fit.
@@ -157,9 +157,7 @@ class _Run:
         self.learner = Learner(model, config, loss_config(config), judge, ranks, reference=reference)
         self.guard = CollapseGuard()
         per_epoch = len(batches(len(rows), batch_size=config.batch_size, seed=0, epoch=0))
-        self.total = min(config.steps or per_epoch * config.epochs, per_epoch * config.epochs)
-        if config.steps is not None and config.steps > per_epoch * config.epochs:
-            self.total = config.steps  # steps win: more epochs than were asked for
+        self.total = config.steps or per_epoch * config.epochs
         self._check_memory()
         self.state = Progress(run=identity(config, fingerprint, rows, self.total))
         check_same(ranks, {**self.state.run, **self._pace()})
