@@ -16,7 +16,7 @@ from mlxvr.evaluation import calibrate as module
 from mlxvr.evaluation.calibrate import calibrate, write_threshold
 from mlxvr.evaluation.calibration import fit_temperature, scale
 from mlxvr.evaluation.samples import Sample, decide
-from mlxvr.reasoner import _default_threshold, demo_folder
+from mlxvr.reasoner import default_threshold, demo_folder
 
 
 def make(count, seed=0, *, labelled=True, skill=1.0, think=0.8, per_clip=1, levels=None, task=lambda number: ""):
@@ -324,7 +324,7 @@ def test_writing_the_threshold(tmp_path):
     first = calibrate(make(100, 8, task=lambda n: "ab"[n % 2]), "accuracy", per_task=True, least_per_task=30)
     assert write_threshold(folder, first) == folder / "mlxvr.json"
     written = json.loads((folder / "mlxvr.json").read_text())
-    assert written["threshold"] == first.threshold == _default_threshold(SimpleNamespace(settings=written))
+    assert written["threshold"] == first.threshold == default_threshold(SimpleNamespace(settings=written))
     assert (written["source"], written["family"]) == ("demo", "qwen3_vl")
     assert written["previous_thresholds"] == [{"threshold": 0.97}]
     assert written["task_thresholds"] == {name: task.threshold for name, task in first.per_task.items()}

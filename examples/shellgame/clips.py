@@ -98,7 +98,7 @@ def held_out_set(seed: int, clips: int) -> Iterable[tuple[str, ClipSpec, list[di
 def training_set(seed: int, clips: int) -> Iterable[tuple[str, ClipSpec, list[dict]]]:
     """Clips to fine-tune on, as `held_out_set` gives them; no sequence of swaps is among them that tests hold out."""
     rng = random.Random(f"shellgame training set {seed}")
-    plan = ["tracking", "moving", "tracking", "game", "tracking", "counting", "tracking", "easy"]
+    plan = ["game", "moving", "game", "tracking", "game", "moving", "counting", "easy"]
     return _set(rng, plan, clips, "train")
 
 
