@@ -185,7 +185,7 @@ def test_rows_of_one_clip_are_grouped():
 
 def test_a_finished_run_generates_nothing_and_takes_labels_anew(folder, whole, tmp_path, monkeypatch):
     shutil.copytree(whole.output, tmp_path / "run")
-    monkeypatch.setattr(generation, "load_vision", None)  # nothing is looked at
+    monkeypatch.setattr("mlxvr.media.rows.load_row", None)  # nothing is looked at
     before = (tmp_path / "run" / "samples.jsonl").read_bytes()
     again = run(folder / "rows.jsonl", tmp_path / "run")
     assert again.generated == 0

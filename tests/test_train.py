@@ -124,7 +124,8 @@ def test_ctrl_c_finishes_the_step_and_saves(tmp_path, stop):
 def test_what_is_no_number_stops_the_run(tmp_path, monkeypatch, capsys):
     """Rewards so large that their mean overflows: the rows are named, and the weights are those before."""
     output = tmp_path / "run"
-    (tmp_path / "huge.py").write_text("def reward(text, row):\n    return 8e307 * (1 + len(text) % 2)\n")
+    lines = "import itertools", "turns = itertools.cycle([8e307, 1.6e308])", "reward = lambda text, row: next(turns)"
+    (tmp_path / "huge.py").write_text("\n".join(lines))
     monkeypatch.syspath_prepend(tmp_path)
     assert main([*flags(output=output, steps=4, save_every=1), "--reward", "huge:reward"]) == 2
     error = capsys.readouterr().err.splitlines()[-1]

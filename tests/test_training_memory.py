@@ -20,7 +20,7 @@ from mlxvr.grpo.gradient import group_gradient
 from mlxvr.grpo.lora import LoraConfig, attach, lora_weights
 from mlxvr.grpo.loss import LossConfig
 from mlxvr.grpo.memory import estimate, estimate_training
-from mlxvr.grpo.rollout import rollout
+from mlxvr.grpo.rollout import prefill_step, rollout
 from mlxvr.model.families import family_of
 from mlxvr.model.loading import load_model
 
@@ -70,6 +70,7 @@ def asked(group, lengths):
         "frame_tokens": 25,
         "group_size": len(lengths),
         "completion_tokens": max(lengths),
+        "prefill_step": prefill_step(2048),
     }
 
 
