@@ -322,6 +322,33 @@ def test_training_clips_hold_no_sequence_that_is_held_out():
     assert groups == {"perception", "counting", "easy", "tracking"}
 
 
+def test_reworded_sets_ask_the_same_in_other_words():
+    first, again, shorter = (list(clips.reworded_set(3, count)) for count in (24, 24, 8))
+    assert first == again
+    assert shorter == first[:8]
+    trained = {words for wordings in questions.WORDINGS.values() for words in wordings}
+    for _, spec, records in first:
+        assert [record["about"] for record in records] == ["direction", "shape"]
+        for record in records:
+            assert record["question"] in questions.REWORDED[record["about"]]
+            assert record["question"] not in trained
+        shown = records[1]["options"]
+        answer = shown[questions.LETTERS.index(records[1]["answer"])] if shown else records[1]["answer"]
+        assert answer == spec.scene.mover.outline
+
+    held_out = list(clips.reworded_held_out_set(3, 24))
+    assert not [spec for _, spec, _ in held_out if spec in [one for _, one, _ in first]]
+    groups = [record["group"] for *_, records in held_out for record in records]
+    assert {name: groups.count(name) for name in groups} == {
+        "reworded": 12, "perception": 6, "kept back": 12, "tracking": 6,
+    }  # fmt: skip
+    for *_, records in held_out:
+        for record in records:
+            if record["group"] == "kept back":
+                assert record["question"] in questions.KEPT_BACK[record["about"]]
+                assert record["question"] not in {*questions.REWORDED[record["about"]], *trained}
+
+
 def test_the_sets_of_the_command_line(tmp_path):
     for name, make in (("training", clips.training_set), ("held-out", clips.held_out_set)):
         assert clips.main([str(tmp_path / name), "--set", name, "--count", "1", "--seed", "5"]) == 0

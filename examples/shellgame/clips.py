@@ -11,14 +11,14 @@ import argparse
 import json
 import random
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import av
 
 from .drawing import Painter, frame_times, make_look
-from .questions import PERCEPTION, Example, make_example, make_question
+from .questions import KEPT_BACK, PERCEPTION, REWORDED, Example, make_example, make_question
 from .world import TRAINED_SWAPS, Clock, Scene, most_swaps
 
 SIZES = ((128, 128), (256, 256), (128, 160), (160, 128), (256, 320), (320, 256), (240, 320), (360, 640))
@@ -98,8 +98,46 @@ def held_out_set(seed: int, clips: int) -> Iterable[tuple[str, ClipSpec, list[di
 def training_set(seed: int, clips: int) -> Iterable[tuple[str, ClipSpec, list[dict]]]:
     """Clips to fine-tune on, as `held_out_set` gives them; no sequence of swaps is among them that tests hold out."""
     rng = random.Random(f"shellgame training set {seed}")
-    plan = ["game", "moving", "game", "tracking", "game", "moving", "counting", "easy"]
+    plan = ["tracking", "moving", "tracking", "game", "tracking", "counting", "tracking", "easy"]
     return _set(rng, plan, clips, "train")
+
+
+def reworded_set(seed: int, clips: int) -> Iterable[tuple[str, ClipSpec, list[dict]]]:
+    """Clips of moving shapes, each asked for direction and shape in words that are in no training row."""
+    rng = random.Random(f"shellgame reworded set {seed}")
+    for index in range(clips):
+        yield _reworded_clip(rng, index, "reworded", REWORDED)
+
+
+def reworded_held_out_set(seed: int, clips: int) -> Iterable[tuple[str, ClipSpec, list[dict]]]:
+    """What to test with after `reworded_set`: clips in turn of a moving shape and of a shell game.
+
+    Shapes are asked for in the words of `reworded_set` or, in turn, in words kept back from it too. Games ask in the
+    familiar words where the ball is at the start or, after two to five swaps, at the end.
+    """
+    rng = random.Random(f"shellgame reworded held-out set {seed}")
+    for index in range(clips):
+        if index % 2 == 0:
+            wordings, group = ((REWORDED, "reworded"), (KEPT_BACK, "kept back"))[index // 2 % 2]
+            yield _reworded_clip(rng, index, group, wordings)
+            continue
+        size = SIZES[index // 2 % len(SIZES)]
+        swaps = 2 + index // 4 % (TRAINED_SWAPS - 1)
+        pairs = rng.choice([p for p in range(7, 17) if most_swaps(p) >= swaps])
+        kind = ("start_cup", "final_cup")[index // 2 % 2]
+        example = make_example(rng, kind, pairs, extent_of(size), swaps=swaps)
+        name, spec = f"game{index:04d}", make_spec(rng, example, size)
+        yield name, spec, [record(name, 0, example, spec)]
+
+
+def _reworded_clip(
+    rng: random.Random, index: int, group: str, wordings: Mapping[str, Sequence[str]]
+) -> tuple[str, ClipSpec, list[dict]]:
+    size = SIZES[(index // len(SIZES) + index) % len(SIZES)]
+    first = make_example(rng, "direction", rng.randint(7, 16), extent_of(size), wordings=wordings)
+    other = make_question(rng, "shape", first.clock, first.scene, wordings=wordings)
+    name, spec = f"moving{index:04d}", make_spec(rng, first, size)
+    return name, spec, [record(name, number, one, spec) | {"group": group} for number, one in enumerate((first, other))]
 
 
 def _set(rng: random.Random, plan: Sequence[str], clips: int, name: str) -> Iterable[tuple[str, ClipSpec, list[dict]]]:
@@ -181,7 +219,13 @@ def write_set(folder: Path, clips: Iterable[tuple[str, ClipSpec, list[dict]]]) -
 
 def main(argv: list[str] | None = None) -> int:
     """Write a set of clips."""
-    sets = {"bundled": None, "held-out": held_out_set, "training": training_set}
+    sets = {
+        "bundled": None,
+        "held-out": held_out_set,
+        "training": training_set,
+        "reworded": reworded_set,
+        "reworded-held-out": reworded_held_out_set,
+    }
     parser = argparse.ArgumentParser(description="Write clips and their questions.")
     parser.add_argument("folder", type=Path, help="gets clips.jsonl and clips/*.mp4")
     parser.add_argument("--set", choices=sets, default="bundled", help="which clips (default: the bundled ones)")

@@ -10,7 +10,7 @@ it is seen. Nothing finer can be known from sampled frames.
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from .world import (
@@ -65,6 +65,23 @@ WORDINGS = {
         "After all swaps, where is the ball?",
         "Under which cup is the ball at the end of the game?",
     ),
+}
+# Other words for what is asked above, in no row that the bundled checkpoint was trained on. `KEPT_BACK` is for tests of
+# what was fine-tuned on `REWORDED`.
+REWORDED = {
+    "shape": ("Name the object.", "Which object is it?", "What moves?", "What is seen?"),
+    "direction": (
+        "Which way does it move?",
+        "What is its direction?",
+        "Which direction?",
+        "Where does the object go?",
+        "Where is it heading?",
+        "In which direction is it heading?",
+    ),
+}
+KEPT_BACK = {
+    "shape": ("What does the video show?", "What object is it?"),
+    "direction": ("Where does it go?", "In what direction does it go?"),
 }
 PERCEPTION = (
     "color", "shape", "direction", "visible", "grounded_color",
@@ -126,6 +143,7 @@ def make_example(
     swaps: int | None = None,
     held_out: bool = False,
     open_answer: bool | None = None,
+    wordings: Mapping[str, Sequence[str]] = WORDINGS,
 ) -> Example:
     """A random example of this kind on a clip of `pairs` pairs; `swaps` fixes the length of the game."""
     clock = make_clock(rng, pairs)
@@ -138,7 +156,7 @@ def make_example(
             fewest = 1 if kind in ("first_swap", "cups_moving", "count") else 0
             swaps = _random_swaps(rng, fewest, min(TRAINED_SWAPS, most_swaps(clock.duration)))
         scene = make_shell_game(rng, clock, extent, swaps=swaps, held_out=held_out)
-    return make_question(rng, kind, clock, scene, open_answer=open_answer)
+    return make_question(rng, kind, clock, scene, open_answer=open_answer, wordings=wordings)
 
 
 def _random_swaps(rng: random.Random, fewest: int, most: int) -> int:
@@ -147,11 +165,17 @@ def _random_swaps(rng: random.Random, fewest: int, most: int) -> int:
 
 
 def make_question(
-    rng: random.Random, kind: str, clock: Clock, scene: Scene, *, open_answer: bool | None = None
+    rng: random.Random,
+    kind: str,
+    clock: Clock,
+    scene: Scene,
+    *,
+    open_answer: bool | None = None,
+    wordings: Mapping[str, Sequence[str]] = WORDINGS,
 ) -> Example:
     """A question of this kind about a given clip; multiple choice unless `open_answer` (None: a third are open)."""
     answer, words, trace = _FACTS[kind](clock, scene)
-    wording = rng.choice(WORDINGS[kind])
+    wording = rng.choice(wordings[kind])
     if kind in _ABOUT_TIME:
         name = scene.mover.name if isinstance(scene, MovingShape) else ""
         question, guesses = wording.format(name=name), (_random_span(rng, clock),)
