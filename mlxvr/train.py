@@ -97,7 +97,7 @@ def _train(args: argparse.Namespace) -> int | None:
 
     def show(entry: Mapping[str, Any], total: int) -> None:
         nonlocal view
-        view = view or LiveView(total)
+        view = view or LiveView(total, history=_history(config, entry))
         bars.clear()
         view.update(entry)
 
@@ -117,6 +117,15 @@ def _train(args: argparse.Namespace) -> int | None:
     if report.rank == 0:
         print(json.dumps(report.to_dict(), ensure_ascii=False) if args.json else _told(report))
     return _INTERRUPTED if report.stopped else None
+
+
+def _history(config: TrainConfig, first: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """What a run that is gone on with had recorded before its first entry of this time."""
+    from mlxvr.grpo.journal import FILE_NAME, read_entries
+
+    if not config.resume:
+        return []
+    return [entry for entry in read_entries(config.output / FILE_NAME) if entry["step"] < first["step"]]
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """A training run: bit for bit the same after a kill, stopped by Ctrl-C and by what is not a number, read from files."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -20,7 +21,7 @@ from mlxvr.grpo.order import batches
 from mlxvr.grpo.state import state_file
 from mlxvr.grpo.trainer import train
 from mlxvr.reasoner import demo_folder
-from mlxvr.train import main, make_parser, read_config
+from mlxvr.train import _history, main, make_parser, read_config
 
 CLIPS = demo_folder() / "clips.jsonl"
 SMALL = {
@@ -104,6 +105,13 @@ def test_ten_steps_are_five_a_kill_and_the_rest(tmp_path):
     assert all(np.array_equal(found[name], arrays[name]) for name in arrays)
     assert any(entry["grad_norm"] > 0 for entry in told)
     assert (cut / "adapters.safetensors").read_bytes() == (whole / "adapters.safetensors").read_bytes()
+
+
+def test_the_view_of_a_run_that_goes_on_begins_with_the_steps_before(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {step}, "reward": 1.0}}\n' for step in range(1, 7)))
+    config = TrainConfig(data=CLIPS, output=tmp_path, resume=True)
+    assert [entry["step"] for entry in _history(config, {"step": 6})] == [1, 2, 3, 4, 5]
+    assert _history(dataclasses.replace(config, resume=False), {"step": 6}) == []
 
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])

@@ -27,7 +27,7 @@ from typing import Any, Protocol, Self
 from mlxvr.errors import ConfigError, DataError
 from mlxvr.writing import replace_file
 
-__all__ = ["FILE_NAME", "SINKS", "Journal", "Sink", "make_sinks"]
+__all__ = ["FILE_NAME", "SINKS", "Journal", "Sink", "make_sinks", "read_entries"]
 
 FILE_NAME = "metrics.jsonl"
 
@@ -95,11 +95,8 @@ class Journal:
         self._tell(lambda sink: sink.write(record))
 
     def entries(self) -> list[dict[str, Any]]:
-        """All entries, in the order in which they were written.
-
-        Raises `DataError`, naming file and line, for a line that is no JSON object.
-        """
-        return [_parse(self.path, number, line) for number, line in enumerate(self._lines(), 1) if line.strip()]
+        """All entries, as `read_entries` gives them."""
+        return read_entries(self.path)
 
     def rewind(self, step: int) -> None:
         """Drop the entries after a step, in one step: a stop leaves all of them or none.
@@ -112,7 +109,7 @@ class Journal:
             DataError: a line is no JSON object.
         """
         kept = []
-        lines = self._lines()
+        lines = _lines(self.path)
         for number, line in enumerate(lines, 1):
             if line.strip() and not _is_after(_parse(self.path, number, line), step):
                 kept.append(line + b"\n")
@@ -152,14 +149,7 @@ class Journal:
             os.close(self._file)
             self._file = -1
             raise ConfigError(f"another process is writing {self.path}; wait for it or stop it") from error
-        self._end = sum(len(line) + 1 for line in self._lines())
-
-    def _lines(self) -> list[bytes]:
-        """The lines of the file without their newlines; a last one that was cut off is left out."""
-        try:
-            return self.path.read_bytes().split(b"\n")[:-1]
-        except OSError as error:
-            raise ConfigError(f"{self.path} cannot be read ({error.strerror}); choose another output folder") from error
+        self._end = sum(len(line) + 1 for line in _lines(self.path))
 
     def _tell(self, say: Callable[[Sink], None]) -> None:
         for sink in list(self._sinks):
@@ -173,6 +163,24 @@ class Journal:
                     error,
                     self.path,
                 )
+
+
+def read_entries(path: Path) -> list[dict[str, Any]]:
+    """The entries of a journal, in the order in which they were written; a run may be writing it.
+
+    Raises:
+        ConfigError: the file cannot be read.
+        DataError: a line is no JSON object; the message names file and line.
+    """
+    return [_parse(path, number, line) for number, line in enumerate(_lines(path), 1) if line.strip()]
+
+
+def _lines(path: Path) -> list[bytes]:
+    """The lines of the file without their newlines; a last one that was cut off is left out."""
+    try:
+        return path.read_bytes().split(b"\n")[:-1]
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror}); choose another output folder") from error
 
 
 def make_sinks(names: Sequence[str], folder: Path, config: Mapping[str, Any]) -> list[Sink]:

@@ -29,6 +29,7 @@ from mlxvr.errors import OutOfMemoryError
 from mlxvr.grpo.lora import PROJECTIONS, lora_weights
 from mlxvr.model.adapter import find_layers
 from mlxvr.model.families import family_of
+from mlxvr.model.memory import backend
 from mlxvr.model.network import VideoModel
 
 __all__ = ["MemoryEstimate", "Workload", "estimate", "estimate_training"]
@@ -284,7 +285,7 @@ def estimate_training(
         "itemsize": model.layers[0].input_layernorm.weight.dtype.size,
         "keys": sorted({name.rpartition(".")[2] for name in find_layers(model.network)}),
         "quantized": any(name.endswith(".scales") for name, _ in parameters),
-        "backend": _backend(),
+        "backend": backend(),
     }
     return estimate(
         model.config,
@@ -553,12 +554,6 @@ def _matrices(config: Mapping[str, Any]) -> tuple[int, int]:
     total = sum(math.prod(shape) for shape in shapes.values())
     packed = sum(math.prod(shape) for name, shape in shapes.items() if name.startswith("language_model.") and shape[1:])
     return packed, total - packed
-
-
-def _backend() -> str:
-    if mx.default_device() == mx.Device(mx.cpu):
-        return "cpu"
-    return "metal" if mx.metal.is_available() else "cuda"
 
 
 def _gb(size: int) -> str:

@@ -25,6 +25,7 @@ from mlxvr.callbacks import ShouldStop
 from mlxvr.errors import Cancelled, ConfigError, DataError
 from mlxvr.grpo.prompts import EncodedPrompt
 from mlxvr.model.decode import Sampler, prefill
+from mlxvr.model.memory import backend
 from mlxvr.model.network import VideoModel
 
 __all__ = ["Completion", "Rollout", "prefill_step", "rollout"]
@@ -138,7 +139,7 @@ def rollout(
 
 def prefill_step(most: int) -> int:
     """How many tokens of a prompt go through the model at once, when at most so many may."""
-    return min(most, _CPU_PREFILL) if mx.default_device() == mx.Device(mx.cpu) else most
+    return min(most, _CPU_PREFILL) if backend() == "cpu" else most
 
 
 class _Chooser:

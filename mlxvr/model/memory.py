@@ -13,7 +13,16 @@ import mlx.core as mx
 
 from mlxvr.errors import OutOfMemoryError
 
-__all__ = ["avoid_cpu_compiler", "fast_dtype", "limited", "physical_memory", "release_thread", "track_peak", "wired"]
+__all__ = [
+    "avoid_cpu_compiler",
+    "backend",
+    "fast_dtype",
+    "limited",
+    "physical_memory",
+    "release_thread",
+    "track_peak",
+    "wired",
+]
 
 
 class Peak:
@@ -72,19 +81,26 @@ def limited(gigabytes: float | None) -> Iterator[None]:
         mx.set_memory_limit(limit)
 
 
+def backend() -> str:
+    """What MLX computes on: "cpu", "metal" or "cuda"."""
+    if mx.default_device() == mx.Device(mx.cpu):
+        return "cpu"
+    return "metal" if mx.metal.is_available() else "cuda"
+
+
 def avoid_cpu_compiler() -> None:
     """Turn `mx.compile` off where MLX runs on the CPU; a no-op on Metal and CUDA.
 
     There it writes C++ and calls the system's compiler while the program runs: some eight seconds for the first answer
     on a fresh machine, an error on one without a compiler, and no faster afterwards (Linux, mlx 0.32.4).
     """
-    if mx.default_device() == mx.Device(mx.cpu):
+    if backend() == "cpu":
         mx.disable_compile()
 
 
 def fast_dtype() -> str | None:
     """The dtype to compute in where a model's own would be many times slower: float32 on the CPU; None: its own."""
-    return "float32" if mx.default_device() == mx.Device(mx.cpu) else None
+    return "float32" if backend() == "cpu" else None
 
 
 def physical_memory() -> int:
