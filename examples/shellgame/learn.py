@@ -2,7 +2,7 @@
 
 Starts from `early`, a snapshot from a third of the way through a training. It can say where a shape moves and what
 shape it is, when asked in the words it knows; in other words (`questions.REWORDED`) it takes the question for another
-and is often wrong. Each run is one epoch over 200 such questions on 100 clips, 50 steps, with one of three rewards:
+and is often wrong. Each run is two epochs over 200 such questions on 100 clips, 100 steps, with one of three rewards:
 
     paper         0.9 for the first answer, 1.1 for the second, 1 for the format, 0.3 for a fallback that ends well
     equal         1 for either answer and no fallback bonus, the paper's ablation
@@ -76,6 +76,7 @@ def settings(data: Path, output: Path, variant: str, seed: int) -> TrainConfig:
         data=data / "train" / rows,
         output=output,
         resume=(output / "state").exists(),
+        epochs=2,
         learning_rate=1e-3,
         max_completion_tokens=MOST_TOKENS,
         seed=seed,
