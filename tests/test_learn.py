@@ -10,6 +10,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 from shellgame import learn
 
+from mlxvr.dataset import load_rows
+
 GROUPS = ("reworded", "reworded", "kept back", "kept back", "perception", "tracking")
 
 
@@ -78,20 +80,33 @@ def test_the_curve(tmp_path):
     assert (tmp_path / "curve.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_what_is_trained_on(tmp_path):
+    learn.write_data(tmp_path, train_clips=4, held_out_clips=4)
+    rows = {
+        name: [row.answer for row in load_rows(tmp_path / name)] for name in ("train/clips.jsonl", "mixed/clips.jsonl")
+    }
+    assert len(rows["train/clips.jsonl"]) == 8
+    assert rows["mixed/clips.jsonl"][:8] == rows["train/clips.jsonl"]
+    assert len(rows["mixed/clips.jsonl"]) == 10
+    bare = load_rows(tmp_path / "train" / "unlabelled.jsonl", labelled=False)
+    assert [row.answer for row in bare] == [None] * 8
+
+
 def test_settings_of_the_variants(tmp_path):
     weights = {
         variant: (
             config.first_weight,
             config.second_weight,
             config.fallback_weight,
-            config.data.name,
+            str(config.data.relative_to(tmp_path)),
             config.label_free,
         )
         for variant in learn.VARIANTS
         for config in [learn.settings(tmp_path, tmp_path / "run", variant, 0)]
     }
     assert weights == {
-        "paper": (0.9, 1.1, 0.3, "clips.jsonl", ()),
-        "equal": (1.0, 1.0, 0.0, "clips.jsonl", ()),
-        "unlabelled": (0.9, 1.1, 0.3, "unlabelled.jsonl", ("agreement", "coherence")),
+        "paper": (0.9, 1.1, 0.3, "train/clips.jsonl", ()),
+        "equal": (1.0, 1.0, 0.0, "train/clips.jsonl", ()),
+        "unlabelled": (0.9, 1.1, 0.3, "train/unlabelled.jsonl", ("agreement", "coherence")),
+        "mixed": (0.9, 1.1, 0.3, "mixed/clips.jsonl", ()),
     }

@@ -109,6 +109,17 @@ def reworded_set(seed: int, clips: int) -> Iterable[tuple[str, ClipSpec, list[di
         yield _reworded_clip(rng, index, "reworded", REWORDED)
 
 
+def familiar_set(seed: int, clips: int) -> Iterable[tuple[str, ClipSpec, list[dict]]]:
+    """Clips of shell games, each asked in the familiar words where the ball is at the start and at the end."""
+    rng = random.Random(f"shellgame familiar set {seed}")
+    for index in range(clips):
+        size = SIZES[index % len(SIZES)]
+        game = _game(rng, "final_cup", 2 + index % (TRAINED_SWAPS - 1), extent_of(size))
+        start = make_question(rng, "start_cup", game.clock, game.scene)
+        name, spec = f"familiar{index:04d}", make_spec(rng, game, size)
+        yield name, spec, [record(name, number, one, spec) for number, one in enumerate((game, start))]
+
+
 def reworded_held_out_set(seed: int, clips: int) -> Iterable[tuple[str, ClipSpec, list[dict]]]:
     """What to test with after `reworded_set`: clips in turn of a moving shape and of a shell game.
 
@@ -122,10 +133,8 @@ def reworded_held_out_set(seed: int, clips: int) -> Iterable[tuple[str, ClipSpec
             yield _reworded_clip(rng, index, group, wordings)
             continue
         size = SIZES[index // 2 % len(SIZES)]
-        swaps = 2 + index // 4 % (TRAINED_SWAPS - 1)
-        pairs = rng.choice([p for p in range(7, 17) if most_swaps(p) >= swaps])
         kind = ("start_cup", "final_cup")[index // 2 % 2]
-        example = make_example(rng, kind, pairs, extent_of(size), swaps=swaps)
+        example = _game(rng, kind, 2 + index // 4 % (TRAINED_SWAPS - 1), extent_of(size))
         name, spec = f"game{index:04d}", make_spec(rng, example, size)
         yield name, spec, [record(name, 0, example, spec)]
 
@@ -159,10 +168,15 @@ def _examples_for(rng: random.Random, turn: str, number: int, extent: tuple[floa
     if turn == "easy":
         return [make_example(rng, "final_cup", rng.randint(7, 16), extent, swaps=number % 2)]
     swaps = TRAINED_SWAPS + 1 + number % 2 if turn == "longer games" else 2 + number % (TRAINED_SWAPS - 1)
-    pairs = rng.choice([p for p in range(7, 17) if most_swaps(p) >= swaps])
-    example = make_example(rng, "final_cup", pairs, extent, swaps=swaps, held_out=turn == "held-out sequences")
+    example = _game(rng, "final_cup", swaps, extent, held_out=turn == "held-out sequences")
     about = rng.choice(("start_cup", "ball_color", "cup_color", "first_swap"))
     return [example, make_question(rng, about, example.clock, example.scene)]
+
+
+def _game(rng: random.Random, kind: str, swaps: int, extent: tuple[float, float], *, held_out: bool = False) -> Example:
+    """A shell game that is long enough for its swaps."""
+    pairs = rng.choice([p for p in range(7, 17) if most_swaps(p) >= swaps])
+    return make_example(rng, kind, pairs, extent, swaps=swaps, held_out=held_out)
 
 
 def _lasting_example(rng: random.Random, kind: str, extent: tuple[float, float]) -> Example:
@@ -225,6 +239,7 @@ def main(argv: list[str] | None = None) -> int:
         "training": training_set,
         "reworded": reworded_set,
         "reworded-held-out": reworded_held_out_set,
+        "familiar": familiar_set,
     }
     parser = argparse.ArgumentParser(description="Write clips and their questions.")
     parser.add_argument("folder", type=Path, help="gets clips.jsonl and clips/*.mp4")
