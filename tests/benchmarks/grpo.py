@@ -1,7 +1,8 @@
 """What a step of GRPO costs, rollout and gradient, against mlx-vlm's own trainer on the same weights and prompt.
 
     python -m tests.benchmarks.grpo [--shape mid|8b] [--prompts 512 1024 2048 4096] [--groups 4 8 16] [--tokens 48]
-        [--media image|video] [--repeats 3] [--peer-completions N] [--no-peer] [--peer-checkpoint] [--json FILE]
+        [--media image|video] [--repeats 3] [--ways plain again] [--peer-completions N] [--no-peer] [--peer-checkpoint]
+        [--memory-limit GB] [--json FILE]
 
 Random weights, LoRA of rank 8 on every attention projection (8b: rank 16 on all projections). mlx-vlm's GRPO takes no
 video, so the prompt shows images of the size of a clip's frame, as many as fit, and text fills it up to the very token.
@@ -10,8 +11,10 @@ No token ends a turn: every completion has as many tokens as asked for, drawn at
 A step is: vision, rollout, loss and gradient. Ours are `VideoModel.encode`, `rollout` and `group_gradient`. The peer's
 are `prepare_rollout` and the gradient function of its training task, as its trainer calls them: one completion at a
 time, vision and prompt anew for each. "again" is our gradient with layers that are computed again in the backward pass.
-Both sides take their steps in turn, in each repeat, with the allocator's cache emptied before. Seconds are medians.
-Memory is the most that was held beyond weights and inputs. With `--peer-completions N` only N of the peer's completions
+Both sides take their steps in turn, in each repeat, with the allocator's cache emptied before; a step of two tokens
+that nobody times comes first, as CUDA compiles kernels when they are first used. Seconds are medians. Memory is the
+most that was held beyond weights and inputs. With `--memory-limit` MLX prepares less work ahead of the device when it
+holds that much, as in `mlxvr.train`. With `--peer-completions N` only N of the peer's completions
 are run and their seconds counted G / N times.
 
 A fast wrong answer is worth nothing: first our gradient of the smallest group must be the peer's. And whenever a size
@@ -41,6 +44,7 @@ from mlxvr.grpo.prompts import EncodedPrompt
 from mlxvr.grpo.rollout import Completion, Rollout, rollout
 from mlxvr.media import normalise
 from mlxvr.model.adapter import find_layers
+from mlxvr.model.memory import limited
 from mlxvr.model.network import VideoModel
 from mlxvr.model.prompt import Prompt, build_prompt
 from tests.benchmarks.answers import SHAPES, make_model
@@ -51,6 +55,7 @@ POLICY = LossConfig(beta=0.0)
 SEED = 7
 # How far the two sides may be apart: gradients, relative; log-probs, on average (float32, and bfloat16 at 4 bits).
 APART = {"mid": (1e-3, 1e-4), "8b": (0.1, 0.1)}
+WAYS = {"plain": "gradient", "again": "again"}  # and what the table calls them
 GIB = 2**30
 
 
@@ -242,13 +247,13 @@ class Meter:
         return result
 
 
-def our_step(ours: Ours) -> tuple[Meter, Rollout]:
-    """One rollout, and its gradient both ways."""
+def our_step(ours: Ours, ways: Sequence[str]) -> tuple[Meter, Rollout]:
+    """One rollout, and its gradient in the ways asked for."""
     meter = Meter()
     made = meter.run("rollout", ours.sample)
-    meter.run("gradient", lambda: ours.gradient(made))
-    mx.clear_cache()
-    meter.run("again", lambda: ours.gradient(made, checkpoint=True))
+    for way in ways:
+        mx.clear_cache()
+        meter.run(WAYS[way], lambda way=way: ours.gradient(made, checkpoint=way == "again"))
     return meter, made
 
 
@@ -291,9 +296,18 @@ def measure(
     peer = None if options.no_peer else Peer(model, prompt, count, options.tokens)
     mine: list[Meter] = []
     theirs: list[Meter] = []
-    row: dict[str, Any] = {"prompt": len(prompt.ids), "group": size, "tokens": options.tokens}
+    row: dict[str, Any] = {
+        "prompt": len(prompt.ids),
+        "visual": int(prompt.media_mask.sum()),
+        "group": size,
+        "tokens": options.tokens,
+        "weights_gib": mx.get_active_memory() / GIB,
+    }
+    our_step(Ours(model, prompt, size, 2), options.ways)
+    if peer is not None:
+        peer_step(Peer(model, prompt, 2, 2), checkpoint=options.peer_checkpoint)
     for repeat in range(options.repeats):
-        meter, made = our_step(ours)
+        meter, made = our_step(ours, options.ways)
         mine.append(meter)
         assert {len(one.ids) for one in made.completions} == {options.tokens}
         if peer is None:
@@ -329,7 +343,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         cells = [f"{row['prompt']:,}", str(row["group"]), cell(ours, "rollout"), cell(peer, "rollout")]
         cells += [cell(ours, "gradient"), cell(ours, "again"), cell(peer, "gradient")]
         cells += [cell(ours, "step"), cell(peer, "step")]
-        faster = [peer["seconds"]["step"] / ours["seconds"][name] for name in ("step", "step_again")] if peer else []
+        steps = [ours["seconds"][name] for name in ("step", "step_again") if name in ours["seconds"]]
+        faster = [peer["seconds"]["step"] / seconds for seconds in steps] if peer else []
         cells.append(", ".join(f"{value:.1f}x" for value in faster) or "-")
         lines.append(f"| {' | '.join(cells)} |")
     return lines
@@ -343,17 +358,16 @@ def findings(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         few, many = min(own), max(own)
         if few < many:
             seconds = [own[size]["ours"]["seconds"] for size in (few, many)]
-            plain, again = (seconds[1][name] / seconds[0][name] for name in ("gradient", "again"))
-            lines.append(
-                f"P={prompt}: the gradient of G={many} costs {plain:.2f} times G={few}'s, {again:.2f} with again"
-            )
+            times = {way: seconds[1][way] / seconds[0][way] for way in WAYS.values() if way in seconds[0]}
+            told = " and with ".join(f"{way} {value:.2f}" for way, value in times.items())
+            lines.append(f"P={prompt}: G={many} costs, times G={few}: {told}")
     for row in rows:
         if "peer" not in row:
             continue
         ours, peer = row["ours"]["gib"], row["peer"]["gib"]
-        line = f"P={row['prompt']} G={row['group']}: peak {ours['step'] / peer['step']:.2f} of mlx-vlm's, "
-        line += f"{ours['step_again'] / peer['step']:.2f} with again"
-        if "step_again" in peer:
+        shares = [f"{name} {ours[name] / peer['step']:.2f}" for name in ("step", "step_again") if name in ours]
+        line = f"P={row['prompt']} G={row['group']}: peak in shares of mlx-vlm's: {', '.join(shares)}"
+        if "step_again" in peer and "step_again" in ours:
             faster = row["peer"]["seconds"]["step_again"] / row["ours"]["seconds"]["step_again"]
             line += f"; both with again: {ours['step_again'] / peer['step_again']:.2f}, {faster:.1f}x faster"
         lines.append(f"{line}; log-probs differ by {row['logprobs_apart']:.1e}")
@@ -369,9 +383,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=48, help="of each completion")
     parser.add_argument("--media", choices=("image", "video"), default="image", help="what the prompt shows")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--ways", nargs="+", choices=tuple(WAYS), default=list(WAYS), help="our gradient's")
     parser.add_argument("--peer-completions", type=int, default=0, metavar="N", help="run N of mlx-vlm's; 0: all")
     parser.add_argument("--no-peer", action="store_true", help="measure only our own way")
     parser.add_argument("--peer-checkpoint", action="store_true", help="also mlx-vlm's gradient with its checkpoints")
+    parser.add_argument("--memory-limit", type=float, metavar="GB", help="what MLX tries not to hold more than")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write one JSON object a row")
     options = parser.parse_args(argv)
     if options.peer_completions == 1 or min(options.groups) < 2:
@@ -400,7 +416,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for length in options.prompts:
         prompt = make_prompt(model, options.shape, length, options.media)
         for size in options.groups:
-            rows.append(measure(model, prompt, size, options, logprobs_allowed))
+            with limited(options.memory_limit):
+                rows.append(measure(model, prompt, size, options, logprobs_allowed))
             print("\n".join(table(rows)[0 if len(rows) == 1 else -1 :]), flush=True)
             if options.json:
                 with options.json.open("a", encoding="utf-8") as file:
