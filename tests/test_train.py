@@ -301,6 +301,7 @@ def test_settings_from_files(tmp_path):
         ({"filter_only": True, "resume": True}, "leave resume out"),
         ({"weight_decay": -1.0}, "weight_decay is -1.0"),
         ({"steps": 0}, "steps is 0: give at least 1"),
+        ({"seed": -1}, "seed is -1: give at least 0"),
     ],
 )
 def test_settings_that_cannot_be_used(changes, told):

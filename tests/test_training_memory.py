@@ -4,6 +4,7 @@ Peaks are measured here, on MLX's CPU backend, beyond what was held before.
 """
 
 import gc
+import json
 import re
 from types import SimpleNamespace
 
@@ -16,13 +17,16 @@ from groups import make_group
 from mlx.utils import tree_flatten
 
 from mlxvr.errors import OutOfMemoryError
+from mlxvr.grpo.config import TrainConfig
 from mlxvr.grpo.gradient import group_gradient
 from mlxvr.grpo.lora import LoraConfig, attach, lora_weights
 from mlxvr.grpo.loss import LossConfig
 from mlxvr.grpo.memory import estimate, estimate_training
 from mlxvr.grpo.rollout import prefill_step, rollout
+from mlxvr.grpo.trainer import train
 from mlxvr.model.families import family_of
 from mlxvr.model.loading import load_model
+from mlxvr.reasoner import demo_folder
 
 on_cpu = pytest.mark.skipif(mx.default_device() != mx.Device(mx.cpu), reason="peaks are calibrated on the CPU")
 
@@ -136,6 +140,27 @@ def test_vision_tower_takes_what_was_estimated(tmp_path, family):
     assert taken(lambda: model.encode(media)) == pytest.approx(need.vision, rel=0.25)
 
 
+@on_cpu
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"group_size": 6, "batch_size": 2},
+        {"group_size": 8, "batch_size": 2, "gradient_checkpointing": True},
+        {"group_size": 2, "batch_size": 14, "gradient_checkpointing": True},  # 13 prompts more wait for their turn
+    ],
+)
+def test_a_run_takes_what_it_said_before(tmp_path, how):
+    """The bundled model on the bundled clips; no completion ends before its limit."""
+    told = []
+    settings = {"data": demo_folder() / "clips.jsonl", "dtype": "float32", "max_completion_tokens": 24, "steps": 1}
+    train(TrainConfig(output=tmp_path, **settings, skip_unanimous=False, temperature=1.5, **how), on_note=told.append)
+    entry = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert entry["truncated"] > 0.5
+    said = next(line.split() for line in told if line.startswith("peak"))
+    assert said[2] == "MB"
+    assert 1e6 * float(said[1]) == pytest.approx(entry["peak_memory"], rel=0.2)
+
+
 def hand(**change):
     """A prompt of 10 tokens, 2 completions of 4: 16 columns. LoRA of rank 2 on every projection."""
     given = {
@@ -197,7 +222,7 @@ def test_more_work_needs_more(more, checkpoint):
     assert hand(checkpoint=checkpoint, **more).peak > hand(checkpoint=checkpoint).peak
 
 
-def true_shape(prompt, group, *, checkpoint):
+def true_shape(prompt, group, *, checkpoint, **more):
     """The gradient of a group of Qwen3-VL-8B, 4 bits in groups of 64, LoRA of rank 16 on every projection."""
     text = checkpoints.text_settings("qwen3_vl") | {
         "hidden_size": 4096,
@@ -234,6 +259,7 @@ def true_shape(prompt, group, *, checkpoint):
         itemsize=2,
         quantized=True,
         backend="cuda",
+        **more,
     )
 
 
@@ -303,3 +329,24 @@ def test_weights_that_could_be_smaller_are_named(tmp_path):
     sizes = {"prompt_tokens": 90, "visual_tokens": 40, "group_size": 2, "completion_tokens": 20, "checkpoint": True}
     with pytest.raises(OutOfMemoryError, match="weights of 4 bits"):
         estimate_training(model, **sizes).refuse_over(1_000_000)
+
+
+def test_prompts_that_wait_for_their_turn_are_counted():
+    one, eight = (true_shape(2048, 8, checkpoint=True, rows=rows, ranks=1) for rows in (1, 8))
+    features = 4 * (2048 - 30) * 4096 * 2  # embeddings and three levels of deepstack, two bytes a number
+    assert one.features == features
+    assert eight.peak - one.peak == 7 * features
+    assert true_shape(2048, 8, checkpoint=True, rows=8, ranks=3).features == 3 * features
+    assert "of the 8 prompts of a step" in eight.describe()
+    with pytest.raises(OutOfMemoryError, match=r"--batch-size 4 \("):
+        eight.refuse_over(8_000_000_000)
+
+
+def test_a_refusal_tells_small_sizes_apart(tmp_path):
+    sizes = {"prompt_tokens": 3000, "visual_tokens": 40, "group_size": 8, "completion_tokens": 100, "checkpoint": True}
+    need = estimate_training(make_model(tmp_path / "m", "qwen3_vl"), **sizes)
+    assert 1e8 < need.peak < 1e9
+    with pytest.raises(OutOfMemoryError) as error:
+        need.refuse_over(need.peak - 2_000_000)
+    found = re.match(r"training needs about ([\d.]+) MB, mostly .+; ([\d.]+) MB are allowed", str(error.value))
+    assert float(found[1]) - float(found[2]) == pytest.approx(2.0, abs=0.11)

@@ -169,7 +169,8 @@ class TrainConfig:
             self._at_least(name, 1, optional=True)
         for name in ("filter_samples", "group_size"):
             self._at_least(name, 2)
-        self._at_least("warmup_steps", 0)
+        for name in ("warmup_steps", "seed"):
+            self._at_least(name, 0)
         self._positive("learning_rate", "temperature", "max_grad_norm", "memory_limit", "fps")
         if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0.0):
             raise ConfigError(f"weight_decay is {self.weight_decay}: give a number from 0 up, such as 0.01")

@@ -60,6 +60,8 @@ class Workload:
         keys: last names of the modules with LoRA.
         quantized: the language model's weights are packed.
         accumulate: gradients of several groups are summed.
+        rows: prompts of a step, over all ranks; their visual features are kept from sampling to learning.
+        ranks: that share them.
         keep_reference: the reference policy has an adapter of its own, kept beside the trained one.
         prefill_step: prompt tokens that go through the model at once.
         backend: "cpu", "metal" or "cuda".
@@ -79,6 +81,8 @@ class Workload:
     keys: tuple[str, ...] = PROJECTIONS
     quantized: bool = False
     accumulate: bool = True
+    rows: int = 1
+    ranks: int = 1
     keep_reference: bool = False
     prefill_step: int = 2048
     backend: str = "metal"
@@ -93,7 +97,7 @@ class MemoryEstimate:
         weights: of the model, quantized or not.
         adapters: the LoRA matrices; twice when the reference policy has its own.
         optimizer: AdamW's two moments, and the sum of the gradients.
-        features: what the vision tower made of the prompt.
+        features: what the vision tower made of the prompts of a step.
         vision: the vision tower's pass.
         cache: keys and values of the prompt and all completions.
         prefill: reading the prompt, its cache aside.
@@ -148,7 +152,7 @@ class MemoryEstimate:
             ("weights", self.weights, "of the model"),
             ("adapters", self.adapters, "LoRA, float32"),
             ("optimizer", self.optimizer, "two moments and the gradient"),
-            ("visual features", self.features, "of the prompt"),
+            ("visual features", self.features, self._of_prompts()),
             ("rollout", self.rollout, self._rollout_parts()),
             ("gradient pass", self.gradient, self._gradient_parts()),
             ("update", self.update, "new weights and moments beside the old"),
@@ -158,7 +162,7 @@ class MemoryEstimate:
         return "\n".join(lines)
 
     def alternatives(self) -> list[tuple[str, "MemoryEstimate"]]:
-        """Settings that need less, the one that saves most first: (what to write, what that needs)."""
+        """Settings that need clearly less, the one that saves most first: (what to write, what that needs)."""
         work = self.workload
         changes: list[tuple[str, Workload]] = []
         if not work.checkpoint:
@@ -173,6 +177,9 @@ class MemoryEstimate:
             half = work.visual_tokens // 2
             fewer = replace(work, prompt_tokens=work.prompt_tokens - work.visual_tokens + half, visual_tokens=half)
             changes.append((f"--video-tokens {half}", fewer))
+        if work.rows > 1:
+            half = work.rows // 2
+            changes.append((f"--batch-size {half}", replace(work, rows=half)))
         rank = round(work.adapter_parameters / _parameters_per_rank(work)) if work.keys else 0
         if rank > 4:
             smaller = replace(work, adapter_parameters=work.adapter_parameters // rank * (rank // 2))
@@ -181,7 +188,9 @@ class MemoryEstimate:
         if work.weight_bytes > packed + 2 * other:  # more than a byte for each number of the language model
             changes.append(("weights of 4 bits", replace(work, weight_bytes=packed * 9 // 16 + 2 * other)))
         options = [(flag, _estimate(changed)) for flag, changed in changes]
-        return sorted((option for option in options if option[1].peak < self.peak), key=lambda option: option[1].peak)
+        return sorted(
+            (option for option in options if option[1].peak < 0.995 * self.peak), key=lambda option: option[1].peak
+        )
 
     def refuse_over(self, limit_bytes: int) -> None:
         """Raise `OutOfMemoryError` when the peak is above a limit; the message says what to lower, and to what end."""
@@ -192,6 +201,10 @@ class MemoryEstimate:
         raise OutOfMemoryError(
             f"training needs about {_gb(self.peak)}, mostly {self._dominant()}; {_gb(limit_bytes)} are allowed{lower}"
         )
+
+    def _of_prompts(self) -> str:
+        count = math.ceil(self.workload.rows / self.workload.ranks)
+        return "of the prompt" if count == 1 else f"of the {count} prompts of a step"
 
     def _rollout_parts(self) -> str:
         parts = {"vision tower": self.vision, "cache": self.cache, "prefill": self.prefill, "decoding": self.decode}
@@ -205,7 +218,11 @@ class MemoryEstimate:
         """The largest single part of the peak."""
         passes = {"rollout": self.rollout, "gradient": self.gradient, "update": self.update}
         name = max(passes, key=lambda key: passes[key])
-        parts = {"the weights": self.weights, "the adapters and their optimizer": self.adapters + self.optimizer}
+        parts = {
+            "the weights": self.weights,
+            "the adapters and their optimizer": self.adapters + self.optimizer,
+            "the visual features": self.features,
+        }
         if name == "rollout":
             parts |= {"the vision tower": self.vision} if self.rollout == self.vision else {"the cache": self.cache}
             parts |= {"the prefill": self.prefill} if self.rollout != self.vision else {}
@@ -352,7 +369,7 @@ def _estimate(work: Workload) -> MemoryEstimate:
         weights=work.weight_bytes,
         adapters=adapters * (2 if work.keep_reference else 1),
         optimizer=adapters * (3 if work.accumulate else 2),
-        features=work.visual_tokens * sizes.hidden * (1 + levels) * work.itemsize,
+        features=math.ceil(work.rows / work.ranks) * work.visual_tokens * sizes.hidden * (1 + levels) * work.itemsize,
         vision=_vision_pass(work),
         cache=_cache(work, sizes),
         prefill=_prefill_pass(work, sizes),
@@ -557,7 +574,7 @@ def _matrices(config: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def _gb(size: int) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 def _listed(parts: Mapping[str, int]) -> str:

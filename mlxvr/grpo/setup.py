@@ -78,7 +78,7 @@ def identity(config: TrainConfig, fingerprint: str, rows: Sequence[Row], total: 
 
 
 def estimate_memory(
-    config: TrainConfig, model: VideoModel, rows: Sequence[Row], spec: VisionSpec
+    config: TrainConfig, model: VideoModel, rows: Sequence[Row], spec: VisionSpec, *, ranks: int = 1
 ) -> tuple[MemoryEstimate, int]:
     """What a step may need, and how many bytes it may have.
 
@@ -90,6 +90,7 @@ def estimate_memory(
         model: with LoRA layers.
         rows: to learn from, in any order.
         spec: how their frames are sampled and sized.
+        ranks: that share the rows of a step.
     """
     longest, visual, frame = 1, 0, 0
     for row in rows[:_LOOKED_AT]:
@@ -112,6 +113,8 @@ def estimate_memory(
         checkpoint=config.gradient_checkpointing,
         beta=config.beta,
         accumulate=config.batch_size > 1,
+        rows=min(config.batch_size, len(rows)),
+        ranks=ranks,
         keep_reference=config.adapter is not None,
         prefill_step=prefill_step(config.prefill_step_size),
     )

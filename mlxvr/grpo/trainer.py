@@ -166,7 +166,7 @@ class _Run:
 
     def _check_memory(self) -> None:
         """Say what a step needs, and refuse what cannot fit."""
-        found, allowed = estimate_memory(self.config, self.model, self.rows, self.spec)
+        found, allowed = estimate_memory(self.config, self.model, self.rows, self.spec, ranks=self.ranks.size)
         for line in found.describe().splitlines():
             self._note(line)
         found.refuse_over(allowed)
