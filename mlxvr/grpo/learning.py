@@ -8,7 +8,8 @@ takes the same step. The gradient is the mean over the groups of all ranks, whet
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Any, cast
 
 import mlx.core as mx
@@ -49,13 +50,19 @@ class Group:
         """Whether all completions earned the same."""
         return not self.advantages.any()
 
+    @property
+    def is_truncated(self) -> bool:
+        """Whether no completion came to its end."""
+        return all(one.truncated for one in self.rollout.completions)
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Update:
     """What an update was.
 
     Attributes:
-        stats: what each group's loss saw; None for a group that was skipped.
+        stats: what each group's loss saw before the first update, but for the share that clips cut off: before that
+            update they cut nothing, so it is the mean over all of them. None for a group that was skipped.
         grad_norm: of the mean gradient, before it was cut; 0.0 when no group taught anything.
     """
 
@@ -134,24 +141,23 @@ class Learner:
             rate: the learning rate.
 
         Returns:
-            What the first update saw and did: the ratios of later ones are no longer 1.
+            What the first update saw and did, and how much the clips cut off in all of them.
 
         Raises:
             NotFinite: on every rank alike; the weights are those of the last update.
             ConfigError: a rank is gone.
         """
         self.optimizer.learning_rate = rate
-        first: Update | None = None
-        stats: list[GroupStats | None] = [None] * len(groups)
+        every: list[list[GroupStats | None]] = []
+        norms: list[float] = []
         for _ in range(self._config.updates):
-            total, now = self._gradients(groups, stats)
+            total, now = self._gradients(groups, every[0] if every else [None] * len(groups))
             norm, learned = self._step(total, len(groups), now)
-            first = first or Update(stats=now, grad_norm=norm)
+            every.append(now)
+            norms.append(norm)
             if not learned:
                 break
-            stats = [known or new for known, new in zip(stats, now)]
-        assert first is not None, "there is at least one update"
-        return first
+        return Update(stats=[_over_updates(seen) for seen in zip(*every)], grad_norm=norms[0])
 
     def _gradients(
         self, groups: Sequence[Group], before: Sequence[GroupStats | None]
@@ -160,7 +166,7 @@ class Learner:
         total: dict[str, mx.array] = {}
         stats: list[GroupStats | None] = []
         for group, known in zip(groups, before):
-            if group.is_unanimous and (self._config.skip_unanimous or self._loss.beta == 0.0):
+            if self._teaches_nothing(group):
                 stats.append(None)
                 continue
             gradient, seen = group_gradient(
@@ -179,6 +185,12 @@ class Learner:
             mx.eval(total)
             stats.append(seen)
         return total, stats
+
+    def _teaches_nothing(self, group: Group) -> bool:
+        """Whether a group's gradient is 0, or only its distance's pull and that is not wanted."""
+        if self._loss.mask_truncated and group.is_truncated:
+            return True
+        return group.is_unanimous and (self._config.skip_unanimous or self._loss.beta == 0.0)
 
     def _step(self, total: dict[str, mx.array], count: int, stats: Sequence[GroupStats | None]) -> tuple[float, bool]:
         """Bring the ranks' sums together and step: the gradient's norm, and whether there was anything to learn."""
@@ -206,6 +218,11 @@ class Learner:
         self.optimizer.update(self.model.network, tree_unflatten(list(clipped.items())))
         mx.eval(self.model.network.trainable_parameters(), self.optimizer.state)
         return length, True
+
+
+def _over_updates(seen: Sequence[GroupStats | None]) -> GroupStats | None:
+    first, shares = seen[0], [one.clip_share for one in seen if one is not None]
+    return None if first is None else replace(first, clip_share=fmean(shares))
 
 
 def row_seed(*parts: object) -> int:
