@@ -1,7 +1,11 @@
 """Intervals of time as answers give them, and how far two of them overlap.
 
-Two numbers with `,`, a dash, `to` or `and` between, in brackets or not, as the training reward and the public evaluator
-read them. Swapped ends are put in order. Clock times (1:23) are none.
+Two numbers with `,`, a dash, `to` or `and` between, in brackets or not. Swapped ends are put in order.
+
+The training reward reads exactly as the public one does, quirks included, so that a run earns what it would have earned
+there: without brackets no interval stands straight before a full stop (`2.0 to 4.0.`), and the digits of clock times
+are numbers like others (`1:23 - 1:45` is 1 to 23). Evaluation, and truths that are given as text, are read as they are
+meant: a full stop ends a sentence, and clock times are no intervals.
 """
 
 import math
@@ -18,14 +22,13 @@ Interval = tuple[float, float]  # seconds, in order
 _NUMBER = r"(?:\d+(?:\.\d+)?)"
 _EPSILON = 1e-9
 _BETWEEN = r"\s*(?:,|-|\u2013|\u2014|\bto\b|\band\b)\s*"
-_INTERVAL = re.compile(
-    rf"""(?<![\d.])(?<!\d:)(?:
+_TWO_NUMBERS = rf"""(?<![\d.])(?:
         \[\s*({_NUMBER}){_BETWEEN}({_NUMBER})\s*\]
       | \(\s*({_NUMBER}){_BETWEEN}({_NUMBER})\s*\)
       | ({_NUMBER}){_BETWEEN}({_NUMBER})
-    )(?!\.?\d|:\d)""",
-    re.VERBOSE | re.IGNORECASE,
-)
+    )"""
+_STRICT = re.compile(rf"{_TWO_NUMBERS}(?![\d.])", re.VERBOSE | re.IGNORECASE)  # the public reward
+_MEANT = re.compile(rf"(?<!\d:){_TWO_NUMBERS}(?!\.?\d|:\d)", re.VERBOSE | re.IGNORECASE)
 _NAMED_INTERVAL = re.compile(
     rf"\bstarts?(?:_time|\s+time)?\W+(?:at\s+)?({_NUMBER}).*?\bends?(?:_time|\s+time)?\W+(?:at\s+)?({_NUMBER})",
     re.IGNORECASE | re.DOTALL,
@@ -33,15 +36,15 @@ _NAMED_INTERVAL = re.compile(
 
 
 def find_interval(text: str) -> Interval | None:
-    """The first interval in a text; None: there is none."""
-    found = _INTERVAL.search(text)
+    """The first interval in a text, as the reward reads it; None: there is none."""
+    found = _STRICT.search(text)
     return _ends(found) if found else None
 
 
 def find_named_interval(text: str) -> Interval | None:
-    """The first interval that is spelt out (`start: 3.0, end: 5.5`), else the first of any form."""
-    found = _NAMED_INTERVAL.search(text)
-    return _ends(found) if found else find_interval(text)
+    """The first interval that is spelt out (`start: 3.0, end: 5.5`), else the first of any form, as it is meant."""
+    found = _NAMED_INTERVAL.search(text) or _MEANT.search(text)
+    return _ends(found) if found else None
 
 
 def is_point(interval: Interval) -> bool:
@@ -70,7 +73,7 @@ def segments_of(answer: Any) -> list[Interval]:
     """
     found: list[Interval] = []
     if isinstance(answer, str):
-        found = [_ends(interval) for interval in _INTERVAL.finditer(answer)]
+        found = [_ends(interval) for interval in _MEANT.finditer(answer)]
     elif isinstance(answer, Sequence) and answer:
         pairs = [answer] if not isinstance(answer[0], Sequence) or isinstance(answer[0], str) else answer
         try:

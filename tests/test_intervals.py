@@ -33,12 +33,8 @@ def test_separators_and_brackets(separator, brackets):
         ("at 7, then [3, 4]", (3, 4)),
         ("from 1 to 2 to 3", (1, 2)),
         ("0.0-0.5", (0, 0.5)),
-        ("From 20.3 to 30.8.", (20.3, 30.8)),  # the stop of a sentence is no part of a number
+        ("It is [20.3, 30.8].", (20.3, 30.8)),
         ("Answer:20.3-30.8", (20.3, 30.8)),
-        ("1:23 - 1:45", None),  # clock times
-        ("[1:23, 1:45]", None),
-        ("0:20 to 30", None),
-        ("20 to 0:30", None),
         ("20.3 seconds", None),
         ("20.3 30.8", None),
         ("20.3; 30.8", None),
@@ -54,6 +50,23 @@ def test_separators_and_brackets(separator, brackets):
 def test_intervals(text, interval):
     assert find_interval(text) == interval
     assert find_named_interval(text) == interval
+
+
+@pytest.mark.parametrize(
+    ("text", "strict", "meant"),
+    [
+        ("From 20.3 to 30.8.", None, (20.3, 30.8)),  # the public reward holds the stop for a decimal point
+        ("5 to 10.", None, (5, 10)),
+        ("2 to 4. Or 6 to 8 s", (6, 8), (2, 4)),
+        ("1:23 - 1:45", (1, 23), None),  # .. and clock times for seconds
+        ("[1:23, 1:45]", (1, 23), None),
+        ("0:20 to 30", (20, 30), None),
+        ("20 to 0:30", (0, 20), None),
+    ],
+)
+def test_the_reward_reads_to_the_letter_and_evaluation_what_is_meant(text, strict, meant):
+    assert find_interval(text) == strict
+    assert find_named_interval(text) == meant
 
 
 @pytest.mark.parametrize(
