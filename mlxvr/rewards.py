@@ -11,7 +11,7 @@ answer is empty and earns nothing; a box that never closes is none. R1 and R2 by
                   punctuation is around them, are the two words. `A.` and `A. text` are no letter here: evaluation reads
                   more kindly (`mlxvr.evaluation.grading`)
     math          equal for the package `math-verify`, which reads numbers, fractions and percentages as they are. A
-                  truth in `$..$` says that the answer is a formula, and it is then read as one
+                  truth in `$..$` says that the answer may be a formula, and it is then read as one too
     iou           temporal IoU of the first interval in the text with the best of the true segments; 0 for a point
     gqa           `answer <> [start, end]`: the sum of both, from 0 to 2. Without `<>` both are read from the whole
 
@@ -23,7 +23,8 @@ A letter is a letter first, as in the public grader: a bare `y` is not `yes` (an
 Departures from the public code
 - Braces balance at any depth: `\boxed{\frac{\sqrt{3}}{2}}` is a box. Its patterns give up at the second level.
 - Reasoning that is empty has not the format; its pattern means to refuse that, and lets it pass.
-- A formula that is written bare (`2\sqrt{2}`) it can never find equal; `$..$` around the truth lets it.
+- A formula that is written bare (`2\sqrt{2}`) it can never find equal; `$..$` around the truth lets it. What it does
+  find equal (`12 cm^2` and `$12$`) is equal here as well.
 - Errors are not rewards of 0: a truth of the wrong form is said to be wrong.
 """
 
@@ -255,9 +256,11 @@ def _canonical(text: str) -> str:
 
 
 def _is_same_formula(said: str, truth: str) -> bool:
-    if _FORMULA.fullmatch(truth) and "$" not in said:
-        said = f"${said}$"
-    return bool(said) and mathematics.are_equal(said, truth)
+    if not said:
+        return False
+    if mathematics.are_equal(said, truth):
+        return True
+    return _FORMULA.fullmatch(truth) is not None and "$" not in said and mathematics.are_equal(f"${said}$", truth)
 
 
 def _boxes(text: str) -> list[tuple[int, int]]:

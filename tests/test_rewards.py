@@ -124,7 +124,9 @@ def test_intervals(separator, brackets):
         ("3", [2, 4], 0),  # no interval
         ("soon", [2, 4], 0),
         ("", [2, 4], 0),
-        ("0:02 - 0:04", [2, 4], 0),  # clock times
+        ("0:02 - 0:04", [2, 4], 0),  # a clock time is no time in seconds: this is 0 to 2 here, as in the public grader
+        ("0:02 - 0:04", [0, 2], 1),
+        ("2 to 4.", [2, 4], 0),  # and no interval stands bare before a full stop
         ("[2, 4] or [0, 10]", [0, 10], 2 / 10),  # the first
         ("at 1, so [2, 4].", [2, 4], 1),
         ("[2, 4]", [[10, 20], [3, 5], [2, 5]], 2 / 3),  # the best of 0, 1/3 and 2/3
@@ -186,6 +188,11 @@ def test_grounded_answers_take_the_best_segment():
         (r"2\sqrt{2}", r"$\sqrt{8}$", 1),
         (r"$2\sqrt{2}$", r"$\sqrt{8}$", 1),
         (r"\frac{\sqrt{3}}{2}", r"$\sqrt{\frac{3}{4}}$", 1),
+        ("12 cm^2", "$12$", 1),  # a number in words, which as a formula would be a product
+        ("5 m/s", r"$5\text{ m/s}$", 1),
+        (r"\[7\]", "$x=7$", 1),
+        (r"\(x+1\)", "$1+x$", 1),
+        ("12 cm^2", "$13$", 0),
         ("x+2", "$1+x$", 0),
         ("3", "4", 0),
         ("", "0", 0),
@@ -198,15 +205,24 @@ def test_formulas(said, truth, right):
 
 
 def test_math_asks_math_verify(monkeypatch):
-    """How the question is put, wherever the package is."""
+    """How the question is put, wherever the package is: as it stands, and as a formula where the truth is one."""
     asked = []
+
+    def are_equal(said, truth):
+        asked.append((said, truth))
+        return said.startswith("$")
+
     monkeypatch.setattr(mathematics, "require", lambda: None)
-    monkeypatch.setattr(mathematics, "are_equal", lambda said, truth: asked.append((said, truth)) or True)
-    for truth in ("8", "$8$"):
-        assert score(r"\boxed{2+6}<think>r</think>\boxed{$8$}", truth, "math").total == pytest.approx(3.0)
-    assert asked == [("2+6", "8"), ("$8$", "8"), ("$2+6$", "$8$"), ("$8$", "$8$")]
-    assert score("no box", "8", "math").total == 0
-    assert len(asked) == 4, "an empty answer is not asked"
+    monkeypatch.setattr(mathematics, "are_equal", are_equal)
+    completion = r"\boxed{2+6}<think>r</think>\boxed{$8$}"
+    assert score(completion, "8", "math").total == pytest.approx(1.1 + 1.0)
+    assert asked == [("2+6", "8"), ("$8$", "8")]
+    asked.clear()
+    assert score(completion, "$8$", "math").total == pytest.approx(3.0)
+    assert asked == [("2+6", "$8$"), ("$2+6$", "$8$"), ("$8$", "$8$")]
+    asked.clear()
+    assert score("no box", "$8$", "math").total == 0
+    assert asked == [], "an empty answer is not asked"
 
 
 # ---- the two answers
