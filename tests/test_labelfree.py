@@ -428,6 +428,22 @@ def test_one_question_may_have_one_answer() -> None:
     assert feed(CollapseGuard(5, rows=4), range(40), answer="B", question="Is there a dog?") == {}
 
 
+def test_one_answer_to_one_question_whatever_the_clip() -> None:
+    """All rows ask the same of different clips: that they once differed says that it was not always so."""
+    guard = CollapseGuard(5, rows=4, constant_share=1.0)
+    options = {"question": "Which color is the ball?"}
+    assert feed(guard, range(4), **options) == {}
+    assert feed(guard, range(4, 7), answer="red", **options) == {}  # of the last four three
+    other = CollapseGuard(5, rows=4, constant_share=1.0)
+    other.restore(json.loads(json.dumps(guard.state())))
+    for one in (guard, other):
+        warning = one.observe([group(7, "red", **options)], 0.5)
+        assert warning is not None
+        assert "4 of the last 4 rows of kind exact_match are answered 'red', whatever the clip" in warning
+        with pytest.raises(ConfigError, match="whatever the clip"):
+            feed(one, range(8, 14), answer="red", **options)
+
+
 def test_rows_without_a_majority_are_not_constant() -> None:
     guard = CollapseGuard(5, rows=4)
     for step in range(40):

@@ -198,9 +198,10 @@ class CollapseGuard:
     """Notices when rows without labels teach a model to say the same thing always.
 
     Three signs: every group of a window of steps was unanimous; the entropy, a mean over a window, is gone; nearly all
-    of the last rows of a kind get one answer, though they ask more than one question. (Where all rows ask the same
-    question, the same answer may be right, and this is not judged.) A sign gives a warning when it first appears and
-    stops the run when it stays for another window. Where it goes away and comes back, both begin again.
+    of the last rows of a kind get one answer, though they ask more than one question or, all asking the same of
+    different clips, once got different answers. (One answer from the beginning may be right.) A sign gives a warning
+    when it first appears and stops the run when it stays for another window. Where it goes away and comes back, both
+    begin again.
     """
 
     def __init__(
@@ -236,6 +237,7 @@ class CollapseGuard:
         self._entropy: deque[float] = deque(maxlen=window)
         self._start: list[float] = []
         self._answers: dict[str, GroupAnswer] = {}  # by row, the last one answered at the end
+        self._varied: set[str] = set()  # kinds whose rows got different answers
         self._held: dict[str, int] = {}  # sign -> for how many steps
 
     def observe(self, groups: Sequence[GroupAnswer], entropy: float | None = None) -> str | None:
@@ -290,6 +292,7 @@ class CollapseGuard:
             "entropy": list(self._entropy),
             "start": list(self._start),
             "answers": [asdict(group) for group in self._answers.values()],
+            "varied": sorted(self._varied),
             "held": dict(self._held),
         }
 
@@ -300,11 +303,12 @@ class CollapseGuard:
             entropy = [float(one) for one in state["entropy"]]
             start = [float(one) for one in state["start"]]
             seen = [GroupAnswer(**one) for one in state["answers"]]
+            varied = set(map(str, state.get("varied", ())))
             held = {str(name): int(steps) for name, steps in state["held"].items()}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ConfigError(f"the guard's state is incomplete ({error!r}): start the run anew") from error
         self._unanimous, self._entropy = deque(unanimous, self._window), deque(entropy, self._window)
-        self._start, self._held, self._answers = start, held, {}
+        self._start, self._held, self._varied, self._answers = start, held, varied, {}
         self._remember(seen)
 
     def _remember(self, groups: Sequence[GroupAnswer]) -> None:
@@ -330,15 +334,21 @@ class CollapseGuard:
         return f"entropy is {mean:.2g} nats a token over the last {self._window} steps, {start:.2g} at the start"
 
     def _constant_answer(self) -> str | None:
+        found = []
         for kind in sorted({group.kind for group in self._answers.values()}):
             groups = [group for group in self._answers.values() if group.kind == kind]
-            if len(groups) < self._rows or len({group.question for group in groups}) < 2:
+            if len(groups) < self._rows:
                 continue
             answer, count = _most_common([group.answer for group in groups], _quick(kind))
-            if answer and count >= self._constant_share * self._rows:
-                shown = answer if len(answer) <= 40 else f"{answer[:40]}.."
-                return f"{count} of the last {self._rows} rows of kind {kind} are answered {shown!r}, whatever is asked"
-        return None
+            if not answer or count < self._constant_share * self._rows:
+                self._varied.add(kind)
+                continue
+            asked = len({group.question for group in groups}) > 1
+            if asked or kind in self._varied:
+                shown = repr(answer if len(answer) <= 40 else f"{answer[:40]}..")
+                told = f"{count} of the last {self._rows} rows of kind {kind} are answered {shown}"
+                found.append(f"{told}, whatever {'is asked' if asked else 'the clip'}")
+        return found[0] if found else None
 
 
 def _both_answers(texts: Sequence[str]) -> tuple[list[str], list[str]]:
