@@ -350,6 +350,30 @@ def test_verdicts(write, first, second, said):
     assert next(told for sign, told in wanted.items() if sign in said) in text
 
 
+def test_rows_that_all_agree_are_no_certainty(write):
+    """Nine of nine: the bootstrap has no spread, and yet a true share of 70% is not ruled out."""
+    text = write([row(str(index), "B", "A", 0.5) for index in range(9)]).read_text()
+    cells = {cells[0].split()[0]: cells for cells in Reader(text).rows}
+    assert cells["think"][1] == "100% 70 to 100"
+    assert cells["direct"][1] == "0% 0 to 30"
+    assert "(the same in every row)" in text
+    assert "(the same in every row)" not in write(random_samples(60)).read_text()
+
+
+def test_links_lead_to_rows(write):
+    """A count of none is no link: the gallery would be empty."""
+    text = write([row("1"), row("2", "B")], other=("before", [row("1"), row("2", "B")])).read_text()
+    shown = re.findall(r'data-show="(.*?)">(.*?)</a>', text)
+    assert [label for _, label in shown if label.startswith("0 ") or label == "show"] == []
+    assert "0 began to think, 0 stopped. 0 first answers read otherwise." in text
+    assert "1 first answer read otherwise</a>" in write([row("1")], other=("before", [row("1", "B")])).read_text()
+
+
+def test_what_was_done_is_said(write):
+    text = write(HAND, settings={"model": "m", "mode": "think"}).read_text()
+    assert re.search('<p class="subtitle">(.*?)</p>', text)[1].startswith("m · every row answered once with reasoning")
+
+
 def test_failed_rows_are_listed(write):
     text = write(HAND).read_text()
     assert "1 row of 10 failed" in text
@@ -476,10 +500,10 @@ def test_nines_and_histogram():
 
 def test_wilson_against_its_equation():
     for successes, count in ((0, 3), (3, 3), (7, 20), (1, 1)):
-        for end in charts.wilson(successes, count):  # an end p solves (share - p)^2 = z^2 p (1 - p) / n
+        for end in numerals.wilson(successes, count):  # an end p solves (share - p)^2 = z^2 p (1 - p) / n
             gap = (successes / count - end) ** 2 - 1.959964**2 * end * (1 - end) / count
             assert gap == pytest.approx(0, abs=1e-9) or end in (0, 1)
-    assert charts.wilson(7, 20) == pytest.approx((0.1812, 0.5671), abs=1e-4)  # R: prop.test(7, 20, correct = FALSE)
+    assert numerals.wilson(7, 20) == pytest.approx((0.1812, 0.5671), abs=1e-4)  # R: prop.test(7, 20, correct = FALSE)
 
 
 def test_cost_chart_by_hand():
@@ -546,7 +570,10 @@ def test_think_ratio_bars():
         (numerals.share(0.8434, 1000), "84.3%"),
         (numerals.share(None), "–"),
         (numerals.interval(Estimate(value=0.8, low=0.76, high=0.91), 200), "76 to 91"),
-        (numerals.interval(Estimate(value=1, low=1, high=1), 200), ""),
+        (numerals.interval(Estimate(value=1, low=1, high=1), 200), "98 to 100"),  # Wilson: n / (n + 1.96^2)
+        (numerals.interval(Estimate(value=0, low=0, high=0), 200, 9), "0 to 30"),  # of nine clips
+        (numerals.interval(Estimate(value=0.5, low=0.5, high=0.5), 200), ""),
+        (numerals.interval(Estimate(value=1, low=None, high=None), 200), ""),
         (numerals.points(Estimate(value=-0.008, low=-0.02, high=0.01), 500), "−0.8"),
         (numerals.points(Estimate(value=-0.001, low=-0.2, high=0.1), 500), "0"),
         (numerals.points_interval(Estimate(value=0, low=-0.021, high=0.005), 500), "−2.1 to +0.5"),
@@ -569,12 +596,10 @@ def test_numbers(found, wanted):
     assert found == wanted
 
 
-@pytest.mark.skipif(not shutil.which("chromium"), reason="needs the browser chromium")
-def test_in_a_browser(write, tmp_path):
-    write_clip(tmp_path / "a.mp4", frames=12)
-    path = write([*HAND, *(row(f"m{n}", question=NASTY) for n in range(60))], other=("before", HAND))
+def browse(page, folder, *flags):
+    """The page as the browser shows it, and what it complained of; skips where no browser starts."""
     command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom"]
-    command += [f"--user-data-dir={tmp_path / 'profile'}", path.as_uri()]
+    command += [f"--user-data-dir={folder / 'profile'}", *flags, page.as_uri()]
     try:
         environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
@@ -583,8 +608,69 @@ def test_in_a_browser(write, tmp_path):
     if done.returncode or "<html" not in done.stdout:
         pytest.skip(f"the browser does not start here ({done.stderr[-200:]})")
     assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []
-    assert done.stdout.count('<article class="card">') >= 24
-    assert "70 of 70 rows" in done.stdout
-    assert "data:image/jpeg" in done.stdout
-    assert re.search(r'<output id="tried"[^>]*>threshold 0.9 · ', done.stdout)
-    assert float(re.search(r'class="probe" r="6" cx="([-\d.]+)"', done.stdout)[1]) > 48
+    return done.stdout
+
+
+DRIVE = """
+(async () => {
+  const found = {}, field = (name) => document.getElementById(`filter-${name}`);
+  for (const [name, value] of WANTED) {
+    for (const one of document.querySelectorAll("#filters select:not(#filter-sort), #filters input")) one.value = "";
+    field(name).value = value;
+    document.getElementById("filters").dispatchEvent(new Event("input"));
+    await new Promise((done) => setTimeout(done, 200));
+    const texts = (meta) => [...meta.children].map((part) => part.textContent);
+    found[`${name} ${value}`] = [...document.querySelectorAll("article.card .meta")].map(texts);
+  }
+  const seen = document.createElement("pre");
+  seen.id = "driven";
+  seen.textContent = JSON.stringify(found);
+  document.body.append(seen);
+})();
+"""
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs the browser chromium")
+def test_filters_in_a_browser(write, tmp_path):
+    """Each filter shows the rows that it names, worked out by hand from HAND at 0.9."""
+    other = [replace(sample, confidence=0.1) if sample.id == "2" else sample for sample in HAND]
+    path = write(HAND, other=("before", other))
+    names = {  # exited early: 1, 2, 4 (right, wrong after thinking, wrong) and 9, an interval with IoU 0.5
+        "decision exited": "1 2 4 9",
+        "decision reasoned": "3 5 6 7 10",
+        "result wrong": "4 6 10",  # of 6 and 10 the answer after thinking
+        "result failed": "8",
+        "thinking helped": "3 4 5",
+        "thinking hurt": "2 9 10",
+        "format fallback": "5",
+        "format no_box": "6",
+        "format problem:token_limit": "6",
+        "task count": "2 3 4 8",
+        "category hard": "2",
+        "against stopped_thinking": "2",
+        "text SUCH file": "8",
+        "text because": "1",
+    }
+    wanted = json.dumps([name.split(" ", 1) for name in names])
+    text = re.sub('<meta http-equiv="Content-Security-Policy".*?>', "", path.read_text())
+    driven = path.with_name("driven.html")
+    driven.write_text(text.replace("</body>", f"<script>{DRIVE.replace('WANTED', wanted)}</script></body>"))
+    shown = browse(driven, tmp_path, "--virtual-time-budget=20000")
+    found = json.loads(html.unescape(re.search('<pre id="driven">(.*?)</pre>', shown)[1]))
+    ids = {sample.id for sample in HAND}
+    assert {
+        name: " ".join(sorted((part for card in cards for part in card if part in ids), key=int))
+        for name, cards in found.items()
+    } == names
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs the browser chromium")
+def test_in_a_browser(write, tmp_path):
+    write_clip(tmp_path / "a.mp4", frames=12)
+    path = write([*HAND, *(row(f"m{n}", question=NASTY) for n in range(60))], other=("before", HAND))
+    shown = browse(path, tmp_path)
+    assert shown.count('<article class="card">') >= 24
+    assert "70 of 70 rows" in shown
+    assert "data:image/jpeg" in shown
+    assert re.search(r'<output id="tried"[^>]*>threshold 0.9 · ', shown)
+    assert float(re.search(r'class="probe" r="6" cx="([-\d.]+)"', shown)[1]) > 48

@@ -29,7 +29,6 @@ __all__ = [
     "ratio_chart",
     "reliability_chart",
     "ticks",
-    "wilson",
 ]
 
 WIDTH, HEIGHT = 460, 300
@@ -86,15 +85,6 @@ def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
 def nines(confidence: float) -> float:
     """A confidence on the stretched axis, from 0 to 4."""
     return _MOST_NINES if confidence >= 1 else min(_MOST_NINES, -math.log10(1 - confidence))
-
-
-def wilson(successes: float, count: int) -> tuple[float, float]:
-    """The 95% Wilson interval of a share; `count` is at least 1."""
-    z = 1.959964
-    share = successes / count
-    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def histogram(confidences: Sequence[float], bins: int = _NINES_BINS) -> list[int]:
@@ -160,7 +150,7 @@ def reliability_chart(bins: Sequence[Bin]) -> str:
             parts.append(_text(middle, _TOP + 6, f"{one.count:,}", "count", "middle"))
         if one.accuracy is None or one.confidence is None:
             continue
-        low, high = wilson(one.accuracy * one.count, one.count)
+        low, high = numerals.wilson(one.accuracy * one.count, one.count)
         x = across.at(one.confidence)
         told = (
             f"confidence {one.low:g} to {one.high:g}: {numerals.count(one.count, 'answer')}, mean confidence "
@@ -214,8 +204,8 @@ def bars_chart(rows: Sequence[tuple[str, Estimate, int]], axis_name: str) -> str
         short = name if len(name) <= 20 else f"{name[:19]}…"
         parts.append(_text(left - 8, middle + 4, short, "tick", "end"))
         parts.append(_rect(left, middle - 8, across.at(estimate.value) - left, 16, "bar", told))
-        if estimate.low is not None and estimate.high is not None:
-            parts.append(_line(across.at(estimate.low), middle, across.at(estimate.high), middle, "whisker"))
+        if (ends := numerals.ends(estimate, size)) is not None:
+            parts.append(_line(across.at(ends[0]), middle, across.at(ends[1]), middle, "whisker"))
         parts.append(_text(right + 8, middle + 4, numerals.share(estimate, size), "tick", "start"))
     parts.append(_text((left + right) / 2, bottom + 36, axis_name, "name", "middle"))
     return _svg(parts, axis_name, height=bottom + 44)

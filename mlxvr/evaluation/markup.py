@@ -22,9 +22,9 @@ def table(columns: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     return f'<div class="{kind}"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
 
 
-def share_cell(estimate: Estimate | None, rows: int) -> str:
-    """A share with its interval in small print."""
-    told = numerals.interval(estimate, rows)
+def share_cell(estimate: Estimate | None, rows: int, clips: int | None = None) -> str:
+    """A share with its interval in small print; `clips` as for `numerals.interval`."""
+    told = numerals.interval(estimate, rows, clips)
     return numerals.share(estimate, rows) + (f" <small>{told}</small>" if told else "")
 
 
@@ -45,6 +45,8 @@ def figures_of(drawn: Sequence[tuple[str, str]]) -> str:
     return f'<div class="figures">{inside}</div>'
 
 
-def gallery_link(label: str, **filters: str) -> str:
-    """A link that sets the gallery's filters."""
+def gallery_link(label: str, rows: int = 1, **filters: str) -> str:
+    """A link that sets the gallery's filters; the label alone where they would show no rows."""
+    if not rows:
+        return escape(label)
     return f'<a href="#gallery" data-show="{escape(json.dumps(filters))}">{escape(label)}</a>'

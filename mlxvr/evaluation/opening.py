@@ -11,6 +11,10 @@ from mlxvr.evaluation.resampling import Estimate
 __all__ = ["cautions", "lead", "subtitle", "tiles", "verdict"]
 
 _FEW_CLIPS = 50
+_MODES = {
+    "think": "every row answered once with reasoning; all modes are read from that",
+    "live": "early exits for real",
+}
 
 
 def lead(summary: Summary) -> str:
@@ -46,7 +50,7 @@ def lead(summary: Summary) -> str:
 def _named(group: Group) -> str:
     """The name of auto's score with its interval."""
     assert group.auto.score is not None
-    told = numerals.interval(group.auto.score, group.auto.labelled)
+    told = numerals.interval(group.auto.score, group.auto.labelled, group.clips)
     notes = ["mean of accuracy and IoU"] if score_name(group) == "Score" else []
     notes += [f"95% interval {told}"] if told else []
     name = "" if score_name(group) == "Score" else f" {_noun(group)}"
@@ -60,7 +64,7 @@ def _cost(group: Group) -> str:
     told = numerals.points_interval(change, rows)
     size = numerals.points(change, rows).lstrip("+−")
     if change.value == 0:
-        said = f"costs <b>no</b> {_noun(group)}"
+        said = f"costs <b>no</b> {_noun(group)}" + ("" if told else " (the same in every row)")
     else:
         unit = "point" if size == "1" else "points"
         said = f"{'gains' if change.value > 0 else 'costs'} <b>{size} {unit}</b> of {_noun(group)}"
@@ -73,8 +77,10 @@ def _noun(group: Group) -> str:
 
 def subtitle(content: Content) -> str:
     """What was asked of what, as far as the title does not say it."""
-    known = [str(content.settings[name]) for name in ("model", "data", "task", "mode") if content.settings.get(name)]
+    known = [str(content.settings[name]) for name in ("model", "data", "task") if content.settings.get(name)]
     known = [value for value in known if value not in content.title]
+    mode = content.settings.get("mode")
+    known += [_MODES.get(str(mode), str(mode))] if mode else []
     return f'<p class="subtitle">{escape(" · ".join(known))}</p>' if known else ""
 
 
@@ -109,7 +115,7 @@ def tiles(summary: Summary) -> str:
         versus = [f"direct {numerals.share(group.direct.score, rows)}"]
         versus += [f"think {numerals.share(think.score, rows)}"] if think is not None else []
         tiles.append((f"Auto {_noun(group)}", numerals.share(auto.score, rows), ", ".join(versus)))
-    told = numerals.interval(group.think_ratio, group.count)
+    told = numerals.interval(group.think_ratio, group.count, group.clips)
     tiles.append(("Think ratio", numerals.share(group.think_ratio, group.count), f"interval {told}" if told else ""))
     versus = [f"direct {numerals.tokens(group.direct.tokens.mean)}"]
     versus += [f"think {numerals.tokens(think.tokens.mean)}"] if think is not None else []

@@ -25,7 +25,8 @@ def calibration_section(content: Content) -> str:
     found = content.calibration
     if found is None:
         return ""
-    margin = None if found.margin is None else f"{100 * found.margin:g} points"
+    points = None if found.margin is None else f"{100 * found.margin:g}"
+    margin = f"{points} {'point' if points == '1' else 'points'}"
     goal = _GOALS[found.goal].format(margin=margin, budget=found.budget)
     spread = sorted({numerals.confidence(one) for one in found.fold_thresholds})
     said = [
@@ -104,7 +105,7 @@ def comparison_section(content: Content) -> str:
     body = []
     for name, change in (("direct", found.direct), ("think", found.think), ("auto", found.auto)):
         if change is not None:
-            body.append([name, *_change_cells(change)])
+            body.append([name, *_change_cells(change, found.clips)])
     scores = table(["Score", before, content.title, "Difference", "Became right", "Became wrong"], body) if body else ""
     before_costs, after_costs = _means(content.against.rows, found, 0), _means(content.rows, found, 1)
     costs = table(
@@ -121,11 +122,12 @@ def comparison_section(content: Content) -> str:
     if found.thresholds[0] != found.thresholds[1]:
         told = " and ".join(numerals.confidence(one) for one in found.thresholds)
         said.append(f"Thresholds: {told}.")
+    changed = numerals.count(found.answers_changed, "first answer")
     said.append(
         f"<b>{numerals.share(found.flipped, found.count)}</b> of the decisions flipped: "
-        f"{gallery_link(f'{began:,} began to think', against='began_to_think')}, "
-        f"{gallery_link(f'{stopped:,} stopped', against='stopped_thinking')}. "
-        f"{gallery_link(f'{found.answers_changed:,} first answers read otherwise', against='answer_changed')}."
+        f"{gallery_link(f'{began:,} began to think', rows=began, against='began_to_think')}, "
+        f"{gallery_link(f'{stopped:,} stopped', rows=stopped, against='stopped_thinking')}. "
+        f"{gallery_link(f'{changed} read otherwise', rows=found.answers_changed, against='answer_changed')}."
     )
     if found.confidence_drift is not None:
         said.append(f"Confidences moved by {numerals.confidence(round(found.confidence_drift.value, 6))} on average.")
@@ -145,7 +147,8 @@ def _difference_sentence(found: Comparison, before: str) -> str:
         return ""
     difference = change.difference
     told = numerals.points_interval(difference, change.labelled)
-    said = f"{numerals.points(difference, change.labelled)} points" + (f" ({told})" if told else "")
+    size = numerals.points(difference, change.labelled)
+    said = f"{size} {'point' if size in ('+1', '−1') else 'points'}" + (f" ({told})" if told else "")
     kind = ""
     verdict = "no difference can be shown on these rows"
     if difference.low is not None and difference.high is not None and told:
@@ -158,11 +161,11 @@ def _difference_sentence(found: Comparison, before: str) -> str:
     return f'<p class="verdict{kind}">Auto scores {said} against {escape(before)}: {verdict}.</p>'
 
 
-def _change_cells(change: Change) -> list[str]:
+def _change_cells(change: Change, clips: int) -> list[str]:
     rows = change.labelled
     return [
-        share_cell(change.first, rows),
-        share_cell(change.second, rows),
+        share_cell(change.first, rows, clips),
+        share_cell(change.second, rows, clips),
         difference_cell(change.difference, rows),
         f"{len(change.became_right):,}",
         f"{len(change.became_wrong):,}",
@@ -180,7 +183,7 @@ def _means(rows: Sequence[Judged], found: Comparison, run: int) -> tuple[float, 
 def _tokens_cell(found: Comparison) -> str:
     def signed(value: float) -> str:
         text = numerals.tokens(abs(value))
-        return text if value == 0 else f"{'+' if value > 0 else '−'}{text}"
+        return text if not text.strip("0.") else f"{'+' if value > 0 else '−'}{text}"
 
     change = found.tokens
     if change.low is None or change.high is None or change.low == change.high:

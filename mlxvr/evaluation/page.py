@@ -101,7 +101,11 @@ def _made(content: Content) -> str:
         ("think", "the answer after the whole chain of thought, always"),
         ("auto", "the first answer where its confidence is at least the threshold, else the answer after reasoning"),
         ("think ratio", "share of rows that reason in auto"),
-        ("95% interval", "percentile bootstrap over clips: questions on one clip and minimal pairs are drawn together"),
+        (
+            "95% interval",
+            "percentile bootstrap over clips: questions on one clip and minimal pairs are drawn together; where all "
+            "rows agree, which leaves nothing to draw from, Wilson's for as many rows as there are clips",
+        ),
         ("points", "percentage points; differences are taken row by row before they are averaged"),
         ("score", "accuracy of an answer, temporal IoU of an interval, the mean of both for grounded questions"),
         ("right", "where right or wrong must be said of an interval: an IoU of at least 0.5"),

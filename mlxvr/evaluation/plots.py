@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlxvr.evaluation import numerals
-from mlxvr.evaluation.charts import histogram, nines, wilson
+from mlxvr.evaluation.charts import histogram, nines
 from mlxvr.evaluation.content import Content, score_name
 from mlxvr.evaluation.judged import Judged
 from mlxvr.plotting import BLUE, GRAY, ORANGE, RED, VIOLET, have_matplotlib, write_plot
@@ -72,7 +72,9 @@ def _cost(axes: "Axes", content: Content) -> None:
                 axes.vlines(x, 100 * mode.score.low, 100 * mode.score.high, color=marker, alpha=0.5)
             axes.plot([x], [y], "o", color=marker)
             if group is content.summary.overall:
-                axes.annotate(name, (x, y), xytext=(0, 8), textcoords="offset points", ha="center")
+                place = {"direct": (8, -12), "think": (-8, -14), "auto": (8, -14)}[name]
+                side = "right" if name == "think" else "left"
+                axes.annotate(name, (x, y), xytext=place, textcoords="offset points", ha=side)
     axes.set_xlim(left=0)
     axes.set_xlabel("mean generated tokens per question")
     axes.set_ylabel(f"{score_name(content.summary.overall)} (%)")
@@ -88,7 +90,7 @@ def _reliability(axes: "Axes", content: Content) -> None:
     for one in content.summary.overall.confidence.bins:
         if one.accuracy is None or one.confidence is None:
             continue
-        low, high = wilson(one.accuracy * one.count, one.count)
+        low, high = numerals.wilson(one.accuracy * one.count, one.count)
         axes.vlines(one.confidence, low, high, color=BLUE, alpha=0.5)
         axes.plot([one.confidence], [one.accuracy], "o", color=BLUE)
         axes.annotate(f"{one.count:,}", (one.confidence, high), xytext=(0, 3), textcoords="offset points", ha="center")
@@ -109,7 +111,8 @@ def _confidence(axes: "Axes", content: Content) -> None:
     axes.axhline(0, color="#333333", linewidth=0.8)
     axes.locator_params(axis="y", integer=True)
     axes.yaxis.set_major_formatter(lambda value, _: f"{abs(value):,g}")
-    axes.axvline(nines(min(1.0, content.summary.threshold)), color=RED, linestyle="--", linewidth=1)
+    label = f"threshold {numerals.confidence(content.summary.threshold)}"
+    axes.axvline(nines(min(1.0, content.summary.threshold)), color=RED, linestyle="--", linewidth=1, label=label)
     axes.set_xticks([nines(value) for value in _TICKS], [f"{value:g}" for value in _TICKS])
     axes.set_xlabel("confidence (axis stretched towards 1)")
     axes.set_ylabel("first answers")
@@ -128,8 +131,8 @@ def _think_ratio(axes: "Axes", content: Content) -> None:
     for place, (_, group) in enumerate(tasks):
         ratio = group.think_ratio
         axes.barh(place, 100 * ratio.value, color=BLUE, alpha=0.6)
-        if ratio.low is not None and ratio.high is not None:
-            axes.hlines(place, 100 * ratio.low, 100 * ratio.high, color="#333333", linewidth=1)
+        if (ends := numerals.ends(ratio, min(group.count, group.clips))) is not None:
+            axes.hlines(place, 100 * ends[0], 100 * ends[1], color="#333333", linewidth=1)
     axes.set_yticks(range(len(tasks)), [f"{name[:28]} ({group.count:,})" for name, group in tasks])
     axes.set_xlim(0, 100)
     axes.set_xlabel("rows that reason (%)")

@@ -19,7 +19,7 @@ def modes_section(content: Content) -> str:
     group = content.summary.overall
     if group is None:
         return ""
-    sizes = _sizes(content.rows)
+    sizes = {**_sizes(content.rows), "clips": group.clips}
     modes = [("direct", "first answer", group.direct), ("auto", "early exit", group.auto)]
     if group.think is not None:
         modes.insert(1, ("think", "always reasons", group.think))
@@ -77,16 +77,16 @@ def _score_cells(figures: Figures, pattern: Figures, sizes: Mapping[str, int]) -
     """The cells of `_score_columns(pattern)`."""
     cells = []
     if pattern.accuracy is not None and pattern.miou is not None:
-        cells.append(share_cell(figures.score, sizes["score"]))
+        cells.append(share_cell(figures.score, sizes["score"], sizes["clips"]))
     if pattern.accuracy is not None:
-        cells.append(share_cell(figures.accuracy, sizes["accuracy"]))
+        cells.append(share_cell(figures.accuracy, sizes["accuracy"], sizes["clips"]))
     if pattern.miou is not None:
         overlaps = [figures.miou, *(figures.recall.get(least) for least in pattern.recall)]
-        cells += [share_cell(estimate, sizes["iou"]) for estimate in overlaps]
+        cells += [share_cell(estimate, sizes["iou"], sizes["clips"]) for estimate in overlaps]
     if pattern.grounded_accuracy is not None:
-        cells.append(share_cell(figures.grounded_accuracy, sizes["both"]))
+        cells.append(share_cell(figures.grounded_accuracy, sizes["both"], sizes["clips"]))
     if pattern.pair_accuracy is not None:
-        cells.append(share_cell(figures.pair_accuracy, sizes["pairs"]))
+        cells.append(share_cell(figures.pair_accuracy, sizes["pairs"], sizes["clips"]))
     return cells
 
 
@@ -190,13 +190,13 @@ def breakdown_section(groups: Mapping[str, Group], title: str, key: str, *, with
     body = []
     for name, group in groups.items():
         rows, think = group.auto.labelled, group.think if has_think else None
-        cells = [gallery_link(name, **{key: name}), f"{group.count:,}", f"{group.clips:,}"]
+        cells = [gallery_link(name, rows=group.count, **{key: name}), f"{group.count:,}", f"{group.clips:,}"]
         if has_labels:
             modes = [group.direct, *([think] if think is not None else []), group.auto]
-            cells += [share_cell(figures.score, rows) for figures in modes]
+            cells += [share_cell(figures.score, rows, group.clips) for figures in modes]
         if has_labels and think is not None:
             cells += [difference_cell(group.gain, rows), difference_cell(group.auto_vs_think, rows)]
-        cells += [share_cell(group.think_ratio, group.count), numerals.tokens(group.auto.tokens.mean)]
+        cells += [share_cell(group.think_ratio, group.count, group.clips), numerals.tokens(group.auto.tokens.mean)]
         if think is not None:
             always = think.tokens.mean
             cells.append(numerals.share(group.auto.tokens.mean / always, 1) if always else "–")
@@ -212,7 +212,10 @@ def breakdown_section(groups: Mapping[str, Group], title: str, key: str, *, with
         chart = figures_of([(drawn, f"Think ratio with 95% intervals.{left}")])
     kinds = {score_name(group) for group in groups.values() if group.auto.labelled}
     note = f"Direct, think and auto: {' or '.join(sorted(one if one == 'mIoU' else one.lower() for one in kinds))}"
-    note += "; differences in points, coloured where the 95% interval leaves out zero. Of many rows some do so by luck."
+    note += (
+        "; differences in points, coloured where the 95% interval leaves out zero (of many rows some do so by luck), "
+        "without an interval where they are the same in every row."
+    )
     note = note if has_labels else ""
     return f'{table(columns, body)}<p class="note">{note}</p>{chart}'
 
@@ -226,9 +229,13 @@ def format_section(summary: Summary) -> str:
             [
                 "first answer declines (“Let's analyze …”)",
                 f"{group.fallbacks:,}",
-                gallery_link("show", format="fallback"),
+                gallery_link("show", format="fallback") if group.fallbacks else "",
             ],
-            ["no first answer box", f"{group.missing_boxes:,}", gallery_link("show", format="no_box")],
+            [
+                "no first answer box",
+                f"{group.missing_boxes:,}",
+                gallery_link("show", format="no_box") if group.missing_boxes else "",
+            ],
         ]
         body += [
             [f"<code>{escape(name)}</code>", f"{number:,}", gallery_link("show", format=f"problem:{name}")]

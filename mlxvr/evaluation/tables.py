@@ -122,10 +122,14 @@ def _comparison(found: Comparison) -> list[str]:
 def _estimate(found: Estimate | None) -> str:
     if found is None:
         return "-"
+    if found.low is not None and found.low == found.high:
+        return f"{found.value:.3f} (in every row)"
     return f"{found.value:.3f}" + ("" if found.low is None else f" [{found.low:.3f}, {found.high:.3f}]")
 
 
 def _signed(found: Estimate) -> str:
+    if found.low is not None and found.low == found.high:
+        return f"{found.value:+.3f} (in every row)"
     return f"{found.value:+.3f}" + ("" if found.low is None else f" [{found.low:+.3f}, {found.high:+.3f}]")
 
 
