@@ -8,13 +8,13 @@ MLX prepares work faster than the device does it, and what waits in line has its
 pass makes counts with nothing given back yet. `mx.set_memory_limit` shortens the line: with a limit below what is
 needed, the same passes took up to 40% less on a CPU.
 
-Measured against `mx.get_peak_memory` on MLX's CPU backend (0.32.4), random models of both families, 4 to 24 layers of
-128 to 1,024 numbers, float32, bfloat16 and 4 bits, prompts of 300 to 3,000 tokens, groups of 4 to 16, completions of 32
-to 300: what a gradient pass takes beyond the weights is estimated at 0.86 to 1.09 of the measured peak (34 shapes),
-rollouts at 1.00 to 1.19 (7), vision towers at 0.88 to 0.97 (4). On an NVIDIA GPU through MLX's CUDA backend the
-gradient of Qwen3-VL-8B at 4 bits, rank 16, is estimated at 1.06 to 1.19 of the measured peak (4 shapes); its term for
-unpacked weights was inferred from these. Metal was not measured: attention is taken to be fused in the forward pass and
-not in training.
+Measured against `mx.get_peak_memory` on MLX's CPU backend (0.32.4), random models of both families, float32 and 4 bits,
+prompts of 400 to 2,800 tokens, groups of 4 to 16, completions of 24 to 300: what a gradient pass takes beyond the
+weights is estimated at 0.95 to 1.09 of the measured peak (8 shapes, both ways of it), rollouts at 1.00 to 1.19 (7),
+vision towers at 0.88 to 0.97 (4). On an NVIDIA GPU through MLX's CUDA backend the gradient of Qwen3-VL-8B at 4 bits,
+rank 16, with layers that are computed again is estimated at 1.06 to 1.19 of the measured peak (3 shapes); its term for
+unpacked weights was inferred from these. Without that it was not measured there since attention is computed again, and
+Metal was not measured at all: attention is taken to be fused in the forward pass and not in training.
 """
 
 import math
@@ -104,7 +104,7 @@ class MemoryEstimate:
         decode: one step of all completions, their cache aside.
         kept: what the gradient pass keeps of all layers until it comes back to them.
         layer: what one layer's backward pass holds beside that.
-        attention: of `layer` or `kept`: attention scores.
+        attention: of `layer`: attention scores.
         head: logits and their gradients.
         reference: the forward pass of the reference policy, where `beta` asks for one.
         update: new weights and moments before the old ones are gone.
@@ -384,39 +384,35 @@ def _estimate(work: Workload) -> MemoryEstimate:
 
 
 def _layers_pass(work: Workload, sizes: _Sizes, levels: int) -> tuple[int, int, int]:
-    """What is kept of all layers, what the backward pass of one needs beside it, and the attention scores in either.
+    """What is kept of all layers, what the backward pass of one needs beside it, and the attention scores in that.
 
-    Without checkpoints the last layer's backward pass comes when everything is kept. With them, a layer keeps its
-    input, and gradients come as inputs go: the larger of the two ends counts.
+    Attention keeps what goes into it and is computed again. Without checkpoints the last layer's backward pass comes
+    when everything is kept. With them, a layer keeps its input, and gradients come as inputs go: the larger of the two
+    ends counts.
     """
     tokens = _columns(work)
-    entries, block, copied = _attended(work, sizes.heads)
-    fused = work.backend == "cuda"
-    scores = 0 if fused else entries * sizes.heads * work.itemsize
-    blocks = 0 if fused else block * sizes.heads * work.itemsize
-    whole = tokens * _kept_by_token(work, sizes, fused=fused)
-    copies = copied * 2 * sizes.keys * work.itemsize
+    scores = 0 if work.backend == "cuda" else 6 * _largest_block(work, sizes.heads) * sizes.heads * work.itemsize
+    whole = tokens * _kept_by_token(work, sizes)
     hidden = tokens * sizes.hidden * work.itemsize
     gradients = work.adapter_parameters * _LORA
     unpacked = _unpacked(work, sizes.inner * sizes.hidden, _IN_LINE)
     backward = tokens * _backward_by_token(work, sizes)
+    attention = scores + tokens * (4 * sizes.queries * work.itemsize + 8 * sizes.keys * 4)
     if not work.checkpoint:
-        everything = sizes.layers * (whole + scores + copies) + levels * hidden
-        return everything, max(backward, 8 * blocks) + unpacked, sizes.layers * scores
+        return sizes.layers * whole + levels * hidden, max(backward, attention) + unpacked, scores
     inputs = (sizes.layers + levels) * hidden
-    again = whole - hidden + backward + tokens * _forward_by_token(work, sizes)
-    attention = whole - hidden + 6 * blocks + tokens * (4 * sizes.queries * work.itemsize + 8 * sizes.keys * 4)
-    return max(inputs, gradients + hidden), max(again, attention) + unpacked, 6 * blocks
+    again = whole - hidden + max(backward + tokens * _forward_by_token(work, sizes), attention)
+    return max(inputs, gradients + hidden), again + unpacked, scores
 
 
-def _kept_by_token(work: Workload, sizes: _Sizes, *, fused: bool) -> int:
+def _kept_by_token(work: Workload, sizes: _Sizes) -> int:
     """Bytes that a layer keeps of a token until its backward pass.
 
     - its input and the sum after attention, for the two norms: 2 hidden
     - what goes into the modules with LoRA, for the gradient of their matrices: once each distinct array where it is
       float32 already, else a float32 copy for each module
     - queries and keys before the heads' norms, where there are any
-    - queries, keys and values as attention takes them, and what it returned where it is fused
+    - queries, keys and values as attention takes them
     - gate, up, sigmoid(gate), and the product of gate and sigmoid: 4 inner
     - the short products of LoRA: the rank for each module
     """
@@ -424,8 +420,6 @@ def _kept_by_token(work: Workload, sizes: _Sizes, *, fused: bool) -> int:
     numbers = 2 * sizes.hidden + sizes.queries + 2 * sizes.keys + 4 * sizes.inner
     if sizes.head_norms:
         numbers += sizes.queries + sizes.keys
-    if fused:
-        numbers += sizes.queries
     return numbers * item + _lora_inputs(work, sizes) + _rank(work) * len(work.keys) * _LORA
 
 
@@ -458,27 +452,18 @@ def _forward_by_token(work: Workload, sizes: _Sizes) -> int:
     return sum(shapes[key][1] for key in work.keys) * (work.itemsize + 2 * _LORA)
 
 
-def _attended(work: Workload, heads: int) -> tuple[int, int, int]:
-    """Attention scores of a head: all of them, those of the largest block; and columns of keys that are copied.
+def _largest_block(work: Workload, heads: int) -> int:
+    """Attention scores of a head in the largest block.
 
     The prompt goes in blocks of queries, which see what came before; short completions share a block.
     """
     prompt, own = work.prompt_tokens, work.completion_tokens - 1
     size = max(1, min(_QUERIES_AT_ONCE, _SCORES_AT_ONCE // (heads * (prompt + max(own, 1)))))
-    entries = prompt * (prompt + min(size, prompt)) // 2
     block = min(size, prompt) * prompt
-    if own <= 0:
-        return entries, block, 0
     if own * 2 > size:  # each completion alone
-        pieces = math.ceil(own / size)
-        seen = pieces * prompt + own * (pieces + 1) // 2
-        entries += work.group_size * (own * prompt + own * (own + min(size, own)) // 2)
-        return entries, max(block, min(size, own) * (prompt + own)), work.group_size * seen
-    together = min(work.group_size, max(1, size // own))
-    blocks = math.ceil(work.group_size / together)
-    columns = prompt + together * own
-    entries += blocks * together * own * columns
-    return entries, max(block, together * own * columns), blocks * columns
+        return max(block, min(size, own) * (prompt + own))
+    together = min(work.group_size, size // own) if own > 0 else 0
+    return max(block, together * own * (prompt + together * own))
 
 
 def _head_pass(work: Workload, sizes: _Sizes) -> int:
