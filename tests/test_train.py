@@ -17,6 +17,7 @@ import mlxvr
 from mlxvr.dataset import load_rows
 from mlxvr.errors import CheckpointError, ConfigError, DataError, OutOfMemoryError
 from mlxvr.grpo.config import TrainConfig
+from mlxvr.grpo.learning import Learner
 from mlxvr.grpo.order import batches
 from mlxvr.grpo.state import state_file
 from mlxvr.grpo.trainer import train
@@ -127,6 +128,61 @@ def test_ctrl_c_finishes_the_step_and_saves(tmp_path, stop):
     report = run(tmp_path / "run", steps=done + 1, resume=True)
     assert report.steps == done + 1
     assert [entry["step"] for entry in entries(tmp_path / "run")] == list(range(1, done + 2))
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """Settings of a run that measures itself twice and saves itself only then, and that run without a stop."""
+    folder = tmp_path_factory.mktemp("measured")
+    (folder / "valid.jsonl").write_text("\n".join(CLIPS.read_text().splitlines()[:3]))
+    settings = {"valid": folder / "valid.jsonl", "media_root": demo_folder(), "valid_every": 2, "steps": 3}
+    run(folder / "whole", **settings)
+    return settings, exact(folder / "whole")
+
+
+@pytest.mark.parametrize("at", [1, 2, 3])
+@pytest.mark.parametrize("is_hard", [False, True])
+def test_stopped_while_it_measures_nothing_is_lost(tmp_path, measured, at, is_hard):
+    """The first Ctrl-C waits for a validation's row, not for all of them; the second ends at once."""
+    settings, (told, arrays) = measured
+    seen, before = [], {1: 0, 2: 2, 3: 3}[at]  # steps done at each validation
+
+    def watch(stage, done, total):
+        seen.append((stage, done))
+        if is_hard and seen.count(("validate", 1)) == at:
+            raise KeyboardInterrupt
+
+    config = TrainConfig(**{**SMALL, **settings, "output": tmp_path})
+    if is_hard:
+        with pytest.raises(KeyboardInterrupt):
+            train(config, progress=watch)
+    else:
+        report = train(config, progress=watch, should_stop=lambda: seen.count(("validate", 1)) == at)
+        assert report.stopped
+        assert report.steps == before
+        assert seen[-1] == ("validate", 1)
+    assert [entry["step"] for entry in entries(tmp_path)] == list(range(before))
+    is_saved = before > 0 or not is_hard
+    assert state_file(tmp_path).exists() == is_saved
+    report = run(tmp_path, **settings, resume=is_saved)
+    assert (report.steps, report.stopped) == (3, False)
+    again, found = exact(tmp_path)
+    assert again == told
+    assert all(np.array_equal(found[name], arrays[name]) for name in arrays)
+
+
+def test_what_was_measured_before_training_is_recorded_once(tmp_path, measured, monkeypatch):
+    settings, (told, _) = measured
+
+    def fail(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Learner, "sample", fail)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, **settings)
+    run(tmp_path, **settings, resume=True)
+    assert exact(tmp_path)[0] == told
 
 
 def test_what_is_no_number_stops_the_run(tmp_path, monkeypatch, capsys):

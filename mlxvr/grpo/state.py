@@ -36,6 +36,7 @@ class Progress:
         best_step: the steps that had been done then.
         skipped: rows that could not be used, by id.
         guard: the state of what watches training without labels.
+        pending: figures of the last step, which is still to be measured on the validation rows; None: it is not.
     """
 
     step: int = 0
@@ -44,6 +45,7 @@ class Progress:
     best_step: int = 0
     skipped: dict[str, str] = field(default_factory=dict)
     guard: dict[str, Any] = field(default_factory=dict)
+    pending: dict[str, Any] | None = None
 
 
 def state_file(output: Path) -> Path:

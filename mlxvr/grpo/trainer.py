@@ -90,7 +90,7 @@ def train(
         progress: called with (stage, done, total): "download", "check", "filter" and "validate".
         on_entry: called with each entry of `metrics.jsonl` and the number of steps in all, on rank 0.
         on_note: called with what is worth a line for people, on rank 0.
-        should_stop: asked between steps; the run then saves its state and returns.
+        should_stop: asked between steps and between validation rows; the run then saves its state and returns.
 
     Returns:
         What was done; for `config.filter_only` what was kept.
@@ -214,9 +214,26 @@ class _Run:
                     if on_entry is not None:
                         on_entry(entry, self.total)
 
-            if state.step == 0 and self.valid:
-                valid[0] = self.validate(progress)
-                write({"step": 0, **valid[0]})
+            def validate() -> bool:
+                """Measure after a step that is saved, and write its entry; False when that was stopped."""
+                found = self.validate(progress, should_stop) if self.valid else {}
+                if found is None:
+                    return False
+                if found:
+                    valid[state.step] = found
+                    if state.step:
+                        self._keep_best(found)
+                if found or state.pending:
+                    write({"step": state.step, **(state.pending or {}), **found})
+                state.pending = None
+                return True
+
+            if state.step == 0 and self.valid and not config.resume:
+                state.pending = {}
+            if state.pending is not None:
+                figures = state.pending
+                stopped = not validate()
+                self._save()
             shares = stack.enter_context(closing(self._shares(state.step)))
             while state.step < self.total and not stopped:
                 number = state.step + 1
@@ -229,14 +246,16 @@ class _Run:
                 state.step = number
                 self.learner.is_whole = True
                 stopped = stopping and number < self.total
-                entry = {"step": number, **figures}
-                if self.valid and (number % config.valid_every == 0 or number == self.total):
-                    valid[number] = self.validate(progress)
-                    entry |= valid[number]
-                    self._keep_best(valid[number])
-                write(entry)
-                if number % config.save_every == 0 or number == self.total or stopped or number in valid:
+                is_due = bool(self.valid) and (number % config.valid_every == 0 or number == self.total)
+                if is_due:
+                    state.pending = dict(figures)
+                else:
+                    write({"step": number, **figures})
+                if is_due or number % config.save_every == 0 or number == self.total or stopped:
                     self._compare_ranks()
+                    self._save()
+                if is_due:
+                    stopped = not validate() or stopped
                     self._save()
             if journal is not None and config.plot is not None:
                 plot_curves(journal.entries(), config.plot)
@@ -330,12 +349,14 @@ class _Run:
             for count in counts:
                 yield _Share((row, vision) for row, (vision, _) in islice(places, count))
 
-    def validate(self, progress: Bar | None) -> Mapping[str, Any]:
-        """Figures on the validation rows, brought together from all ranks."""
+    def validate(self, progress: Bar | None, should_stop: ShouldStop | None) -> Mapping[str, Any] | None:
+        """Figures on the validation rows, brought together from all ranks; None: some rank was asked to stop."""
         own = self.valid[self.ranks.rank :: self.ranks.size]
-        judged = []
+        judged: list[Judged] = []
         with closing(read_ahead(own, self.spec)) as media:
             for done, (row, (vision, _)) in enumerate(zip(own, media)):
+                if should_stop is not None and should_stop():
+                    break
                 if isinstance(vision, Exception):
                     raise DataError(f"{row.line}: {vision}") from vision
                 prompt = encode_row(self.model, row, spec=self.spec, vision=vision)
@@ -352,7 +373,8 @@ class _Run:
                 if progress is not None:
                     progress("validate", done + 1, len(own))
         told = json.dumps([dataclasses.asdict(one) for one in judged]).encode()
-        return summarise([Judged(**one) for part in self.ranks.gather(told) for one in json.loads(part)])
+        every = [Judged(**one) for part in self.ranks.gather(told) for one in json.loads(part)]
+        return summarise(every) if len(every) == len(self.valid) else None
 
     def _watch(self, records: Sequence[Mapping[str, Any]], entropy: float | None) -> None:
         """Let the guard see the rows without answers; the same on every rank."""
@@ -405,7 +427,8 @@ class _Run:
         write_settings(output / "train_config.toml", self.config, title="what `mlxvr.train --config` reads")
         told = {name: str(value) for name, value in dataclasses.asdict(self.config).items()}
         journal = stack.enter_context(Journal(output, sinks=make_sinks(self.config.report_to, output, told)))
-        journal.rewind(self.state.step if self.config.resume else -1)
+        kept = self.state.step - (self.state.pending is not None)  # a step that is measured anew is written anew
+        journal.rewind(kept if self.config.resume else -1)
         return journal
 
 
