@@ -105,6 +105,7 @@ class Reasoner:
         threshold: the confidence from which a direct answer stands, where a question names none.
         task_thresholds: thresholds that were calibrated for tasks of their own, by name: for `Clip.ask(threshold=)`.
         spec: how frames are sampled and sized.
+        system_prompt: what the model is told first; the checkpoint's own, unless another is set before a clip is asked.
         kv_bits, prefill_step_size: see `load`.
     """
 
@@ -125,6 +126,7 @@ class Reasoner:
         self.threshold = default_threshold(network)
         self.task_thresholds = _task_thresholds(network)
         self.spec = network.spec.with_overrides(**network.settings.get("budgets", {}))
+        self.system_prompt = network.system_prompt
 
     def open(
         self,
@@ -201,7 +203,7 @@ class Reasoner:
         return {
             "family": network.family.name,
             "weights": network.fingerprint,
-            "system_prompt": network.system_prompt,
+            "system_prompt": self.system_prompt,
         }
 
     def cancel(self) -> None:
@@ -370,7 +372,7 @@ class Clip:
             options=question.options,
             kind=question.kind,
             answer_opening=question.answer_opening,
-            system=network.system_prompt,
+            system=self._reasoner.system_prompt,
         )
 
     def _prepare(self, network: "VideoModel", prompt: Prompt, should_stop: ShouldStop) -> tuple[Prefix, PrefixCost]:

@@ -12,7 +12,7 @@ from checkpoints import random_media
 from mlxvr.errors import CheckpointError, ConfigError
 from mlxvr.model.families import family_of
 from mlxvr.model.folder import ModelFolder
-from mlxvr.model.prompt import KINDS, SYSTEM_PROMPT, Prompt, build_prompt, question_text
+from mlxvr.model.prompt import KINDS, SYSTEM_PROMPT, Prompt, build_prompt, evaluation_copy, question_text
 from mlxvr.model.tokenizer import ChatTokenizer
 
 
@@ -48,6 +48,13 @@ def test_the_system_prompt_is_the_training_copy() -> None:
         "Output format: \\boxed{...}<think>...</think>\\boxed{...}"
     )
     assert SYSTEM_PROMPT.count("\n") == 4
+
+
+def test_the_evaluators_copy_ends_with_one_more_newline() -> None:
+    copy = evaluation_copy(SYSTEM_PROMPT)
+    assert copy.endswith("Output format: \\boxed{...}<think>...</think>\\boxed{...}\n")
+    assert len(copy) == len(SYSTEM_PROMPT) + 1
+    assert evaluation_copy("You are a helpful assistant.") == "You are a helpful assistant."
 
 
 @pytest.mark.parametrize(

@@ -309,6 +309,32 @@ def test_a_benchmark_brings_its_budgets(tmp_path, budgets):
     assert "1 left out for want of 1 videos (BBBBB.mp4)" in report.notes[0]
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_benchmark_is_told_what_the_public_evaluator_tells(tmp_path, workers):
+    """Its copy of the system prompt ends with one more newline, a token of its own here; a data file gets none."""
+    root = tmp_path / "charades"
+    (root / "videos").mkdir(parents=True)
+    rows = []
+    for name in ("AAAAA", "BBBBB"):
+        write_clip(root / "videos" / f"{name}.mp4", frames=60, fps=30, size=(64, 64))
+        rows.append({"id": f"{name}-{len(rows) + 1}", "video": f"videos/{name}.mp4", "question": "the ball is seen."})
+        rows[-1] |= {"answer": [0.5, 2.0], "kind": "iou"}
+    (root / "charades_sta_test.txt").write_text(
+        "".join(f"{row['id'][:5]} 0.5 2.0##the ball is seen.\n" for row in rows)
+    )
+    benchmark = runner.evaluate(
+        EvalConfig(
+            task="charades", data_root=root, output=tmp_path / "a", dtype=DTYPE, max_tokens=4, fps=2.0, workers=workers
+        )
+    )
+    own = run(write_rows(root / "rows.jsonl", rows), tmp_path / "b", max_tokens=4, fps=2.0, workers=workers)
+    before, after = samples_of(own), samples_of(benchmark)
+    assert before.keys() == after.keys()
+    for name in before:
+        assert after[name].video_tokens == before[name].video_tokens
+        assert after[name].prompt_tokens == before[name].prompt_tokens + 1
+
+
 def test_frames_in_a_folder_and_an_image(tmp_path, reasoner):
     from PIL import Image
 

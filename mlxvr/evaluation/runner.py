@@ -32,6 +32,7 @@ from mlxvr.evaluation.metrics import Summary, SweepRow, summarise, sweep
 from mlxvr.evaluation.report import write_report
 from mlxvr.evaluation.samples import Sample, SampleWriter, read_samples, write_samples
 from mlxvr.media import VisionSpec
+from mlxvr.model.prompt import evaluation_copy
 from mlxvr.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -137,6 +138,8 @@ def evaluate(config: EvalConfig, *, progress: Progress | None = None) -> EvalRep
     with _load(config, progress) as reasoner:
         preset = questions.budgets.get(reasoner.identity()["family"], {})
         reasoner.spec = reasoner.spec.with_overrides(**{**preset, **config.frame_budgets})
+        if config.task is not None:
+            reasoner.system_prompt = evaluation_copy(reasoner.system_prompt)
         settings = _settings(config, questions, reasoner)
         samples, generated = _samples(config, questions.rows, reasoner, ranks, progress)
     threshold = settings["threshold"]
@@ -308,7 +311,15 @@ def _ask_with_workers(
     """This process does the first share, the workers do the others."""
     count = min(config.workers, len(groups))
     shares = [groups[shard::count] for shard in range(count)]
-    work = partial(_work, config=config, run=run, shares=shares, asking=asking, spec=reasoner.spec)
+    work = partial(
+        _work,
+        config=config,
+        run=run,
+        shares=shares,
+        asking=asking,
+        spec=reasoner.spec,
+        system_prompt=reasoner.system_prompt,
+    )
     own = 0
     with sharding.workers(count, work) as crew:
         for own, sample in enumerate(generate(reasoner, shares[0], asking), 1):
@@ -327,10 +338,11 @@ def _work(
     shares: Sequence[Sequence[tuple[Row, ...]]],
     asking: Asking,
     spec: VisionSpec,
+    system_prompt: str,
 ) -> None:
     """What a worker does in its process."""
     with _load(config) as reasoner, SampleWriter(sharding.shard_file(config.output, shard), run) as writer:
-        reasoner.spec = spec
+        reasoner.spec, reasoner.system_prompt = spec, system_prompt
         for sample in generate(reasoner, shares[shard], asking):
             writer.write(sample)
             step()

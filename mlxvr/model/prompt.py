@@ -21,9 +21,9 @@ from mlxvr.model.families import Family, VisionBlock
 from mlxvr.model.positions import rope_positions
 from mlxvr.model.tokenizer import ChatTokenizer
 
-__all__ = ["KINDS", "SYSTEM_PROMPT", "Prompt", "build_prompt", "question_text"]
+__all__ = ["KINDS", "SYSTEM_PROMPT", "Prompt", "build_prompt", "evaluation_copy", "question_text"]
 
-# The training copy (arXiv 2601.05175, public scripts): five lines. The evaluation copy ends with one more newline.
+# The training copy (arXiv 2601.05175, public scripts): five lines; see `evaluation_copy`.
 SYSTEM_PROMPT = "\n".join(
     (
         "You are a helpful assistant.",
@@ -71,6 +71,11 @@ class Prompt:
     prefix_length: int
     next_position: int
     opening_ids: tuple[int, ...] = ()
+
+
+def evaluation_copy(system: str) -> str:
+    """A system prompt as the public evaluator has it: VideoAuto-R1's with one more newline at its end, others as is."""
+    return f"{system}\n" if system == SYSTEM_PROMPT else system
 
 
 def question_text(question: str, options: Sequence[str] | None = None, kind: str = "qa") -> str:

@@ -18,6 +18,7 @@ from mlxvr.errors import ConfigError
 from mlxvr.evaluation.lmms.answering import Asked, Response, answer_all, open_log
 from mlxvr.evaluation.lmms.options import LmmsOptions
 from mlxvr.evaluation.samples import SampleWriter
+from mlxvr.model.prompt import evaluation_copy
 from mlxvr.reasoner import Reasoner, load
 
 __all__ = ["Mlxvr"]
@@ -100,6 +101,7 @@ class Mlxvr(lmms):
                 dtype=options.dtype,
                 kv_bits=options.kv_bits,
             )
+            reasoner.system_prompt = evaluation_copy(reasoner.system_prompt)
             try:  # what the first video would find wrong is found before the data is read
                 for fps in (options.fps, options.frames_fps):
                     reasoner.spec.with_overrides(
