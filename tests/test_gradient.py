@@ -12,6 +12,7 @@ from checkpoints import FAMILIES
 from groups import difference, flat, make_group, stir, tiny_model
 from mlx.utils import tree_flatten
 
+from mlxvr.dataset import Row
 from mlxvr.errors import ConfigError
 from mlxvr.grpo import forward
 from mlxvr.grpo.forward import completion_logprobs
@@ -19,6 +20,8 @@ from mlxvr.grpo.gradient import group_gradient, group_logprobs
 from mlxvr.grpo.lora import LoraConfig, attach, lora_weights, snapshot
 from mlxvr.grpo.loss import IMPORTANCE, LOSS_TYPES, LossConfig
 from mlxvr.grpo.packing import pack
+from mlxvr.grpo.prompts import EncodedPrompt
+from mlxvr.grpo.rollout import rollout
 from mlxvr.model.network import VideoModel
 
 TOLERANCE = 1e-4  # relative, of every array of the gradient; float32 gives 3e-6
@@ -250,9 +253,27 @@ def test_all_logits_never_exist_at_once(model, group, monkeypatch) -> None:
     assert rows == [4, 4, 4, 4, 2] * 2  # forward, and again backward: the tokens of the completions and no others
 
 
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_before_the_first_update_the_distance_is_0_and_the_ratio_1(family, bits, dtype, checkpoint, tmp_path) -> None:
+    """To the last bit, whatever is computed in; also of completions that the model sampled itself."""
+    model = tiny_model(tmp_path / "m", family)
+    model.network.set_dtype(dtype)
+    if bits is not None:
+        nn.quantize(model.network.language_model, group_size=32, bits=bits)
+    attach(model, LoraConfig(rank=4), seed=1)
+    prompt = EncodedPrompt(**{**vars(make_group(model).prompt), "row": Row(id="r", question="?", answer="A")})
+    group = rollout(model, prompt, group_size=4, max_tokens=12, seed=0)
+    _, stats = group_gradient(model, group, ADVANTAGES, config=LossConfig(beta=0.1), checkpoint=checkpoint)
+    assert (stats.kl, stats.ratio_mean, stats.clip_share) == (0.0, 1.0, 0.0)
+    assert stats.entropy > 1.0
+
+
 @pytest.mark.parametrize("dora", [False, True])
 def test_nothing_has_moved_before_the_first_update(dora, tmp_path) -> None:
-    """A new adapter is the reference policy: KL 0 and ratio 1, and the first step goes somewhere."""
+    """A new adapter is the reference policy, and the first step goes somewhere."""
     model = tiny_model(tmp_path / "m", "qwen3_vl")
     attach(model, LoraConfig(rank=4, dora=dora), seed=1)
     group = make_group(model)
