@@ -25,7 +25,7 @@ STEP = {
     "grad_norm": 0.53,
     "learning_rate": 1e-5,
     "tokens_per_second": 812.2,
-    "peak_memory": 14.2 * 2**30,
+    "peak_memory": 14.2e9,
 }
 VALID = {
     "step": 20,
@@ -99,7 +99,7 @@ def test_a_terminal_shows_every_figure_once(clock):
         "step 51 of 200  ██████░░░░░░░░░░░░░░░░░░   26%  elapsed 10:00  left 29:13",  # 600 s / 51 * 149
         "first  50.0%  second  71.2%  think  62.0%  format  99.1%",
         "kl 0.00123  grad norm    0.53  learning rate   1e-05",
-        "tokens    143  longest  1,256  tokens/s    812  memory 14.2 GiB",
+        "tokens    143  longest  1,256  tokens/s    812  memory 14.2 GB",
         "validation at 51:  first 51.0%  second 69.0%  auto 68.0%  confidence 0.812  think 55.0%  tokens 131",
         "format 100.0%  reward 2.100",
     ]
@@ -134,7 +134,7 @@ def test_the_view_fits_its_terminal(monkeypatch, columns, rows):
     if columns >= 20 and rows == 50:
         assert lines[0].startswith("step 39 of 123,456")
         shown = " ".join(" ".join(lines).split())
-        for figure in ("50.0%", "71.2%", "62.0%", "99.1%", "1e-05", "812", "14.2 GiB", "51.0%", "0.812", "2.100"):
+        for figure in ("50.0%", "71.2%", "62.0%", "99.1%", "1e-05", "812", "14.2 GB", "51.0%", "0.812", "2.100"):
             assert figure in shown
 
 
@@ -162,7 +162,7 @@ def test_elsewhere_there_is_a_plain_line_for_every_entry(clock):
         view.update({**STEP, **VALID, "step": 2})
     figures = (
         "reward 1.734  first 50.0%  second 71.2%  think 62.0%  format 99.1%  tokens 143  kl 0.00123  grad 0.53  "
-        "lr 1e-05  tokens/s 812  memory 14.2 GiB"
+        "lr 1e-05  tokens/s 812  memory 14.2 GB"
     )
     valid = (
         "first 51.0%  second 69.0%  auto 68.0%  confidence 0.812  think 55.0%  tokens 131  format 100.0%  reward 2.100"
@@ -281,6 +281,24 @@ def test_a_run_that_goes_on_times_its_own_steps(clock):
     assert lines[0].endswith("92%  elapsed 0:06  left 0:54")  # 9 steps of 6 s
     assert lines[1][15:47] == "▁" * 31 + "█"
     assert lines[-2].startswith("validation at 100:  first 51.0%")
+
+
+def test_the_first_step_counts_where_the_view_begins_with_it(clock):
+    """It was made in 60 s before there was a view; two more of 60 s are left, and then one."""
+    screen = Screen()
+    view = LiveView(3, screen)
+    seconds = {"rollout_seconds": 50.0, "update_seconds": 10.0}
+    view.update({**STEP, **seconds})
+    assert "elapsed 1:00  left 2:00" in screen.lines(100)[0]
+    clock[0] += 60
+    view.update({**STEP, **seconds, "step": 2})
+    assert "elapsed 2:00  left 1:00" in screen.lines(100)[0]
+
+
+def test_memory_has_the_units_of_the_estimate():
+    screen = Screen()
+    LiveView(3, screen).update({**STEP, "peak_memory": 188_990_102})
+    assert "memory 189 MB" in "".join(screen.lines(100))
 
 
 def test_the_size_of_a_real_terminal_is_asked():

@@ -63,6 +63,7 @@ class LiveView:
         self._has_blocks = _can_show(self._out, _BLOCKS + _BAR)
         self._is_dim = self._is_live and not os.environ.get("NO_COLOR")
         self._is_closed = False
+        self._has_begun = False
         self._drawn: list[int] = []  # widths of the lines on the screen
         self._step = 0
         self._steps_here = 0
@@ -76,6 +77,9 @@ class LiveView:
 
     def update(self, entry: Mapping[str, Any]) -> None:
         """Show an entry: of a step, of a validation, or of both."""
+        if not self._has_begun:  # whoever makes a view with its first entry has made that step already
+            self._has_begun = True
+            self._start -= sum(_number(entry, name) or 0.0 for name in ("rollout_seconds", "update_seconds"))
         self._take(entry)
         if self._is_closed:
             return
@@ -177,7 +181,7 @@ class LiveView:
             ("tokens", _whole(last, "tokens_mean", 6)),
             ("longest", _whole(last, "tokens_max", 6)),
             ("tokens/s", _whole(last, "tokens_per_second", 6)),
-            ("memory", _gigabytes(last)),
+            ("memory", _memory(last)),
         )
         return [head, reward, answers, update, cost, self._validation(self._valid)]
 
@@ -198,7 +202,7 @@ class LiveView:
                 ("grad", _small(entry, "grad_norm")),
                 ("lr", _small(entry, "learning_rate")),
                 ("tokens/s", _whole(entry, "tokens_per_second")),
-                ("memory", _gigabytes(entry)),
+                ("memory", _memory(entry)),
                 ("left", "" if left is None else duration(left)),
             )
         return _GAP.join(part.plain() for part in [*parts, *self._validation(entry)])
@@ -316,9 +320,12 @@ def _small(entry: Mapping[str, Any], name: str, width: int = 0) -> str:
     return "" if value is None else f"{value:{width}.3g}"
 
 
-def _gigabytes(entry: Mapping[str, Any]) -> str:
+def _memory(entry: Mapping[str, Any]) -> str:
+    """In the units of the estimate that a run begins with."""
     value = _number(entry, "peak_memory")
-    return "" if value is None else f"{value / 2**30:.1f} GiB"
+    if value is None:
+        return ""
+    return f"{value / 1e9:.1f} GB" if value >= 1e9 else f"{value / 1e6:.0f} MB"
 
 
 def _printable(text: str) -> str:
