@@ -9,8 +9,9 @@
 Fields. `id`, `question` and `answer` are needed; `video` or `image` names a file (neither: a text-only question);
 `kind` says how an answer is judged and so which prompt is used:
 
-    exact_match   a letter, a word or a number as text (the kind of a row that names none)
-    math          an expression, compared symbolically
+    exact_match   a word, a number as text, or with options one of them: its letter, its text or both (the kind of a
+                  row that names none)
+    math          an expression, compared symbolically; with options as exact_match
     iou           `[start, end]` or a list of such, in seconds
     gqa           both: `{"answer": .., "segments": [[start, end], ..]}`, `["B", [[start, end], ..]]`, or as text
                   `B <> [0.3, 4.5]`
@@ -82,8 +83,8 @@ class Row:
     Attributes:
         id: unique in its dataset.
         question: without options and without the words that ask for a box.
-        answer: what is right: a text; for "iou" a list of [start, end]; for "gqa" [text, list of [start, end]];
-            None: the row has no label.
+        answer: what is right: a text, of options the letter; for "iou" a list of [start, end]; for "gqa"
+            [text, list of [start, end]]; None: the row has no label.
         kind: how an answer is judged.
         video: a file, or a folder of frames (`frames_fps`).
         image: a file; with neither video nor image the question is text alone.
@@ -301,12 +302,14 @@ class _Checker:
         name = str(number) if isinstance(number, int) and not isinstance(number, bool) else self.text("id", needed=True)
         question = self.text("question", needed=True)
         kind = self.kind()
+        options = self.options(kind)
+        if options and kind == "math":
+            kind = "exact_match"  # a letter is no formula
         video, image = self.text("video"), self.text("image")
         if video and image:
             raise DataError("the row has both a video and an image: keep one")
         if kind in ("iou", "gqa") and not video:
             raise DataError(f"a row of kind {kind} is about times in a video, and there is none: add 'video'")
-        options = self.options(kind)
         start, end = self.seconds("start", video), self.seconds("end", video)
         if end is not None and end <= (start or 0.0):
             raise DataError(f"end {end:g} is not after start {start or 0.0:g}: give them in seconds and in order")
@@ -393,12 +396,21 @@ def _text_answer(value: Any, options: tuple[str, ...]) -> str:
     if not isinstance(text, str) or not text.strip():
         raise DataError(f"answer is {_show(value)}: expected a text, such as 'B' or '42'")
     text = text.strip()
-    letter = _LETTER.match(text)
-    is_option = text.casefold() in {option.strip().casefold() for option in options}
-    if options and not is_option and (not letter or letter.group(1) not in ascii_uppercase[: len(options)]):
+    letter = _choice(text, options) if options else text
+    if not letter:
         last = ascii_uppercase[len(options) - 1]
         raise DataError(f"answer {_show(value)} is none of the {len(options)} options: give a letter from A to {last}")
-    return text
+    return letter
+
+
+def _choice(text: str, options: tuple[str, ...]) -> str:
+    """The letter of the option that an answer names: by its letter alone, by its text, or by both; "" for none."""
+    match = _LETTER.match(text)
+    letter = match.group(1) if match and match.group(1) in ascii_uppercase[: len(options)] else ""
+    plain = [option.strip().casefold() for option in options]
+    if text.casefold() in plain and text.strip("(.:)") != letter:
+        return ascii_uppercase[plain.index(text.casefold())]
+    return letter
 
 
 def _segments(value: Any) -> list[list[float]]:

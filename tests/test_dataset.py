@@ -10,6 +10,7 @@ import pytest
 import mlxvr
 from mlxvr.dataset import Row, load_rows, make_locator, make_row, scan_rows, strip_letters, to_record
 from mlxvr.errors import DataError
+from mlxvr.rewards import score
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from shellgame.clips import held_out_set, training_set
@@ -100,9 +101,11 @@ def test_text_alone_and_an_image(write, tmp_path):
         ({**BOTH, "kind": "grounded_qa"}, "gqa", "grounded_qa", ["A", [[0.3, 4.5]]]),
         ({**QUESTION, "kind": "qa"}, "exact_match", "qa", "B"),
         ({**QUESTION, "kind": None}, "exact_match", "qa", "B"),
-        ({**QUESTION, "answer": "(B)"}, "exact_match", "qa", "(B)"),
-        ({**QUESTION, "answer": "B. right"}, "exact_match", "qa", "B. right"),
-        ({**QUESTION, "answer": "Right"}, "exact_match", "qa", "Right"),
+        ({**QUESTION, "answer": "(B)"}, "exact_match", "qa", "B"),
+        ({**QUESTION, "answer": "B. right"}, "exact_match", "qa", "B"),
+        ({**QUESTION, "answer": "Right"}, "exact_match", "qa", "B"),
+        ({**BOTH, "answer": ["right", [1, 2]]}, "gqa", "grounded_qa", ["B", [[1.0, 2.0]]]),
+        ({**QUESTION, "kind": "math", "options": ["3", "4"], "answer": 4}, "exact_match", "qa", "B"),
         ({**MATH, "answer": 4}, "math", "qa", "4"),
         ({**MATH, "answer": 0.5}, "math", "qa", "0.5"),
     ],
@@ -110,6 +113,27 @@ def test_text_alone_and_an_image(write, tmp_path):
 def test_answers_have_one_form(write, record, kind, ask_kind, answer):
     (row,) = load_rows(write(record))
     assert (row.kind, row.ask_kind, row.answer) == (kind, ask_kind, answer)
+
+
+@pytest.mark.parametrize(
+    ("options", "answer", "letter"),
+    [
+        (["left", "right"], " RIGHT ", "B"),
+        (["left", "right"], "B)", "B"),
+        (["left", "right"], "(B) right", "B"),
+        (["left", "right"], "B: the right one", "B"),
+        (["A. left", "B. right"], "b. right", "B"),
+        (["P. M.", "A. M."], "A. M.", "B"),  # the text of an option, though it begins like a letter
+        (["B", "A"], "A", "A"),  # a letter alone is a letter
+        (["A dog", "a cat"], "A dog", "A"),
+        (["same", "same"], "same", "A"),
+    ],
+)
+def test_a_choice_is_held_by_its_letter(write, options, answer, letter):
+    """So that the reward, which knows no options, pays for the letter that the prompt has for it."""
+    (row,) = load_rows(write({**QUESTION, "options": options, "answer": answer}))
+    assert row.answer == letter
+    assert score(f"\\boxed{{{letter}}}<think>r</think>\\boxed{{({letter})}}", row.answer, row.kind).total == 3.0
 
 
 def without(record, *keys):
