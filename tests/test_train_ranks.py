@@ -221,19 +221,22 @@ def test_only_rank_0_writes(place, together):
     assert not (place / "together1").exists()
 
 
-def test_a_killed_rank_leaves_a_run_that_goes_on(place, alone):
-    """Rank 1 is killed when both have sampled for step 2; one process goes on to the end."""
-    (err, code), (_, died) = start(place, "killed", signals={1: ("SIGKILL", "2")})
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_killed_rank_leaves_a_run_that_goes_on(place, alone, lost):
+    """A rank is killed when both have sampled for step 2; one process goes on to the end."""
+    name = f"killed{lost}"
+    said = start(place, name, signals={lost: ("SIGKILL", "2")})
+    (err, code), (_, died) = said[1 - lost], said[lost]
     assert (code, died) == (2, -9)
     assert len(errors(err)) == 1, err
     assert errors(err)[0].startswith("error: another rank is gone (")
     assert "Traceback" not in err
-    assert [entry["step"] for entry in entries(place, "killed0")] == [1]
-    assert state_file(place / "killed0").is_file()
-    said = start(place, "killed", count=1, flags={0: ["--resume"]})
+    assert [entry["step"] for entry in entries(place, f"{name}0")] == [1]
+    assert state_file(place / f"{name}0").is_file()
+    said = start(place, name, count=1, flags={0: ["--resume"]})
     assert said[0][1] == 0, said
-    assert [entry["step"] for entry in entries(place, "killed0")] == [1, 2, 3]
-    assert differ(weights(place, alone), weights(place, "killed0")) <= TOLERANCE
+    assert [entry["step"] for entry in entries(place, f"{name}0")] == [1, 2, 3]
+    assert differ(weights(place, alone), weights(place, f"{name}0")) <= TOLERANCE
 
 
 def test_ctrl_c_of_one_rank_stops_all_after_the_same_step(place, together):
