@@ -15,14 +15,18 @@ from types import SimpleNamespace
 
 import pytest
 
+from mlxvr import mathematics
 from mlxvr.dataset import Row, load_rows
 from mlxvr.errors import Cancelled, ConfigError, DataError, MediaError
+from mlxvr.grpo.config import TrainConfig
 from mlxvr.grpo.filtering import FilterReport, Sampling, filter_rows, make_sampler, progress_file
 from mlxvr.grpo.prompts import encode_row
 from mlxvr.grpo.rollout import rollout
+from mlxvr.grpo.setup import read_training_rows
 from mlxvr.model.loading import load_model
 from mlxvr.reasoner import demo_folder
 from mlxvr.rewards import score
+from mlxvr.train import main
 
 RIGHT, WRONG = "\\boxed{B}<think>So.</think>\\boxed{A}", "\\boxed{A}<think>So.</think>\\boxed{B}"
 ONE_MORE = "\\boxed{A}<think>So.</think>"  # the first answer is right, and there is no second
@@ -430,3 +434,29 @@ def test_nothing_left(tmp_path):
         filter_rows(None, text_rows(2), output, sampler=Scripted({"r0": 0, "r1": 8}))
     assert not output.exists()
     assert progress_file(output).exists()
+
+
+@pytest.mark.parametrize("more", [["--filter-only"], [], ["--reward", "agreement"]])
+def test_formulas_without_their_package_end_before_the_work_begins(tmp_path, monkeypatch, capsys, more):
+    rows = [
+        {"id": "a", "question": "2 + 2?", "answer": "4"},
+        {"id": "b", "question": "x?", "answer": "4", "kind": "math"},
+    ]
+    data = tmp_path / "d.jsonl"
+    data.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    monkeypatch.setattr(mathematics, "is_available", lambda: False)
+    options = ["--data", str(data), "--output", str(tmp_path / "o"), *more]
+    assert main(options) == 2
+    told = f"error: {data}:2: questions of kind math need the package math-verify: pip install 'mlxvr[math]'\n"
+    assert capsys.readouterr().err == told
+    assert not (tmp_path / "o").exists()
+
+
+def test_formulas_of_which_nobody_asks_need_no_package(tmp_path, monkeypatch):
+    data = tmp_path / "d.jsonl"
+    data.write_text(
+        '{"id": "a", "question": "2?", "answer": "4"}\n{"id": "b", "question": "x?", "answer": "4", "kind": "math"}\n'
+    )
+    monkeypatch.setattr(mathematics, "is_available", lambda: False)
+    for settings in ({"limit": 1}, {"reward": ("ours:length",)}):
+        assert read_training_rows(TrainConfig(data=data, output=tmp_path / "o", **settings))[0][0].id == "a"

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from mlxvr import mathematics
 from mlxvr.callbacks import Progress
 from mlxvr.dataset import Row, load_rows, to_record
 from mlxvr.errors import ConfigError, DataError, MediaError
@@ -130,7 +131,11 @@ def lora_config(config: TrainConfig) -> LoraConfig:
 
 
 def read_training_rows(config: TrainConfig) -> tuple[list[Row], list[str]]:
-    """The rows to learn from, and why others were left out; raises as `formats.read_rows`."""
+    """The rows to learn from, and why others were left out.
+
+    Raises as `formats.read_rows`; and `ConfigError` when one needs a package that is not installed, before hours of
+    work end at that row.
+    """
     rows, left_out = read_rows(
         config.data,
         format=config.format,
@@ -138,7 +143,14 @@ def read_training_rows(config: TrainConfig) -> tuple[list[Row], list[str]]:
         skip_bad=config.skip_bad_rows,
         labelled=not config.label_free and config.own_reward is None,
     )
-    return rows[: config.limit], left_out
+    rows = rows[: config.limit]
+    formula = next((row for row in rows if row.kind == "math"), None)
+    if formula is not None and (config.filter_only or config.own_reward is None):
+        try:
+            mathematics.require()
+        except ConfigError as error:
+            raise ConfigError(f"{formula.line}: {error}") from None
+    return rows, left_out
 
 
 def read_validation_rows(config: TrainConfig) -> list[Row]:
