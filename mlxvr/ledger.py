@@ -8,7 +8,6 @@ when the file is read, and overwritten when the run goes on. One process writes 
 Samples of an evaluation and the progress of a filtering are such files.
 """
 
-import errno
 import fcntl
 import json
 import os
@@ -18,11 +17,11 @@ from types import TracebackType
 from typing import Any, Self
 
 from mlxvr.errors import ConfigError, DataError
+from mlxvr.writing import unwritable
 
 __all__ = ["Ledger", "check_run", "read_entries", "read_run", "write_atomically", "write_ledger"]
 
 _RUN = "run"
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def read_entries(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -222,6 +221,4 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _unwritable(path: Path, error: OSError) -> ConfigError:
-    if error.errno in _FULL:
-        return ConfigError(f"the disk of {path} is full; free some space and run again: it goes on where it stopped")
-    return ConfigError(f"{path} cannot be written ({error.strerror}); choose another output folder")
+    return unwritable(path, error, when_full="free some space and run again: it goes on where it stopped")
