@@ -146,6 +146,19 @@ def test_missing_videos_are_listed_once(release):
     assert benchmark.describe() == "videomme: 2 questions; 4 left out for want of 2 videos (a, c)"
 
 
+def test_every_video_that_is_missing_is_named_in_the_notes(release):
+    rows = [{**VIDEOMME, "question_id": f"{video}-{n}", "videoID": video} for video in "abcdef" for n in range(2)]
+    release.table("test-00000-of-00001.parquet", [*rows, {**VIDEOMME, "question": ""}])
+    release.videos("data/b.mp4")
+    total, *listed = release.read("videomme").notes
+    assert total.startswith("videomme: 2 questions; 10 left out for want of 5 videos (a, c, d, ..); 1 cannot be used")
+    assert listed[:-1] == [f"{video}: the video is not there" for video in "acdef"]
+    assert listed[-1] == "test-00000-of-00001.parquet:13: question is empty: expected a text"
+    release.videos(*(f"data/{video}.mp4" for video in "acdef"))
+    release.table("test-00000-of-00001.parquet", rows)
+    assert release.read("videomme").notes == ()
+
+
 def test_a_row_that_cannot_be_used_is_skipped(release):
     bad = [{**VIDEOMME, "question_id": "x", "answer": "E"}, {**VIDEOMME, "question_id": "y", "question": ""}]
     release.table("test-00000-of-00001.parquet", [*bad, VIDEOMME])

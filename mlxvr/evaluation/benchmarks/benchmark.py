@@ -53,6 +53,12 @@ class Benchmark:
             parts.append(f"{len(self.skipped):,} cannot be used (the first: {self.skipped[0]})")
         return "; ".join(parts)
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Lines for a report: the sum, every video that is not there, every question that cannot be used; or none."""
+        missing = (f"{video}: the video is not there" for video in self.missing)
+        return (self.describe(), *missing, *self.skipped) if self.missing or self.skipped else ()
+
 
 def budgets(**frames: int) -> dict[str, Budgets]:
     """The budgets of a benchmark by family, with its own `max_frames` for the families that are named."""
