@@ -1,5 +1,6 @@
 """Thresholds against exhaustive search, held-out figures against loops, and the file that they are written into."""
 
+import errno
 import json
 import math
 import os
@@ -13,7 +14,7 @@ import pytest
 from mlxvr.convert import convert
 from mlxvr.errors import CheckpointError, ConfigError, DataError
 from mlxvr.evaluation import calibrate as module
-from mlxvr.evaluation.calibrate import calibrate, write_threshold
+from mlxvr.evaluation.calibrate import calibrate, save_threshold, write_threshold
 from mlxvr.evaluation.calibration import fit_temperature, scale
 from mlxvr.evaluation.samples import Sample, decide
 from mlxvr.reasoner import default_threshold, demo_folder
@@ -371,6 +372,32 @@ def test_a_folder_without_settings_gets_some(tmp_path):
     write_threshold(str(folder), found)
     written = json.loads((folder / "mlxvr.json").read_text())
     assert sorted(written) == ["calibration", "threshold"]
+
+
+def test_a_threshold_in_a_file_of_its_own(tmp_path):
+    first, second = calibrate(make(60), "accuracy"), calibrate(make(100, 9), "ratio", budget=0.3)
+    path = save_threshold(tmp_path / "thresholds" / "mine.json", first)
+    assert path == tmp_path / "thresholds" / "mine.json"
+    assert json.loads(path.read_text())["threshold"] == first.threshold
+    save_threshold(path, second)
+    written = json.loads(path.read_text())
+    assert (written["threshold"], written["calibration"]["goal"]) == (second.threshold, "ratio")
+    assert [old["threshold"] for old in written["previous_thresholds"]] == [first.threshold]
+    assert os.listdir(path.parent) == ["mine.json"]
+
+
+def test_a_full_disk_is_told_as_such(tmp_path, monkeypatch):
+    path = save_threshold(tmp_path / "mine.json", calibrate(make(60), "accuracy"))
+    before = path.read_text()
+
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(module.os, "fsync", fail)
+    with pytest.raises(ConfigError, match=r"^the disk of .*mine\.json is full; free some space and run again$"):
+        save_threshold(path, calibrate(make(100, 9), "ratio", budget=0.3))
+    assert path.read_text() == before
+    assert os.listdir(tmp_path) == ["mine.json"]
 
 
 def test_a_write_that_fails_leaves_the_old(tmp_path, monkeypatch):

@@ -127,7 +127,8 @@ def test_the_table_says_what_the_modes_are_worth(capfd, tmp_path, model, data, h
     lines = {line.split()[0]: re.sub(r"\s+", " ", line) for line in reversed(out.splitlines()) if line.strip()}
     number, interval = r"(\d\.\d{3})", r" \[\d\.\d{3}, \d\.\d{3}\]"
     assert lines["direct"] == " direct think auto"
-    scores = re.fullmatch("accuracy" + 3 * f" {number}{interval}", lines["accuracy"])
+    certain = r" \(in every row\)"
+    scores = re.fullmatch(f"accuracy {number}{interval}" + 2 * f" {number}{certain}", lines["accuracy"])
     assert scores.groups() == ("0.750", "1.000", "1.000")
     assert lines["thinks"] == "thinks 0.00 1.00 0.25"
     assert lines["tokens"].startswith("tokens (p50, p95) 5.0 (5.0, 5.0) 105.0 (105.0, 105.0) 30.0 (5.0, 105.0)")
@@ -158,6 +159,19 @@ def test_calibration_is_told_and_written(capfd, tmp_path, model, data, header):
     assert found["calibration"]["goal"] == "no_loss"
     assert found["summary"]["overall"]["auto"]["accuracy"]["value"] == 1.0
     assert found["generated"] == 0
+
+
+def test_a_calibration_is_written_into_a_file_of_its_own(capfd, tmp_path, model, data, header):
+    output = made(data, tmp_path / "run", header, sure=30)
+    before = (model / "mlxvr.json").read_bytes()
+    asked = ("--model", model, "--data", data, "--output", output, "--calibrate", "ratio=0.25")
+    code, out, err = call(capfd, *asked, "--threshold-file", tmp_path / "mine.json", "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["threshold_file"] == str(tmp_path / "mine.json")
+    assert json.loads((tmp_path / "mine.json").read_text())["threshold"] == found["calibration"]["threshold"]
+    assert 0.439 < found["calibration"]["threshold"] < 0.9
+    assert (model / "mlxvr.json").read_bytes() == before
 
 
 def test_a_calibration_that_fails_leaves_the_report(capfd, tmp_path, model, data, header):
@@ -226,6 +240,12 @@ def test_rows_that_are_left_out_are_named(capfd, tmp_path, model, data, header):
         (["--output", "O", "--calibrate", "no_loss", "--live"], "without --live"),
         (["--output", "O", "--write-threshold"], "add --calibrate"),
         (["--output", "O", "--calibrate", "no_loss", "--write-threshold"], "give --model the folder"),
+        (["--output", "O", "--threshold-file", "t.json"], "--threshold-file is for a calibration: add --calibrate"),
+        (["--output", "O", "--calibrate", "no_loss", "--threshold-file", "."], ". is a folder: give --threshold-file"),
+        (
+            ["--output", "O", "--calibrate", "no_loss", "--threshold-file", "t", "--write-threshold"],
+            "leave it or --threshold-file out",
+        ),
         (["--output", "O", "--calibrate", "no_loss", "--margin", "2"], "margin 2.0"),
         (["--output", "O", "--calibrate", "no_loss", "--folds", "1"], "folds 1"),
         (["--output", "O", "--fps", "0"], "fps"),

@@ -40,7 +40,16 @@ from mlxvr.evaluation.samples import Sample, ordered
 from mlxvr.porting.card import with_threshold
 from mlxvr.writing import replace_file
 
-__all__ = ["Calibration", "Goal", "Outcome", "TaskThreshold", "TemperatureFit", "calibrate", "write_threshold"]
+__all__ = [
+    "Calibration",
+    "Goal",
+    "Outcome",
+    "TaskThreshold",
+    "TemperatureFit",
+    "calibrate",
+    "save_threshold",
+    "write_threshold",
+]
 
 Goal = Literal["no_loss", "ratio", "tokens", "accuracy"]
 
@@ -196,11 +205,26 @@ def write_threshold(model_folder: str | os.PathLike[str], calibration: Calibrati
         CheckpointError: there is no such folder, or its `mlxvr.json` is damaged.
     """
     folder = Path(model_folder)
-    path = folder / "mlxvr.json"
-    if calibration.threshold > 1:
-        raise ConfigError("only always thinking meets this goal, and no threshold up to 1 says so: ask with mode think")
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} has no config.json; give the folder of a model")
+    path = save_threshold(folder / "mlxvr.json", calibration)
+    card = folder / "README.md"
+    if card.is_file():
+        before = card.read_text(encoding="utf-8")
+        after = with_threshold(before, calibration.threshold)
+        if after != before:
+            _replace(card, after)
+    return path
+
+
+def save_threshold(path: str | os.PathLike[str], calibration: Calibration) -> Path:
+    """Write a threshold into a file of its own, in the fields that it has in `mlxvr.json`; returns the file.
+
+    What the file held stays, an old threshold under `previous_thresholds`. Errors are those of `write_threshold`.
+    """
+    path = Path(path)
+    if calibration.threshold > 1:
+        raise ConfigError("only always thinking meets this goal, and no threshold up to 1 says so: ask with mode think")
     settings = _settings(path)
     evidence = calibration.to_dict()
     new = {"threshold": calibration.threshold, "calibration": {key: evidence[key] for key in _EVIDENCE}}
@@ -209,14 +233,7 @@ def write_threshold(model_folder: str | os.PathLike[str], calibration: Calibrati
     old = {key: settings.pop(key) for key in ("threshold", "calibration", "task_thresholds") if key in settings}
     if old and old != json.loads(json.dumps(new)):
         settings["previous_thresholds"] = [*settings.get("previous_thresholds", []), old]
-    text = json.dumps(settings | new, indent=2, ensure_ascii=False) + "\n"
-    _replace(path, text)
-    card = folder / "README.md"
-    if card.is_file():
-        before = card.read_text(encoding="utf-8")
-        after = with_threshold(before, calibration.threshold)
-        if after != before:
-            _replace(card, after)
+    _replace(path, json.dumps(settings | new, indent=2, ensure_ascii=False) + "\n")
     return path
 
 

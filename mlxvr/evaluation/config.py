@@ -99,6 +99,10 @@ class EvalConfig:
     write_threshold: bool = field(
         default=False, metadata=flag("figures", "write the chosen threshold into the model folder's mlxvr.json")
     )
+    threshold_file: Path | None = field(
+        default=None,
+        metadata=flag("figures", "write the chosen threshold into a JSON file instead", metavar="FILE"),
+    )
     compare: Path | None = field(
         default=None,
         metadata=flag("figures", "an earlier run's output folder to hold this one against", metavar="DIR"),
@@ -134,7 +138,7 @@ class EvalConfig:
 
     def _check_calibration(self) -> None:
         if self.calibrate is None:
-            for name in ("write_threshold", "per_task", "temperature_scaling"):
+            for name in ("write_threshold", "threshold_file", "per_task", "temperature_scaling"):
                 if getattr(self, name):
                     raise ConfigError(f"--{name.replace('_', '-')} is for a calibration: add --calibrate GOAL")
             return
@@ -143,8 +147,14 @@ class EvalConfig:
             raise ConfigError(f"calibrate {self.calibrate!r} is unknown: use no_loss, accuracy, ratio=X or tokens=X")
         if self.live:
             raise ConfigError("a live run stops at one threshold and cannot choose another: calibrate without --live")
+        if self.write_threshold and self.threshold_file is not None:
+            raise ConfigError("--write-threshold writes into the model folder: leave it or --threshold-file out")
+        if self.threshold_file is not None and self.threshold_file.is_dir():
+            raise ConfigError(f"{self.threshold_file} is a folder: give --threshold-file the name of a file in it")
         if self.write_threshold and self.adapter is not None:
-            raise ConfigError("the threshold of an adapter is not its model's: fuse it first (mlxvr.fuse)")
+            raise ConfigError(
+                "the threshold of an adapter is not its model's: fuse it first (mlxvr.fuse), or give --threshold-file"
+            )
         with suppress(DataError):  # arguments are judged before there is found to be no sample
             self.calibration_of(())
 

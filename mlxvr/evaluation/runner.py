@@ -24,7 +24,7 @@ from mlxvr.dataset import Row, load_rows
 from mlxvr.errors import ConfigError, DataError, MlxvrError
 from mlxvr.evaluation import sharding
 from mlxvr.evaluation.benchmarks import read_benchmark
-from mlxvr.evaluation.calibrate import Calibration, write_threshold
+from mlxvr.evaluation.calibrate import Calibration, save_threshold, write_threshold
 from mlxvr.evaluation.compare import Comparison, compare
 from mlxvr.evaluation.config import EvalConfig
 from mlxvr.evaluation.generation import Asking, digest, generate, group_rows
@@ -75,7 +75,7 @@ class EvalReport:
         summary: the figures at the threshold.
         swept: auto at other thresholds; empty for a live run.
         calibration, comparison: where they were asked for.
-        threshold_file: the `mlxvr.json` that the chosen threshold was written to, or None.
+        threshold_file: the `mlxvr.json`, or the file of its own, that the chosen threshold was written to, or None.
         rank: of this process; only rank 0 writes and compares.
     """
 
@@ -166,13 +166,12 @@ def read_questions(config: EvalConfig) -> Questions:
     """The rows that a configuration names; raises `DataError` for rows of a data file that cannot be used."""
     if config.task is not None and config.data_root is not None:
         benchmark = read_benchmark(config.task, config.data_root, subtitles=config.subtitles)
-        left_out = bool(benchmark.missing or benchmark.skipped)
         return Questions(
             rows=benchmark.rows[: config.limit],
             name=benchmark.name,
             folder=config.data_root,
             budgets=benchmark.budgets,
-            notes=(benchmark.describe(), *benchmark.skipped) if left_out else (),
+            notes=benchmark.notes,
         )
     path = config.data
     if path is None:
@@ -372,7 +371,16 @@ def _relabelled(sample: Sample, row: Row) -> Sample:
 def _check_written(config: EvalConfig) -> None:
     """Refuse a threshold that could not be written, before hours of work."""
     if config.write_threshold and (config.model is None or not Path(config.model).is_dir()):
-        raise ConfigError("the threshold is written into a model folder: give --model the folder of a converted model")
+        raise ConfigError(
+            "the threshold is written into a model folder: give --model the folder of a converted model, or "
+            "--threshold-file a file"
+        )
+
+
+def _write_threshold(config: EvalConfig, calibration: Calibration) -> Path | None:
+    if config.threshold_file is not None:
+        return save_threshold(config.threshold_file, calibration)
+    return write_threshold(str(config.model), calibration) if config.write_threshold else None
 
 
 @dataclass(frozen=True)
@@ -415,8 +423,8 @@ def _finish(
     try:
         if config.calibrate is not None:
             report = replace(report, calibration=config.calibration_of(samples))
-        if config.write_threshold and report.calibration is not None:
-            report = replace(report, threshold_file=write_threshold(str(config.model), report.calibration))
+        if report.calibration is not None:
+            report = replace(report, threshold_file=_write_threshold(config, report.calibration))
         if other is not None:
             comparison = compare(
                 other.samples,
