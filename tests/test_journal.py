@@ -123,7 +123,7 @@ def test_a_rewind_that_fails_leaves_everything(tmp_path, monkeypatch):
 
         with monkeypatch.context() as patch:
             patch.setattr(os, "replace", fail)
-            with pytest.raises(ConfigError, match="No space left|is full"):
+            with pytest.raises(ConfigError, match=r"No space left|is full"):
                 journal.rewind(0)
         assert [entry["step"] for entry in journal.entries()] == [1, 2]
         journal.write({"step": 3})
