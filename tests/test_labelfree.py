@@ -14,7 +14,8 @@ from qwen_tokenizer import qwen
 
 from mlxvr.dataset import Row
 from mlxvr.errors import ConfigError, DataError
-from mlxvr.grpo import labelfree
+from mlxvr.grpo import labelfree, trainer
+from mlxvr.grpo.config import TrainConfig
 from mlxvr.grpo.labelfree import (
     CollapseGuard,
     GroupAnswer,
@@ -25,6 +26,7 @@ from mlxvr.grpo.labelfree import (
 )
 from mlxvr.model.network import VideoModel
 from mlxvr.protocol import FALLBACK
+from mlxvr.reasoner import demo_folder
 from mlxvr.rewards import Weights, score
 
 
@@ -499,3 +501,27 @@ def test_a_state_of_something_else_is_refused(state: dict[str, object]) -> None:
 def test_bars_that_make_no_sense_are_refused(bars: dict[str, float]) -> None:
     with pytest.raises(ConfigError):
         CollapseGuard(**bars)
+
+
+@pytest.mark.slow
+def test_a_run_that_has_collapsed_is_saved_before_it_ends(tmp_path, monkeypatch) -> None:
+    """Groups of nearly greedy completions are unanimous: a warning after two steps, the end two steps later."""
+    rows = [json.loads(line) for line in (demo_folder() / "clips.jsonl").read_text().splitlines()[:3]]
+    data = tmp_path / "unlabelled.jsonl"
+    data.write_text("".join(f"{json.dumps({**row, 'answer': None})}\n" for row in rows))
+    monkeypatch.setattr(trainer, "CollapseGuard", lambda: CollapseGuard(2, rows=100, entropy_share=0, entropy_floor=0))
+    options = {"data": data, "media_root": demo_folder(), "output": tmp_path / "run", "steps": 9, "batch_size": 1}
+    options |= {"group_size": 2, "max_completion_tokens": 16, "temperature": 1e-3, "reward": ("agreement",)}
+    notes: list[str] = []
+    with pytest.raises(ConfigError, match="has collapsed: all groups of the last 2 steps are unanimous"):
+        trainer.train(TrainConfig(**options), on_note=notes.append)
+    assert len([note for note in notes if "may be collapsing" in note]) == 1
+
+    def steps() -> list[int]:
+        return [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+
+    assert steps() == [1, 2, 3, 4]
+    report = trainer.train(
+        TrainConfig(**{**options, "steps": 6}, resume=True)
+    )  # another window begins, and is not full
+    assert (report.steps, steps()) == (6, [1, 2, 3, 4, 5, 6])

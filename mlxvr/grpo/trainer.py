@@ -97,7 +97,7 @@ def train(
 
     Raises:
         ConfigError: a setting cannot be used, the output is another run's, a rank is gone, or training without labels
-            has collapsed. What was last saved can be gone on from.
+            has collapsed (the step that told so is saved). What was last saved can be gone on from.
         DataError: a row cannot be used, or a loss is not a finite number.
         CheckpointError: the model, adapter or state cannot be loaded.
         OutOfMemoryError: the run would not fit.
@@ -156,6 +156,7 @@ class _Run:
         judge = Judge(weights=self.weights, own=own, label_free=config.label_free, temperature=config.temperature)
         self.learner = Learner(model, config, loss_config(config), judge, ranks, reference=reference)
         self.guard = CollapseGuard()
+        self.collapse: ConfigError | None = None  # what the guard ends the run with, once the step is saved
         per_epoch = len(batches(len(rows), batch_size=config.batch_size, seed=0, epoch=0))
         self.total = config.steps or per_epoch * config.epochs
         self._check_memory()
@@ -245,7 +246,7 @@ class _Run:
                     raise
                 state.step = number
                 self.learner.is_whole = True
-                stopped = stopping and number < self.total
+                stopped = (stopping and number < self.total) or self.collapse is not None
                 is_due = bool(self.valid) and (number % config.valid_every == 0 or number == self.total)
                 if is_due:
                     state.pending = dict(figures)
@@ -259,6 +260,8 @@ class _Run:
                     self._save()
             if journal is not None and config.plot is not None:
                 plot_curves(journal.entries(), config.plot)
+        if self.collapse is not None:
+            raise self.collapse
         return TrainReport(
             output=config.output,
             best=config.output / "best" if state.best is not None else None,
@@ -379,7 +382,11 @@ class _Run:
     def _watch(self, records: Sequence[Mapping[str, Any]], entropy: float | None) -> None:
         """Let the guard see the rows without answers; the same on every rank."""
         unlabelled = [GroupAnswer(**record["unlabelled"]) for record in records if record["unlabelled"] is not None]
-        warning = self.guard.observe(unlabelled, entropy)
+        warning = None
+        try:
+            warning = self.guard.observe(unlabelled, entropy)
+        except ConfigError as error:
+            self.collapse = error
         self.state.guard = self.guard.state() if unlabelled else self.state.guard
         if warning is not None:
             self.warnings.append(warning)
