@@ -1,6 +1,7 @@
 """Adapters: what is trained, what is saved and who can read it, and the model without them."""
 
 import json
+import warnings
 from pathlib import Path
 
 import mlx.core as mx
@@ -25,9 +26,12 @@ from mlxvr.porting.quantize import convert
 SOME = LoraConfig(rank=4, scale=1.5, keys=("q_proj", "down_proj"))
 
 
+IDS = [5, 9, 2, 77, 31, 8, 8, 120, 300]
+
+
 def logits_of(model: VideoModel) -> np.ndarray:
     positions = mx.broadcast_to(mx.arange(9), (3, 1, 9))
-    hidden = model.hidden(mx.array([[5, 9, 2, 77, 31, 8, 8, 120, 300]]), positions)
+    hidden = model.hidden(mx.array([IDS]), positions)
     return np.array(model.logits(hidden).astype(mx.float32))
 
 
@@ -120,6 +124,7 @@ def test_a_snapshot_is_the_adapter_as_it_was(tmp_path):
 @pytest.mark.parametrize("bits", [0, 4])
 def test_who_can_read_what_is_saved(family, dora, bits, tmp_path):
     """`load_model`, stock mlx-vlm, `attach_saved` and `fuse` all give the model that was trained."""
+    import mlx_vlm
     from mlx_vlm.trainer.peft import load_adapters
 
     folder, adapter = tmp_path / "model", tmp_path / "run"
@@ -145,6 +150,10 @@ def test_who_can_read_what_is_saved(family, dora, bits, tmp_path):
     stock = load_model(folder)
     load_adapters(stock.network, adapter)
     np.testing.assert_array_equal(logits_of(stock), adapted)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of its processor's
+        whole, _ = mlx_vlm.load(str(folder), adapter_path=str(adapter))
+    assert error(np.array(whole(mx.array([IDS]), None, None).logits.astype(mx.float32)), adapted) < 1e-5
 
     further = load_model(folder)
     assert attach_saved(further, adapter) == config
