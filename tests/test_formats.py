@@ -244,6 +244,8 @@ BAD = [
     ("virl", {"answer": ""}, "the field 'answer' is missing"),
     ("virl", {"image": ["../x.png"]}, "leaves the folder of the file"),
     ("thinklite-vl-hard", {"problem_type": "essay"}, "problem_type is 'essay': expected exact_match or math"),
+    ("thinklite-vl-hard", {"problem_type": ["math"]}, r"problem_type is \['math'\]: expected exact_match or math"),
+    ("tvbench", {"video": "v" * 5000, "answer": "none"}, "answer 'none' is none of the 2 options"),
     ("video-r1", {"solution": "B"}, r"solution holds no <answer>\.\.</answer>"),
     ("video-r1", {"solution": "<answer>C</answer>"}, "answer 'C' is none of the 2 options"),
     ("video-r1", {"data_type": "audio"}, "data_type is 'audio': expected image or video"),
@@ -274,6 +276,17 @@ def test_a_bad_row_is_named(write, format, change, reason):
     rows, left_out = read_rows(path, format=format, skip_bad=True)
     assert left_out == [str(caught.value)]
     assert [row.line for row in rows] == [f"{path}:1", f"{path}:3"]
+
+
+@pytest.mark.parametrize(("format", "key"), [("charades-sta", "video"), ("tvbench", "video"), ("tvbench", "question")])
+def test_half_a_character_is_a_bad_row(write, format, key):
+    """JSON can spell out half of a surrogate pair; no path holds it, and no file that is written later."""
+    good = EXAMPLES[format]
+    path = write([{**good, key: "\U0001f600"}, {**good, key: "\ud83d"}])
+    with pytest.raises(DataError, match=r"data\.json: entry 2: a text of the record is not UTF-8"):
+        read_rows(path, format=format)
+    rows, left_out = read_rows(path, format=format, skip_bad=True)
+    assert (len(rows), len(left_out)) == (1, 1)
 
 
 def test_an_entry_that_is_no_record(write):

@@ -51,7 +51,7 @@ def read_virl(record: Mapping[str, Any], source: Source) -> Fields:
 def read_thinklite(record: Mapping[str, Any], source: Source) -> Fields:
     """ThinkLite-VL-Hard: `problem`, `ground_truth`, `image`, `problem_type` (exact_match or math)."""
     kind = record.get("problem_type")
-    if kind is not None and kind not in _KINDS:
+    if kind is not None and (not isinstance(kind, str) or kind not in _KINDS):
         raise DataError(f"problem_type is {kind!r}: expected exact_match or math")
     asked = _asked(text(record, "problem"), boxed(as_text(record.get("ground_truth"))))
     if kind is not None and "options" not in asked:

@@ -105,7 +105,7 @@ def _scan(path: Path, name: str, media_root: Path | None, labelled: bool) -> Ite
     def holds(text: str) -> bool:
         try:
             return locate(text).exists()
-        except DataError:
+        except (DataError, OSError, ValueError):  # no path, or none that the system can look for
             return False
 
     for file in _files(path):
@@ -139,5 +139,10 @@ def _files(path: Path) -> list[Path]:
 def _named(name: str, fields: dict[str, Any]) -> dict[str, Any]:
     """The fields with an id that only their content decides, and the format as the task."""
     content = json.dumps(fields, sort_keys=True, default=str)
+    if "\\ud" in content:  # half of a surrogate pair could not be written to any file
+        try:
+            json.dumps(fields, ensure_ascii=False, default=str).encode()
+        except UnicodeEncodeError:
+            raise DataError("a text of the record is not UTF-8: save the file as UTF-8") from None
     digest = hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:16]
     return {**fields, "id": f"{name}-{digest}", "task": name}
