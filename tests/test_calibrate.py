@@ -13,10 +13,11 @@ import pytest
 
 from mlxvr.convert import convert
 from mlxvr.errors import CheckpointError, ConfigError, DataError
-from mlxvr.evaluation import calibrate as module
-from mlxvr.evaluation.calibrate import calibrate, save_threshold, write_threshold
+from mlxvr.evaluation import thresholds
+from mlxvr.evaluation.calibrate import calibrate
 from mlxvr.evaluation.calibration import fit_temperature, scale
 from mlxvr.evaluation.samples import Sample, decide
+from mlxvr.evaluation.thresholds import save_threshold, write_threshold
 from mlxvr.reasoner import default_threshold, demo_folder
 
 
@@ -146,6 +147,22 @@ def test_no_loss_keeps_its_promise():
         tau = calibrate(make(300, seed), "no_loss", margin=0.05, bootstrap=200, folds=2).threshold
         kept += at(fresh, tau)[2] - always > -0.05
     assert kept >= 19
+
+
+def test_a_loss_that_few_clips_cannot_rule_out_is_told():
+    """The rule of three, exactly: 368 clips without a loss bound it by 1%, 40 by 8.8% (tables of Clopper-Pearson)."""
+    few = calibrate(make(40), "no_loss")
+    assert few.caution == (
+        f"{few.in_sample.clips} clips that show no loss leave room for one of 0.088, more than 0.01: "
+        "it takes 368 clips to rule out more than that"
+    )
+    assert few.in_sample.clips == 40
+    assert few.to_dict()["caution"] == few.caution
+    assert calibrate(make(40), "no_loss", margin=0.09).caution == ""
+    assert calibrate(make(367), "no_loss", bootstrap=100).caution != ""
+    assert calibrate(make(368), "no_loss", bootstrap=100).caution == ""
+    assert "it takes" not in calibrate(make(40), "no_loss", margin=0.0).caution
+    assert calibrate(make(40), "accuracy").caution == ""
 
 
 def test_held_out_figures_against_a_loop():
@@ -393,7 +410,7 @@ def test_a_full_disk_is_told_as_such(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(module.os, "fsync", fail)
+    monkeypatch.setattr(thresholds.os, "fsync", fail)
     with pytest.raises(ConfigError, match=r"^the disk of .*mine\.json is full; free some space and run again$"):
         save_threshold(path, calibrate(make(100, 9), "ratio", budget=0.3))
     assert path.read_text() == before
@@ -406,7 +423,7 @@ def test_a_write_that_fails_leaves_the_old(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(module.os, "replace", fail)
+    monkeypatch.setattr(thresholds.os, "replace", fail)
     with pytest.raises(ConfigError, match=r"mlxvr\.json cannot be written \(Read-only file system\)"):
         write_threshold(folder, calibrate(make(60), "accuracy"))
     assert json.loads((folder / "mlxvr.json").read_text()) == {"threshold": 0.97}

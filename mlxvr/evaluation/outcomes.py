@@ -35,6 +35,8 @@ def calibration_section(content: Content) -> str:
     ]
     if found.threshold > 1:
         said.append("No direct answer may stand: only always thinking meets the goal.")
+    if found.caution:
+        said.append(f"{found.caution}.")
     if found.threshold != content.summary.threshold:
         said.append(
             f"The other figures of this page are those of threshold {numerals.confidence(content.summary.threshold)}."

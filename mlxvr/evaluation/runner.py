@@ -24,13 +24,14 @@ from mlxvr.dataset import Row, load_rows
 from mlxvr.errors import ConfigError, DataError, MlxvrError
 from mlxvr.evaluation import sharding
 from mlxvr.evaluation.benchmarks import read_benchmark
-from mlxvr.evaluation.calibrate import Calibration, save_threshold, write_threshold
+from mlxvr.evaluation.calibrate import Calibration
 from mlxvr.evaluation.compare import Comparison, compare
 from mlxvr.evaluation.config import EvalConfig
 from mlxvr.evaluation.generation import Asking, digest, generate, group_rows
 from mlxvr.evaluation.metrics import Summary, SweepRow, summarise, sweep
 from mlxvr.evaluation.report import write_report
 from mlxvr.evaluation.samples import Sample, SampleWriter, read_samples, write_samples
+from mlxvr.evaluation.thresholds import save_threshold, write_threshold
 from mlxvr.media import VisionSpec
 from mlxvr.model.prompt import evaluation_copy
 from mlxvr.ranks import Ranks

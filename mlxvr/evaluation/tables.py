@@ -91,6 +91,7 @@ def _calibration(found: "Calibration") -> list[str]:
         lines.append(
             f"  held out: score {_estimate(outcome.auto)}, against always thinking {_signed(outcome.difference)}"
         )
+    lines += [f"  caution: {found.caution}"] if found.caution else []
     for name, task in found.per_task.items():
         own = "too few rows, the common one" if task.held_out is None else f"{task.count} rows"
         lines.append(f"  {name:22} {task.threshold:.4f} ({own})")
