@@ -30,9 +30,9 @@ Pure Python: neither media nor models are touched, so a missing video is found o
 """
 
 import json
-import math
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -446,7 +446,7 @@ def _grounded_answer(value: Any, options: tuple[str, ...]) -> list[Any]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _is_interval(value: Any) -> bool:

@@ -78,7 +78,7 @@ def segments_of(answer: Any) -> list[Interval]:
         pairs = [answer] if not isinstance(answer[0], Sequence) or isinstance(answer[0], str) else answer
         try:
             ends = [[float(end) for end in pair] for pair in pairs]
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             ends = []
         if all(len(pair) == 2 and all(map(math.isfinite, pair)) for pair in ends):
             found = [(min(pair), max(pair)) for pair in ends]

@@ -95,7 +95,7 @@ def segments(value: Any) -> list[list[float]]:
     pairs = value if isinstance(value, list | tuple) and value and isinstance(value[0], list | tuple) else [value]
     try:
         found = [sorted((float(start), float(end))) for start, end in pairs]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return []
     return [pair for pair in found if 0 <= pair[0] < pair[1]]
 

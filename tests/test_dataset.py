@@ -166,6 +166,8 @@ def without(record, *keys):
         ),
         ({**QUESTION, "options": {"A": "left"}}, "options are {'A': 'left'}: expected a list"),
         ({**QUESTION, "options": ["x"] * 27}, "27 options are more than there are letters"),
+        ({**GROUND, "answer": [0, 10**400]}, "answer is [0, 1000000000"),
+        ({**QUESTION, "end": 10**400}, "end is 1000000000"),
         ({**GROUND, "options": ["x"]}, "a row of kind iou has no options"),
         ({**QUESTION, "answer": "C"}, "answer 'C' is none of the 2 options: give a letter from A to B"),
         ({**QUESTION, "answer": "middle"}, "answer 'middle' is none of the 2 options"),

@@ -257,6 +257,7 @@ BAD = [
     ("sti-bench", {"Answer": "D"}, "answer 'D' is none of the 3 options"),
     ("mmr-vbench", {"correctAnswer": "(K)"}, r"correctAnswer is '\(K\)': expected the letter of an option"),
     ("charades-sta", {"timestamps": [4.0, 4.0]}, "nothing can overlap it"),
+    ("charades-sta", {"timestamps": [0, 10**400]}, "nothing can overlap it"),
     ("charades-sta", {"timestamps": "soon"}, "nothing can overlap it"),
     ("charades-sta", {"timestamps": None}, "the field 'timestamps' is missing"),
     ("timer1", {"sentence": 3}, "sentence is 3: expected a text"),

@@ -153,7 +153,7 @@ def test_segments(answer, segments):
 
 
 @pytest.mark.parametrize(
-    "answer", [None, "", "A", [], [1], [1, 2, 3], [[1, 2], [3]], [["a", "b"]], [1, math.nan], [[[1]]]]
+    "answer", [None, "", "A", [], [1], [1, 2, 3], [[1, 2], [3]], [["a", "b"]], [1, math.nan], [[[1]]], [1, 10**400]]
 )
 def test_what_holds_no_segment(answer):
     with pytest.raises(DataError, match="holds no segment; expected"):
