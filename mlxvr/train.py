@@ -168,6 +168,8 @@ def _told(report: TrainReport) -> str:
             )
     if report.best is not None:
         lines.append(f"the best adapter is in {report.best}")
+    if report.left_out:
+        lines.append(f"{report.left_out} rows of the data were left out from the start")
     if report.skipped:
         name, reason = next(iter(report.skipped.items()))
         lines.append(f"{len(report.skipped)} rows could not be used (the first: {name}: {reason})")

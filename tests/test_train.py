@@ -42,8 +42,8 @@ FIGURES = {
 }
 
 
-def run(output, **changes):
-    return train(TrainConfig(**{**SMALL, "output": output, **changes}))
+def run(output, on_note=None, **changes):
+    return train(TrainConfig(**{**SMALL, "output": output, **changes}), on_note=on_note)
 
 
 def entries(output):
@@ -280,9 +280,15 @@ def test_bad_rows_are_named_or_left_out(tmp_path):
     options = {"data": data, "media_root": demo_folder(), "batch_size": 3, "steps": 1}
     with pytest.raises(mlxvr.MediaError, match=r"rows\.jsonl:2: .*none\.mp4.*--skip-bad-rows"):
         run(tmp_path / "a", **options)
-    report = run(tmp_path / "b", skip_bad_rows=True, **options)
+    data.write_text("\n".join(["{", *map(json.dumps, rows), *["[]"] * 6]))
+    notes = []
+    report = run(tmp_path / "b", skip_bad_rows=True, **options, on_note=notes.append)
     assert list(report.skipped) == [rows[1]["id"]]
     assert entries(tmp_path / "b")[0]["rows"] == 2
+    assert report.left_out == 7
+    told = [note for note in notes if note.startswith("left out")]
+    assert "rows.jsonl:1: " in told[0]
+    assert told[5:] == ["left out: 2 rows more, 7 in all"]
 
 
 def test_another_run_is_not_gone_on_with(tmp_path):

@@ -70,7 +70,10 @@ class TrainConfig:
         default=None, metadata=flag("run", "end after so many steps, whatever --epochs says", metavar="N")
     )
     batch_size: int = field(
-        default=4, metadata=flag("run", "questions of a step, over all ranks; one is in memory at a time", metavar="N")
+        default=4,
+        metadata=flag(
+            "run", "questions of a step, over all ranks; they go through the model one at a time", metavar="N"
+        ),
     )
     seed: int = field(default=0, metadata=flag("run", "of order, samples and new weights", metavar="N"))
     save_every: int = field(default=10, metadata=flag("run", "steps between savings", metavar="N"))

@@ -75,6 +75,7 @@ class FilterReport:
         unlabelled: rows without an answer, which cannot be judged and are kept.
         failed: why rows could not be sampled, one line each; they are left out and tried again by the next run.
         sampled: rows that were sampled in this run; the others had been.
+        left_out: rows of the data that could not be read; not among `total`.
     """
 
     output: Path
@@ -89,6 +90,7 @@ class FilterReport:
     unlabelled: int
     failed: tuple[str, ...]
     sampled: int
+    left_out: int = 0
 
     def describe(self) -> str:
         """One line for people."""
@@ -101,6 +103,8 @@ class FilterReport:
             parts.append(f"{self.unlabelled:,} have no answer and were kept")
         if self.failed:
             parts.append(f"{len(self.failed):,} failed (the first: {self.failed[0]})")
+        if self.left_out:
+            parts.append(f"{self.left_out:,} rows of the data were left out")
         if self.media_root is not None:
             parts.append(f"its media paths need --media-root {self.media_root}")
         return "; ".join(parts)

@@ -21,7 +21,8 @@ class TrainReport:
         seconds: of this run.
         figures: of the last step.
         valid: figures on the validation rows by steps done.
-        skipped: rows that could not be used, by id, and why.
+        skipped: rows that could not be used when their turn came, by id, and why.
+        left_out: rows of the data that could not be used from the start.
         warnings: what the run had to say.
         rank: of this process; only rank 0 writes.
     """
@@ -36,6 +37,7 @@ class TrainReport:
     figures: Mapping[str, Any]
     valid: Mapping[int, Mapping[str, Any]]
     skipped: Mapping[str, str]
+    left_out: int = 0
     warnings: tuple[str, ...] = ()
     rank: int = 0
 

@@ -115,15 +115,18 @@ def train(
     for reason in left_out[:5]:
         note(f"left out: {reason}")
     if len(left_out) > 5:
-        note(f"left out: {len(left_out) - 5} rows more")
+        note(f"left out: {len(left_out) - 5} rows more, {len(left_out)} in all")
     if ranks.rank == 0:
         check_output(config)
     model = load(config, progress)
+    report: TrainReport | FilterReport
     if config.filter_only:
-        return _filter(config, model, rows, progress, should_stop)
-    with memory.wired(), memory.limited(config.memory_limit):
-        run = _Run(config, model, rows, valid, ranks, own, note)
-        return run.go(progress=progress, on_entry=on_entry, should_stop=should_stop)
+        report = _filter(config, model, rows, progress, should_stop)
+    else:
+        with memory.wired(), memory.limited(config.memory_limit):
+            run = _Run(config, model, rows, valid, ranks, own, note)
+            report = run.go(progress=progress, on_entry=on_entry, should_stop=should_stop)
+    return dataclasses.replace(report, left_out=len(left_out))
 
 
 class _Run:
