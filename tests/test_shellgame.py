@@ -349,22 +349,6 @@ def test_reworded_sets_ask_the_same_in_other_words():
                 assert record["question"] not in {*questions.REWORDED[record["about"]], *trained}
 
 
-def test_familiar_games_ask_two_questions_in_the_words_trained_on():
-    for _, spec, (end, start) in clips.familiar_set(3, 8):
-        assert end["question"] in questions.WORDINGS["final_cup"]
-        assert start["question"] in questions.WORDINGS["start_cup"]
-        cups = ("left", "middle", "right")
-        slot = spec.scene.ball_slot
-        for row in (start, end):
-            shown = row["options"]
-            said = shown[questions.LETTERS.index(row["answer"])] if shown else row["answer"]
-            assert said == cups[slot]
-            for swap in spec.scene.swaps:  # for the question that comes next
-                one, other = swap.slots
-                slot = {one: other, other: one}.get(slot, slot)
-        assert 2 <= end["swaps"] <= clips.TRAINED_SWAPS
-
-
 def test_the_sets_of_the_command_line(tmp_path):
     for name, make in (("training", clips.training_set), ("held-out", clips.held_out_set)):
         assert clips.main([str(tmp_path / name), "--set", name, "--count", "1", "--seed", "5"]) == 0

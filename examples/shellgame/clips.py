@@ -109,17 +109,6 @@ def reworded_set(seed: int, clips: int) -> Iterable[tuple[str, ClipSpec, list[di
         yield _reworded_clip(rng, index, "reworded", REWORDED)
 
 
-def familiar_set(seed: int, clips: int) -> Iterable[tuple[str, ClipSpec, list[dict]]]:
-    """Clips of shell games, each asked in the familiar words where the ball is at the start and at the end."""
-    rng = random.Random(f"shellgame familiar set {seed}")
-    for index in range(clips):
-        size = SIZES[index % len(SIZES)]
-        game = _game(rng, "final_cup", 2 + index % (TRAINED_SWAPS - 1), extent_of(size))
-        start = make_question(rng, "start_cup", game.clock, game.scene)
-        name, spec = f"familiar{index:04d}", make_spec(rng, game, size)
-        yield name, spec, [record(name, number, one, spec) for number, one in enumerate((game, start))]
-
-
 def reworded_held_out_set(seed: int, clips: int) -> Iterable[tuple[str, ClipSpec, list[dict]]]:
     """What to test with after `reworded_set`: clips in turn of a moving shape and of a shell game.
 
@@ -239,7 +228,6 @@ def main(argv: list[str] | None = None) -> int:
         "training": training_set,
         "reworded": reworded_set,
         "reworded-held-out": reworded_held_out_set,
-        "familiar": familiar_set,
     }
     parser = argparse.ArgumentParser(description="Write clips and their questions.")
     parser.add_argument("folder", type=Path, help="gets clips.jsonl and clips/*.mp4")
