@@ -76,7 +76,7 @@ def _how(setting: Setting, sparse: bool, options: dict[str, Any]) -> dict[str, A
     if shown:
         default = ",".join(setting.default) if setting.kind is tuple else setting.default
         options["help"] += f" (default: {default})"
-    kind = setting.from_text if setting.kind is tuple else setting.kind
+    kind = options.pop("type", setting.from_text if setting.kind is tuple else setting.kind)
     if sparse:
         if setting.kind is bool:
             options["help"] += " (default: yes)" if setting.default else ""

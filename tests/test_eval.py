@@ -202,6 +202,19 @@ def test_a_run_is_held_against_an_earlier_one(capfd, tmp_path, model, data, head
     assert "25.0% of the decisions flipped" in out
     assert call(capfd, *asked, "--output", after, "--compare", tmp_path / "nothing")[0] == 2
 
+    # Both are finished now: the same comparison comes from their folders alone.
+    both = ("--compare", before, after, "--output", tmp_path / "both")
+    code, out, err = call(capfd, *both, "--json")
+    assert code == 0, err
+    assert json.loads(out)["comparison"] == found
+    assert json.loads(out)["samples"] == str(after / "samples.jsonl")
+    assert "10 became right" in call(capfd, *both)[1]
+    assert (tmp_path / "both" / "report.html").is_file()
+    (after / "report.json").unlink()
+    code, out, err = call(capfd, *both)
+    assert (code, out) == (2, "")
+    assert "holds no finished run: its report.json is missing" in err
+
 
 def test_rows_that_are_left_out_are_named(capfd, tmp_path, model, data, header):
     output = made(data, tmp_path / "run", header, sure=30)
@@ -252,6 +265,9 @@ def test_rows_that_are_left_out_are_named(capfd, tmp_path, model, data, header):
         (["--output", "O", "--kv-bits", "5"], "kv_bits 5"),
         (["--output", "O", "--dtype", "int8"], "int8"),
         (["--output", "O", "--compare", "no/such/run"], "no/such/run"),
+        (["--output", "O", "--compare", "a", "b", "--model", "M"], "asks no model: leave --model out"),
+        (["--output", "O", "--compare", "a", "b", "c"], "3 runs are to be compared"),
+        (["--output", "O", "--media-root", "."], "add --data FILE"),
         (["--output", "O", "--model", "./no/such/model", "--data", "D"], "no such folder"),
         (["--output", "F", "--limit", "1"], "cannot be written"),
     ],

@@ -103,9 +103,15 @@ class EvalConfig:
         default=None,
         metadata=flag("figures", "write the chosen threshold into a JSON file instead", metavar="FILE"),
     )
-    compare: Path | None = field(
-        default=None,
-        metadata=flag("figures", "an earlier run's output folder to hold this one against", metavar="DIR"),
+    compare: tuple[Path, ...] = field(
+        default=(),
+        metadata=flag(
+            "figures",
+            "an earlier run's output folder to hold this one against; two: hold the second against the first",
+            metavar="DIR",
+            nargs="+",
+            type=Path,
+        ),
     )
     resamples: int = field(
         default=1000, metadata=flag("figures", "bootstrap resamples behind the 95%% intervals", metavar="N")
@@ -113,14 +119,14 @@ class EvalConfig:
     seed: int = field(default=0, metadata=flag("figures", "of resamples and folds", metavar="N"))
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "compare", tuple(self.compare))  # argparse gives a list
+        self._check_comparison()
         if self.data is not None and self.task is not None:
             raise ConfigError("both a data file and a benchmark are given: choose --data or --task")
         if (self.task is None) != (self.data_root is None):
             raise ConfigError("--task and --data-root go together: name the benchmark and the folder of its files")
         if self.subtitles and self.task is None:
             raise ConfigError("--subtitles is for benchmarks: rows of a data file carry their own")
-        if self.media_root is not None and self.data is None:
-            raise ConfigError("--media-root is for a data file: add --data FILE")
         if self.model is not None and self.data is None and self.task is None:
             raise ConfigError("no questions for this model: add --data FILE, or --task NAME --data-root DIR")
         for name, value, least in (
@@ -135,6 +141,20 @@ class EvalConfig:
         if self.threshold is not None and not 0.0 <= self.threshold <= 1.0:
             raise ConfigError(f"threshold {self.threshold} is outside [0, 1]: it is compared with a probability")
         self._check_calibration()
+
+    def _check_comparison(self) -> None:
+        if len(self.compare) > 2:
+            raise ConfigError(f"{len(self.compare)} runs are to be compared: give --compare one folder, or two")
+        if len(self.compare) < 2:
+            if self.media_root is not None and self.data is None:
+                raise ConfigError("--media-root is for a data file: add --data FILE")
+            return
+        for name in ("model", "adapter", "data", "task", "live", "write_threshold", "retry_errors", "limit"):
+            if getattr(self, name):
+                raise ConfigError(
+                    f"--compare of two finished runs asks no model: leave --{name.replace('_', '-')} out, or compare "
+                    "one folder with a run of it"
+                )
 
     def _check_calibration(self) -> None:
         if self.calibrate is None:

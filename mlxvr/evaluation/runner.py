@@ -11,9 +11,8 @@ whatever else the file may hold.
 """
 
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -21,17 +20,13 @@ from typing import TYPE_CHECKING, Any
 
 from mlxvr.callbacks import Progress
 from mlxvr.dataset import Row, load_rows
-from mlxvr.errors import ConfigError, DataError, MlxvrError
+from mlxvr.errors import ConfigError, DataError
 from mlxvr.evaluation import sharding
 from mlxvr.evaluation.benchmarks import read_benchmark
-from mlxvr.evaluation.calibrate import Calibration
-from mlxvr.evaluation.compare import Comparison, compare
 from mlxvr.evaluation.config import EvalConfig
+from mlxvr.evaluation.finishing import EvalReport, compare_finished, read_other, relabelled, work_out
 from mlxvr.evaluation.generation import Asking, digest, generate, group_rows
-from mlxvr.evaluation.metrics import Summary, SweepRow, summarise, sweep
-from mlxvr.evaluation.report import write_report
 from mlxvr.evaluation.samples import Sample, SampleWriter, read_samples, write_samples
-from mlxvr.evaluation.thresholds import save_threshold, write_threshold
 from mlxvr.media import VisionSpec
 from mlxvr.model.prompt import evaluation_copy
 from mlxvr.ranks import Ranks
@@ -40,9 +35,6 @@ if TYPE_CHECKING:
     from mlxvr.reasoner import Reasoner
 
 __all__ = ["EvalReport", "Questions", "evaluate", "read_questions"]
-
-_REPORT = "report.json"
-_SWEPT = tuple(step / 20 for step in range(21))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,58 +56,6 @@ class Questions:
     notes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, kw_only=True)
-class EvalReport:
-    """What an evaluation found.
-
-    Attributes:
-        output: the folder; `samples` and `page` are files in it (`page` is None for all ranks but 0).
-        settings: how the samples were made.
-        notes: rows that were left out, and why.
-        generated: rows that were asked in this run; the others were there.
-        summary: the figures at the threshold.
-        swept: auto at other thresholds; empty for a live run.
-        calibration, comparison: where they were asked for.
-        threshold_file: the `mlxvr.json`, or the file of its own, that the chosen threshold was written to, or None.
-        rank: of this process; only rank 0 writes and compares.
-    """
-
-    output: Path
-    samples: Path
-    page: Path | None
-    settings: dict[str, Any]
-    notes: tuple[str, ...]
-    generated: int
-    summary: Summary
-    swept: tuple[SweepRow, ...]
-    calibration: Calibration | None = None
-    comparison: Comparison | None = None
-    threshold_file: Path | None = None
-    rank: int = 0
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON-ready values, nested."""
-        paths = {
-            name: None if path is None else str(path)
-            for name, path in (
-                ("output", self.output),
-                ("samples", self.samples),
-                ("page", self.page),
-                ("threshold_file", self.threshold_file),
-            )
-        }
-        return {
-            **paths,
-            "settings": self.settings,
-            "notes": list(self.notes),
-            "generated": self.generated,
-            "summary": self.summary.to_dict(),
-            "swept": [asdict(row) for row in self.swept],
-            "calibration": self.calibration and self.calibration.to_dict(),
-            "comparison": self.comparison and self.comparison.to_dict(),
-        }
-
-
 def evaluate(config: EvalConfig, *, progress: Progress | None = None) -> EvalReport:
     """Evaluate a model; goes on where an earlier run into the same output folder stopped.
 
@@ -128,8 +68,10 @@ def evaluate(config: EvalConfig, *, progress: Progress | None = None) -> EvalRep
         DataError: a row cannot be used; all rows failed; too few of them to calibrate.
         CheckpointError: the model cannot be loaded.
     """
+    if len(config.compare) > 1:
+        return compare_finished(config, progress)
     questions = read_questions(config)
-    other = _read_other(config, questions.rows)
+    other = read_other(config.compare[0], questions.rows) if config.compare else None
     _check_written(config)
     ranks = Ranks()
     if ranks.size > 1 and config.workers > 1:
@@ -143,24 +85,17 @@ def evaluate(config: EvalConfig, *, progress: Progress | None = None) -> EvalRep
             reasoner.system_prompt = evaluation_copy(reasoner.system_prompt)
         settings = _settings(config, questions, reasoner)
         samples, generated = _samples(config, questions.rows, reasoner, ranks, progress)
-    threshold = settings["threshold"]
-    failed = [sample for sample in samples if sample.error is not None]
-    if len(failed) == len(samples):
-        raise DataError(f"all {len(samples)} rows failed; the first: {failed[0].error}")
-    summary = summarise(samples, threshold=threshold, bootstrap=config.resamples, seed=config.seed)
-    swept = () if summary.live else tuple(sweep(samples, sorted({*_SWEPT, threshold})))
-    report = EvalReport(
-        output=config.output,
-        samples=config.output / sharding.MAIN,
-        page=None,
+    return work_out(
+        config,
+        samples,
         settings=settings,
         notes=questions.notes,
         generated=generated,
-        summary=summary,
-        swept=swept,
+        other=other,
+        media_root=questions.folder,
         rank=ranks.rank,
+        progress=progress,
     )
-    return report if ranks.rank else _finish(config, report, samples, other, questions.folder, progress)
 
 
 def read_questions(config: EvalConfig) -> Questions:
@@ -268,7 +203,7 @@ def _samples(
                 writer.write(sample)
                 tell(number)
     known = _bring_together(config.output, run, ranks, rows)
-    return [_relabelled(known[row.id], row) for row in rows], len(left)
+    return [relabelled(known[row.id], row) for row in rows], len(left)
 
 
 def _prepare(config: EvalConfig, run: dict[str, Any], ranks: Ranks) -> dict[str, Sample]:
@@ -365,10 +300,6 @@ def _bring_together(output: Path, run: dict[str, Any], ranks: Ranks, rows: Seque
     return known
 
 
-def _relabelled(sample: Sample, row: Row) -> Sample:
-    return replace(sample, answer=row.answer, task=row.task, category=row.category, pair=row.pair)
-
-
 def _check_written(config: EvalConfig) -> None:
     """Refuse a threshold that could not be written, before hours of work."""
     if config.write_threshold and (config.model is None or not Path(config.model).is_dir()):
@@ -376,82 +307,3 @@ def _check_written(config: EvalConfig) -> None:
             "the threshold is written into a model folder: give --model the folder of a converted model, or "
             "--threshold-file a file"
         )
-
-
-def _write_threshold(config: EvalConfig, calibration: Calibration) -> Path | None:
-    if config.threshold_file is not None:
-        return save_threshold(config.threshold_file, calibration)
-    return write_threshold(str(config.model), calibration) if config.write_threshold else None
-
-
-@dataclass(frozen=True)
-class _Other:
-    """The run that this one is held against."""
-
-    name: str
-    samples: list[Sample]
-    threshold: float | None
-
-
-def _read_other(config: EvalConfig, rows: Iterable[Row]) -> _Other | None:
-    if config.compare is None:
-        return None
-    asked = {row.id: row for row in rows}
-    samples = [
-        _relabelled(sample, asked[sample.id]) if sample.id in asked else sample
-        for sample in read_samples(config.compare / sharding.MAIN)
-    ]
-    threshold = None
-    try:
-        threshold = json.loads((config.compare / _REPORT).read_bytes())["settings"]["threshold"]
-    except (OSError, ValueError, KeyError, TypeError):  # a run without a report: this one's threshold
-        threshold = None
-    return _Other(config.compare.name or str(config.compare), samples, threshold)
-
-
-def _finish(
-    config: EvalConfig,
-    report: EvalReport,
-    samples: list[Sample],
-    other: _Other | None,
-    media_root: Path,
-    progress: Progress | None,
-) -> EvalReport:
-    """Calibrate, compare and write; the report is written even if the one or the other cannot be done."""
-    threshold = report.settings["threshold"]
-    other_threshold = threshold if other is None or other.threshold is None else other.threshold
-    failure: MlxvrError | None = None
-    try:
-        if config.calibrate is not None:
-            report = replace(report, calibration=config.calibration_of(samples))
-        if report.calibration is not None:
-            report = replace(report, threshold_file=_write_threshold(config, report.calibration))
-        if other is not None:
-            comparison = compare(
-                other.samples,
-                samples,
-                threshold=other_threshold,
-                other_threshold=threshold,
-                bootstrap=config.resamples,
-                seed=config.seed,
-            )
-            report = replace(report, comparison=comparison)
-    except MlxvrError as error:
-        failure = error
-    page = write_report(
-        config.output,
-        samples=samples,
-        threshold=threshold,
-        title=f"{report.settings['model']} on {report.settings['data']}",
-        settings={**report.settings, **({"left_out": list(report.notes)} if report.notes else {})},
-        calibration=report.calibration,
-        other=None if other is None or report.comparison is None else (other.name, other.samples),
-        other_threshold=other_threshold,
-        media_root=media_root,
-        bootstrap=config.resamples,
-        seed=config.seed,
-        progress=progress,
-    )
-    if failure is not None:
-        raise failure
-    return replace(report, page=page)

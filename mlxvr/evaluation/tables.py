@@ -8,7 +8,7 @@ from mlxvr.evaluation.resampling import Estimate
 
 if TYPE_CHECKING:
     from mlxvr.evaluation.calibrate import Calibration
-    from mlxvr.evaluation.runner import EvalReport
+    from mlxvr.evaluation.finishing import EvalReport
 
 __all__ = ["table"]
 

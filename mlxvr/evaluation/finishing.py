@@ -1,0 +1,238 @@
+"""What becomes of samples: figures, a calibration, a comparison, and the report's files.
+
+A run that is finished can also be held against another without its model: both folders have all that is needed.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mlxvr.callbacks import Progress
+from mlxvr.dataset import Row
+from mlxvr.errors import ConfigError, DataError, MlxvrError
+from mlxvr.evaluation import sharding
+from mlxvr.evaluation.calibrate import Calibration
+from mlxvr.evaluation.compare import Comparison, compare
+from mlxvr.evaluation.config import EvalConfig
+from mlxvr.evaluation.metrics import Summary, SweepRow, summarise, sweep
+from mlxvr.evaluation.report import write_report
+from mlxvr.evaluation.samples import Sample, read_samples
+from mlxvr.evaluation.thresholds import save_threshold, write_threshold
+
+__all__ = ["EvalReport", "Other", "compare_finished", "read_other", "relabelled", "work_out"]
+
+_REPORT = "report.json"
+_SWEPT = tuple(step / 20 for step in range(21))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalReport:
+    """What an evaluation found.
+
+    Attributes:
+        output: the folder; `samples` and `page` are files in it (`page` is None for all ranks but 0).
+        settings: how the samples were made.
+        notes: rows that were left out, and why.
+        generated: rows that were asked in this run; the others were there.
+        summary: the figures at the threshold.
+        swept: auto at other thresholds; empty for a live run.
+        calibration, comparison: where they were asked for.
+        threshold_file: the `mlxvr.json`, or the file of its own, that the chosen threshold was written to, or None.
+        rank: of this process; only rank 0 writes and compares.
+    """
+
+    output: Path
+    samples: Path
+    page: Path | None
+    settings: dict[str, Any]
+    notes: tuple[str, ...]
+    generated: int
+    summary: Summary
+    swept: tuple[SweepRow, ...]
+    calibration: Calibration | None = None
+    comparison: Comparison | None = None
+    threshold_file: Path | None = None
+    rank: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON-ready values, nested."""
+        paths = {
+            name: None if path is None else str(path)
+            for name, path in (
+                ("output", self.output),
+                ("samples", self.samples),
+                ("page", self.page),
+                ("threshold_file", self.threshold_file),
+            )
+        }
+        return {
+            **paths,
+            "settings": self.settings,
+            "notes": list(self.notes),
+            "generated": self.generated,
+            "summary": self.summary.to_dict(),
+            "swept": [asdict(row) for row in self.swept],
+            "calibration": self.calibration and self.calibration.to_dict(),
+            "comparison": self.comparison and self.comparison.to_dict(),
+        }
+
+
+@dataclass(frozen=True)
+class Other:
+    """The run that this one is held against."""
+
+    name: str
+    samples: list[Sample]
+    threshold: float | None
+
+
+def read_other(folder: Path, rows: Iterable[Row] = ()) -> Other:
+    """The run of a folder, with the labels that `rows` have today; raises as `read_samples`."""
+    asked = {row.id: row for row in rows}
+    samples = [
+        relabelled(sample, asked[sample.id]) if sample.id in asked else sample
+        for sample in read_samples(folder / sharding.MAIN)
+    ]
+    return Other(folder.name or str(folder), samples, _settings(folder).get("threshold"))
+
+
+def relabelled(sample: Sample, row: Row) -> Sample:
+    """A sample with the label, task, category and pair of its row today."""
+    return replace(sample, answer=row.answer, task=row.task, category=row.category, pair=row.pair)
+
+
+def compare_finished(config: EvalConfig, progress: Progress | None = None) -> EvalReport:
+    """Hold the second of `config.compare` against the first; no model is loaded and nothing is asked.
+
+    Raises:
+        ConfigError: a folder holds no finished run.
+        DataError: the runs have no row in common; too few rows to calibrate.
+    """
+    before, after = config.compare
+    settings = _settings(after)
+    if not {"model", "data", "threshold"} <= settings.keys():
+        raise ConfigError(f"{after} holds no finished run: its {_REPORT} is missing or damaged; run it to its end")
+    if config.threshold is not None:
+        settings["threshold"] = config.threshold
+    left_out = tuple(settings.pop("left_out", ()))
+    samples = list(read_samples(after / sharding.MAIN))
+    return work_out(
+        config,
+        samples,
+        settings=settings,
+        notes=left_out,
+        other=read_other(before),
+        media_root=config.media_root,
+        progress=progress,
+    )
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """How a folder's samples were made, as its report says; {}: it has none."""
+    try:
+        return dict(json.loads((folder / _REPORT).read_bytes())["settings"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def work_out(
+    config: EvalConfig,
+    samples: list[Sample],
+    *,
+    settings: dict[str, Any],
+    notes: tuple[str, ...],
+    generated: int = 0,
+    other: Other | None = None,
+    media_root: Path | None = None,
+    rank: int = 0,
+    progress: Progress | None = None,
+) -> EvalReport:
+    """Figures of samples; on rank 0 also what else was asked for, and the files.
+
+    Args:
+        config: what to make of them.
+        samples: of the run.
+        settings: how they were made, with the "threshold".
+        notes: rows that were left out, and why.
+        generated: rows that were asked in this run.
+        other: the run that this one is held against.
+        media_root: folder that the samples' media paths are relative to; None: the working directory.
+        rank: of this process.
+        progress: called with ("frames", clips done, clips).
+
+    Raises as `mlxvr.evaluation.runner.evaluate`.
+    """
+    failed = [sample for sample in samples if sample.error is not None]
+    if len(failed) == len(samples):
+        first = f"; the first: {failed[0].error}" if failed else ""
+        raise DataError(f"all {len(samples)} rows failed{first}")
+    threshold = settings["threshold"]
+    summary = summarise(samples, threshold=threshold, bootstrap=config.resamples, seed=config.seed)
+    report = EvalReport(
+        output=config.output,
+        samples=(config.compare[1] if len(config.compare) > 1 else config.output) / sharding.MAIN,
+        page=None,
+        settings=settings,
+        notes=notes,
+        generated=generated,
+        summary=summary,
+        swept=() if summary.live else tuple(sweep(samples, sorted({*_SWEPT, threshold}))),
+        rank=rank,
+    )
+    return report if rank else _finish(config, report, samples, other, media_root, progress)
+
+
+def _finish(
+    config: EvalConfig,
+    report: EvalReport,
+    samples: list[Sample],
+    other: Other | None,
+    media_root: Path | None,
+    progress: Progress | None,
+) -> EvalReport:
+    """Calibrate, compare and write; the report is written even if the one or the other cannot be done."""
+    threshold = report.settings["threshold"]
+    other_threshold = threshold if other is None or other.threshold is None else other.threshold
+    failure: MlxvrError | None = None
+    try:
+        if config.calibrate is not None:
+            report = replace(report, calibration=config.calibration_of(samples))
+        if report.calibration is not None:
+            report = replace(report, threshold_file=_write_threshold(config, report.calibration))
+        if other is not None:
+            comparison = compare(
+                other.samples,
+                samples,
+                threshold=other_threshold,
+                other_threshold=threshold,
+                bootstrap=config.resamples,
+                seed=config.seed,
+            )
+            report = replace(report, comparison=comparison)
+    except MlxvrError as error:
+        failure = error
+    page = write_report(
+        config.output,
+        samples=samples,
+        threshold=threshold,
+        title=f"{report.settings['model']} on {report.settings['data']}",
+        settings={**report.settings, **({"left_out": list(report.notes)} if report.notes else {})},
+        calibration=report.calibration,
+        other=None if other is None or report.comparison is None else (other.name, other.samples),
+        other_threshold=other_threshold,
+        media_root=media_root,
+        bootstrap=config.resamples,
+        seed=config.seed,
+        progress=progress,
+    )
+    if failure is not None:
+        raise failure
+    return replace(report, page=page)
+
+
+def _write_threshold(config: EvalConfig, calibration: Calibration) -> Path | None:
+    if config.threshold_file is not None:
+        return save_threshold(config.threshold_file, calibration)
+    return write_threshold(str(config.model), calibration) if config.write_threshold else None
