@@ -16,6 +16,7 @@ import pytest
 
 import mlxvr
 from mlxvr import eval as verb
+from mlxvr import mathematics
 from mlxvr.dataset import load_rows
 from mlxvr.errors import ConfigError
 from mlxvr.evaluation import plots, runner
@@ -214,6 +215,17 @@ def test_a_run_is_held_against_an_earlier_one(capfd, tmp_path, model, data, head
     code, out, err = call(capfd, *both)
     assert (code, out) == (2, "")
     assert "holds no finished run: its report.json is missing" in err
+
+
+@pytest.mark.parametrize(("there", "says"), [(True, "math-verify"), (False, "text and numbers: pip install")])
+def test_the_report_says_how_formulas_were_compared(capfd, tmp_path, model, data, header, monkeypatch, there, says):
+    monkeypatch.setattr(mathematics, "is_available", lambda: there)
+    output = made(data, tmp_path / "run", header, sure=30)
+    asked = ("--model", model, "--data", data, "--output", output, "--json")
+    assert "formulas_compared_by" not in json.loads(call(capfd, *asked)[1])["settings"], "no row has one"
+    text = (output / "samples.jsonl").read_text()
+    (output / "samples.jsonl").write_text(text.replace('"kind": "exact_match"', '"kind": "math"', 1))
+    assert json.loads(call(capfd, *asked)[1])["settings"]["formulas_compared_by"].startswith(says)
 
 
 def test_rows_that_are_left_out_are_named(capfd, tmp_path, model, data, header):

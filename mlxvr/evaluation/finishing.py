@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mlxvr import mathematics
 from mlxvr.callbacks import Progress
 from mlxvr.dataset import Row
 from mlxvr.errors import ConfigError, DataError, MlxvrError
@@ -168,6 +169,9 @@ def work_out(
     if len(failed) == len(samples):
         first = f"; the first: {failed[0].error}" if failed else ""
         raise DataError(f"all {len(samples)} rows failed{first}")
+    if any(sample.kind == "math" for sample in samples):
+        way = "math-verify" if mathematics.is_available() else "text and numbers: pip install 'mlxvr[math]' for algebra"
+        settings = {**settings, "formulas_compared_by": way}
     threshold = settings["threshold"]
     summary = summarise(samples, threshold=threshold, bootstrap=config.resamples, seed=config.seed)
     report = EvalReport(
