@@ -204,7 +204,7 @@ def draw(journals: Mapping[str, Sequence[Path]], file: Path) -> None:
         for axes, name, label in zip(panels, ("second_accuracy", "format"), ("second answer right", "format kept")):
             for variant, files in journals.items():
                 runs = [[entry[name] for entry in _read(one) if entry.get(name) is not None] for one in files]
-                runs = [_smooth(run) for run in runs]
+                runs = [_smooth(run) for run in runs if run]  # rows without answers are not known to be right
                 for run in runs:
                     axes.plot(range(1, len(run) + 1), run, color=COLORS[variant], alpha=0.25, linewidth=1)
                 if runs:
@@ -213,7 +213,7 @@ def draw(journals: Mapping[str, Sequence[Path]], file: Path) -> None:
             axes.set_title(f"{label}, of sampled completions")
             axes.set_xlabel("step (mean of 9)")
             axes.set_ylim(0, 1.02)
-        panels[0].legend(loc="lower right")
+            axes.legend(loc="lower right")
 
     write_plot(paint, file, size=(10.0, 4.0))
 
