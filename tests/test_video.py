@@ -653,3 +653,11 @@ class TestFramesAsVideo:
         assert vision.seconds == pytest.approx(((0 + 20) / 60, (39 + 59) / 60))
         assert vision.second_per_grid == pytest.approx(2 / (4 / 60 * 30))
         assert vision.token_count(2) == 2 * 3 * 4
+
+
+def test_a_title_in_another_encoding_does_not_matter(tmp_path: Path) -> None:
+    path = clips.write_clip(tmp_path / "clip.mkv", frames=8)
+    content = path.read_bytes()
+    assert b"Lavf" in content  # the name of the writing program
+    path.write_bytes(content.replace(b"Lavf", b"\xff\xe9\x80Q"))  # no UTF-8
+    assert clips.read_codes(read_video(path, SPEC, nframes=4).pixels) == [0, 2, 5, 7]

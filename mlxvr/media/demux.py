@@ -13,6 +13,10 @@ from mlxvr.media.container import unreadable
 
 __all__ = ["open_video"]
 
+# Titles and comments are written in any encoding, and none of them matters here. PyAV 18 raises on bytes that are not
+# UTF-8 unless it is told otherwise; PyAV 19 never raises and no longer takes the argument.
+_METADATA: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
+
 
 @contextmanager
 def open_video(path: Path, *, threads: int = 0) -> Iterator[tuple[Any, Any]]:
@@ -23,7 +27,7 @@ def open_video(path: Path, *, threads: int = 0) -> Iterator[tuple[Any, Any]]:
     """
     try:
         # Local files only: a playlist must not make us fetch anything.
-        container = av.open(str(path), metadata_errors="replace", container_options={"protocol_whitelist": "file"})
+        container = av.open(str(path), container_options={"protocol_whitelist": "file"}, **_METADATA)
     except av.error.FFmpegError as error:
         raise unreadable(path) from error
     with container:
