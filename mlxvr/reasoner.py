@@ -8,12 +8,14 @@
 System prompt and video are a prefix that every question about a clip shares. A `Clip` computes it once and keeps its
 keys and values; each question rewinds the cache to the end of the prefix and computes its own text only.
 
-A `Reasoner` runs all MLX work on a thread of its own (see `mlxvr.worker`), so it may be called from any thread; calls
-are served one after another.
+All reasoners of a process run their MLX work on one thread that they share (see `mlxvr.worker`), so they may be called
+from any thread: the calls of one are served in order, and reasoners take turns. Calls wait, so an event loop uses
+`await asyncio.to_thread(clip.ask, ...)`. To stop a single question, `stream` it and close the stream, from any thread.
+Code of an app that evaluates MLX arrays itself does so inside `mlxvr.model.device.use_device`.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from importlib.resources import files
 from inspect import signature
@@ -88,7 +90,7 @@ def load(
         folder = demo_folder() / "checkpoint"
     else:
         folder = hub.resolve(model if isinstance(model, str) else Path(model), revision=revision, progress=progress)
-    worker = Worker("mlxvr-reasoner", release=memory.release_thread)
+    worker = Worker(release=memory.give_back)
     try:
         network = worker.call(lambda _: loading.load_model(folder, adapter=adapter, dtype=dtype))
         network.make_cache(kv_bits)  # refuses what this model cannot do, before a clip is read
@@ -164,7 +166,7 @@ class Reasoner:
         vision = (
             source
             if source is None or isinstance(source, VisionInput)
-            else self._worker.call(
+            else self._worker.run_here(
                 lambda should_stop: load_vision(
                     source, spec, nframes=frames, start=start, end=end, progress=progress, should_stop=should_stop
                 )
@@ -272,11 +274,12 @@ class Clip:
         assert isinstance(answer, Answer), "a stream ends with its Answer"
         return answer
 
-    def stream(self, question: str, **options: Unpack[AskOptions]) -> Iterator[Event]:
+    def stream(self, question: str, **options: Unpack[AskOptions]) -> Generator[Event, None, None]:
         """Ask a question and get events as they happen: `FirstAnswer`, `ReasoningDelta`s, and the `Answer` last.
 
-        Work begins at once. Closing the iterator (or leaving its loop) stops it; the clip stays usable. Options and
-        errors are those of `ask`.
+        Work begins at once. Closing the generator, from any thread, stops it and waits until it has ended; the clip
+        stays usable. A generator that is dropped (such as by leaving its loop) stops its work too. Options and errors
+        are those of `ask`.
         """
         asked = Question(question, **options)
         self._reasoner._alive()

@@ -1,52 +1,56 @@
-"""One thread that owns all of a reasoner's MLX work.
+"""One thread for the MLX work of all reasoners in a process.
 
-MLX's streams belong to the thread that made them: an array built on one thread cannot be evaluated on another. An app
-that calls from a GUI callback, a thread pool and a notebook would trip over that, so a `Worker` runs every piece of
-work, in order, on one thread of its own; callers wait for the result (`call`) or read items as they come (`stream`).
+MLX's streams belong to the thread that made them, and two threads that evaluate at once may crash the process (see
+`mlxvr.model.device`). An app that calls from a GUI callback, a thread pool and a notebook would trip over both, so all
+workers of a process share one thread. Each `Worker` is a queue of its own: its pieces of work run in order, and the
+workers take turns, a call or one item of a stream at a time. Callers wait for the result (`Worker.call`) or read items
+as they come (`Worker.stream`). Cancelling or closing a worker concerns its own work only.
 
 Each piece of work is handed a `should_stop` callable and looks at it between steps; when it says yes the work raises
-`Cancelled`. It says yes once the caller is gone (interrupted, or its iterator was closed), after `cancel`, or after
-`close`.
+`Cancelled`. It says yes once the caller is gone (interrupted, or its stream was closed or forgotten), after `cancel`,
+or after `close`.
 
-The thread is a daemon that a finalizer ends, not an executor's: an executor's thread is joined before finalizers
-run at the interpreter's exit, and MLX aborts the process if a thread has ended without releasing its streams.
+The thread starts with the first worker and ends with the last. It is a daemon that is ended at the interpreter's exit,
+not an executor's: an executor's thread is joined before that, and MLX aborts the process if a thread has ended without
+releasing its streams. Finalizers may run anywhere, also inside this module, so they take no lock and wait for nothing:
+they set flags and put messages in a queue.
 """
 
+import atexit
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 from weakref import finalize
 
 from mlxvr.callbacks import ShouldStop
 from mlxvr.errors import Cancelled, ConfigError
+from mlxvr.model import device, memory
 
 __all__ = ["Worker"]
 
 T = TypeVar("T")
-_Job = Callable[[], None]
 
 _END = object()
+_POLL_SECONDS = 0.05  # how often cancelled work is looked for while another thread holds the device
 
 
 class Worker:
-    """Runs work on one thread that it owns, one piece after another."""
+    """Runs pieces of work one after another, on the thread that all workers share."""
 
-    def __init__(self, name: str = "mlxvr", *, release: _Job | None = None):
-        """Start the thread.
+    def __init__(self, *, release: Callable[[], None] | None = None):
+        """Join the thread, or start it.
 
         Args:
-            name: the thread's name.
-            release: called on the thread as its last act: when the worker is closed or forgotten, or at the
+            release: called on the thread as the worker's last act: when it is closed or forgotten, or at the
                 interpreter's exit.
         """
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._lock = threading.Lock()
-        self._pending: set[threading.Event] = set()  # the stop flags of work that waits or runs
-        self._thread = threading.Thread(target=_serve, args=(self._jobs, release), name=name, daemon=True)
-        self._thread.start()
-        self._end = finalize(self, _end, self._jobs, self._lock, self._pending, self._thread)
+        self._line = _Line(release)
+        self._lock = threading.Lock()  # nothing is handed in after `close`
+        self._thread = _join(self._line)
+        self._end = finalize(self, _leave, self._line, self._thread)
 
     @property
     def closed(self) -> bool:
@@ -54,102 +58,344 @@ class Worker:
         return not self._end.alive
 
     def call(self, work: Callable[[ShouldStop], T]) -> T:
-        """Run `work(should_stop)` on the thread and return what it returns, or raise what it raises."""
-        stop, future = self._submit(work)
+        """Run `work(should_stop)` on the thread and return what it returns, or raise what it raises.
+
+        Raises `ConfigError` when it is called on the thread itself, which would wait for itself for ever.
+        """
+        self._refuse_own_thread()
+        job: _Job[T] = _Job(work, self._line)
+        self._hand_in(job)
         try:
-            return future.result()
+            with device.lent():
+                return job.future.result()
         except BaseException:
-            stop.set()  # an interrupt here must not leave the thread working for nobody
+            job.stop.set()  # an interrupt here must not leave the thread working for nobody
             raise
 
-    def stream(self, work: Callable[[ShouldStop], Iterator[T]]) -> Iterator[T]:
+    def stream(self, work: Callable[[ShouldStop], Iterator[T]]) -> Generator[T, None, None]:
         """Run `work(should_stop)` on the thread and yield its items as they come.
 
-        The work starts now, not at the first `next`. Closing the iterator stops the work and waits until it has ended,
-        so that what it worked on is in a known state.
+        The work starts now, not at the first `next`. Closing the generator, from any thread and also before its first
+        item, stops the work and waits until it has ended, so that what it worked on is in a known state; a thread that
+        waits in `next` then gets `Cancelled`. A generator that is dropped stops its work without waiting.
+
+        Raises `ConfigError` when it is called on the thread itself.
         """
-        items: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._refuse_own_thread()
+        job = _StreamJob(work, self._line)
+        self._hand_in(job)
+        return _Stream(job, self._thread)
 
-        def produce(should_stop: ShouldStop) -> None:
-            for item in work(should_stop):
-                items.put(item)
-
-        stop, future = self._submit(produce)
-        future.add_done_callback(lambda _: items.put(_END))
-        return self._consume(items, stop, future)
-
-    @staticmethod
-    def _consume(items: "queue.SimpleQueue[Any]", stop: threading.Event, future: "Future[None]") -> Iterator[Any]:
+    def run_here(self, work: Callable[[ShouldStop], T]) -> T:
+        """Run `work(should_stop)` on the calling thread; `cancel` and `close` stop it too. For work without MLX."""
+        stop = threading.Event()
+        with self._lock:
+            self._refuse_closed()
+            self._line.pending.add(stop)
         try:
-            while (item := items.get()) is not _END:
-                yield item
-            future.result()
+            return work(stop.is_set)
         finally:
-            stop.set()
-            future.exception()  # waits for the end; an error of abandoned work has no reader
+            self._line.pending.discard(stop)
 
     def cancel(self) -> None:
-        """Ask all work that runs or waits to stop: its callers get `Cancelled`."""
-        with self._lock:
-            for stop in self._pending:
-                stop.set()
+        """Ask all work of this worker that runs or waits to stop: its callers get `Cancelled`."""
+        self._line.stop_all()
 
-    def close(self, last: _Job | None = None) -> None:
-        """Stop all work, run `last` on the thread, release what it owns and end it; idempotent, from any thread."""
+    def close(self, last: Callable[[], None] | None = None) -> None:
+        """Stop all work, run `last` on the thread, release what the worker owns; idempotent, from any thread.
+
+        Waits for the end, except on the thread itself.
+        """
         with self._lock:
             if last is not None and self._end.alive:
-                self._jobs.put(last)
-        self._end()
+                self._line.stop_all()
+                self._thread.inbox.put(_Job(lambda _: last(), self._line, is_internal=True))
+            self._end()
+        if not self._thread.is_current:
+            with device.lent():
+                self._line.ended.wait()
+                if self._thread.ending:
+                    self._thread.thread.join()
 
-    def _submit(self, work: Callable[[ShouldStop], T]) -> tuple[threading.Event, "Future[T]"]:
-        stop = threading.Event()
-        future: Future[T] = Future()
-
-        def run() -> None:
-            try:
-                if stop.is_set():
-                    raise Cancelled("the work was cancelled before it began")
-                result = work(stop.is_set)
-            except BaseException as error:  # whatever it is, it belongs to the caller
-                self._forget(stop)
-                future.set_exception(error)
-            else:
-                self._forget(stop)
-                future.set_result(result)
-
+    def _hand_in(self, job: "_Job[Any]") -> None:
         with self._lock:
-            if self.closed:
-                raise ConfigError("this reasoner is closed: load it again with mlxvr.load(...)")
-            self._pending.add(stop)
-            self._jobs.put(run)
-        return stop, future
+            self._refuse_closed()
+            self._line.pending.add(job.stop)
+            self._thread.inbox.put(job)
 
-    def _forget(self, stop: threading.Event) -> None:
-        with self._lock:
-            self._pending.discard(stop)
+    def _refuse_closed(self) -> None:
+        if self.closed:
+            raise ConfigError("this reasoner is closed: load it again with mlxvr.load(...)")
 
-
-def _serve(jobs: "queue.SimpleQueue[_Job | None]", release: _Job | None) -> None:
-    """The thread: one job after another until there is None. Holds no reference to the worker between jobs."""
-    try:
-        while (job := jobs.get()) is not None:
-            job()
-            del job
-    finally:
-        if release is not None:
-            release()
+    def _refuse_own_thread(self) -> None:
+        if self._thread.is_current:
+            raise ConfigError(
+                "this was called from a callback that runs on the thread of all reasoners (such as progress): it would "
+                "wait for itself for ever; call it once the callback has returned, or from another thread"
+            )
 
 
-def _end(
-    jobs: "queue.SimpleQueue[_Job | None]",
-    lock: threading.Lock,
-    pending: set[threading.Event],
-    thread: threading.Thread,
-) -> None:
-    """Stop all work, and wait for the thread to end."""
-    with lock:
-        for stop in pending:
+class _Line:
+    """A worker's work that waits or runs. Holds no reference to the worker, which may be forgotten."""
+
+    def __init__(self, release: Callable[[], None] | None):
+        self.release = release
+        self.pending: set[threading.Event] = set()  # the stop flags of all work that was handed in
+        self.ended = threading.Event()
+        self.jobs: deque[_Job[Any]] = deque()  # of the thread alone
+
+    def stop_all(self) -> None:
+        for stop in tuple(self.pending):
             stop.set()
-        jobs.put(None)
-    if thread is not threading.current_thread():  # a forgotten worker may be collected on its own thread
-        thread.join()
+
+
+class _Job(Generic[T]):
+    """A piece of work and its result."""
+
+    def __init__(self, work: Callable[[ShouldStop], T], line: _Line, *, is_internal: bool = False):
+        self.line = line
+        self.is_internal = is_internal
+        self.stop = threading.Event()
+        self.future: Future[T] = Future()
+        self._work: Callable[[ShouldStop], T] | None = work
+
+    @property
+    def needs_device(self) -> bool:
+        """Whether the next step may evaluate."""
+        return not self.is_internal and not self.stop.is_set()
+
+    def step(self) -> bool:
+        """Do the next part, on the thread; whether that was the last. Never raises: an error belongs to the caller."""
+        assert self._work is not None
+        try:
+            if self.stop.is_set():
+                raise Cancelled("the work was cancelled before it began")
+            result = self._work(self.stop.is_set)
+        except BaseException as error:
+            self._finish(error=error)
+        else:
+            self._finish(result)
+        return True
+
+    def _finish(self, result: Any = None, error: BaseException | None = None) -> None:
+        self._work = None  # what it holds may be large, and the caller may keep the future
+        self.line.pending.discard(self.stop)
+        if error is None:
+            self.future.set_result(result)
+        else:
+            self.future.set_exception(error)
+
+
+class _StreamJob(_Job[Any]):
+    """Work that yields items; a step is one of them."""
+
+    def __init__(self, work: Callable[[ShouldStop], Iterator[Any]], line: _Line):
+        super().__init__(work, line)
+        self.items: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._iterator: Iterator[Any] | None = None
+
+    @property
+    def needs_device(self) -> bool:
+        return self._iterator is not None or super().needs_device
+
+    def step(self) -> bool:
+        assert self._work is not None
+        try:
+            if self._iterator is None:
+                if self.stop.is_set():
+                    raise Cancelled("the work was cancelled before it began")
+                self._iterator = iter(self._work(self.stop.is_set))
+            item = next(self._iterator, _END)
+            if item is not _END:
+                self.items.put(item)
+                return False
+        except BaseException as error:
+            self._finish(error=error)
+        else:
+            self._finish()
+        return True
+
+    def _finish(self, result: Any = None, error: BaseException | None = None) -> None:
+        self._iterator = None
+        super()._finish(result, error)
+        self.items.put(_END)
+
+
+class _Leave(_Job[None]):
+    """The last of a worker's line."""
+
+    def __init__(self, line: _Line):
+        super().__init__(lambda _: None, line, is_internal=True)
+
+    def step(self) -> bool:
+        try:
+            if self.line.release is not None and not self.line.ended.is_set():
+                self.line.release()
+        finally:
+            self._finish()
+        return True
+
+
+class _Stream(Generator[T, None, None]):
+    """The caller's end of a stream; its methods may be called from any thread."""
+
+    def __init__(self, job: _StreamJob, thread: "_Thread"):
+        self._job = job
+        self._thread = thread
+        self._is_over = False
+        self._closed_by: int | None = None
+        finalize(self, job.stop.set).atexit = False
+
+    def send(self, value: None, /) -> T:
+        """The next item."""
+        if value is not None:
+            raise TypeError("this stream takes nothing in: use next()")
+        if self._is_over:
+            raise self._end()
+        if self._thread.is_current and self._job.items.empty():
+            raise ConfigError(
+                "a stream cannot be read by a callback of the thread that writes it: it would wait for ever"
+            )
+        try:
+            with device.lent():
+                item = self._job.items.get()
+        except BaseException:  # an interrupt
+            self.close()
+            raise
+        if item is not _END:
+            return item
+        self._job.items.put(_END)  # for another thread that may wait as well
+        was_over, self._is_over = self._is_over, True
+        error = self._job.future.exception()
+        if error is not None and not was_over:
+            raise error
+        raise self._end()
+
+    def throw(self, error: Any, value: Any = None, traceback: Any = None, /) -> T:
+        """Close the stream, then raise the error."""
+        self.close()
+        if value is not None:
+            raise value
+        raise error
+
+    def close(self) -> None:
+        """Stop the work and wait until it has ended; on the thread that does it, without waiting."""
+        if not self._is_over:
+            self._is_over, self._closed_by = True, threading.get_ident()
+        self._job.stop.set()
+        if not self._thread.is_current:
+            with device.lent():
+                self._job.future.exception()  # an error of abandoned work has no reader
+
+    def _end(self) -> Exception:
+        """What a reader gets after the end: told once when another thread has closed the stream."""
+        closed_by, self._closed_by = self._closed_by, None
+        if closed_by in (None, threading.get_ident()):
+            return StopIteration()
+        return Cancelled("the stream was closed by another thread before its end")
+
+
+class _Thread:
+    """The thread that all workers of a process share, while there are any."""
+
+    def __init__(self, predecessor: "_Thread | None"):
+        self.inbox: queue.SimpleQueue[_Job[Any]] = queue.SimpleQueue()
+        self.lines: set[_Line] = set()
+        self.ending = False
+        self._predecessor = predecessor
+        self._turns: deque[_Line] = deque()  # lines that have work
+        self.thread = threading.Thread(target=self._run, name="mlxvr-device", daemon=True)
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the caller runs on it."""
+        return threading.current_thread() is self.thread
+
+    def _run(self) -> None:
+        """One turn after another, until the last line has left or the interpreter ends."""
+        if self._predecessor is not None:
+            self._predecessor.thread.join()
+            self._predecessor = None
+        holds_device = False
+        try:
+            while not self.ending:
+                if not self._turns and holds_device:
+                    device.release()
+                    holds_device = False
+                self._take_in(wait=not self._turns)
+                line = self._turns.popleft()
+                if line.jobs[0].needs_device and not holds_device:
+                    holds_device = device.acquire(_POLL_SECONDS)
+                    if not holds_device:
+                        self._turns.append(line)
+                        continue
+                self._step(line)
+                if holds_device and device.is_wanted():
+                    device.release()
+                    holds_device = False
+        finally:
+            if holds_device:
+                device.release()
+            memory.release_thread()
+
+    def _take_in(self, *, wait: bool) -> None:
+        """Sort what was handed in into its lines."""
+        while True:
+            try:
+                job = self.inbox.get(block=wait)
+            except queue.Empty:
+                return
+            wait = False
+            job.line.jobs.append(job)
+            if len(job.line.jobs) == 1:
+                self._turns.append(job.line)
+
+    def _step(self, line: _Line) -> None:
+        job = line.jobs[0]
+        if not job.step():
+            self._turns.append(line)
+            return
+        line.jobs.popleft()
+        if isinstance(job, _Leave):
+            with _starting:
+                self.lines.discard(line)
+                self.ending = not self.lines
+            line.ended.set()
+        elif line.jobs:
+            self._turns.append(line)
+
+
+_starting = threading.Lock()
+_thread: _Thread | None = None
+
+
+def _join(line: _Line) -> _Thread:
+    """Bring a line to the thread that runs, or start one once the one before has ended."""
+    global _thread
+    with _starting:
+        if _thread is None or _thread.ending or not _thread.thread.is_alive():
+            _thread = _Thread(_thread)
+            _thread.lines.add(line)
+            _thread.thread.start()
+        else:
+            _thread.lines.add(line)
+        return _thread
+
+
+def _leave(line: _Line, thread: _Thread) -> None:
+    """Stop a line's work and let it leave; a finalizer."""
+    line.stop_all()
+    thread.inbox.put(_Leave(line))
+
+
+@atexit.register
+def _end_at_exit() -> None:
+    """Stop all work, and wait for the thread to end."""
+    thread = _thread
+    if thread is None or not thread.thread.is_alive():
+        return
+    for line in tuple(thread.lines):
+        line.stop_all()
+        thread.inbox.put(_Leave(line))
+    with device.lent():
+        thread.thread.join()

@@ -4,6 +4,7 @@ The oracle for a question on a used clip is the same question on a clip that was
 from nothing; what that computes is compared with transformers in test_network.
 """
 
+import asyncio
 import dataclasses
 import gc
 import json
@@ -127,25 +128,47 @@ def test_any_thread_may_ask(reasoner, clip_path):
 def test_cancel_stops_a_long_answer_and_the_clip_goes_on(qwen3, clip_path):
     clip = qwen3.open(clip_path, **MODEST)
     before = clip.ask("What?", mode="think", max_tokens=8)
-    outcome = []
-
-    def ask():
-        try:
-            # Hot sampling on random weights: it would take thousands of tokens to end by itself.
-            outcome.append(clip.ask("What?", mode="think", max_tokens=100_000, temperature=5.0, seed=1))
-        except Cancelled as error:
-            outcome.append(error)
-
-    thread = threading.Thread(target=ask)
-    thread.start()
-    while not qwen3._worker._pending:
-        time.sleep(0.001)
+    # Hot sampling on random weights: it would take thousands of tokens to end by itself.
+    events = clip.stream("What?", mode="think", max_tokens=100_000, temperature=5.0, seed=1)
     time.sleep(0.1)
     qwen3.cancel()
-    thread.join(10)
-    assert not thread.is_alive()
-    assert isinstance(outcome[0], Cancelled)
+    with pytest.raises(Cancelled):
+        list(events)
     assert_same(clip.ask("What?", mode="think", max_tokens=8), before)
+
+
+def test_a_stream_that_nobody_reads_does_not_run_on(qwen3, clip_path):
+    """Closed or dropped before its first event: a question of 4,000 tokens holds nobody up."""
+    asked = {"mode": "think", "max_tokens": 4000, "temperature": 5.0, "seed": 1}
+    clip = qwen3.open(clip_path, **MODEST)
+    expected = clip.ask("Which?", mode="think", max_tokens=8)
+    started = time.perf_counter()
+    clip.ask("What?", **{**asked, "max_tokens": 100})
+    hundred = time.perf_counter() - started
+    for leave in (lambda stream: stream.close(), lambda stream: None):
+        started = time.perf_counter()
+        leave(clip.stream("What?", **asked))
+        assert_same(clip.ask("Which?", mode="think", max_tokens=8), expected)
+        assert time.perf_counter() - started < 10 * hundred  # the whole answer takes 40
+
+
+def test_an_event_loop_asks_on_a_thread_and_stops_one_question(qwen3, clip_path):
+    clip = qwen3.open(clip_path, **MODEST)
+    expected = clip.ask("Which?", mode="think", max_tokens=8)
+
+    async def run():
+        endless = clip.stream("What?", mode="think", max_tokens=100_000, temperature=5.0, seed=1)
+        reading = asyncio.create_task(asyncio.to_thread(list, endless))
+        asking = asyncio.create_task(asyncio.to_thread(clip.ask, "Which?", mode="think", max_tokens=8))
+        await asyncio.sleep(0.1)
+        assert not reading.done()
+        assert not asking.done()  # it waits for the one before
+        await asyncio.to_thread(endless.close)
+        with pytest.raises(Cancelled):
+            await reading
+        return await asking
+
+    assert_same(asyncio.run(asyncio.wait_for(run(), 60)), expected)
 
 
 def test_sampling_is_repeatable_and_confidence_untempered(qwen3, clip_path):
@@ -176,28 +199,38 @@ def test_close_ends_everything(folders, clip_path):
     clip.close()
 
 
-def test_close_gives_the_memory_back(folders, clip_path):
+def test_close_gives_the_memory_back_while_clips_are_still_held(folders, clip_path):
     import mlx.core as mx
 
     gc.collect()
     before = mx.get_active_memory()
     loaded = mlxvr.load(folders["qwen3_vl"])
-    loaded.open(clip_path, **MODEST).ask("What?", max_tokens=4)
+    weights = mx.get_active_memory() - before
+    clips = [loaded.open(clip_path, **MODEST) for _ in range(2)]
+    for clip in clips:
+        clip.ask("What?", max_tokens=4)
+    gc.collect()
     held = mx.get_active_memory() - before
     loaded.close()
-    del loaded
+    assert weights > 100_000
+    assert held > weights + 100_000
+    assert mx.get_active_memory() - before < weights / 20
+    assert mx.get_cache_memory() == 0
+    assert clips[0].grid == clips[1].grid  # the clips are there; what they computed is gone
+
+
+def test_a_forgotten_reasoner_gives_its_memory_back(folders, clip_path):
+    import mlx.core as mx
+
     gc.collect()
-    assert held > 100_000
-    assert mx.get_active_memory() - before < held / 20
-
-
-def test_a_forgotten_reasoner_ends_its_thread(folders):
+    before = mx.get_active_memory()
     loaded = mlxvr.load(folders["qwen3_vl"])
-    thread = loaded._worker.call(lambda _: threading.current_thread())
+    loaded.ask(clip_path, "What?", max_tokens=4, **MODEST)
+    ended = loaded._worker._line.ended
     del loaded
     gc.collect()
-    thread.join(10)
-    assert not thread.is_alive()
+    assert ended.wait(10)
+    assert mx.get_active_memory() - before < 10_000
 
 
 def test_a_saved_clip_needs_no_video(folders, clip_path, tmp_path):

@@ -1,21 +1,25 @@
 """One thread does all the work, whoever asks; work can be cancelled, abandoned and closed."""
 
+import asyncio
+import collections.abc
 import gc
 import signal
 import subprocess
 import sys
 import threading
 import time
+from contextlib import closing
 
 import pytest
 
 from mlxvr.errors import Cancelled, ConfigError
+from mlxvr.model import device
 from mlxvr.worker import Worker
 
 
 @pytest.fixture
 def worker():
-    made = Worker("test")
+    made = Worker()
     yield made
     made.close()
 
@@ -81,36 +85,199 @@ def test_closing_a_stream_stops_its_work_and_waits(worker):
     assert ended.is_set()
 
 
-def test_cancel_stops_running_and_waiting_work_and_the_worker_goes_on(worker):
-    begun = threading.Event()
+class Endless:
+    """Work that yields numbers until it is stopped, and counts them."""
+
+    def __init__(self):
+        self.count = 0
+        self.begun, self.ended = threading.Event(), threading.Event()
+
+    def __call__(self, should_stop):
+        self.thread = threading.get_ident()
+        self.begun.set()
+        try:
+            while not should_stop():
+                yield self.count
+                self.count += 1
+                time.sleep(0.001)
+            raise Cancelled("stopped")
+        finally:
+            self.ended.set()
+
+
+def test_a_stream_closed_before_its_first_item_stops_its_work(worker):
+    work = Endless()
+    stream = worker.stream(work)
+    assert work.begun.wait(5)
+    stream.close()
+    assert work.ended.is_set()
+    assert list(stream) == []
+
+
+def test_a_stream_dropped_before_its_first_item_stops_its_work(worker):
+    work = Endless()
+    stream = worker.stream(work)
+    assert work.begun.wait(5)
+    del stream
+    gc.collect()
+    assert work.ended.wait(5)
+    assert worker.call(lambda _: 7) == 7
+
+
+def test_a_stream_is_a_generator(worker):
+    stream = worker.stream(lambda _: iter("ab"))
+    assert isinstance(stream, collections.abc.Generator)
+    with closing(stream) as items:
+        assert iter(items) is items
+        assert [*items, next(items, "end")] == ["a", "b", "end"]
+    work = Endless()
+    stream = worker.stream(work)
+    assert next(stream) == 0
+    with pytest.raises(KeyError, match="mine"):
+        stream.throw(KeyError("mine"))
+    assert work.ended.is_set()
+    with pytest.raises(StopIteration):
+        next(stream)
+
+
+def test_another_thread_may_close_a_stream_that_is_waited_for(worker):
+    """A generator would raise "generator already executing" here."""
     outcomes = []
 
-    def run(work):
+    def silent(should_stop):
+        wait_until_stopped(should_stop)
+        yield
+
+    def read(stream):
         try:
-            outcomes.append(worker.call(work))
+            outcomes.append(list(stream))
         except Cancelled as error:
             outcomes.append(str(error))
+
+    blocked, busy = worker.stream(silent), worker.stream(Endless())
+    reader = threading.Thread(target=read, args=(blocked,))
+    reader.start()
+    time.sleep(0.05)
+    blocked.close()
+    reader.join(5)
+    assert next(busy) == 0  # what waited in line goes on
+    reader = threading.Thread(target=read, args=(busy,))
+    reader.start()
+    time.sleep(0.05)
+    busy.close()
+    reader.join(5)
+    assert outcomes == ["the stream was closed by another thread before its end"] * 2
+
+
+def test_the_thread_does_not_wait_for_itself(worker):
+    """A callback that asks its own thread for something gets the reason instead of waiting for ever."""
+    second = Worker()
+    for use in (
+        lambda: worker.call(lambda _: 1),
+        lambda: worker.stream(lambda _: iter([1])),
+        lambda: second.call(lambda _: 1),
+    ):
+        with pytest.raises(ConfigError, match="callback"):
+            worker.call(lambda _, use=use: use())
+
+    stream = second.stream(Endless())
+    with pytest.raises(ConfigError, match="callback"):
+        worker.call(lambda _: [next(stream) for _ in range(100)])  # more than it has written so far
+    stream.close()
+    worker.call(lambda _: (worker.cancel(), second.close()))  # these ask for nothing
+    with pytest.raises(ConfigError, match="closed"):
+        second.call(lambda _: 1)
+    assert worker.call(lambda _: 7) == 7
+
+
+def test_workers_share_the_thread_and_take_turns(worker):
+    """A long stream of one does not keep another waiting until its end."""
+    second = Worker()
+    work = Endless()
+    stream = worker.stream(work)
+    assert work.begun.wait(5)
+    assert second.call(lambda _: threading.get_ident()) == work.thread
+    assert [*second.stream(lambda _: iter("abc"))] == ["a", "b", "c"]
+    assert not work.ended.is_set()
+    stream.close()
+    second.close()
+
+
+def test_cancelling_or_closing_one_worker_leaves_the_others_work_alone(worker):
+    second = Worker()
+    mine, theirs = worker.stream(Endless()), second.stream(Endless())
+    assert (next(mine), next(theirs)) == (0, 0)
+    second.cancel()
+    with pytest.raises(Cancelled):
+        list(theirs)
+    assert next(mine) == 1
+    theirs = second.stream(Endless())
+    assert next(theirs) == 0
+    second.close()
+    with pytest.raises(Cancelled):
+        list(theirs)
+    assert next(mine) == 2
+    mine.close()
+
+
+def test_work_on_the_callers_thread_is_stopped_too(worker):
+    begun = threading.Event()
+
+    def work(should_stop):
+        begun.set()
+        wait_until_stopped(should_stop)
+
+    assert worker.run_here(lambda _: threading.get_ident()) == threading.get_ident()
+    canceller = threading.Thread(target=lambda: begun.wait(5) and worker.cancel())
+    canceller.start()
+    with pytest.raises(Cancelled, match="stopped"):
+        worker.run_here(work)
+    canceller.join()
+    worker.close()
+    with pytest.raises(ConfigError, match="closed"):
+        worker.run_here(work)
+
+
+def test_an_event_loop_goes_on_while_a_thread_waits(worker):
+    """The loop's other tasks run during `to_thread`, and closing a stream ends its wait."""
+
+    async def run():
+        work = Endless()
+        stream = worker.stream(work)
+        ticks = 0
+        reading = asyncio.create_task(asyncio.to_thread(list, stream))
+        while not work.begun.is_set() or ticks < 20:
+            ticks += 1
+            await asyncio.sleep(0.001)
+        await asyncio.to_thread(stream.close)
+        with pytest.raises(Cancelled):
+            await reading
+        return work.ended.is_set()
+
+    assert asyncio.run(asyncio.wait_for(run(), 10))
+
+
+def test_cancel_stops_running_and_waiting_work_and_the_worker_goes_on(worker):
+    begun = threading.Event()
 
     def long(should_stop):
         begun.set()
         wait_until_stopped(should_stop)
+        yield
 
-    running = threading.Thread(target=run, args=(long,))
-    running.start()
+    running = worker.stream(long)
+    waiting = worker.stream(lambda _: iter(["ran"]))
     assert begun.wait(5)
-    waiting = threading.Thread(target=run, args=(lambda _: "ran",))
-    waiting.start()
-    while len(worker._pending) < 2:
-        time.sleep(0.001)
     worker.cancel()
-    running.join(5)
-    waiting.join(5)
-    assert sorted(outcomes) == ["stopped", "the work was cancelled before it began"]
+    with pytest.raises(Cancelled, match=r"^stopped$"):
+        next(running)
+    with pytest.raises(Cancelled, match="cancelled before it began"):
+        next(waiting)
     assert worker.call(lambda _: "still here") == "still here"
 
 
 def test_close_stops_work_releases_on_the_thread_and_refuses_more():
-    worker = Worker("test", release=lambda: outcome.append(threading.get_ident()))
+    worker = Worker(release=lambda: outcome.append(threading.get_ident()))
     begun = threading.Event()
     outcome = []
 
@@ -163,13 +330,73 @@ def test_an_interrupted_caller_does_not_leave_the_work_running(worker):
 
 def test_a_forgotten_worker_releases_and_ends():
     outcome = []
-    worker = Worker("test", release=lambda: outcome.append("released"))
+    worker = Worker(release=lambda: outcome.append("released"))
     thread = worker.call(lambda _: threading.current_thread())
     del worker
     gc.collect()
     thread.join(5)
     assert outcome == ["released"]
     assert not thread.is_alive()
+
+
+def test_a_thread_that_waits_for_the_device_lets_its_work_be_cancelled(worker):
+    """Training in another thread holds the device for a step; a question waits, and can be called off meanwhile."""
+    with device.use_device():
+        holder = threading.Thread(target=lambda: outcomes.append(ask()))
+        outcomes = []
+
+        def ask():
+            try:
+                return worker.call(lambda _: "ran")
+            except Cancelled as error:
+                return str(error)
+
+        holder.start()
+        time.sleep(0.1)
+        assert outcomes == []
+        worker.cancel()
+        holder.join(5)
+        assert outcomes == ["the work was cancelled before it began"]
+        holder = threading.Thread(target=lambda: outcomes.append(ask()))
+        holder.start()
+        time.sleep(0.1)
+        assert len(outcomes) == 1
+        device.hand_over()  # between two steps
+        holder.join(5)
+        assert outcomes[1] == "ran"
+        assert worker.call(lambda _: "lent") == "lent"  # the holder itself waits, and lends the device meanwhile
+
+
+def test_the_device_goes_round_in_order():
+    order = []
+    threads = []
+
+    def use(number):
+        with device.use_device(), device.use_device():
+            order.append(number)
+
+    with device.use_device():
+        for number in range(5):
+            threads.append(threading.Thread(target=use, args=(number,)))
+            threads[-1].start()
+            while len(device._turns.waiting) <= number:
+                time.sleep(0.001)
+        assert order == []
+    for thread in threads:
+        thread.join(5)
+    assert order == [0, 1, 2, 3, 4]
+    assert device._turns.owner is None
+
+
+def test_waiting_for_the_device_can_end():
+    outcome = []
+    with device.use_device():
+        thread = threading.Thread(target=lambda: outcome.append(device.acquire(0.05)))
+        thread.start()
+        thread.join(5)
+    assert outcome == [False]
+    assert device.acquire(0.05)
+    device.release()
 
 
 def test_the_interpreters_exit_releases_too():

@@ -79,7 +79,7 @@ def _ask(reasoner: "Reasoner", clip: "Clip", row: Row, asking: Asking, decode_se
             max_tokens=asking.max_tokens,
             answer_opening=row.answer_opening,
         )
-        with closing(events):  # type: ignore[type-var]
+        with closing(events):
             for event in events:
                 if isinstance(event, FirstAnswer):
                     reasoned = event.reasons

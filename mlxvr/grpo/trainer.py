@@ -61,6 +61,7 @@ from mlxvr.grpo.together import check_same, have_same_bits, shared_state
 from mlxvr.grpo.validation import Judged, judge_answer, summarise
 from mlxvr.media.rows import read_ahead
 from mlxvr.model import memory
+from mlxvr.model.device import hand_over, use_device
 from mlxvr.model.network import VideoModel
 from mlxvr.plotting import check_plot
 from mlxvr.ranks import Ranks
@@ -121,9 +122,10 @@ def train(
     model = load(config, progress)
     report: TrainReport | FilterReport
     if config.filter_only:
-        report = _filter(config, model, rows, progress, should_stop)
+        with use_device():
+            report = _filter(config, model, rows, progress, should_stop)
     else:
-        with memory.wired(), memory.limited(config.memory_limit):
+        with use_device(), memory.wired(), memory.limited(config.memory_limit):
             run = _Run(config, model, rows, valid, ranks, own, note)
             report = run.go(progress=progress, on_entry=on_entry, should_stop=should_stop)
     return dataclasses.replace(report, left_out=len(left_out))
@@ -283,6 +285,7 @@ class _Run:
     def _take_step(self, number: int, share: "_Share", should_stop: ShouldStop | None) -> tuple[dict[str, Any], bool]:
         """One step over all ranks: its figures, and whether some rank wants to stop."""
         config, clock = self.config, time.perf_counter
+        hand_over()  # a reasoner of this process answers between steps
         mx.reset_peak_memory()
         begun = clock()
         groups, skipped = self._sample(share, number)

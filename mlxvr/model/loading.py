@@ -18,6 +18,7 @@ import mlx.nn as nn
 from mlxvr.errors import CheckpointError, ConfigError
 from mlxvr.media.spec import VisionSpec
 from mlxvr.model.adapter import apply_adapter
+from mlxvr.model.device import use_device
 from mlxvr.model.folder import ModelFolder
 from mlxvr.model.fp8 import unpack_fp8
 from mlxvr.model.memory import avoid_cpu_compiler
@@ -31,6 +32,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 _log = logging.getLogger(__name__)
 
 
+@use_device()
 def load_model(
     folder: str | PathLike[str] | ModelFolder,
     *,

@@ -6,8 +6,10 @@ from being paged out between tokens (mlx-lm does the same).
 
 import gc
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from traceback import clear_frames
 
 import mlx.core as mx
 
@@ -17,37 +19,91 @@ __all__ = [
     "avoid_cpu_compiler",
     "backend",
     "fast_dtype",
+    "give_back",
     "limited",
     "physical_memory",
     "release_thread",
     "track_peak",
+    "usable_memory",
     "wired",
 ]
 
 
 class Peak:
-    """The most bytes that MLX's allocator held at once since `track_peak` began."""
+    """The most bytes that MLX's allocator held at once since `track_peak` began, whatever thread asked for them."""
+
+    def __init__(self) -> None:
+        self._before = 0  # the highest before another tracker reset the allocator's mark
 
     @property
     def bytes(self) -> int:
         """The peak so far."""
-        return int(mx.get_peak_memory())
+        return max(self._before, int(mx.get_peak_memory()))
+
+    def keep(self) -> None:
+        """Note the allocator's mark, which is about to be reset."""
+        self._before = self.bytes
+
+
+_lock = threading.Lock()
+_peaks: list[Peak] = []  # that are being tracked; there is one high-water mark for all
 
 
 @contextmanager
 def track_peak() -> Iterator[Peak]:
-    """Reset the allocator's high-water mark and report it; turns an allocation failure into `OutOfMemoryError`."""
-    mx.reset_peak_memory()
+    """Reset the allocator's high-water mark and report it; turns an allocation failure into `OutOfMemoryError`.
+
+    Any number of them may overlap.
+    """
+    peak = Peak()
+    with _lock:
+        for tracked in _peaks:
+            tracked.keep()
+        mx.reset_peak_memory()
+        _peaks.append(peak)
     try:
-        yield Peak()
+        yield peak
     except RuntimeError as error:
         if "allocate" not in str(error).lower():
             raise
-        held = mx.get_peak_memory() / 2**30
+        held = peak.bytes / 2**30
+        clear_frames(error.__traceback__)  # the arrays of the failed work go now, not with the error
         raise OutOfMemoryError(
             f"the model ran out of memory after holding {held:.1f} GiB: use fewer video tokens, a smaller "
             "prefill step, quantized keys and values, or fewer bits per weight"
         ) from error
+    finally:
+        with _lock:
+            peak.keep()
+            _peaks.remove(peak)
+
+
+class _SharedLimit:
+    """A limit of the whole process, wanted by any number of users at once; the last one puts back what was there."""
+
+    def __init__(self, set_limit: Callable[[int], int], choose: Callable[[Iterable[int]], int]):
+        self._set, self._choose = set_limit, choose
+        self._wanted: list[int] = []
+        self._original = 0
+
+    @contextmanager
+    def __call__(self, limit: int) -> Iterator[None]:
+        with _lock:
+            self._wanted.append(limit)
+            before = self._set(self._choose(self._wanted))
+            if len(self._wanted) == 1:
+                self._original = before
+        try:
+            yield
+        finally:
+            mx.synchronize()
+            with _lock:
+                self._wanted.remove(limit)
+                self._set(self._choose(self._wanted) if self._wanted else self._original)
+
+
+_wired_limit = _SharedLimit(lambda limit: mx.set_wired_limit(limit), max)
+_memory_limit = _SharedLimit(lambda limit: mx.set_memory_limit(limit), min)
 
 
 @contextmanager
@@ -56,12 +112,8 @@ def wired() -> Iterator[None]:
     if not mx.metal.is_available():
         yield
         return
-    limit = mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
-    try:
+    with _wired_limit(int(mx.device_info()["max_recommended_working_set_size"])):
         yield
-    finally:
-        mx.synchronize()
-        mx.set_wired_limit(limit)
 
 
 @contextmanager
@@ -74,11 +126,8 @@ def limited(gigabytes: float | None) -> Iterator[None]:
     if gigabytes is None:
         yield
         return
-    limit = mx.set_memory_limit(int(gigabytes * 1e9))
-    try:
+    with _memory_limit(int(gigabytes * 1e9)):
         yield
-    finally:
-        mx.set_memory_limit(limit)
 
 
 def backend() -> str:
@@ -110,8 +159,22 @@ def physical_memory() -> int:
     return int(known) or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def release_thread() -> None:
-    """Free the allocator's cache and the calling thread's streams; the last MLX call that a thread makes."""
+def usable_memory() -> int:
+    """How many bytes of memory MLX should use at most: on Metal what the system recommends, elsewhere all there is.
+
+    Metal ends the process when a kernel finds no memory, which nothing can catch.
+    """
+    info = mx.device_info()
+    return int(info.get("max_recommended_working_set_size") or 0) or physical_memory()
+
+
+def give_back() -> None:
+    """Free what is no longer used, and the allocator's cache."""
     gc.collect()  # modules hold each other in cycles
     mx.clear_cache()
+
+
+def release_thread() -> None:
+    """Free the allocator's cache and the calling thread's streams; the last MLX call that a thread makes."""
+    give_back()
     mx.clear_streams()

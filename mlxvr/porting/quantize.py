@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlxvr.callbacks import Progress
 from mlxvr.errors import ConfigError, RecipeError, VerificationError
+from mlxvr.model.device import use_device
 from mlxvr.porting import card, hub
 from mlxvr.porting import recipe as recipes
 from mlxvr.porting.checkpoint import Checkpoint
@@ -133,6 +134,7 @@ def convert(
     return dataclasses.replace(report, seconds=time.perf_counter() - started)
 
 
+@use_device()
 def write_model(
     target: Path,
     checkpoint: Checkpoint,

@@ -55,6 +55,7 @@ from mlx.utils import tree_flatten
 from mlxvr.callbacks import Progress, ShouldStop
 from mlxvr.errors import ConfigError
 from mlxvr.model import memory
+from mlxvr.model.device import use_device
 from mlxvr.model.folder import ModelFolder
 from mlxvr.model.prompt import Prompt
 from mlxvr.porting.checkpoint import Checkpoint
@@ -99,6 +100,7 @@ class _Answered:
     first: int
 
 
+@use_device()
 def choose_precisions(
     source: Path | Checkpoint,
     recipe: Recipe,
@@ -229,6 +231,7 @@ def assign(options: Sequence[Sequence[tuple[int, float]]], budget: int) -> list[
     return chosen
 
 
+@use_device()
 def measure(
     folder: Path | ModelFolder,
     options: Mapping[str, Sequence[Candidate]],

@@ -31,6 +31,7 @@ from mlxvr.callbacks import Progress, ShouldStop
 from mlxvr.confidence import should_exit
 from mlxvr.errors import CheckpointError, ConfigError
 from mlxvr.model import memory
+from mlxvr.model.device import use_device
 from mlxvr.model.folder import ModelFolder
 from mlxvr.model.network import VideoModel
 from mlxvr.model.prompt import Prompt
@@ -47,6 +48,7 @@ _PROMPT_ROWS = 8  # tokens at the end of a prompt whose logits are compared
 _MEMORY_SHARE = 0.4  # of the machine's memory, for weights; as much again goes into keys, values and logits
 
 
+@use_device()
 def verify(
     source: str | Path | ModelFolder,
     converted: str | Path,
