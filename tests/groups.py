@@ -48,7 +48,7 @@ def make_group(
     ]
     prompt = build_prompt(model.tokenizer, model.family, model.config, shown, "What happens?", system="Be brief.")
     encoded = SimpleNamespace(
-        row=None,
+        row=SimpleNamespace(id="row"),
         ids=prompt.ids,
         positions=prompt.positions,
         media_mask=prompt.media_mask,

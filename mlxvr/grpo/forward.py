@@ -11,6 +11,10 @@ The layers' weights and parts are mlx-vlm's; what is done here instead of there 
   vocabulary of 151,936 would be the largest array by far.
 - With `checkpoint`, a layer keeps its input only and is computed again in the backward pass.
 
+- No gradient goes through a gather. A GPU adds up the gradients of repeated rows in the order in which its threads
+  arrive, so the sum's last bits would change from run to run. The prompt's last column, from which the first token of
+  every completion is predicted, is sliced once and broadcast; MLX adds up the gradient of a broadcast in a fixed order.
+
 `mx.checkpoint` differentiates its arguments alone and asks for the gradient of every one of them. So a layer's trained
 parameters and its input are arguments, and positions and masks are not. MLX may compute what does not depend on each
 other side by side: blocks are made to (`mx.depends`), so that they take turns in memory.
@@ -64,18 +68,36 @@ def completion_logprobs(
     positions = mx.array(packed.positions)[:, None]
     attend = _make_attention(_blocks(packed, _heads(model)))
     levels = packed.features.deepstack if packed.features is not None else []
-    seen = mx.array(np.flatnonzero(packed.media_mask).astype(np.int32))
+    is_media = mx.array(packed.media_mask)[:, None]  # (N, 1)
+    row = mx.array(np.maximum(np.cumsum(packed.media_mask) - 1, 0).astype(np.int32))  # of the features, for each column
     for index, layer in enumerate(model.layers):
         hidden = _run_layer(layer, hidden, positions, attend, checkpoint=checkpoint)
-        if index < len(levels):
-            hidden = hidden.at[:, seen].add(levels[index].astype(hidden.dtype)[None])
-    rows = hidden[0, mx.array(packed.columns[packed.mask])]
+        if index < len(levels):  # features are constants, so this gather has no gradient
+            hidden = hidden + mx.where(is_media, levels[index][row], 0.0).astype(hidden.dtype)[None]
     if tokens_at_once is None:
         tokens_at_once = max(1, _LOGITS_AT_ONCE // int(model.config["text_config"]["vocab_size"]))
     score = _make_head(model, packed.targets[packed.mask], temperature or 1.0, tokens_at_once)
-    places = np.zeros(packed.mask.shape, dtype=np.int32)
-    places[packed.mask] = np.arange(np.count_nonzero(packed.mask))
-    return mx.where(mx.array(packed.mask), score(rows)[mx.array(places)], 0.0)
+    return _pad(score(_predicting(hidden.squeeze(0), packed)), packed.mask.sum(axis=1))
+
+
+def _predicting(hidden: mx.array, packed: Packed) -> mx.array:
+    """The hidden states (M, hidden) that predict the tokens of all completions, of those (N, hidden) of the columns.
+
+    They are the columns `packed.columns[packed.mask]`, taken by slices.
+    """
+    last = hidden[packed.prompt_length - 1 : packed.prompt_length]
+    pieces = []
+    for start, stop in packed.spans:
+        pieces += [last, hidden[start:stop]] if stop > start else [last]
+    return mx.concatenate(pieces)
+
+
+def _pad(values: mx.array, lengths: np.ndarray) -> mx.array:
+    """Values (M,) of completions of these lengths, one after another -> (G, longest), 0 behind the shorter ones."""
+    ends = np.cumsum(lengths)
+    longest = int(lengths.max())
+    pieces = [values[int(end - length) : int(end)] for end, length in zip(ends, lengths)]
+    return mx.stack([mx.pad(piece, (0, longest - len(piece))) for piece in pieces])
 
 
 @dataclass(frozen=True, eq=False)

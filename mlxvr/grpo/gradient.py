@@ -65,6 +65,7 @@ def group_gradient(
     old_logprobs: np.ndarray | None = None,
     reference_logprobs: np.ndarray | None = None,
     reference: Mapping[str, mx.array] | None = None,
+    seed: int = 0,
 ) -> tuple[dict[str, Any], GroupStats]:
     """The gradient of a group's loss in the model's trainable parameters.
 
@@ -79,6 +80,7 @@ def group_gradient(
         old_logprobs: float32 (G, T), of the policy that sampled; None: it is this one, and every ratio is exactly 1.
         reference_logprobs: float32 (G, T); None: computed here, when `config.beta` is positive.
         reference: the adapter that the reference policy has, a `lora.snapshot`; None: none.
+        seed: decides what dropout drops, where the adapter has dropout.
 
     Returns:
         The gradient, as a tree like `model.network.trainable_parameters()`, and what the loss saw; all evaluated.
@@ -109,7 +111,7 @@ def group_gradient(
         value, stats = objective(logprobs, old, given, mx.array(advantages), mx.array(mask), config)
         return value, {**stats, "logprobs": mx.stop_gradient(logprobs)}
 
-    with _dropout(model, checkpoint), _same_weights(model):
+    with _dropout(model, checkpoint, seed), _same_weights(model):
         (value, stats), gradient = nn.value_and_grad(model.network, loss)(None)
         mx.eval(value, stats, gradient)
     logprobs = np.array(stats.pop("logprobs"))
@@ -142,11 +144,18 @@ def _check_trainable(model: VideoModel) -> None:
 
 
 @contextmanager
-def _dropout(model: VideoModel, checkpoint: bool) -> Iterator[None]:
-    """Dropout of the LoRA layers, which sampling never has, is on while a gradient is computed."""
+def _dropout(model: VideoModel, checkpoint: bool, seed: int) -> Iterator[None]:
+    """Dropout of the LoRA layers, which sampling never has, is on while a gradient is computed.
+
+    It draws from MLX's global generator, which is seeded here.
+    """
     layers = [layer for layer in find_layers(model.network).values() if getattr(layer.dropout, "_p_1", 1.0) < 1.0]
     if layers and checkpoint:
         raise ConfigError("dropout and gradient checkpointing do not go together: set one of them to 0")
+    if not layers:
+        yield
+        return
+    mx.random.seed(seed)
     for layer in layers:
         layer.dropout.train()
     try:

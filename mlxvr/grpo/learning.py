@@ -133,12 +133,13 @@ class Learner:
             advantages=advantages(judgement.totals, scale=config.scale_advantages),
         )
 
-    def update(self, groups: Sequence[Group], rate: float) -> Update:
+    def update(self, groups: Sequence[Group], rate: float, *, step: int = 0) -> Update:
         """Learn from this rank's groups, together with all other ranks, as often as the settings say.
 
         Args:
             groups: may be empty.
             rate: the learning rate.
+            step: from 1; with the run's seed and the rows' ids it decides what dropout drops.
 
         Returns:
             What the first update saw and did, and how much the clips cut off in all of them.
@@ -150,8 +151,9 @@ class Learner:
         self.optimizer.learning_rate = rate
         every: list[list[GroupStats | None]] = []
         norms: list[float] = []
-        for _ in range(self._config.updates):
-            total, now = self._gradients(groups, every[0] if every else [None] * len(groups))
+        for number in range(self._config.updates):
+            seeds = [row_seed(self._config.seed, step, group.row.id, "dropout", number) for group in groups]
+            total, now = self._gradients(groups, every[0] if every else [None] * len(groups), seeds)
             norm, learned = self._step(total, len(groups), now)
             every.append(now)
             norms.append(norm)
@@ -160,12 +162,12 @@ class Learner:
         return Update(stats=[_over_updates(seen) for seen in zip(*every)], grad_norm=norms[0])
 
     def _gradients(
-        self, groups: Sequence[Group], before: Sequence[GroupStats | None]
+        self, groups: Sequence[Group], before: Sequence[GroupStats | None], seeds: Sequence[int]
     ) -> tuple[dict[str, mx.array], list[GroupStats | None]]:
         """The sum of the groups' gradients by name, empty without any, and what they saw."""
         total: dict[str, mx.array] = {}
         stats: list[GroupStats | None] = []
-        for group, known in zip(groups, before):
+        for group, known, seed in zip(groups, before, seeds):
             if self._teaches_nothing(group):
                 stats.append(None)
                 continue
@@ -179,6 +181,7 @@ class Learner:
                 old_logprobs=None if known is None else known.logprobs,
                 reference_logprobs=None if known is None else known.reference_logprobs,
                 reference=self.reference,
+                seed=seed,
             )
             flat = dict(cast("list[tuple[str, mx.array]]", tree_flatten(gradient)))
             total = {name: total[name] + array for name, array in flat.items()} if total else flat

@@ -294,7 +294,7 @@ class _Run:
             number, highest=config.learning_rate, kind=config.schedule, warmup=config.warmup_steps, total=self.total
         )
         try:
-            update = self.learner.update(groups, rate)
+            update = self.learner.update(groups, rate, step=number)
         except NotFinite as error:
             raise self._failed(number, error) from error
         ended = clock()
