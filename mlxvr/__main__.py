@@ -10,6 +10,7 @@ VERBS = {
     "train": "fine-tune a model with LoRA and GRPO",
     "fuse": "merge a LoRA adapter into its model",
     "eval": "measure a model, and set its threshold by evidence",
+    "doctor": "check that this install computes the right numbers here",
 }
 
 

@@ -44,8 +44,9 @@ LAYERS = [
     ({"porting"}, False),
     ({"answer", "asking", "ranks", "reasoner", "worker"}, True),
     ({"evaluation", "grpo"}, False),
+    ({"diagnosis"}, False),
     ({"bars", "cli"}, False),
-    ({"bench", "convert", "eval", "fuse", "generate", "train"}, False),
+    ({"bench", "convert", "doctor", "eval", "fuse", "generate", "train"}, False),
     ({"__init__", "__main__"}, False),
 ]
 RANKS = {name: rank for rank, (names, _) in enumerate(LAYERS) for name in names}
@@ -59,6 +60,7 @@ OPTIONAL = {  # extras, imported when they are needed
 MEDIA_NEEDS = {"PIL", "av", "numpy"}
 NEVER = {"cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve", "torch", "torchvision"}
 MLX_VLM = {f"mlxvr.model.{name}" for name in ("adapter", "cache", "decode", "families", "loading", "network")}
+MLX_VLM |= {"mlxvr.diagnosis.speed"}
 TOKENS_ONLY = {"mlxvr.model.cache", "mlxvr.model.decode"}
 
 

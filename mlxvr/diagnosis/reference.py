@@ -1,0 +1,130 @@
+"""The committed truth: what transformers computed in float32 on another machine, and the inputs that it computed from.
+
+`reference/` beside this file holds
+
+    reference.safetensors   logits, gradients and frames, float32 and uint8
+    reference.json          answers, and the releases that computed all of it
+    qwen2_5_vl/             a tiny Qwen2.5-VL with random weights and heads of 128 numbers, as public ones have
+
+Qwen3-VL is the bundled checkpoint. `tests/hardware/make_reference.py` writes these files. It runs transformers on torch
+and takes nothing but weights and tokens from us: positions, attention, logits and gradients are transformers' own.
+"""
+
+import functools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlxvr.diagnosis.scene import draw_clip, draw_image
+from mlxvr.grpo.lora import LoraConfig, attach, lora_weights
+from mlxvr.media import VisionInput, patchify
+from mlxvr.model.loading import load_model
+from mlxvr.model.network import VideoModel
+from mlxvr.model.prompt import Prompt, build_prompt
+from mlxvr.reasoner import demo_folder
+
+__all__ = [
+    "ADVANTAGES",
+    "GROUP_SIZE",
+    "LORA",
+    "MODELS",
+    "SHOWN",
+    "Reference",
+    "attach_known_adapter",
+    "group",
+    "load",
+    "open_model",
+    "prompt",
+    "quantize",
+]
+
+FOLDER = Path(__file__).parent / "reference"
+MODELS = ("qwen3_vl", "qwen2_5_vl")
+SHOWN = ("clip", "image")
+GROUP_SIZE = 64  # of the 4-bit checks
+LORA = LoraConfig(rank=2, scale=1.5)
+ADVANTAGES = np.array([0.9, -1.1, 0.5, -0.3], dtype=np.float32)
+_LENGTHS = (6, 1, 11, 3)
+_QUESTION = "Which color does the moving object have?"
+_CHOICES = ("orange", "blue", "purple", "green")
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """The committed numbers: `arrays` by name, and `notes`, the JSON beside them."""
+
+    arrays: dict[str, np.ndarray]
+    notes: dict[str, Any]
+
+    def gradient(self, kind: str) -> dict[str, np.ndarray]:
+        """The gradient's arrays by the names of the LoRA weights; `kind` is "float32" or "4bit"."""
+        start = f"gradient.{kind}."
+        return {name.removeprefix(start): array for name, array in self.arrays.items() if name.startswith(start)}
+
+
+@functools.cache
+def load() -> Reference:
+    """Read the committed files."""
+    arrays = cast("dict[str, mx.array]", mx.load(str(FOLDER / "reference.safetensors")))
+    notes = json.loads((FOLDER / "reference.json").read_text(encoding="utf-8"))
+    return Reference({name: np.array(array) for name, array in arrays.items()}, notes)
+
+
+def open_model(name: str, *, dtype: str = "float32") -> VideoModel:
+    """The bundled checkpoint ("qwen3_vl") or the tiny random Qwen2.5-VL."""
+    return load_model(demo_folder() / "checkpoint" if name == "qwen3_vl" else FOLDER / name, dtype=dtype)
+
+
+def prompt(model: VideoModel, shown: str) -> Prompt:
+    """The question that all checks ask, about the drawn "clip" or the drawn "image"."""
+    height, width = 4 * model.spec.factor, 5 * model.spec.factor  # as the tower takes them: nothing is resized
+    if shown == "clip":
+        patches, grid = patchify(draw_clip(height, width), model.spec)
+        vision = VisionInput("video", patches, grid, tuple(0.25 + row for row in range(grid[0])), 1.0)
+    else:
+        patches, grid = patchify(draw_image(height, width)[None], model.spec)
+        vision = VisionInput("image", patches, grid, (), 0.0)
+    return build_prompt(model.tokenizer, model.family, model.config, [vision], _QUESTION, options=_CHOICES)
+
+
+def quantize(model: VideoModel) -> None:
+    """Pack the language model to 4 bits, in place; scales and offsets are in the model's dtype."""
+    nn.quantize(model.network.language_model, group_size=GROUP_SIZE, bits=4)
+
+
+def attach_known_adapter(model: VideoModel) -> None:
+    """Give the model LoRA layers with weights that are the same everywhere (numpy's frozen generator)."""
+    attach(model, LORA, seed=0)
+    random = np.random.RandomState(7)
+    weights = {
+        name: mx.array(random.normal(0.0, 0.08, array.shape).astype(np.float32))
+        for name, array in sorted(lora_weights(model).items())
+    }
+    model.network.load_weights(list(weights.items()), strict=False)
+
+
+def completions() -> list[np.ndarray]:
+    """Four completions of random tokens, of different lengths."""
+    random = np.random.RandomState(3)
+    return [random.randint(20, 700, length).astype(np.int32) for length in _LENGTHS]
+
+
+def group(model: VideoModel, asked: Prompt, ids: Sequence[np.ndarray] | None = None) -> SimpleNamespace:
+    """A prompt and its completions, as a rollout would give them."""
+    encoded = SimpleNamespace(
+        row=None,
+        ids=asked.ids,
+        positions=asked.positions,
+        media_mask=asked.media_mask,
+        features=model.encode(asked.media),
+        next_position=asked.next_position,
+    )
+    answers = tuple(SimpleNamespace(ids=answer, truncated=False) for answer in (ids or completions()))
+    return SimpleNamespace(prompt=encoded, completions=answers)

@@ -1,0 +1,299 @@
+"""How long a question about a clip takes here, predicted from a few random layers of an 8B model's widths.
+
+Two layers of the language model and three blocks of the vision tower run at the true widths, on random weights (packed
+to 4 bits in the language model); what they take is multiplied by how many there are. Seconds are taken as
+
+    prefill    layers * (a + b * tokens that came before)          decoding    layers * layer + head
+    vision     depth * block + the rest of the tower
+
+Small sizes are tried first, and larger ones as long as the machine is fast enough, so that a slow one ends in time too.
+Widths are those of Qwen3-VL-8B-Instruct's `config.json`.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlxvr.diagnosis.findings import Finding
+from mlxvr.model.families import family_of
+from mlxvr.model.memory import avoid_cpu_compiler, backend, physical_memory
+from mlxvr.model.vision import plan_frame, run_tower
+
+__all__ = ["Prediction", "check_speed", "measure", "predict"]
+
+LAYERS, DEPTH, VOCABULARY, HIDDEN = 36, 27, 151_936, 4096
+_TEXT = {
+    "hidden_size": HIDDEN,
+    "intermediate_size": 12288,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 262_144,
+    "rms_norm_eps": 1e-6,
+    "vocab_size": 64,
+    "rope_theta": 5e6,
+    "rope_scaling": {"rope_type": "default", "mrope_section": [24, 20, 20], "mrope_interleaved": True},
+}
+_VISION = {
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_heads": 16,
+    "num_position_embeddings": 2304,
+    "out_hidden_size": HIDDEN,
+    "patch_size": 16,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+}
+_MEASURED = 2  # layers of the language model
+_BLOCKS = 3  # of the vision tower; one alone tells what the rest of the tower takes
+_KV_BYTES = 2 * 8 * 128 * 2 * LAYERS  # a token: keys and values, heads, numbers, bytes
+_WEIGHT_BYTES = 5.76e9  # of the whole model at 4 bits in groups of 64, vision tower in 16 bits
+_STEP = 2048  # tokens that go through the model at once
+_FRAMES, _ROW = 64, (20, 36)  # frames; patches of a temporal patch of two frames: 180 tokens
+_TEXT_TOKENS, _ANSWER = 340, 8
+_LOOKS = ((1, 4, 4), (1, 8, 8), (1, *_ROW), (8, *_ROW), (22, *_ROW))  # rows, height and width; the last is a chunk
+_CONTEXT = 4096  # tokens before, where their cost is measured
+_PATIENCE = 120.0  # seconds to a direct answer beyond which a machine counts as slow
+_ENOUGH = 2.0  # seconds after which no larger size is tried
+
+_Work = Callable[[], Sequence[mx.array]]
+_Size = TypeVar("_Size", int, tuple[int, int, int])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """What a question about 64 frames costs with Qwen3-VL-8B at 4 bits.
+
+    Attributes:
+        prompt_tokens: of the clip and the question.
+        vision_seconds: of the vision tower.
+        prefill_seconds: of the prompt.
+        token_seconds: of one decoded token.
+        direct_seconds: until the direct answer.
+        peak_bytes: of memory: weights, keys and values, and what a step of the prompt takes.
+    """
+
+    prompt_tokens: int
+    vision_seconds: float
+    prefill_seconds: float
+    token_seconds: float
+    direct_seconds: float
+    peak_bytes: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timings:
+    """Seconds of the parts, each of one layer or block.
+
+    Attributes:
+        token: of a prompt's token with nothing before it.
+        context: more for each token before it.
+        step: of one decoded token, 4,096 tokens after the beginning.
+        head: of the output head for one token.
+        patch: of a patch in a block of the vision tower.
+        around: of a patch in the rest of the vision tower.
+        step_bytes: memory of a prompt's token while it goes through.
+    """
+
+    token: float
+    context: float
+    step: float
+    head: float
+    patch: float
+    around: float
+    step_bytes: float
+
+
+def check_speed() -> Iterator[Finding]:
+    """Measure, predict, and hold the prediction against this machine's memory."""
+    prediction = predict(measure())
+    allowed = int(mx.device_info().get("max_recommended_working_set_size") or physical_memory())
+    fits, quick = prediction.peak_bytes <= allowed, prediction.direct_seconds <= _PATIENCE
+    text = (
+        f"{_FRAMES} frames of Qwen3-VL-8B at 4 bits: about {_seconds(prediction.direct_seconds)} to the direct answer "
+        f"({_seconds(prediction.vision_seconds)} to look, {_seconds(prediction.prefill_seconds)} to read "
+        f"{prediction.prompt_tokens:,} tokens), then {1 / prediction.token_seconds:.3g} tokens/s, "
+        f"{prediction.peak_bytes / 1e9:.1f} GB"
+    )
+    advice = ""
+    if not fits:
+        advice = f"MLX may use {allowed / 1e9:.1f} GB here: use fewer frames, --kv-bits 8 or a smaller checkpoint"
+    elif not quick:
+        advice = "use fewer frames (--max-frames) or a smaller checkpoint here"
+    yield Finding(
+        check="speed",
+        status="yellow" if advice else "green",
+        text=text,
+        measured=prediction.direct_seconds,
+        limit=_PATIENCE,
+        advice=advice,
+    )
+
+
+def predict(timings: Timings) -> Prediction:
+    """What the parts make of a whole question; the formula is in the module's docstring."""
+    rows = _FRAMES // 2
+    patches = rows * _ROW[0] * _ROW[1]
+    tokens = patches // 4 + _TEXT_TOKENS
+    vision = (DEPTH * timings.patch + timings.around) * patches
+    prefill = LAYERS * tokens * (timings.token + timings.context * tokens / 2) + timings.head
+    token = LAYERS * timings.step + timings.head
+    return Prediction(
+        prompt_tokens=tokens,
+        vision_seconds=vision,
+        prefill_seconds=prefill,
+        token_seconds=token,
+        direct_seconds=vision + prefill + _ANSWER * token,
+        peak_bytes=_WEIGHT_BYTES + _KV_BYTES * tokens + timings.step_bytes * min(_STEP, tokens),
+    )
+
+
+def measure() -> Timings:
+    """Time the parts on this machine's default device."""
+    avoid_cpu_compiler()
+    network = _network()
+    language = network.language_model.model
+    dtype = language.layers[0].input_layernorm.weight.dtype
+    size, seconds, used = _largest((8, 32, 128, 512, _STEP), lambda n: _read(language, n, dtype))
+    cache = _filled(language, _CONTEXT, dtype)
+    later = min(_timed(lambda: _step(language, size, _CONTEXT, cache, dtype)) for _ in range(2))
+    step = min(_timed(lambda: _step(language, 1, _CONTEXT, cache, dtype)) for _ in range(3))
+    head = _head(dtype)
+    hidden = mx.random.normal((1, HIDDEN)).astype(dtype)
+    mx.eval(head.parameters(), hidden)
+    logits = min(_timed(lambda: [head(hidden)]) for _ in range(3))
+    (rows, height, width), looked, _ = _largest(_LOOKS, lambda size: _look(network.vision_tower, size, _BLOCKS))
+    patches = rows * height * width
+    alone = min(_timed(_look(network.vision_tower, (rows, height, width), 1)) for _ in range(2))
+    block = max(0.0, looked - alone) / (_BLOCKS - 1) / patches
+    return Timings(
+        token=seconds / size / _MEASURED,
+        context=max(0.0, later - seconds) / size / _CONTEXT / _MEASURED,
+        step=step / _MEASURED,
+        head=logits,
+        patch=block,
+        around=max(0.0, alone / patches - block),
+        step_bytes=used / size,
+    )
+
+
+def _largest(sizes: Sequence[_Size], work: Callable[[_Size], _Work]) -> tuple[_Size, float, float]:
+    """The largest size that is tried, its seconds, and the memory that it took; a smaller one warms up."""
+    chosen, seconds, used = sizes[0], 0.0, 0.0
+    for size, larger in zip(sizes, (*sizes[1:], None)):
+        run = work(size)
+        first = _timed(run)  # compiles kernels
+        held = mx.get_active_memory()
+        mx.reset_peak_memory()
+        chosen, seconds = size, min(first, _timed(run))
+        used = max(0.0, float(mx.get_peak_memory() - held))
+        if larger is not None and seconds * float(np.prod(larger) / np.prod(size)) > _ENOUGH:
+            break
+    return chosen, seconds, used
+
+
+def _timed(work: _Work) -> float:
+    mx.synchronize()
+    started = time.perf_counter()
+    mx.eval(*work())
+    mx.synchronize()
+    return time.perf_counter() - started
+
+
+def _read(language: Any, tokens: int, dtype: mx.Dtype) -> _Work:
+    from mlx_vlm.models.cache import KVCache
+
+    return lambda: _step(language, tokens, 0, [KVCache() for _ in language.layers], dtype)
+
+
+def _filled(language: Any, tokens: int, dtype: mx.Dtype) -> list[Any]:
+    """A cache that holds `tokens` random tokens."""
+    from mlx_vlm.models.cache import KVCache
+
+    cache = [KVCache() for _ in language.layers]
+    for layer in cache:
+        layer.update_and_fetch(*(mx.random.normal((1, 8, tokens, 128)).astype(dtype) for _ in range(2)))
+    mx.eval([layer.state for layer in cache])
+    return cache
+
+
+def _step(language: Any, tokens: int, before: int, cache: list[Any], dtype: mx.Dtype) -> Sequence[mx.array]:
+    """Run tokens through the layers after `before` others; the cache is as before afterwards."""
+    embeds = mx.broadcast_to(mx.array(0.1, dtype=dtype), (1, tokens, HIDDEN))
+    positions = mx.broadcast_to(mx.arange(before, before + tokens, dtype=mx.int32), (3, 1, tokens))
+    ids = mx.zeros((1, tokens), dtype=mx.int32)
+    out = language(ids, inputs_embeds=embeds, mask=None, cache=cache, position_ids=positions)
+    for layer in cache:
+        layer.trim(tokens)
+    return [out]
+
+
+def _look(tower: Any, size: tuple[int, int, int], blocks: int) -> _Work:
+    """The first blocks of the vision tower over temporal patches: how many, and their height and width in patches."""
+    rows, height, width = size
+    plan = plan_frame(height, width, merge=2, head_dim=72, table_side=48)
+    values = np.random.RandomState(0).normal(size=(rows * height * width, 3 * 2 * 16 * 16)).astype(np.float32)
+    pixels = mx.array(values)
+    mx.eval(pixels)
+
+    def work() -> Sequence[mx.array]:
+        whole = tower.blocks
+        tower.blocks = whole[:blocks]
+        try:
+            embeds, levels = run_tower(tower, pixels, rows, plan)
+        finally:
+            tower.blocks = whole
+        return [embeds, *levels]
+
+    return work
+
+
+def _network() -> Any:
+    """The network with two layers and three blocks; what the language model multiplies with is packed to 4 bits."""
+    vision = {**_VISION, "depth": _BLOCKS, "deepstack_visual_indexes": [0]}
+    config = {
+        "model_type": "qwen3_vl",
+        "text_config": {**_TEXT, "num_hidden_layers": _MEASURED},
+        "vision_config": vision,
+        "tie_word_embeddings": True,
+    }
+    family = family_of(config)
+    network = family.build(family.mlx_config(config))
+    dtype = mx.float32 if backend() == "cpu" else mx.bfloat16  # as the product does
+    network.set_dtype(dtype)
+    for layer in network.language_model.model.layers:
+        for block in (layer.self_attn, layer.mlp):
+            for name, module in list(block.children().items()):
+                if isinstance(module, nn.Linear):
+                    rows, columns = module.weight.shape
+                    setattr(block, name, _packed(columns, rows, dtype))
+    mx.eval(network.parameters())
+    return network
+
+
+def _packed(columns: int, rows: int, dtype: mx.Dtype) -> nn.QuantizedLinear:
+    """A linear module of random 4-bit numbers; a block of them repeats, since making them takes longer than using."""
+    module = nn.QuantizedLinear(columns, rows, bias=False, group_size=64, bits=4)
+    block = np.random.RandomState(rows).randint(0, 2**32, (64, columns // 8), dtype=np.uint32)
+    module.weight = mx.tile(mx.array(block), (-(-rows // 64), 1))[:rows]
+    module.scales = mx.full((rows, columns // 64), 1e-3, dtype=dtype)
+    module.biases = mx.full((rows, columns // 64), -8e-3, dtype=dtype)
+    return module
+
+
+def _head(dtype: mx.Dtype) -> nn.QuantizedLinear:
+    return _packed(HIDDEN, VOCABULARY, dtype)
+
+
+def _seconds(value: float) -> str:
+    """A length of time as a person says it."""
+    if value < 20:
+        return f"{value:.1f} s"
+    if value < 200:
+        return f"{value:.0f} s"
+    return f"{value / 60:.0f} min" if value < 7200 else f"{value / 3600:.0f} h"

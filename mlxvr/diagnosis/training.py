@@ -1,0 +1,73 @@
+"""Training: what rollouts say of their tokens, and the gradient, against transformers and torch."""
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+from mlx.utils import tree_flatten
+
+from mlxvr.diagnosis import reference
+from mlxvr.diagnosis.findings import Finding, judge
+from mlxvr.grpo.gradient import group_gradient, group_logprobs
+from mlxvr.grpo.loss import LossConfig
+from mlxvr.grpo.rollout import rollout
+
+__all__ = ["check_gradient", "check_repeatable", "check_rollout"]
+
+_TRAINING = "training would learn something else here: please report it with this output"
+
+
+def check_rollout() -> Iterator[Finding]:
+    """Log-probs that a rollout notes are those of the training pass over the same tokens."""
+    model = reference.open_model("qwen3_vl")
+    reference.attach_known_adapter(model)
+    encoded = reference.group(model, reference.prompt(model, "clip")).prompt
+    drawn = rollout(model, encoded, group_size=4, max_tokens=24, temperature=1.0, seed=1)
+    again = group_logprobs(model, drawn)
+    error = max(
+        float(np.abs(completion.logprobs - again[index, : len(completion.ids)]).max())
+        for index, completion in enumerate(drawn.completions)
+    )
+    yield judge("rollout = training pass", error, green=1e-3, red=5e-2, what="difference in log p", advice=_TRAINING)
+
+
+def check_gradient() -> Iterator[Finding]:
+    """The gradient of a packed group, against one completion at a time in torch, in float64."""
+    truth = reference.load()
+    for kind in ("float32", "4bit"):
+        gradient = _gradient(kind)
+        expected = truth.gradient(kind)
+        error = max(_norm_error(gradient[name], array) for name, array in expected.items())
+        yield judge(f"packed gradient, {kind}", error, green=1e-3, red=5e-2, what="relative error", advice=_TRAINING)
+
+
+def check_repeatable() -> Iterator[Finding]:
+    """The same step three times gives the same bits: a resumed run then continues as if it had never stopped."""
+    first, *others = (_gradient("float32") for _ in range(3))
+    differing = sorted(
+        name for name, array in first.items() if any(not np.array_equal(array, other[name]) for other in others)
+    )
+    text = "the same gradient three times" if not differing else f"{len(differing)} of {len(first)} arrays differ"
+    yield Finding(
+        check="training repeats to the bit",
+        status="yellow" if differing else "green",
+        text=text,
+        advice="runs with one seed differ by rounding here, and a resumed run from an unbroken one"
+        if differing
+        else "",
+    )
+
+
+def _gradient(kind: str) -> dict[str, np.ndarray]:
+    model = reference.open_model("qwen3_vl")
+    if kind == "4bit":
+        reference.quantize(model)
+    reference.attach_known_adapter(model)
+    made = reference.group(model, reference.prompt(model, "clip"))
+    config = LossConfig(beta=0.0)
+    gradient, _ = group_gradient(model, made, reference.ADVANTAGES, config=config)  # type: ignore[arg-type]
+    arrays: Mapping[str, object] = dict(tree_flatten(gradient))
+    return {name: np.array(array) for name, array in arrays.items()}
+
+
+def _norm_error(found: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
