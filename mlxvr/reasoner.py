@@ -14,6 +14,7 @@ from any thread: the calls of one are served in order, and reasoners take turns.
 Code of an app that evaluates MLX arrays itself does so inside `mlxvr.model.device.use_device`.
 """
 
+import dataclasses
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
@@ -185,12 +186,16 @@ class Reasoner:
     def restore(self, path: str | PathLike[str]) -> "Clip":
         """Open a clip that `Clip.save` wrote: its prefix is not computed again.
 
+        The file stays needed: keys and values that were given back are read from it again.
+
         Raises:
-            ConfigError: the file was written with another model or other cache settings.
+            ConfigError: the file is damaged, or was written with another model, adapter, dtype, `kv_bits`, system
+                prompt, or other limits of frames and tokens; the message names all that differ.
         """
-        network = self._alive()
-        prefix = self._worker.call(lambda _: Prefix.load(Path(path), network))
-        clip = Clip(self, prefix.media[0] if prefix.media else None, decode_seconds=0.0)
+        self._alive()
+        file = Path(path).absolute()
+        prefix = self._worker.call(lambda _: self._load_prefix(file))
+        clip = Clip(self, prefix.media[0] if prefix.media else None, decode_seconds=0.0, file=file)
         clip._prefix = prefix
         self._clips.add(clip)
         return clip
@@ -229,6 +234,14 @@ class Reasoner:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _load_prefix(self, file: Path) -> Prefix:
+        """Read a saved prefix, on the thread of all reasoners."""
+        return Prefix.load(file, self._alive(), self._prefix_settings(), kv_bits=self.kv_bits)
+
+    def _prefix_settings(self) -> dict[str, object]:
+        """What a clip's prefix depends on beside the model."""
+        return {"system_prompt": self.system_prompt, **dataclasses.asdict(self.spec)}
+
     def _alive(self) -> "VideoModel":
         if self._network is None:
             raise ConfigError("this reasoner is closed: load it again with mlxvr.load(...)")
@@ -245,12 +258,14 @@ class Clip:
         *,
         decode_seconds: float,
         progress: Progress | None = None,
+        file: Path | None = None,
     ):
-        """`Reasoner.open` is the way in."""
+        """`Reasoner.open` and `Reasoner.restore` are the ways in; `file` is what the clip was restored from."""
         self._reasoner = reasoner
         self._vision = vision
         self._prefix: Prefix | None = None
         self._decode_seconds = decode_seconds
+        self._file = file
         self._progress = progress
 
     @property
@@ -297,7 +312,7 @@ class Clip:
         def work(should_stop: ShouldStop) -> None:
             prompt = self._prompt(network, Question("?"))
             prefix, _ = self._prepare(network, prompt, should_stop)
-            prefix.save(Path(path), network)
+            prefix.save(Path(path), network, self._reasoner._prefix_settings())
 
         self._reasoner._worker.call(work)
 
@@ -315,13 +330,27 @@ class Clip:
     # What follows runs on the reasoner's thread.
 
     def _answer(self, question: Question, should_stop: ShouldStop) -> Iterator[Event]:
+        """Answer, and forget the prefix if that fails: what a failed evaluation left of it is not built upon.
+
+        A rewind takes back what was refused or stopped, as it takes back an answer.
+        """
+        try:
+            yield from self._think(question, should_stop)
+        except (Cancelled, ConfigError):
+            raise
+        except Exception:
+            self._prefix = None
+            memory.give_back()
+            raise
+
+    def _think(self, question: Question, should_stop: ShouldStop) -> Iterator[Event]:
         """Prefill, decode and decide; yields events, the `Answer` last."""
         network = self._reasoner._alive()
         threshold = self._reasoner.threshold if question.threshold is None else question.threshold
         with memory.track_peak() as peak, memory.wired():
             prompt = self._prompt(network, question)
             max_tokens = min(question.max_tokens, network.context_length - len(prompt.ids))
-            fresh = self._prefix is None
+            fresh = self._prefix is None and self._file is None
             prefix, cost = self._prepare(network, prompt, should_stop)
             started = time.perf_counter()
             logits = prefix.extend(network, prompt, step_size=self._reasoner.prefill_step_size, should_stop=should_stop)
@@ -380,6 +409,8 @@ class Clip:
 
     def _prepare(self, network: "VideoModel", prompt: Prompt, should_stop: ShouldStop) -> tuple[Prefix, PrefixCost]:
         """The clip's prefix, computed now if it was not before."""
+        if self._prefix is None and self._file is not None:  # its patches are gone
+            self._prefix = self._reasoner._load_prefix(self._file)
         if self._prefix is not None:
             return self._prefix, PrefixCost(0.0, 0.0)
         prefix, cost = Prefix.compute(

@@ -8,6 +8,7 @@ import asyncio
 import dataclasses
 import gc
 import json
+import shutil
 import threading
 import time
 
@@ -15,9 +16,12 @@ import numpy as np
 import pytest
 
 import mlxvr
-from mlxvr.errors import Cancelled, CheckpointError, ConfigError, MediaError
+from mlxvr.errors import Cancelled, CheckpointError, ConfigError, MediaError, OutOfMemoryError
+from mlxvr.model.loading import load_model
+from mlxvr.model.network import VideoModel
 from tests.checkpoints import write_checkpoint
 from tests.clips import write_clip
+from tests.test_network import write_adapter
 
 FAMILIES = ("qwen2_5_vl", "qwen3_vl")
 MODEST = {"fps": 2.0, "video_tokens": 64}
@@ -240,17 +244,151 @@ def test_a_saved_clip_needs_no_video(folders, clip_path, tmp_path):
         clip = loaded.open(clip_path, **MODEST)
         clip.save(file)
         expected = clip.ask("What?", **asked)
-    with mlxvr.load(folders["qwen3_vl"]) as loaded:
+    with mlxvr.load(folders["qwen3_vl"], dtype="float32") as loaded:  # the folder's own dtype, said aloud
         restored = loaded.restore(file)
         answer = restored.ask("What?", **asked)
         assert_same(answer, expected)
         assert answer.usage.cached_tokens > 0
         assert (restored.grid, restored.seconds) == (clip.grid, clip.seconds)
-    with mlxvr.load(folders["qwen2_5_vl"]) as loaded, pytest.raises(ConfigError, match="another model"):
-        loaded.restore(file)
-    (tmp_path / "junk").write_text("junk")
-    with mlxvr.load(folders["qwen3_vl"]) as loaded, pytest.raises(ConfigError, match="junk"):
-        loaded.restore(tmp_path / "junk")
+        restored.close()
+        assert_same(restored.ask("What?", **asked), expected)  # read again
+        restored.close()
+        file.unlink()
+        with pytest.raises(ConfigError, match=r"clip\.safetensors cannot be read"):
+            restored.ask("What?", **asked)
+
+
+@pytest.fixture(scope="module")
+def saved_clip(folders, clip_path, tmp_path_factory):
+    file = tmp_path_factory.mktemp("saved") / "clip.safetensors"
+    with mlxvr.load(folders["qwen3_vl"], kv_bits=4) as loaded:
+        loaded.open(clip_path, **MODEST).save(file)
+    return file
+
+
+def other_limits(folder):
+    (folder / "mlxvr.json").write_text(json.dumps({"budgets": {"video_tokens": 77, "fps": 1.5}}))
+
+
+@pytest.mark.parametrize(
+    ("options", "change", "names"),
+    [
+        ({"kv_bits": 8}, None, r"another kv_bits \(4 in the file, 8 here\):"),
+        ({}, None, r"another kv_bits \(4 in the file, none here\):"),
+        ({"kv_bits": 4, "dtype": "bfloat16"}, None, r"another dtype \(float32 in the file, bfloat16 here\):"),
+        (
+            {"kv_bits": 4},
+            other_limits,
+            r"another fps \(2.0 in the file, 1.5 here\), video_tokens \(\d+ in .* 77 here\):",
+        ),
+        ({"kv_bits": 4, "adapter": True}, None, r"another adapter:"),
+    ],
+)
+def test_a_saved_clip_is_refused_where_its_keys_would_be_others(folders, saved_clip, tmp_path, options, change, names):
+    folder = folders["qwen3_vl"]
+    if change is not None:
+        folder = shutil.copytree(folder, tmp_path / "model")
+        change(folder)
+    if "adapter" in options:
+        options = options | {"adapter": write_adapter(tmp_path / "adapter", load_model(folder))}
+    with mlxvr.load(folder, **options) as loaded, pytest.raises(ConfigError, match=names):
+        loaded.restore(saved_clip)
+
+
+def test_a_saved_clip_of_another_model_or_system_prompt_is_refused(folders, saved_clip):
+    with mlxvr.load(folders["qwen2_5_vl"]) as loaded, pytest.raises(ConfigError, match=r"another model, .*kv_bits"):
+        loaded.restore(saved_clip)
+    with mlxvr.load(folders["qwen3_vl"], kv_bits=4) as loaded:
+        loaded.system_prompt = "Be brief."
+        with pytest.raises(ConfigError, match=r"another system_prompt \(.* in the file, Be brief. here\)"):
+            loaded.restore(saved_clip)
+
+
+def test_a_system_prompt_that_changes_is_refused_by_an_open_clip(qwen3, clip_path):
+    clip = qwen3.open(clip_path, **MODEST)
+    clip.ask("What?", max_tokens=2)
+    own = qwen3.system_prompt
+    try:
+        qwen3.system_prompt = "Be brief."
+        with pytest.raises(ConfigError, match="open the clip again"):
+            clip.ask("What?", max_tokens=2)
+    finally:
+        qwen3.system_prompt = own
+    clip.ask("What?", max_tokens=2)
+
+
+def test_a_damaged_saved_clip_is_one_clear_line(folders, saved_clip, tmp_path):
+    import mlx.core as mx
+
+    arrays, notes = mx.load(str(saved_clip), return_metadata=True)
+    damages = {
+        "junk": b"junk",
+        "empty": b"",
+        "cut": saved_clip.read_bytes()[:-1000],
+        "cut in its header": saved_clip.read_bytes()[:100],
+    }
+    variants = {
+        "without an array": ({name: array for name, array in arrays.items() if name != "1.values.2"}, notes),
+        "without ids": (arrays, {name: note for name, note in notes.items() if name != "ids"}),
+        "no JSON": (arrays, {**notes, "settings": "{"}),
+        "another shape": (arrays, {**notes, "media": "3"}),
+        "fewer ids": (arrays, {**notes, "ids": "[1, 2]"}),
+        "fewer layers": (arrays, {**notes, "mlxvr_cache": json.dumps(json.loads(notes["mlxvr_cache"])[:-1])}),
+        "a short layer": ({**arrays, "1.keys.0": arrays["1.keys.0"][:, :, :5]}, notes),
+        "no cache": (arrays, {}),
+    }
+    with mlxvr.load(folders["qwen3_vl"], kv_bits=4) as loaded:
+        for name, data in damages.items():
+            (tmp_path / name).write_bytes(data)
+        for name, (tensors, metadata) in variants.items():
+            mx.save_safetensors(str(tmp_path / "part.safetensors"), tensors, metadata)
+            (tmp_path / "part.safetensors").rename(tmp_path / name)
+        for name in (*damages, *variants, "missing"):
+            with pytest.raises(ConfigError, match=name) as error:
+                loaded.restore(tmp_path / name)
+            assert "\n" not in str(error.value)
+        assert loaded.restore(saved_clip).grid
+
+
+@pytest.mark.parametrize("restored", [False, True])
+def test_a_failed_evaluation_does_not_poison_a_clip(folders, clip_path, saved_clip, monkeypatch, tmp_path, restored):
+    """The cache is extended before it is evaluated: when that fails, its arrays hold work that fails again."""
+    import mlx.core as mx
+
+    asked = {"mode": "think", "max_tokens": 8}
+    embed = VideoModel.embed
+
+    cut = tmp_path / "cut.npy"
+    mx.save(str(cut), mx.zeros(1000))
+    cut.write_bytes(cut.read_bytes()[:-400])
+
+    def unreadable(model, *args, **kwargs):
+        """Something that fails when it is evaluated, and again each time."""
+        return embed(model, *args, **kwargs) + mx.load(str(cut)).sum()
+
+    def too_large(mlp, x):
+        raise RuntimeError("[metal::malloc] Attempting to allocate 1 bytes")  # as MLX words it
+
+    with mlxvr.load(folders["qwen3_vl"], kv_bits=4) as loaded:
+        clip = loaded.restore(saved_clip) if restored else loaded.open(clip_path, **MODEST)
+        expected = clip.ask("Which?", **asked)
+        mlp = type(loaded._network.layers[0].mlp)
+        for owner, name, failing, error in (
+            (VideoModel, "embed", unreadable, RuntimeError),
+            (mlp, "__call__", too_large, OutOfMemoryError),
+        ):
+            with monkeypatch.context() as patch:
+                patch.setattr(owner, name, failing)
+                with pytest.raises(error):
+                    clip.ask("What is it that happens at the very end of all this?", **asked)
+            assert_same(clip.ask("Which?", **asked), expected)
+        held = mx.get_active_memory()
+        with monkeypatch.context() as patch:
+            patch.setattr(mlp, "__call__", too_large)
+            with pytest.raises(OutOfMemoryError) as kept:
+                clip.ask("What?", **asked)
+        assert mx.get_active_memory() < held  # though the error is still held
+        del kept
 
 
 def test_quantized_keys_and_values(folders, clip_path):

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from mlxvr.answer import Answer, FirstAnswer
 from mlxvr.dataset import Row
-from mlxvr.errors import Cancelled, MlxvrError, OutOfMemoryError
+from mlxvr.errors import Cancelled, MlxvrError
 from mlxvr.evaluation.grading import final_answer
 from mlxvr.evaluation.samples import Sample
 from mlxvr.media.rows import read_ahead
@@ -86,8 +86,6 @@ def _ask(reasoner: "Reasoner", clip: "Clip", row: Row, asking: Asking, decode_se
     except Cancelled:
         raise
     except MlxvrError as error:
-        if isinstance(error, OutOfMemoryError):
-            clip.close()  # gives memory back, and what was left half done is not built upon
         return _failed(row, error)
     assert isinstance(event, Answer), "a stream ends with its Answer"
     text = event.second

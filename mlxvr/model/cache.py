@@ -98,29 +98,40 @@ def save(cache: Sequence[Any], path: str | os.PathLike[str], metadata: Mapping[s
 
 
 def load(path: str | os.PathLike[str]) -> tuple[list[Any], dict[str, str]]:
-    """Read what `save` wrote: the cache and the caller's notes.
+    """Read what `save` wrote: the cache, evaluated, and the caller's notes.
 
-    Raises `ConfigError` when the file cannot be read or is no saved cache.
+    Raises `ConfigError` when the file cannot be read, is damaged or is no saved cache.
     """
-    from mlx_vlm.models.cache import KVCache, QuantizedKVCache
-
     try:
         loaded = mx.load(str(path), format="safetensors", return_metadata=True)
         arrays, notes = cast("tuple[dict[str, mx.array], dict[str, str]]", loaded)
-        layers = json.loads(notes.pop(_LAYOUT))
+        mx.eval(list(arrays.values()))  # now, while it can be said whose fault it is
+        layout = notes.pop(_LAYOUT, None)
+        if layout is None:
+            raise ConfigError(f"{path} is a safetensors file but no saved cache: write one with Clip.save")
+        return [_read_layer(arrays, index, layer) for index, layer in enumerate(json.loads(layout))], notes
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"{path} is damaged, a part of the saved cache is missing ({error}): save it again"
+        ) from error
     except (OSError, RuntimeError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read as a saved cache: {error}") from error
-    except KeyError as error:
-        raise ConfigError(f"{path} is a safetensors file but no saved cache") from error
-    cache: list[Any] = []
-    for index, quantized in enumerate(layers):
-        layer = QuantizedKVCache(**quantized) if quantized else KVCache()
-        parts = 3 if quantized else 1
-        keys, values = ([arrays[f"{index}.{kind}.{part}"] for part in range(parts)] for kind in ("keys", "values"))
-        layer.keys, layer.values = (tuple(keys), tuple(values)) if quantized else (keys[0], values[0])
-        layer.offset = keys[0].shape[2]
-        cache.append(layer)
-    return cache, notes
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{path} cannot be read as a saved cache: {reason}") from error
+
+
+def _read_layer(arrays: Mapping[str, mx.array], index: int, quantized: Mapping[str, int]) -> Any:
+    """One layer's cache from the arrays of a file; `quantized` holds its bits and group size, if it has any."""
+    from mlx_vlm.models.cache import KVCache, QuantizedKVCache
+
+    layer = QuantizedKVCache(**quantized) if quantized else KVCache()
+    parts = 3 if quantized else 1
+    keys, values = ([arrays[f"{index}.{kind}.{part}"] for part in range(parts)] for kind in ("keys", "values"))
+    lengths = {array.shape[2] if array.ndim == 4 else -1 for array in (*keys, *values)}
+    if len(lengths) > 1 or -1 in lengths:
+        raise ValueError(f"the arrays of layer {index} do not fit each other")
+    layer.keys, layer.values = (tuple(keys), tuple(values)) if quantized else (keys[0], values[0])
+    layer.offset = keys[0].shape[2]
+    return layer
 
 
 def _is_quantized(layer: Any) -> bool:

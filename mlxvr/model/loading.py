@@ -70,12 +70,12 @@ def load_model(
     weights = map_weights(found)
     _prepare_quantized(network, found, weights)
     network.load_weights(list(weights.items()), strict=True)
-    fingerprint = found.fingerprint()
+    parts = {"model": found.fingerprint()}
     if adapter is not None:
-        fingerprint += apply_adapter(network, Path(adapter))
+        parts["adapter"] = apply_adapter(network, Path(adapter))
     if dtype is not None:
         network.set_dtype(getattr(mx, dtype))
-        fingerprint += dtype
+        parts["dtype"] = dtype
     network.eval()
     if not lazy:
         mx.eval(network.parameters())
@@ -87,7 +87,8 @@ def load_model(
         spec=spec,
         tokenizer=tokenizer,
         settings=found.settings,
-        fingerprint=fingerprint,
+        fingerprint="".join(parts.values()),
+        parts=parts,
     )
 
 

@@ -9,7 +9,7 @@ The weights and layers are mlx-vlm's. What is done here instead of there:
   part of them that is its own.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,6 +65,7 @@ class VideoModel:
         tokenizer: with the chat template.
         settings: `mlxvr.json` of a converted folder, else {}.
         fingerprint: tells one set of weights from another.
+        parts: what the fingerprint is made of: "model", and "adapter" and "dtype" where they were asked for.
         network: mlx-vlm's module, for those who train or convert it.
     """
 
@@ -78,6 +79,7 @@ class VideoModel:
         tokenizer: ChatTokenizer,
         settings: dict[str, Any] | None = None,
         fingerprint: str = "",
+        parts: Mapping[str, str] | None = None,
     ):
         """Put the parts together; `load_model` is the usual way."""
         self.network = network
@@ -87,6 +89,7 @@ class VideoModel:
         self.tokenizer = tokenizer
         self.settings = settings or {}
         self.fingerprint = fingerprint
+        self.parts = dict(parts or {"model": fingerprint})
 
     @property
     def eos_ids(self) -> frozenset[int]:
@@ -120,11 +123,16 @@ class VideoModel:
         layers: list[Any] = self.network.language_model.model.layers
         return layers
 
-    def make_cache(self, kv_bits: int | None = None) -> list[Any]:
-        """An empty KV cache; see `mlxvr.model.cache.make`."""
+    @property
+    def key_shape(self) -> tuple[int, int]:
+        """Heads of keys and values, and numbers in each of them."""
         text = self.config["text_config"]
         head_dim = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
-        return kv.make(len(self.layers), head_dim=head_dim, kv_bits=kv_bits)
+        return int(text["num_key_value_heads"]), int(head_dim)
+
+    def make_cache(self, kv_bits: int | None = None) -> list[Any]:
+        """An empty KV cache; see `mlxvr.model.cache.make`."""
+        return kv.make(len(self.layers), head_dim=self.key_shape[1], kv_bits=kv_bits)
 
     def encode(
         self,

@@ -9,7 +9,8 @@ A prefix can be saved and loaded. A loaded one knows the shape of its media, not
 
 import json
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ class Prefix:
                 progress=progress,
                 should_stop=should_stop,
             )
-        media = tuple(_without_patches(one) for one in prompt.media)
+        media = tuple(_without_patches(medium) for medium in prompt.media)
         prefix = cls(media, cache, prompt.ids[:end].copy())
         return prefix, PrefixCost(seen - started, time.perf_counter() - seen)
 
@@ -111,36 +112,86 @@ class Prefix:
         mx.eval(logits)
         return logits
 
-    def save(self, path: Path, network: VideoModel) -> None:
-        """Write the prefix as safetensors, atomically."""
+    def save(self, path: Path, network: VideoModel, settings: Mapping[str, object]) -> None:
+        """Write the prefix as safetensors, atomically.
+
+        `settings` holds what it depends on beside the model: name -> value, JSON-ready.
+        """
         kv.trim(self.cache, self.length)
-        media = [
-            {"kind": one.kind, "grid": one.grid, "seconds": one.seconds, "second_per_grid": one.second_per_grid}
-            for one in self.media
-        ]
-        described = {"model": network.fingerprint, "ids": json.dumps(self.ids.tolist()), "media": json.dumps(media)}
-        kv.save(self.cache, path, described)
+        notes = {
+            "model": network.parts,
+            "settings": {**_computed_with(network, self.cache), **settings},
+            "ids": self.ids.tolist(),
+            "media": [_described(medium) for medium in self.media],
+        }
+        kv.save(self.cache, path, {name: json.dumps(note) for name, note in notes.items()})
 
     @classmethod
-    def load(cls, path: Path, network: VideoModel) -> "Prefix":
-        """Read what `save` wrote; `ConfigError` if it was written with another model or is no such file."""
-        cache, described = kv.load(path)
-        if not {"model", "ids", "media"} <= described.keys():
-            raise ConfigError(f"{path} is no saved clip: write one with Clip.save")
-        if described["model"] != network.fingerprint:
-            raise ConfigError(f"{path} was saved with another model: open the clip itself with this one")
-        media = tuple(
-            VisionInput(
-                kind=one["kind"],
-                patches=np.empty((0, 0), np.uint8),
-                grid=tuple(one["grid"]),
-                seconds=tuple(one["seconds"]),
-                second_per_grid=one["second_per_grid"],
+    def load(
+        cls, path: Path, network: VideoModel, settings: Mapping[str, object], *, kv_bits: int | None = None
+    ) -> "Prefix":
+        """Read what `save` wrote.
+
+        Raises `ConfigError` if it is damaged or no such file, or was saved with another model, adapter, dtype,
+        `kv_bits` or other `settings`; the message names all that differ.
+        """
+        cache, notes = kv.load(path)
+        try:
+            model, saved, ids, media = (json.loads(notes[name]) for name in ("model", "settings", "ids", "media"))
+            restored = cls(tuple(_undescribed(medium) for medium in media), cache, np.array(ids, np.int32))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f"{path} is no saved clip, or an older version's: write one with Clip.save") from error
+        here = {**_computed_with(network, network.make_cache(kv_bits)), **json.loads(json.dumps(settings))}
+        differing = [name for name in ("model", "adapter") if model.get(name, "") != network.parts.get(name, "")]
+        differing += [
+            f"{name} ({_short(saved.get(name))} in the file, {_short(here.get(name))} here)"
+            for name in sorted(saved.keys() | here.keys())
+            if saved.get(name) != here.get(name)
+        ]
+        if differing:
+            raise ConfigError(
+                f"{path} was saved with another {', '.join(differing)}: load the model as it was then, or open the "
+                "clip itself"
             )
-            for one in json.loads(described["media"])
-        )
-        return cls(media, cache, np.array(json.loads(described["ids"]), np.int32))
+        shapes = {(layer.offset, *_heads(layer)) for layer in cache}
+        if len(cache) != len(network.layers) or shapes != {(len(restored.ids), *network.key_shape)}:
+            raise ConfigError(
+                f"{path} is damaged: its keys and values are not those of its tokens; save the clip again"
+            )
+        return restored
 
 
-def _without_patches(one: VisionInput) -> VisionInput:
-    return VisionInput(one.kind, one.patches[:0], one.grid, one.seconds, one.second_per_grid)
+def _computed_with(network: VideoModel, cache: Sequence[Any]) -> dict[str, Any]:
+    """What keys and values depend on beside weights and prompt."""
+    return {
+        "dtype": str(network.layers[0].input_layernorm.weight.dtype).removeprefix("mlx.core."),
+        "kv_bits": getattr(cache[0], "bits", None),
+    }
+
+
+def _heads(layer: Any) -> tuple[int, int]:
+    """How many heads of keys a layer's cache holds, and their size."""
+    if hasattr(layer, "bits"):
+        return int(layer.keys[0].shape[1]), int(layer.keys[1].shape[3]) * int(layer.group_size)
+    return int(layer.keys.shape[1]), int(layer.keys.shape[3])
+
+
+def _described(medium: VisionInput) -> dict[str, Any]:
+    """A medium without its patches, JSON-ready."""
+    return {field.name: getattr(medium, field.name) for field in fields(medium) if field.name != "patches"}
+
+
+def _undescribed(description: Mapping[str, Any]) -> VisionInput:
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in description.items()
+    }
+    return VisionInput(patches=np.empty((0, 0), np.uint8), **values)
+
+
+def _short(value: object) -> str:
+    text = "none" if value is None else " ".join(str(value).split())
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def _without_patches(medium: VisionInput) -> VisionInput:
+    return replace(medium, patches=medium.patches[:0])

@@ -88,7 +88,6 @@ def answer_all(
             except Cancelled:
                 raise
             except MlxvrError as failure:
-                clips.close()  # what a failure left of its keys and values is not built upon
                 error = " ".join(str(failure).split())
                 failed += 1
                 _log.warning("%s %s is not answered: %s", request.task, request.doc_id, error)
