@@ -171,7 +171,7 @@ def test_a_question_that_fails_costs_itself(reasoner, truth, tmp_path, caplog):
     with open_log(options.log_file, reasoner, options) as log:
         responses = list(answer_all(reasoner, requests, options, log=log))
     assert [response.text for response in responses] == ["", "", truth[0].text, "", truth[0].text]
-    assert responses[4].answer.usage.cached_tokens == 0, "nothing that a failure left is built upon"
+    assert responses[4].answer.usage.cached_tokens > 0, "a refused question costs its clip nothing"
     assert "broken.mp4" in responses[0].error
     assert "2 videos" in responses[1].error
     assert "the question is empty" in responses[3].error
