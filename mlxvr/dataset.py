@@ -39,7 +39,8 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any, Literal, TypeAlias, get_args
 
-from mlxvr.errors import DataError
+from mlxvr.errors import DataError, MediaError
+from mlxvr.paths import list_frames, local_path, parse_location
 
 __all__ = [
     "Answer",
@@ -71,7 +72,6 @@ _OPTIONAL = (
     "subtitles",
     "answer_opening",
 )
-_FRAME_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 _LETTER = re.compile(r"\(?([A-Z])(?:\)|[.:)]\s.*|[.:]|$)", re.DOTALL)
 _SUBTITLES = "This video's subtitles are listed below:"  # Video-MME's own words
 
@@ -128,17 +128,13 @@ class Row:
         return f"{_SUBTITLES}\n{self.subtitles}\n{self.question}" if self.subtitles else self.question
 
     def source(self) -> Path | list[Path] | None:
-        """What to open: a file, the frames of a folder in the order of their names, or None for text alone.
+        """What to open: a file, the frames of a folder in natural order (1, 2, .., 10), or None for text alone.
 
         Raises `DataError` if a folder of frames holds none.
         """
         if self.video is None or self.frames_fps is None:
             return self.video or self.image
-        frames = (
-            sorted(path for path in self.video.iterdir() if path.suffix.lower() in _FRAME_SUFFIXES)
-            if self.video.is_dir()
-            else []
-        )
+        frames = list_frames(self.video) if self.video.is_dir() else []
         if not frames:
             raise DataError(f"{self.line}: {self.video} is no folder of jpg or png frames: unpack it again")
         return frames
@@ -236,19 +232,21 @@ def make_locator(folder: Path, media_root: Path | None) -> Callable[[str], Path]
     """
 
     def locate(text: str) -> Path:
-        if "://" in text or "\0" in text:
-            raise DataError(f"{text!r} is not a local path: download the file and give its path")
+        try:
+            path = parse_location(text)
+        except MediaError as error:
+            raise DataError(str(error)) from None
         if media_root is not None:
             root = Path(os.path.abspath(media_root))
-            path = Path(os.path.normpath(root / text))
+            path = Path(os.path.normpath(root / path))
             if not path.is_relative_to(root):
                 raise DataError(f"{text!r} leaves the media root {root}: give a media root that holds it")
-            return path
-        if Path(text).is_absolute():
+            return local_path(path)
+        if path.is_absolute():
             raise DataError(f"{text!r} is an absolute path: make it relative to the file, or give a media root")
-        if not (folder / text).resolve().is_relative_to(folder.resolve()):
+        if not (folder / path).resolve().is_relative_to(folder.resolve()):
             raise DataError(f"{text!r} leaves the folder of the file: move the media there, or give a media root")
-        return folder / text
+        return local_path(folder / path)
 
     return locate
 

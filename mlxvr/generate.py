@@ -19,7 +19,9 @@ from mlxvr.bars import Bars
 from mlxvr.cli import VerbParser, run_verb
 from mlxvr.errors import ConfigError
 from mlxvr.media.container import check_file
+from mlxvr.media.sequence import folder_frames
 from mlxvr.model.loading import DTYPES
+from mlxvr.paths import local_path
 
 __all__ = ["main", "make_parser"]
 
@@ -37,7 +39,12 @@ def make_parser() -> VerbParser:
     ask.add_argument("--model", metavar="M", help="folder or Hub id (default: the bundled demo checkpoint)")
     ask.add_argument("--adapter", metavar="DIR", help="folder of LoRA weights to put on top")
     ask.add_argument("--revision", metavar="R", help="branch, tag or commit of a Hub id")
-    ask.add_argument("--video", metavar="F", help="a video or an image (default: a bundled clip)")
+    ask.add_argument(
+        "--video",
+        metavar="F",
+        action="append",
+        help="a video, an image or a folder of frames (default: a bundled clip)",
+    )
     ask.add_argument(
         "--prompt",
         metavar="Q",
@@ -61,9 +68,10 @@ def make_parser() -> VerbParser:
     think.add_argument("--seed", metavar="N", type=int, help="makes sampling repeatable")
 
     frames = parser.add_argument_group("which frames", "defaults come from the checkpoint")
-    frames.add_argument("--fps", metavar="F", type=float, help="frames to sample per second")
+    frames.add_argument("--fps", metavar="F", type=float, help="frames to sample per second; of a folder: its own rate")
     frames.add_argument("--max-frames", metavar="N", type=int, help="the most frames to sample")
     frames.add_argument("--video-tokens", metavar="N", type=int, help="the most tokens that the clip may take")
+    frames.add_argument("--image-tokens", metavar="N", type=int, help="the most tokens that an image may take")
     frames.add_argument("--start", metavar="S", type=float, help="seconds")
     frames.add_argument("--end", metavar="S", type=float, help="seconds")
 
@@ -94,7 +102,7 @@ def _generate(args: argparse.Namespace) -> int:
     sampling: dict[str, Any] = {
         name: getattr(args, name) for name in ("mode", "threshold", "max_tokens", "temperature", "top_p", "seed")
     }
-    check_file(video)  # what can be found wrong before the model is loaded is
+    (folder_frames if video.is_dir() else check_file)(video)  # what can be found wrong before the model is loaded is
     for one in asked:
         Question(one.prompt, one.options, one.kind, **sampling)
     answers = []
@@ -114,11 +122,14 @@ def _generate(args: argparse.Namespace) -> int:
             fps=args.fps,
             max_frames=args.max_frames,
             video_tokens=args.video_tokens,
+            image_tokens=args.image_tokens,
             start=args.start,
             end=args.end,
             progress=progress,
         ) as clip,
     ):
+        if video.is_dir() and args.fps is None:
+            print(f"frames of a folder: read as {loaded.spec.fps:g} a second; --fps says another rate", file=sys.stderr)
         for number, one in enumerate(asked):
             asking: dict[str, Any] = {"options": one.options, "kind": one.kind, **sampling}
             if args.json:
@@ -140,7 +151,9 @@ def _what_to_ask(args: argparse.Namespace) -> tuple[Path, list[_Asked]]:
     if args.video is None and args.prompt:
         raise ConfigError("no clip to ask about: name one with --video FILE")
     if args.prompt:
-        return Path(args.video), [_Asked(prompt, args.option, args.kind) for prompt in args.prompt]
+        if len(args.video) > 1:
+            raise ConfigError(f"--video is given {len(args.video)} times: one clip is asked about at a time, keep one")
+        return local_path(args.video[0]), [_Asked(prompt, args.option, args.kind) for prompt in args.prompt]
     if args.model is not None:
         raise ConfigError("no clip and no question for this model: add --video FILE --prompt 'What happens?'")
     folder = reasoner.demo_folder()

@@ -139,6 +139,8 @@ class Reasoner:
         max_frames: int | None = None,
         frames: int | None = None,
         video_tokens: int | None = None,
+        image_tokens: int | None = None,
+        timestamps: Sequence[float] | None = None,
         start: float | None = None,
         end: float | None = None,
         progress: Progress | None = None,
@@ -146,13 +148,17 @@ class Reasoner:
         """Read a clip's frames; the model first sees them when a question is asked.
 
         Args:
-            source: path of a video or an image, a PIL image, an (h, w, 3) uint8 array, or a list of images / an
-                (n, h, w, 3) array as the frames of a video at `fps`; what `mlxvr.media.load_vision` made of one, with
-                `spec`, for those who read the next clip meanwhile; None: questions of text alone.
-            fps: frames to sample per second; None: the checkpoint's.
+            source: path or `file:` URL of a video or an image, a PIL image, an (h, w, 3) uint8 array; frames: a folder
+                of images, a list of images, paths or arrays, or an (n, h, w, 3) array; what `mlxvr.media.load_vision`
+                made of one, with `spec`, for those who read the next clip meanwhile; None: questions of text alone.
+            fps: frames to sample per second; of frames: the rate at which they were taken, and all of them are used up
+                to `max_frames`. None: the checkpoint's.
             max_frames: the most frames to sample; None: the checkpoint's.
             frames: sample exactly this many (rounded to a multiple of two) instead of by `fps`.
-            video_tokens: the most tokens that the whole clip may take; None: the checkpoint's.
+            video_tokens: the most tokens that the whole clip may take, also an image; None: the checkpoint's. A frame
+                never gets fewer than `spec.frame_min_tokens`; a clip that takes more for that reason is logged.
+            image_tokens: the most tokens that an image may take; None: the checkpoint's, at most 4,096.
+            timestamps: seconds of each frame, ascending, instead of `fps`; `start` and `end` are times on them.
             start: seconds; None: from the beginning.
             end: seconds; None: to the end.
             progress: called with (stage, done, total); stages are "decoding", "vision" and "prefill".
@@ -162,14 +168,25 @@ class Reasoner:
             ConfigError: an option has a value that cannot be used.
         """
         self._alive()
-        spec = self.spec.with_overrides(fps=fps, max_frames=max_frames, video_tokens=video_tokens)
+        if fps is not None and timestamps is not None:
+            raise ConfigError("fps and timestamps both say when frames were taken: give one of them")
+        spec = self.spec.with_overrides(
+            fps=fps, max_frames=max_frames, video_tokens=video_tokens, image_max_tokens=image_tokens
+        )
         started = time.perf_counter()
         vision = (
             source
             if source is None or isinstance(source, VisionInput)
             else self._worker.run_here(
                 lambda should_stop: load_vision(
-                    source, spec, nframes=frames, start=start, end=end, progress=progress, should_stop=should_stop
+                    source,
+                    spec,
+                    timestamps=timestamps,
+                    nframes=frames,
+                    start=start,
+                    end=end,
+                    progress=progress,
+                    should_stop=should_stop,
                 )
             )
         )

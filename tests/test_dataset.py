@@ -203,7 +203,10 @@ def without(record, *keys):
         ({**QUESTION, "video": "../a.mp4"}, "'../a.mp4' leaves the folder of the file"),
         ({**QUESTION, "video": "b/../../a.mp4"}, "'b/../../a.mp4' leaves the folder of the file"),
         ({**QUESTION, "video": "/etc/hosts"}, "'/etc/hosts' is an absolute path: make it relative to the file"),
-        ({**QUESTION, "video": "https://x/a.mp4"}, "'https://x/a.mp4' is not a local path: download the file"),
+        (
+            {**QUESTION, "video": "https://x/a.mp4"},
+            "https://x/a.mp4 is a URL, and only local files are read",
+        ),
     ],
 )
 def test_what_is_refused(write, record, message):

@@ -3,11 +3,13 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from mlxvr import generate
 from tests.checkpoints import write_checkpoint
@@ -63,6 +65,43 @@ def test_the_result_is_for_people_without_json(capfd, model, video):
     assert "question    What?" in out
     assert "A. left" in out
     assert "answer" in out
+
+
+def test_a_second_video_is_refused(capfd, video):
+    """argparse would take the last one, without a word."""
+    code, out, err = run(capfd, "--video", video, "--video", "b.mp4", *ASK)
+    assert_one_line(code, out, err, "--video is given 2 times: one clip is asked about at a time, keep one")
+
+
+@pytest.mark.parametrize("name", ["04.23:50.mp4", "-clip.mp4", "50%.mp4", "a\nb.mp4", "🎬 é.mp4", "clip.mp4 "])
+def test_names_that_look_like_something_else(capfd, model, video, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(video, name)
+    code, out, _ = run(capfd, "--model", model, f"--video={name}", *ASK, "--json")
+    assert code == 0
+    assert json.loads(out)["usage"]["video_tokens"] > 0
+
+
+def test_urls_and_home_folders(capfd, model, video, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copy(video, tmp_path / "My Clip.mp4")
+    for location in ("~/My Clip.mp4", f"file://{tmp_path}/My%20Clip.mp4"):
+        code, *_ = run(capfd, "--model", model, "--video", location, *ASK)
+        assert code == 0
+    code, out, err = run(capfd, "--model", model, "--video", "https://example.com/a.mp4", *ASK)
+    assert_one_line(code, out, err, "https://example.com/a.mp4 is a URL, .* download it first")
+
+
+def test_a_folder_of_frames(capfd, model, tmp_path):
+    for number in range(1, 5):
+        Image.new("RGB", (64, 48), (60 * number,) * 3).save(tmp_path / f"{number}.jpg")
+    (tmp_path / "._1.jpg").write_bytes(b"\0\5\x16\7")
+    code, out, err = run(capfd, "--model", model, "--video", str(tmp_path), "--fps", "1", *ASK, "--json")
+    assert code == 0
+    assert json.loads(out)["usage"]["video_tokens"] > 0
+    assert "--fps says another rate" not in err
+    _, _, err = run(capfd, "--model", model, "--video", str(tmp_path), *ASK)
+    assert "frames of a folder: read as 2 a second; --fps says another rate" in err
 
 
 @pytest.mark.parametrize(

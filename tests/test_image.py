@@ -1,8 +1,11 @@
 """Still pictures: every mode and orientation comes out as upright RGB on white."""
 
+import sys
+
+import av
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, UnidentifiedImageError, features
 
 from mlxvr.errors import ConfigError, MediaError
 from mlxvr.media import VisionSpec, load_vision, read_image
@@ -118,6 +121,79 @@ class TestModes:
         assert vision.kind == "video"
         assert vision.grid[0] == 2
         assert vision.seconds == pytest.approx((0.25, 1.25))
+
+
+class TestPhones:
+    """HEIC and AVIF, as phones write their photos."""
+
+    @pytest.fixture
+    def heif(self):
+        heif = pytest.importorskip("pillow_heif")
+        heif.register_heif_opener()  # so that Pillow writes them; reading does not need it
+        return heif
+
+    @pytest.mark.parametrize("orientation", STORED)
+    @pytest.mark.parametrize("suffix", ["heic", "avif"])
+    def test_orientation(self, tmp_path, heif, suffix, orientation):
+        """Both formats turn by boxes of their own (irot and imir), whatever their EXIF data says besides."""
+        if suffix == "avif" and not features.check("avif"):
+            pytest.skip("this Pillow reads no AVIF")
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        path = tmp_path / f"photo.{suffix}"
+        stored = Image.fromarray(np.ascontiguousarray(STORED[orientation](corner(160, 240))))
+        stored.save(path, exif=exif.tobytes(), quality=95)
+        assert (b"irot" in path.read_bytes() or b"imir" in path.read_bytes()) == (orientation != 1)
+        assert np.abs(read_image(path).astype(int) - corner(160, 240))[12:-12, 12:-12].max() < 8
+        assert np.abs(read_image(path)[2:8, 2:8].astype(int) - (255, 0, 0)).max() < 12
+        assert load_vision(path, SPEC).grid == load_vision(corner(160, 240), SPEC).grid
+
+    def test_tiles(self, tmp_path, heif):
+        """A phone cuts its photos into tiles, which FFmpeg would give one by one."""
+        pixels = np.asarray(Image.linear_gradient("L").resize((500, 300)).convert("RGB"))
+        heif.from_pillow(Image.fromarray(pixels)).save(tmp_path / "photo.heic", tile_size=128, quality=95)
+        with av.open(str(tmp_path / "photo.heic")) as container:
+            assert len(container.streams.video) == 12
+        assert np.abs(read_image(tmp_path / "photo.heic").astype(int) - pixels).max() <= 4
+
+    def test_10_bits(self, tmp_path, heif):
+        """What is shown are the upper 8 of the 10 bits, within a level."""
+        deep = np.linspace(0, 65535, 64 * 96 * 3).reshape(64, 96, 3).astype(np.uint16)
+        heif.from_bytes(mode="RGB;16", size=(96, 64), data=deep.tobytes()).save(tmp_path / "deep.heic", quality=-1)
+        assert np.abs(read_image(tmp_path / "deep.heic") - deep / 257).max() <= 1.5
+
+    def test_the_primary_picture_of_several(self, tmp_path, heif):
+        several = heif.from_pillow(Image.fromarray(corner()))
+        several.add_from_pillow(Image.new("RGB", (64, 80), (0, 255, 0)))
+        several.save(tmp_path / "burst.heic", primary_index=1)
+        vision = load_vision(tmp_path / "burst.heic", SPEC)
+        assert vision.kind == "image"
+        assert read_image(tmp_path / "burst.heic").shape == (80, 64, 3)
+
+    def test_transparency(self, tmp_path, heif):
+        heif.from_pillow(Image.new("RGBA", (64, 64), (0, 0, 0, 0))).save(tmp_path / "clear.heic")
+        assert read_image(tmp_path / "clear.heic").min() >= 253
+
+    def test_a_damaged_one(self, tmp_path, heif):
+        path = tmp_path / "cut.heic"
+        heif.from_pillow(Image.fromarray(corner(300, 400))).save(path)
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        with pytest.raises(MediaError) as caught:
+            load_vision(path, SPEC)
+        assert str(path) in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+    def test_without_the_package(self, tmp_path, heif, monkeypatch):
+        heif.from_pillow(Image.fromarray(corner())).save(tmp_path / "photo.heic")
+        monkeypatch.setitem(sys.modules, "pillow_heif", None)
+        with pytest.raises(MediaError, match="pip install pillow-heif"):
+            load_vision(tmp_path / "photo.heic", SPEC)
+
+    def test_a_pillow_that_cannot_read_it(self, tmp_path, monkeypatch):
+        (tmp_path / "photo.avif").write_bytes(b"\0\0\0\x1cftypavif\0\0\0\0avifmif1miaf" + bytes(100))
+        monkeypatch.setattr(Image, "open", lambda _: (_ for _ in ()).throw(UnidentifiedImageError()))
+        with pytest.raises(MediaError, match="pip install -U pillow"):
+            read_image(tmp_path / "photo.avif")
 
 
 class TestArrays:

@@ -29,6 +29,7 @@ LAYERS = [
             "intervals",
             "ledger",
             "mathematics",
+            "paths",
             "plotting",
             "protocol",
             "records",
@@ -57,7 +58,7 @@ OPTIONAL = {  # extras, imported when they are needed
     "mathematics": {"math_verify"},
     "plotting": {"matplotlib"},
 }
-MEDIA_NEEDS = {"PIL", "av", "numpy"}
+MEDIA_NEEDS = {"PIL", "av", "numpy", "pillow_heif"}
 NEVER = {"cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve", "torch", "torchvision"}
 MLX_VLM = {f"mlxvr.model.{name}" for name in ("adapter", "cache", "decode", "families", "loading", "network")}
 MLX_VLM |= {"mlxvr.diagnosis.speed"}

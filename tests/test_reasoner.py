@@ -14,6 +14,7 @@ import time
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import mlxvr
 from mlxvr.errors import Cancelled, CheckpointError, ConfigError, MediaError, OutOfMemoryError
@@ -427,6 +428,26 @@ def test_images_and_lists_of_frames(reasoner):
     assert clip.grid[0] == 3
     assert clip.seconds == (0.25, 1.25, 2.25)
     assert_same(clip.ask("What?", max_tokens=4), reasoner.open(frames, fps=2.0).ask("What?", max_tokens=4))
+
+
+def test_own_frames_have_the_times_that_they_are_given(reasoner, tmp_path):
+    pixels = np.zeros((4, 56, 56, 3), np.uint8)
+    assert reasoner.open(pixels, timestamps=[10, 11, 12, 15]).seconds == (10.5, 13.5)
+    assert reasoner.open(pixels, timestamps=[10, 11, 12, 15], start=11.5).seconds == (13.5,)
+    for number, frame in enumerate(pixels, start=8):
+        Image.fromarray(frame).save(tmp_path / f"{number}.png")
+    assert reasoner.open(tmp_path, fps=4.0).seconds == (0.125, 0.625)
+    with pytest.raises(ConfigError, match="fps and timestamps"):
+        reasoner.open(pixels, fps=2.0, timestamps=[0, 1, 2, 3])
+
+
+@pytest.mark.parametrize("option", ["image_tokens", "video_tokens"])
+def test_an_image_takes_no_more_tokens_than_it_may(reasoner, option):
+    photo = np.zeros((300, 400, 3), np.uint8)
+    whole = reasoner.open(photo)
+    small = reasoner.open(photo, **{option: 40})
+    assert np.prod(whole.grid) // 4 > 100
+    assert 20 < np.prod(small.grid) // 4 <= 40
 
 
 def test_the_threshold_is_the_flags_else_the_folders_else_the_recipes(folders, clip_path, tmp_path):

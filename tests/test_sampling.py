@@ -163,9 +163,18 @@ def test_frame_sizes_are_the_hand_worked_ones(spec, height, width, n_frames, exp
 @pytest.mark.parametrize(
     ("spec", "height", "width", "expected"),
     [
-        (QWEN2, 480, 640, (476, 644)),  # 391 tokens, within 128 to 16,384
+        (QWEN2, 480, 640, (476, 644)),  # 391 tokens, within 128 to 4,096
         (QWEN2, 100, 100, (336, 336)),  # * 3.1678: 11.31 -> 12
-        (QWEN2, 4000, 6000, (2912, 4368)),  # / 1.3669: 104.5 and 156.8
+        (QWEN2, 4000, 6000, (1456, 2184)),  # / 2.7338: 52.26 and 78.38
+        (QWEN2.with_overrides(image_max_tokens=16_384), 4000, 6000, (2912, 4368)),  # / 1.3669: 104.5 and 156.8
+        (QWEN3, 3024, 4032, (1760, 2336)),  # a phone's 12 megapixels, / 1.7050: 55.43 and 73.90
+        (
+            QWEN3.with_overrides(image_max_tokens=64),
+            1080,
+            1920,
+            (192, 320),
+        ),  # under the least: 6.0 and 10.7
+        (QWEN3.with_overrides(video_tokens=64), 1080, 1920, (192, 320)),  # an image is all of what is shown
         (QWEN3, 64, 64, (384, 384)),  # * 5.6569: 11.31 -> 12
         (QWEN3, 1080, 1920, (1088, 1920)),  # 33.75 -> 34 and 60: 2,040 tokens
     ],
@@ -234,7 +243,7 @@ class TestSpecFromFiles:
         spec = VisionSpec.from_files(config, QWEN25_IMAGE, QWEN25_VIDEO)
         assert (spec.patch_size, spec.merge_size, spec.temporal_patch_size, spec.factor) == (14, 2, 2, 28)
         assert (spec.frame_min_tokens, spec.frame_max_tokens) == (16, 768)  # the files allow 4 to 16,384
-        assert (spec.image_min_tokens, spec.image_max_tokens) == (128, 16384)
+        assert (spec.image_min_tokens, spec.image_max_tokens) == (128, 4096)  # the files allow 4 to 16,384
         assert (spec.video_tokens, spec.fps, spec.min_frames, spec.max_frames) == (16384, 2.0, 4, 768)
         assert spec.mean[0] == 0.48145466
 

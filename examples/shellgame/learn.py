@@ -32,6 +32,7 @@ from mlxvr.grpo.rollout import rollout
 from mlxvr.grpo.trainer import train
 from mlxvr.grpo.validation import judge_answer
 from mlxvr.model.loading import load_model
+from mlxvr.paths import list_visible
 from mlxvr.plotting import BLUE, GREEN, ORANGE, write_plot
 from mlxvr.rewards import Weights
 
@@ -240,7 +241,7 @@ def main(argv: list[str] | None = None) -> int:
                 report = train(settings(folder, run, variant, seed))
                 print(f"{run.name}: {report.steps} steps in {report.seconds:.0f} s", flush=True)
                 answer(run, folder, run / "answers.jsonl")
-    finished = {variant: sorted(folder.glob(f"{variant}-*/answers.jsonl")) for variant in VARIANTS}
+    finished = {variant: list_visible(folder, f"{variant}-*/answers.jsonl") for variant in VARIANTS}
     outcomes = Outcomes(folder, finished)
     (folder / "learning.json").write_text(json.dumps(results(outcomes), indent=1) + "\n", encoding="utf-8")
     draw({variant: [file.with_name("metrics.jsonl") for file in files] for variant, files in finished.items()},

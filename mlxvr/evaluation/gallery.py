@@ -20,6 +20,7 @@ from mlxvr.evaluation.grading import Grade, final_answer
 from mlxvr.evaluation.judged import Judged
 from mlxvr.evaluation.samples import Sample
 from mlxvr.intervals import find_named_interval, segments_of
+from mlxvr.paths import list_frames
 from mlxvr.protocol import is_fallback
 
 __all__ = ["Clip", "embed_frames", "gallery_rows", "read_thumbnails"]
@@ -28,7 +29,6 @@ _FRAMES = 4
 _PIXELS = 30_000  # of a frame: about 230 x 130
 _QUALITY = 72
 _LONGEST = 6_000  # characters of a text that a page carries; samples.jsonl has all
-_PICTURES = {".jpg", ".jpeg", ".png", ".webp"}
 
 Clip = tuple[str, float | None, float | None]  # media as given, start, end
 
@@ -114,7 +114,7 @@ def read_thumbnails(path: Path, *, start: float | None = None, end: float | None
         return {"seconds": seconds, "jpeg": base64.b64encode(out.getvalue()).decode()}
 
     if path.is_dir():
-        pictures = sorted(one for one in path.iterdir() if one.suffix.lower() in _PICTURES)
+        pictures = list_frames(path)
         if not pictures:
             raise MediaError(f"{path} holds no jpg or png frames: unpack it again")
         last = len(pictures) - 1

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlxvr.errors import ConfigError, MlxvrError
 from mlxvr.evaluation.samples import Sample, check_run, read_samples
+from mlxvr.paths import list_visible
 from mlxvr.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def shard_file(output: Path, shard: int) -> Path:
 
 def shard_files(output: Path) -> list[Path]:
     """The files of all shards but the first that are in a folder."""
-    return sorted(output.glob("samples.rank*.jsonl"))
+    return list_visible(output, "samples.rank*.jsonl")
 
 
 def collect(output: Path, run: Mapping[str, Any], ranks: Ranks) -> dict[str, Sample]:

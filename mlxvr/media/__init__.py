@@ -10,9 +10,10 @@ Below it lie `sampling` (which frames, what size), `video` and `image` (files to
 from mlxvr.media.frames import Frames
 from mlxvr.media.image import read_image
 from mlxvr.media.patches import VisionInput, normalise, patchify
+from mlxvr.media.sequence import read_frames
 from mlxvr.media.spec import VisionSpec
 from mlxvr.media.video import VideoInfo, probe, read_video
-from mlxvr.media.vision import load_vision, read_frames
+from mlxvr.media.vision import load_vision
 
 __all__ = [
     "Frames",

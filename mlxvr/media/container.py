@@ -7,29 +7,49 @@ told apart: ISO/IEC 14496-12 section 4.2 (boxes), RFC 8794 section 4 to 6 (EBML)
 """
 
 import os
+import stat
 from pathlib import Path
 from typing import BinaryIO
 
 from mlxvr.errors import MediaError
+from mlxvr.paths import explain_missing
 
-__all__ = ["check_file", "is_image", "missing_bytes", "unreadable"]
+__all__ = ["check_file", "is_heic", "is_image", "missing_bytes", "unreadable"]
 
-_IMAGE_BRANDS = {b"avif", b"avis", b"heic", b"heix", b"mif1", b"msf1"}
+_HEIC_BRANDS = {b"heic", b"heim", b"heis", b"heix", b"hevc", b"hevm", b"hevs", b"hevx"}  # ISO/IEC 23008-12, annex B
+_AVIF_BRANDS = {b"avif", b"avis"}
+_IMAGE_BRANDS = _HEIC_BRANDS | _AVIF_BRANDS | {b"mif1", b"msf1"}
+_APPLE_DOUBLE = b"\x00\x05\x16\x07"  # RFC 1740, appendix B
+_SHOWN_CHARACTERS = 200  # of a path in a message
 _UNKNOWN_SIZE = -1
 
 
 def check_file(path: Path) -> None:
     """Raise `MediaError` unless the path is a file with something in it."""
-    if path.is_dir():
+    try:
+        status = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        raise MediaError(f"{path} {explain_missing(path)}") from None
+    except (OSError, ValueError) as error:  # a name that is too long, a loop of links, a folder that may not be entered
+        reason = getattr(error, "strerror", None) or error
+        raise MediaError(f"{str(path)[:_SHOWN_CHARACTERS]} cannot be looked up ({reason}): check the path") from None
+    if stat.S_ISDIR(status.st_mode):
         raise MediaError(f"{path} is a folder: give the path of a video or image file")
-    if not path.exists():
-        raise MediaError(f"{path} does not exist: check the path")
-    if not path.is_file():
+    if not stat.S_ISREG(status.st_mode):
         raise MediaError(f"{path} is not a regular file: give the path of a video or image file")
-    if not os.access(path, os.R_OK):
-        raise MediaError(f"{path} may not be read: check its permissions")
-    if path.stat().st_size == 0:
+    if status.st_size == 0:
         raise MediaError(f"{path} is empty (0 bytes): copy or download it again")
+    try:
+        head = _head(path)
+    except PermissionError:
+        raise MediaError(
+            f"{path} may not be read: check its permissions, on a Mac also System Settings > Privacy & Security > "
+            "Files and Folders"
+        ) from None
+    except OSError as error:  # such as a file of iCloud while the Mac is offline
+        raise MediaError(f"{path} cannot be read ({error.strerror}): copy or download it again") from None
+    if head.startswith(_APPLE_DOUBLE):
+        raise MediaError(f"{path} is what macOS keeps beside a file on foreign drives: give the file without `._`")
 
 
 def is_image(path: Path) -> bool:
@@ -40,6 +60,16 @@ def is_image(path: Path) -> bool:
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
         return True
     return head[4:8] == b"ftyp" and head[8:12] in _IMAGE_BRANDS
+
+
+def is_heic(path: Path) -> bool:
+    """Whether a picture file is of the HEIF family, as a phone's photos are, and not AVIF."""
+    head = _head(path)
+    if head[4:8] != b"ftyp" or head[8:12] not in _IMAGE_BRANDS:
+        return False
+    end = min(int.from_bytes(head[:4], "big"), len(head))
+    brands = {head[8:12], *(head[place : place + 4] for place in range(16, end, 4))}
+    return not brands & _AVIF_BRANDS
 
 
 def missing_bytes(path: Path) -> int:

@@ -26,8 +26,8 @@ def open_video(path: Path, *, threads: int = 0) -> Iterator[tuple[Any, Any]]:
     block.
     """
     try:
-        # Local files only: a playlist must not make us fetch anything.
-        container = av.open(str(path), container_options={"protocol_whitelist": "file"}, **_METADATA)
+        # Local files only: a playlist must not make us fetch anything. The prefix: a colon in a name ends no protocol.
+        container = av.open(f"file:{path}", container_options={"protocol_whitelist": "file"}, **_METADATA)
     except av.error.FFmpegError as error:
         raise unreadable(path) from error
     with container:

@@ -1,6 +1,8 @@
 """Read still pictures: upright, on white, as RGB."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -8,9 +10,10 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mlxvr.errors import MediaError
-from mlxvr.media.container import check_file
+from mlxvr.media.container import check_file, is_heic, is_image
+from mlxvr.paths import local_path
 
-__all__ = ["ImageSource", "read_image"]
+__all__ = ["ImageSource", "open_image", "read_image", "to_rgb"]
 
 ImageSource: TypeAlias = "str | os.PathLike[str] | Image.Image | np.ndarray"
 
@@ -18,11 +21,13 @@ ImageSource: TypeAlias = "str | os.PathLike[str] | Image.Image | np.ndarray"
 def read_image(source: ImageSource) -> np.ndarray:
     """Read one picture.
 
-    Turned as its EXIF data says; transparent parts lie on white, as in the training code. Pictures of 16 bits
-    a channel are scaled down to 8. Of an animation the first frame is taken.
+    Turned as its EXIF data (in HEIC and AVIF: its own transformations) says; transparent parts lie on white, as in the
+    training code. Pictures of 10 to 16 bits a channel are scaled down to 8. Of an animation the first frame is taken,
+    of a TIFF the first page, of an HEIC file the primary picture.
 
     Args:
-        source: a path, a Pillow image, or a uint8 array (h, w), (h, w, 1), (h, w, 3) or (h, w, 4 with alpha).
+        source: a path or a `file:` URL, a Pillow image (the frame that it stands at), or a uint8 array (h, w),
+            (h, w, 1), (h, w, 3) or (h, w, 4 with alpha).
 
     Returns:
         uint8 (h, w, 3), RGB.
@@ -32,32 +37,33 @@ def read_image(source: ImageSource) -> np.ndarray:
     if isinstance(source, np.ndarray):
         return _from_array(source)
     if isinstance(source, Image.Image):
-        return _from_pillow(source)
-    path = Path(source)
+        return to_rgb(source)
+    with open_image(local_path(source)) as image:
+        image.load()
+        return to_rgb(image)
+
+
+@contextmanager
+def open_image(path: Path) -> Iterator[Image.Image]:
+    """Open a picture file; what Pillow raises within the block becomes a `MediaError` that names the file."""
     check_file(path)
     try:
-        with Image.open(path) as image:
-            image.load()
-            return _from_pillow(image)
+        with _open_heic(path) if is_heic(path) else Image.open(path) as image:
+            yield image
     except UnidentifiedImageError as error:
-        raise MediaError(f"{path} is not an image: give a jpeg, png, webp, gif, bmp or tiff file") from error
+        if is_image(path):
+            raise MediaError(f"{path} is an image that this Pillow cannot read: pip install -U pillow") from error
+        raise MediaError(
+            f"{path} is not an image: give a jpeg, png, webp, gif, heic, avif, bmp or tiff file"
+        ) from error
     except Image.DecompressionBombError as error:
         raise MediaError(f"{path} has too many pixels ({error}): scale it down first") from error
-    except (OSError, SyntaxError, ValueError) as error:  # what Pillow's readers raise on damaged files
+    except (EOFError, OSError, SyntaxError, ValueError) as error:  # what Pillow's readers raise on damaged files
         raise MediaError(f"{path} is a damaged image ({error}): copy or download it again") from error
 
 
-def _from_array(pixels: np.ndarray) -> np.ndarray:
-    if pixels.ndim == 2:
-        pixels = pixels[..., None]
-    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[-1] not in (1, 3, 4) or not pixels.size:
-        raise MediaError(f"the array is {pixels.dtype} {pixels.shape}: expected uint8 (height, width, 3)")
-    if pixels.shape[-1] == 4:
-        return _from_pillow(Image.fromarray(pixels))
-    return np.ascontiguousarray(np.broadcast_to(pixels, (*pixels.shape[:2], 3)))
-
-
-def _from_pillow(image: Image.Image) -> np.ndarray:
+def to_rgb(image: Image.Image) -> np.ndarray:
+    """The pixels of a Pillow image as a person sees them: uint8 (h, w, 3)."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
         return _from_array(_to_8_bits(np.asarray(image)))
@@ -67,6 +73,34 @@ def _from_pillow(image: Image.Image) -> np.ndarray:
         paper.paste(image, mask=image.getchannel("A"))
         return np.asarray(paper)
     return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def _open_heic(path: Path) -> Image.Image:
+    """The primary picture of an HEIC file, turned and cropped as the file says.
+
+    FFmpeg also opens these files, but gives one of the tiles that a phone cuts its photos into, and does not turn it.
+    """
+    try:
+        import pillow_heif
+    except ImportError:
+        raise MediaError(
+            f"{path} is an HEIC photo, and pillow-heif, which reads them, is not installed: pip install pillow-heif"
+        ) from None
+    try:
+        image: Image.Image = pillow_heif.open_heif(path).to_pillow()
+    except RuntimeError as error:
+        raise OSError(str(error)) from error
+    return image
+
+
+def _from_array(pixels: np.ndarray) -> np.ndarray:
+    if pixels.ndim == 2:
+        pixels = pixels[..., None]
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[-1] not in (1, 3, 4) or not pixels.size:
+        raise MediaError(f"the array is {pixels.dtype} {pixels.shape}: expected uint8 (height, width, 3)")
+    if pixels.shape[-1] == 4:
+        return to_rgb(Image.fromarray(pixels))
+    return np.ascontiguousarray(np.broadcast_to(pixels, (*pixels.shape[:2], 3)))
 
 
 def _to_8_bits(values: np.ndarray[Any, Any]) -> np.ndarray:

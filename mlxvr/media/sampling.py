@@ -17,7 +17,7 @@ import numpy as np
 from mlxvr.errors import ConfigError, MediaError
 from mlxvr.media.spec import VisionSpec
 
-__all__ = ["frame_count", "frame_indices", "frame_range", "frame_size", "image_size", "spread"]
+__all__ = ["frame_count", "frame_indices", "frame_range", "frame_size", "image_size", "spread", "time_range"]
 
 FRAME_FACTOR = 2  # frames are sampled in pairs
 MAX_RATIO = 200  # of the longer to the shorter side
@@ -76,6 +76,25 @@ def frame_range(
         raise MediaError(
             f"no frame lies between {start or 0:g} s and {min(end or duration, duration):g} s of the clip "
             f"({source_fps:g} frames per second): give a wider range"
+        )
+    return first, last
+
+
+def time_range(
+    seconds: np.ndarray, duration: float, *, start: float | None = None, end: float | None = None
+) -> tuple[int, int]:
+    """Indices of the first and the last frame whose own times (ascending) lie in a range, both ends included.
+
+    Raises `MediaError` if there is none.
+    """
+    check_range(start, end)
+    tolerance = 1e-6  # stamps are ratios of whole numbers
+    first = 0 if start is None else int(np.searchsorted(seconds, start - tolerance))
+    last = len(seconds) - 1 if end is None else int(np.searchsorted(seconds, end + tolerance, side="right")) - 1
+    if first > last:
+        raise MediaError(
+            f"no frame is shown between {start or 0:g} s and {duration if end is None else end:g} s "
+            f"of the clip's {duration:.2f} s: give another range"
         )
     return first, last
 
@@ -144,14 +163,18 @@ def frame_size(height: int, width: int, n_frames: int, spec: VisionSpec) -> tupl
 
 
 def image_size(height: int, width: int, spec: VisionSpec) -> tuple[int, int]:
-    """(height, width) in pixels that a still image is resized to; as `frame_size`."""
+    """(height, width) in pixels that a still image is resized to; as `frame_size`.
+
+    An image is also held to `spec.video_tokens`: it is all that is shown.
+    """
     token = spec.factor**2
+    most = min(spec.image_max_tokens, spec.video_tokens)
     return _fit(
         height,
         width,
         factor=spec.factor,
-        least=spec.image_min_tokens * token,
-        most=spec.image_max_tokens * token,
+        least=min(spec.image_min_tokens, most) * token,
+        most=most * token,
     )
 
 

@@ -22,8 +22,9 @@ import av
 import numpy as np
 
 from mlxvr.callbacks import ShouldStop
-from mlxvr.errors import Cancelled, MediaError
+from mlxvr.errors import Cancelled
 from mlxvr.media.bitstream import SKIPPABLE, hevc_layer, hevc_length_size, is_shown_vp8
+from mlxvr.media.sampling import time_range
 
 __all__ = ["Timeline", "count_frames", "scan"]
 
@@ -61,15 +62,7 @@ class Timeline:
         For streams of variable rate: where the rate is constant, `sampling.frame_range` is the training
         code's rule. Raises `MediaError` if there is none.
         """
-        tolerance = 1e-6  # stamps are ratios of whole numbers
-        first = 0 if start is None else int(np.searchsorted(self.seconds, start - tolerance))
-        last = len(self) - 1 if end is None else int(np.searchsorted(self.seconds, end + tolerance, side="right")) - 1
-        if first > last:
-            raise MediaError(
-                f"no frame is shown between {start or 0:g} s and {self.duration if end is None else end:g} s "
-                f"of the clip's {self.duration:.2f} s: give another range"
-            )
-        return first, last
+        return time_range(self.seconds, self.duration, start=start, end=end)
 
 
 def scan(

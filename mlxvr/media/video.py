@@ -34,6 +34,7 @@ from mlxvr.media.sampling import check_range, frame_count, frame_range, frame_si
 from mlxvr.media.sink import FrameSink, Orientation
 from mlxvr.media.spec import VisionSpec
 from mlxvr.media.timeline import Timeline, count_frames, scan
+from mlxvr.paths import local_path
 
 __all__ = ["VideoInfo", "probe", "read_video"]
 
@@ -77,7 +78,7 @@ def probe(path: str | Path) -> VideoInfo:
 
     Raises `MediaError` if the file is missing, is not a video or cannot be decoded.
     """
-    path = Path(path)
+    path = local_path(path)
     outline.check_file(path)
     is_cut = outline.missing_bytes(path) > 0
     with open_video(path) as (container, stream):
@@ -127,7 +128,7 @@ def read_video(
         ConfigError: an option has a value that cannot be used.
         Cancelled: `should_stop` said so.
     """
-    path = Path(path)
+    path = local_path(path)
     outline.check_file(path)
     check_range(start, end)
     missing = outline.missing_bytes(path)

@@ -19,6 +19,7 @@ from typing import Any
 from mlxvr.errors import CheckpointError
 from mlxvr.model.families import Family, family_of
 from mlxvr.model.safetensors import TensorInfo, read_header
+from mlxvr.paths import list_visible
 
 __all__ = ["ModelFolder", "TensorInfo"]
 
@@ -214,7 +215,9 @@ def _refuse_foreign_quantization(folder: Path, config: Mapping[str, Any]) -> Non
 def _read_weights(folder: Path) -> dict[str, TensorInfo]:
     """Headers of the shards that the index names, or of the folder's only weights file(s)."""
     index = _read_json(folder / _INDEX)
-    present = {file.name: file for file in folder.glob("*.safetensors") if not file.name.startswith(_NOT_THE_MODEL)}
+    present = {
+        file.name: file for file in list_visible(folder, "*.safetensors") if not file.name.startswith(_NOT_THE_MODEL)
+    }
     if index is None:
         if not present:
             raise _no_weights(folder)
@@ -253,7 +256,7 @@ def _merge(folder: Path, headers: Mapping[str, dict[str, TensorInfo]]) -> dict[s
 
 def _no_weights(folder: Path) -> CheckpointError:
     for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt"):
-        for file in sorted(folder.glob(pattern)):
+        for file in list_visible(folder, pattern):
             return CheckpointError(
                 f"{folder} has its weights as a pickle only ({file.name}), which can run code when it is read and is "
                 "never loaded: get a release with .safetensors files, or save it again with safe_serialization"

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from mlxvr.callbacks import Progress
 from mlxvr.errors import CheckpointError
+from mlxvr.paths import list_all
 from mlxvr.porting.staging import write_synced
 
 __all__ = ["check", "noted"]
@@ -63,7 +64,7 @@ def check(snapshot: Path, known: frozenset[str], progress: Progress | None = Non
     Raises `CheckpointError` that names the files whose content is not what the Hub announced; they have been removed.
     """
     arrived: dict[str, list[Path]] = {}
-    for link in sorted(snapshot.iterdir()):
+    for link in list_all(snapshot):
         name = Path(os.readlink(link)).name if link.is_symlink() else ""
         if name not in known and (_SHA256.fullmatch(name) or _GIT_SHA1.fullmatch(name)):
             arrived.setdefault(name, []).append(link)
@@ -112,7 +113,7 @@ def _discard(links: list[Path]) -> None:
 def _blobs(repository: Path) -> Iterator[str]:
     folder = repository / "blobs"
     if folder.is_dir():
-        yield from (path.name for path in folder.iterdir() if path.suffix != ".incomplete" and path.exists())
+        yield from (path.name for path in list_all(folder) if path.suffix != ".incomplete" and path.exists())
 
 
 def _read(note: Path, default: frozenset[str]) -> frozenset[str]:

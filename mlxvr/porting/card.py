@@ -14,6 +14,7 @@ from typing import Any
 
 from mlxvr.errors import CheckpointError
 from mlxvr.model.folder import ModelFolder
+from mlxvr.paths import list_visible
 from mlxvr.porting import hub
 from mlxvr.porting.recipe import Recipe
 from mlxvr.porting.staging import write_synced
@@ -89,7 +90,7 @@ def verification(figures: dict[str, Any], shortfalls: Sequence[str]) -> dict[str
 def write(stage: Path, folder: ModelFolder, config: dict[str, Any], settings: dict[str, Any], title: str) -> None:
     """Write everything but the weights into `stage`."""
     for pattern in hub.NEEDED_FILES:
-        for file in sorted(folder.path.glob(pattern)):
+        for file in list_visible(folder.path, pattern):
             if file.name not in _WRITTEN_HERE and "safetensors" not in file.name:
                 write_synced(stage / file.name, file.read_bytes())
     write_synced(stage / "config.json", _json(config))

@@ -21,6 +21,7 @@ from typing import Any
 
 from mlxvr.callbacks import Progress
 from mlxvr.errors import CheckpointError, ConfigError
+from mlxvr.paths import list_visible
 from mlxvr.porting import arrivals
 from mlxvr.porting.hub_errors import endpoint, explain_download
 
@@ -72,7 +73,7 @@ def resolve(model: str | Path, *, revision: str | None = None, progress: Progres
     if not is_hub_id(model):
         raise _no_such_folder(str(model), folder)
     snapshot = _download(repo_id(str(model)), revision, progress)
-    if not any(snapshot.glob("*.safetensors")):
+    if not list_visible(snapshot, "*.safetensors"):
         raise CheckpointError(
             f"{model} holds no safetensors weights; pickled weights (.bin, .pt) are never loaded, because "
             "reading them can run code: choose a repository or revision with .safetensors files"

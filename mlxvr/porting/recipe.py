@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxvr.errors import CheckpointError, RecipeError
+from mlxvr.paths import list_visible
 from mlxvr.porting.tables import build, check_value, without_unset
 
 __all__ = ["BITS", "DTYPES", "GROUP_SIZES", "MODES", "Budgets", "KeyRule", "Limits", "Precision", "Quantization"]
@@ -294,7 +295,7 @@ def for_source(source: str) -> Recipe | None:
 @functools.cache
 def _shipped() -> dict[str, Recipe]:
     """Read every recipe that comes with the library, by name: half a dozen small files."""
-    recipes = [_read(path) for path in sorted(_folder().glob("*.toml"))]
+    recipes = [_read(path) for path in list_visible(_folder(), "*.toml")]
     return {recipe.name: recipe for recipe in recipes}
 
 

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mlxvr.errors import CheckpointError, ConfigError
+from mlxvr.paths import list_all, list_visible
 
 __all__ = ["check_target", "staged", "write_synced"]
 
@@ -36,7 +37,7 @@ def check_target(target: Path, source: Path | None = None, *, force: bool = Fals
             raise ConfigError(f"the output {target} is or holds the source {origin}; choose another folder")
     if target.exists() and not target.is_dir():
         raise ConfigError(f"the output {target} is a file; expected a folder that does not exist yet")
-    if target.is_dir() and any(target.iterdir()):
+    if target.is_dir() and list_visible(target):
         if not force:
             raise ConfigError(f"the output {target} is not empty; choose another folder, or --force to replace it")
         if not (target / "config.json").is_file():
@@ -127,11 +128,11 @@ def _finished(folder: Path, plan: str) -> set[str]:
     noted = folder / _PLAN
     if not noted.is_file() or noted.read_text(encoding="utf-8") != plan:
         return set()
-    return {file.name for file in folder.glob("*.safetensors")}
+    return {file.name for file in list_visible(folder, "*.safetensors")}
 
 
 def _clear(folder: Path, *, keep: set[str]) -> None:
-    for entry in folder.iterdir():
+    for entry in list_all(folder):
         if entry.name in keep:
             continue
         if entry.is_dir() and not entry.is_symlink():

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from mlxvr.callbacks import Progress
 from mlxvr.errors import CheckpointError, ConfigError
 from mlxvr.model.folder import ModelFolder
+from mlxvr.paths import list_visible
 from mlxvr.porting import hub
 from mlxvr.porting.hub_errors import endpoint, explain_upload
 
@@ -124,7 +125,7 @@ def _files(folder: Path) -> list[str]:
     if not isinstance(opened.settings.get("source"), str):
         raise CheckpointError(f"{folder / 'mlxvr.json'} names no source: it is not a folder that mlxvr.convert wrote")
     weights = {info.file.name for info in opened.tensors.values()}
-    found = {path.name for pattern in hub.NEEDED_FILES for path in folder.glob(pattern) if path.is_file()}
+    found = {path.name for pattern in hub.NEEDED_FILES for path in list_visible(folder, pattern) if path.is_file()}
     return sorted(name for name in found if name in weights or not name.endswith(".safetensors"))
 
 

@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mlxvr.errors import DataError
+from mlxvr.paths import list_visible
 from mlxvr.records import load_file, read_records
 
 __all__ = ["Folder"]
@@ -29,7 +30,7 @@ class Folder:
     def files(self, *patterns: str) -> list[Path]:
         """Files of the first pattern that matches any, sorted; raises `DataError` if none does."""
         for pattern in patterns:
-            if found := sorted(path for path in self.root.glob(pattern) if path.is_file()):
+            if found := [path for path in list_visible(self.root, pattern) if path.is_file()]:
                 return found
         raise DataError(f"{self.root} holds none of {', '.join(patterns)}: give {self.name}'s folder as the data root")
 

@@ -27,6 +27,7 @@ from typing import Any
 from mlxvr.errors import DataError
 from mlxvr.evaluation.benchmarks.entries import Entry
 from mlxvr.evaluation.benchmarks.files import Folder
+from mlxvr.paths import list_visible
 from mlxvr.records import as_list, as_text, letter_of
 
 __all__ = ["read"]
@@ -99,7 +100,7 @@ def _find_cut(folder: Folder, place: str, name: str, record: dict[str, Any]) -> 
     if None in part or "/" in stem or stem in ("", ".", ".."):
         return None
     for one in folders:
-        for path in (folder.root / one).glob(f"{escape(stem)}_*_*.*"):
+        for path in list_visible(folder.root / one, f"{escape(stem)}_*_*.*"):
             if _same_times(path.stem.removeprefix(f"{stem}_"), part):
                 return path
     return None

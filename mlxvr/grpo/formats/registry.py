@@ -12,6 +12,7 @@ from mlxvr.dataset import Row, load_rows, make_locator, make_row
 from mlxvr.errors import ConfigError, DataError
 from mlxvr.grpo.formats import choices, moments, questions
 from mlxvr.grpo.formats.columns import LeftOut, Reader, Source
+from mlxvr.paths import list_visible
 from mlxvr.records import scan_records
 
 __all__ = ["FORMATS", "format_name", "read_rows"]
@@ -130,7 +131,7 @@ def _files(path: Path) -> list[Path]:
         if not path.exists():
             raise DataError(f"{path} does not exist: check the path")
         return [path]
-    found = sorted(file for file in path.iterdir() if file.suffix in _SUFFIXES and file.is_file())
+    found = [file for file in list_visible(path) if file.suffix in _SUFFIXES and file.is_file()]
     if not found:
         raise DataError(f"{path} holds none of {', '.join(f'*{suffix}' for suffix in _SUFFIXES)}: give the annotations")
     return found

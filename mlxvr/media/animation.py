@@ -1,0 +1,124 @@
+"""Animated GIF, PNG, WebP and AVIF files as clips, with their own frame times.
+
+Pillow decodes them; formats that say only what changes from frame to frame (GIF, PNG) are put together in `canvas`.
+Frames lie on white, like still pictures.
+
+A frame's time is the sum of the delays before it. Delays of 10 ms or less are shown as 100 ms, as browsers and FFmpeg
+do: files that ask for them were drawn for programs that could not be so fast. An animation is shown once, however often
+it asks to be repeated.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from mlxvr.callbacks import Progress, ShouldStop
+from mlxvr.errors import Cancelled
+from mlxvr.media.apng import read_apng
+from mlxvr.media.canvas import composite
+from mlxvr.media.container import is_heic
+from mlxvr.media.frames import Frames
+from mlxvr.media.gif import read_gif
+from mlxvr.media.image import open_image, to_rgb
+from mlxvr.media.resize import resize
+from mlxvr.media.sampling import frame_count, frame_size, spread, time_range
+from mlxvr.media.spec import VisionSpec
+
+__all__ = ["is_animation", "read_animation"]
+
+_FORMATS = frozenset({"AVIF", "GIF", "PNG", "WEBP"})
+_OUTLINES = {"GIF": read_gif, "PNG": read_apng}
+_HARDLY_ANY = 10  # ms: delays up to this are not meant
+_USUAL = 100  # ms: what is shown instead
+
+
+def is_animation(path: Path) -> bool:
+    """Whether a picture file has several frames that are meant to be shown one after another.
+
+    The pages of a TIFF, the pictures of an HEIC collection and the sizes of an icon are not.
+
+    Raises `MediaError` if it cannot be read.
+    """
+    if is_heic(path):
+        return False
+    with open_image(path) as image:
+        moves = image.format in _FORMATS and bool(getattr(image, "is_animated", False))
+        read = _OUTLINES.get(str(image.format))
+        return moves and (read is None or len(read(path.read_bytes()).patches) > 1)
+
+
+def read_animation(
+    path: Path,
+    spec: VisionSpec,
+    *,
+    nframes: int | None = None,
+    start: float | None = None,
+    end: float | None = None,
+    progress: Progress | None = None,
+    should_stop: ShouldStop | None = None,
+) -> Frames:
+    """Sample the frames of an animation; arguments and errors are `read_video`'s.
+
+    WebP and AVIF are decoded twice: once for the delays, which Pillow knows with each frame, once for the frames.
+    """
+    delays = np.array([delay if delay > _HARDLY_ANY else _USUAL for delay in _delays(path, should_stop)]) / 1000
+    seconds = np.concatenate([[0.0], np.cumsum(delays)[:-1]])
+    duration = float(delays.sum())
+    first, last = time_range(seconds, duration, start=start, end=end)
+    rate = len(seconds) / duration
+    if last > first and (start is not None or end is not None):
+        rate = (last - first) / float(seconds[last] - seconds[first])
+    available = last - first + 1
+    count = frame_count(
+        available, rate, fps=spec.fps, nframes=nframes, min_frames=spec.min_frames, max_frames=spec.max_frames
+    )
+    indices = spread(first, last, count)
+    pixels, shape, slot = np.empty((0, 0, 0, 3), dtype=np.uint8), (0, 0), 0
+    for index, frame in enumerate(_frames(path, should_stop)):
+        if index != indices[slot]:
+            continue
+        picture = to_rgb(frame)
+        if slot == 0:
+            shape = picture.shape[:2]
+            pixels = np.empty((count, *frame_size(*shape, count, spec), 3), dtype=np.uint8)
+        pixels[slot] = resize(picture, pixels.shape[1:3])
+        slot += 1
+        if progress is not None:
+            progress("decoding", slot, count)
+        if slot == count:
+            break
+    return Frames(pixels, seconds[indices], count / available * rate, indices, shape, duration)
+
+
+def _delays(path: Path, should_stop: ShouldStop | None) -> Iterator[float]:
+    """Milliseconds that each frame asks to be shown."""
+    with open_image(path) as image:
+        if read := _OUTLINES.get(str(image.format)):
+            yield from (patch.delay for patch in read(path.read_bytes()).patches)
+        else:
+            yield from (float(frame.info.get("duration") or 0) for frame in _walk(image, should_stop))
+
+
+def _frames(path: Path, should_stop: ShouldStop | None) -> Iterator[Image.Image]:
+    """What is seen during each frame; an image is good until the next is asked for."""
+    with open_image(path) as image:
+        read = _OUTLINES.get(str(image.format))
+        for frame in composite(read(path.read_bytes())) if read else _walk(image, should_stop):
+            _check(should_stop)
+            yield frame
+
+
+def _walk(image: Any, should_stop: ShouldStop | None) -> Iterator[Image.Image]:
+    for number in range(image.n_frames):
+        _check(should_stop)
+        image.seek(number)
+        image.load()
+        yield image
+
+
+def _check(should_stop: ShouldStop | None) -> None:
+    if should_stop is not None and should_stop():
+        raise Cancelled("stopped while the animation was decoded")
