@@ -96,7 +96,7 @@ class TestLocations:
     @pytest.mark.parametrize(
         ("url", "path"),
         [
-            ("file:///Users/me/My%20Clip.mov", "/Users/me/My Clip.mov"),
+            ("file:///Volumes/Disk/My%20Clip.mov", "/Volumes/Disk/My Clip.mov"),
             ("file://localhost/My%20Clip.mov", "/My Clip.mov"),
             ("file:/clip.mov", "/clip.mov"),
             ("FILE:///100%25.mov", "/100%.mov"),
