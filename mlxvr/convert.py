@@ -40,9 +40,9 @@ def __getattr__(name: str) -> Any:
 def make_parser() -> VerbParser:
     """Return the command line's parser."""
     parser = VerbParser(
-        "mlxvr.convert",
+        "mlxvr convert",
         "Convert a Qwen2.5-VL or Qwen3-VL checkpoint (VideoAuto-R1's among them) to quantized MLX weights.",
-        epilog="example: mlxvr.convert --hf-path IVUL-KAUST/VideoAuto-R1-Qwen3-VL-8B --mlx-path videoauto-8b-4bit",
+        epilog="example: mlxvr convert --hf-path IVUL-KAUST/VideoAuto-R1-Qwen3-VL-8B --mlx-path videoauto-8b-4bit",
     )
     parser.add_argument("--hf-path", metavar="ID_OR_DIR", help="the checkpoint: a Hub id or a folder")
     parser.add_argument("--mlx-path", metavar="DIR", help="the folder to write")

@@ -41,10 +41,10 @@ def __getattr__(name: str) -> Any:
 def make_parser() -> VerbParser:
     """The verb's options: one for each field of `EvalConfig`."""
     parser = VerbParser(
-        "mlxvr.eval",
+        "mlxvr eval",
         "Measure a model on clips with answers: directly, always thinking, and thinking when it is not sure.",
         epilog="A run that was stopped goes on where it was: give the same --output.\n"
-        "example: mlxvr.eval --model videoauto-8b-4bit --data clips.jsonl --output report --calibrate no_loss",
+        "example: mlxvr eval --model videoauto-8b-4bit --data clips.jsonl --output report --calibrate no_loss",
     )
     add_settings(parser, EvalConfig, _GROUPS)
     parser.add_argument("--json", action="store_true", help="print one JSON object")

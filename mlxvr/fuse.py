@@ -31,9 +31,9 @@ def __getattr__(name: str) -> Any:
 def make_parser() -> VerbParser:
     """Return the command line's parser."""
     parser = VerbParser(
-        "mlxvr.fuse",
+        "mlxvr fuse",
         "Merge a LoRA adapter into its model.",
-        epilog="example: mlxvr.fuse --model videoauto-8b-4bit --adapter run/adapter --mlx-path videoauto-8b-mine",
+        epilog="example: mlxvr fuse --model videoauto-8b-4bit --adapter run/adapter --mlx-path videoauto-8b-mine",
     )
     parser.add_argument("--model", required=True, metavar="ID_OR_DIR", help="the model that the adapter was trained on")
     parser.add_argument("--adapter", required=True, metavar="DIR", help="the adapter's folder")

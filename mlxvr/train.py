@@ -54,10 +54,10 @@ def __getattr__(name: str) -> Any:
 def make_parser() -> VerbParser:
     """The verb's options: one for each field of `TrainConfig`, `--config` and `--json`."""
     parser = VerbParser(
-        "mlxvr.train",
+        "mlxvr train",
         "Fine-tune a model with LoRA and GRPO: sample groups of answers, reward both boxes, learn from the difference.",
-        epilog="Ctrl-C ends the step and saves; `mlxvr.train --resume --output run` goes on.\n"
-        "example: mlxvr.train --model videoauto-8b-4bit --data train.jsonl --valid valid.jsonl --output run",
+        epilog="Ctrl-C ends the step and saves; `mlxvr train --resume --output run` goes on.\n"
+        "example: mlxvr train --model videoauto-8b-4bit --data train.jsonl --valid valid.jsonl --output run",
     )
     add_settings(parser, TrainConfig, _GROUPS, sparse=True)
     parser.add_argument("--config", type=Path, metavar="FILE", help="TOML with any of these settings; flags win")
@@ -157,7 +157,7 @@ def _told(report: TrainReport) -> str:
     """The result for people."""
     lines = [f"{report.steps} of {report.total_steps} steps; the adapter is in {report.output}"]
     if report.stopped:
-        lines.append(f"stopped; `mlxvr.train --resume --output {report.output}` goes on")
+        lines.append(f"stopped; `mlxvr train --resume --output {report.output}` goes on")
     for step, figures in report.valid.items():
         if step in (min(report.valid), report.best_step, max(report.valid)):
             named = "best, " if step == report.best_step and report.best is not None else ""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mlxvr.__main__ import VERBS
+from mlxvr.__main__ import VERBS, main
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -34,6 +34,47 @@ def test_the_readme_shows_the_help_of_every_verb(verb):
     assert shown, f"README has no help block for {verb}"
     # Line breaks differ between Python versions, words do not.
     assert shown.group(1).split() == help_of(verb).split(), "run: python -m tests.test_docs"
+
+
+VERB_AS_MODULE = re.compile(rf"(?<!-m )(?<!import )\bmlxvr\.({'|'.join(VERBS)})\b(?!\.\w)")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_usage_line_is_a_command_that_exists(verb, capsys):
+    # `mlxvr` is the only command that is installed: `mlxvr.eval --help` would be "command not found".
+    assert import_module(f"mlxvr.{verb}").make_parser().prog == f"mlxvr {verb}"
+    assert main([verb, "--help"]) == 0
+    assert capsys.readouterr().out.startswith(f"usage: mlxvr {verb} ")
+    assert main([verb, "--no-such-option"]) == 2
+    assert f"(see `mlxvr {verb} --help`)" in capsys.readouterr().err
+
+
+def test_no_message_names_a_verb_as_a_command_that_does_not_exist():
+    texts = [text for page in sorted(ROOT.glob("mlxvr/**/*.py")) for text in messages(page)]
+    assert len(texts) > 1000
+    assert [text for text in texts if " " in text and VERB_AS_MODULE.search(text)] == []
+
+
+def messages(page):
+    """The strings of a module that are no docstrings."""
+    tree = ast.parse(page.read_text(encoding="utf-8"))
+    nodes = list(ast.walk(tree))
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    docs = {id(node.body[0].value) for node in nodes if isinstance(node, documented) and ast.get_docstring(node)}
+    strings = [node for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    return [node.value for node in strings if id(node) not in docs]
+
+
+def test_no_page_names_a_verb_as_a_command_that_does_not_exist():
+    pages = [ROOT.glob(pattern) for pattern in ("*.md", "convert/*.md", "examples/**/*.md", "tests/**/*.md")]
+    for page in (page for found in pages for page in found):
+        assert VERB_AS_MODULE.findall(page.read_text(encoding="utf-8")) == [], page
+
+
+def test_such_commands_are_found():
+    assert VERB_AS_MODULE.search("example: mlxvr.eval --model M")
+    assert VERB_AS_MODULE.search("fuse it first (mlxvr.fuse)")
+    assert not VERB_AS_MODULE.search("python -m mlxvr.eval; mlxvr eval; mlxvr.convert.verify(a, b); mlxvr.evaluation")
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "convert/README.md", "examples/shellgame/README.md"])

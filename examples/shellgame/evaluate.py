@@ -1,6 +1,6 @@
 """Measure a checkpoint on fresh clips: `python -m shellgame.evaluate --clips heldout --out figures.json`.
 
-The held-out set is written if the folder has none (seeded: the same files every time). `mlxvr.eval` asks every question
+The held-out set is written if the folder has none (seeded: the same files every time). `mlxvr eval` asks every question
 once and keeps what came of it beside the clips, so that a stopped run goes on; the table is over groups of questions
 and mixes of them. Right is what equals the true answer exactly, for times too.
 """

@@ -1,6 +1,6 @@
 """Tables of several evaluations side by side: `python -m shellgame.tables bf16=out16 "4 bits=out4" --out results.json`.
 
-Each argument is a name and the output folder of a `mlxvr.eval` run over the same clips; the first is what the others
+Each argument is a name and the output folder of a `mlxvr eval` run over the same clips; the first is what the others
 are held against. Printed as Markdown: the modes with their cost and the quality of the confidence, auto at other
 thresholds, and what choosing the threshold brings on clips that did not choose it.
 """

@@ -173,7 +173,7 @@ class EvalConfig:
             raise ConfigError(f"{self.threshold_file} is a folder: give --threshold-file the name of a file in it")
         if self.write_threshold and self.adapter is not None:
             raise ConfigError(
-                "the threshold of an adapter is not its model's: fuse it first (mlxvr.fuse), or give --threshold-file"
+                "the threshold of an adapter is not its model's: fuse it first (mlxvr fuse), or give --threshold-file"
             )
         with suppress(DataError):  # arguments are judged before there is found to be no sample
             self.calibration_of(())

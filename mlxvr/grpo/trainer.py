@@ -437,7 +437,7 @@ class _Run:
         if self.ranks.rank:
             return None
         output = self.config.output
-        write_settings(output / "train_config.toml", self.config, title="what `mlxvr.train --config` reads")
+        write_settings(output / "train_config.toml", self.config, title="what `mlxvr train --config` reads")
         told = {name: str(value) for name, value in dataclasses.asdict(self.config).items()}
         journal = stack.enter_context(Journal(output, sinks=make_sinks(self.config.report_to, output, told)))
         kept = self.state.step - (self.state.pending is not None)  # a step that is measured anew is written anew

@@ -118,12 +118,12 @@ def _files(folder: Path) -> list[str]:
     missing = [name for name in _REQUIRED if not (folder / name).is_file()]
     if missing:
         raise CheckpointError(
-            f"{folder} has no {' and no '.join(missing)}: it is not a folder that mlxvr.convert wrote, or not all of it"
+            f"{folder} has no {' and no '.join(missing)}: it is no folder that `mlxvr convert` wrote, or not all of it"
         )
     opened = ModelFolder.open(folder)
     opened.check_shapes()
     if not isinstance(opened.settings.get("source"), str):
-        raise CheckpointError(f"{folder / 'mlxvr.json'} names no source: it is not a folder that mlxvr.convert wrote")
+        raise CheckpointError(f"{folder / 'mlxvr.json'} names no source: it is not a folder that `mlxvr convert` wrote")
     weights = {info.file.name for info in opened.tensors.values()}
     found = {path.name for pattern in hub.NEEDED_FILES for path in list_visible(folder, pattern) if path.is_file()}
     return sorted(name for name in found if name in weights or not name.endswith(".safetensors"))
