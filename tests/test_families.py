@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mlxvr.errors import CheckpointError
-from mlxvr.model.dialects import text_settings, time_is_extent
+from mlxvr.model.dialects import text_settings
 from mlxvr.model.families import FAMILIES, family_of
 
 # config.json of the public checkpoints (Qwen2.5-VL-7B-Instruct in its first release's dialect, Qwen3-VL-8B-Instruct).
@@ -100,6 +100,7 @@ QWEN3_8B = {
     "vision_end_token_id": 151653,
     "vision_start_token_id": 151652,
 }
+TOKEN_KEYS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 DIALECTS = [
     ("qwen2_5_vl", "first"),
     ("qwen2_5_vl", "4.57"),
@@ -236,6 +237,7 @@ def test_both_rope_spellings_and_scaled_rope() -> None:
     ("family", "where", "key", "value"),
     [
         ("qwen2_5_vl", "text_config", "use_sliding_window", True),
+        ("qwen2_5_vl", "text_config", "layer_types", ["full_attention", "sliding_attention"]),
         ("qwen2_5_vl", "vision_config", "hidden_act", "gelu"),
         ("qwen3_vl", "text_config", "attention_bias", True),
         ("qwen3_vl", "text_config", "hidden_act", "gelu"),
@@ -267,22 +269,31 @@ def test_thresholds_of_the_families() -> None:
     assert {adapter.name: adapter.default_threshold for adapter in FAMILIES} == {"qwen2_5_vl": 0.97, "qwen3_vl": 0.98}
 
 
-@pytest.mark.parametrize(
-    ("version", "expected"),
-    [("4.41.2", True), ("4.57.1", True), ("5.2.0", True), ("5.3.0", False), ("5.23.0", False), ("6.0.0.dev0", False)],
-)
-def test_the_writer_decides_where_text_after_a_video_begins(version: str, expected: bool) -> None:
-    assert time_is_extent({"transformers_version": version}) is expected
-
-
-def test_no_writer_means_the_published_checkpoints_way() -> None:
-    assert time_is_extent({}) is True
-    assert time_is_extent({"transformers_version": None}) is True
-
-
 def test_text_settings_are_found_in_both_places() -> None:
     assert text_settings({"hidden_size": 1, "vision_config": {}, "text_config": {"hidden_size": 2}})["hidden_size"] == 2
     assert text_settings({"hidden_size": 1})["hidden_size"] == 1
+
+
+@pytest.mark.parametrize(("family", "dialect"), DIALECTS)
+def test_a_null_in_a_section_says_nothing(family: str, dialect: str) -> None:
+    config = config_of(family, dialect)
+    expected = family_of(config).mlx_config(config)
+    nulls = dict.fromkeys([*TOKEN_KEYS, "head_dim", "rope_scaling", "rope_theta", "num_key_value_heads"])
+    text = {key: None for key in nulls if key not in (config.get("text_config") or {})}
+    config["text_config"] = {**text, **(config.get("text_config") or {})}
+    config["vision_config"] = {"hidden_act": None, "in_channels": None, **config["vision_config"]}
+    found = family_of(config).mlx_config(config)
+    assert found == expected
+    assert None not in found["text_config"].values()
+    assert [found[key] for key in TOKEN_KEYS] == [446, 447, 443, 444]
+
+
+def test_null_token_ids_at_the_root_are_those_of_the_section_or_qwens() -> None:
+    config = config_of("qwen2_5_vl", "4.57")
+    config |= {"image_token_id": None, "video_token_id": None}
+    config["text_config"]["video_token_id"] = 7
+    found = FAMILIES[0].mlx_config(config)
+    assert (found["image_token_id"], found["video_token_id"]) == (151655, 7)
 
 
 def test_qwen3_writes_a_block_for_each_row_with_its_time() -> None:
@@ -298,6 +309,18 @@ def test_qwen2_5_writes_one_block_whose_rows_lie_apart_by_their_time() -> None:
     video = checkpoints.random_media("qwen2_5_vl", "video", (4, 6, 8), second_per_grid=0.75)
     (block,) = FAMILIES[0].vision_layout(video, config_of("qwen2_5_vl", "5"))
     assert (block.label, block.grid, block.time_step) == ("", (4, 3, 4), 1.5)
+
+
+def test_the_time_between_rows_is_the_one_of_the_release_that_wrote_the_checkpoint(caplog) -> None:
+    video = checkpoints.random_media("qwen2_5_vl", "video", (4, 6, 8), second_per_grid=2.75)
+    fast = checkpoints.random_media("qwen2_5_vl", "video", (4, 6, 8), second_per_grid=0.5)
+    steps = {}
+    for version in ("4.49.0", "4.57.1", "5.24.0"):
+        config = {**config_of("qwen2_5_vl", "5"), "transformers_version": version}
+        assert FAMILIES[0].mlx_config(config)["transformers_version"] == version
+        steps[version] = [FAMILIES[0].vision_layout(media, config)[0].time_step for media in (video, fast)]
+    assert steps == {"4.49.0": [5.5, 1.0], "4.57.1": [4.0, 0.0], "5.24.0": [5.5, 1.0]}
+    assert ["give fps=2 or less" in record.message for record in caplog.records] == [True]
 
 
 @pytest.mark.parametrize("adapter", FAMILIES)

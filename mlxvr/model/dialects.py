@@ -2,9 +2,11 @@
 
 transformers 4.57 writes `rope_theta` and `rope_scaling`, transformers 5 writes `rope_parameters`. Qwen2.5-VL's text
 settings stand at the root (its first release), under `text_config` (transformers 5) or in both places (4.57), and a
-converted folder carries mlx-vlm's spelling. `normalise` turns each of them into the one spelling that stock mlx-vlm
+converted folder carries mlx-vlm's spelling. A `null` in a section says nothing: transformers 4.52 to 4.55 write the
+token ids of the root as null into `text_config`. `normalise` turns each of them into the one spelling that stock mlx-vlm
 0.7.10 reads and that the rest of mlxvr relies on: every key present, `text_config` complete, `rope_scaling` with
-`type` and `mrope_section`. It is idempotent and leaves keys that it does not know as they are.
+`type` and `mrope_section`. It is idempotent and leaves keys that it does not know as they are, nulls of sections aside.
+`tests/releases/configs` holds what the releases write.
 
 Values that a file leaves out are those of transformers' configuration classes, which is what its writer meant. Settings
 that the network code does not implement are refused here, since they would otherwise give wrong numbers silently.
@@ -15,7 +17,7 @@ from typing import Any
 
 from mlxvr.errors import CheckpointError
 
-__all__ = ["normalise", "text_settings", "time_is_extent"]
+__all__ = ["normalise", "text_settings"]
 
 _TOKEN_IDS = {
     "image_token_id": 151655,
@@ -85,12 +87,12 @@ def normalise(config: Mapping[str, Any], family: str) -> dict[str, Any]:
     Raises `CheckpointError` for a setting that is missing or that the network code does not implement.
     """
     text = _text_section(config, family)
-    vision = {**_VISION_DEFAULTS[family], **dict(config.get("vision_config") or {})}
+    vision = {**_VISION_DEFAULTS[family], **_section(config, "vision_config")}
     if "in_chans" in vision:  # the spelling of Qwen2.5-VL's first release
         vision["in_channels"] = vision.pop("in_chans")
     _refuse_unimplemented(text, vision, family)
     vision["model_type"] = family
-    result = {**_TOKEN_IDS, **dict(config)}
+    result = {**config, **_token_ids(config)}
     result.pop("rope_parameters", None)
     if family == "qwen2_5_vl":  # mlx-vlm reads this family's text settings from the root
         result.update(text)
@@ -104,20 +106,24 @@ def normalise(config: Mapping[str, Any], family: str) -> dict[str, Any]:
 
 
 def text_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The language model's settings wherever the dialect keeps them: the root's, then `text_config`'s on top."""
-    root = {key: value for key, value in config.items() if key not in _NOT_TEXT and key not in _TOKEN_IDS}
-    return {**root, **dict(config.get("text_config") or {})}
+    """The language model's settings wherever the dialect keeps them: the root's, then `text_config`'s on top.
 
-
-def time_is_extent(config: Mapping[str, Any]) -> bool:
-    """Whether text after a video is placed after the video's last temporal position (see `mlxvr.model.positions`).
-
-    It is in every transformers up to 5.2, which trained the public checkpoints; from 5.3 on transformers counts height
-    and width only. A checkpoint means what the release that wrote it computes, so its `transformers_version` decides.
+    Token ids of media belong to the root alone, and a null in `text_config` does not hide the root's value.
     """
-    parts = str(config.get("transformers_version") or "0").split(".")
-    major, minor = (int(part) if part.isdigit() else 0 for part in (*parts, "0")[:2])
-    return (major, minor) < (5, 3)
+    merged = {**config, **_section(config, "text_config")}
+    return {key: value for key, value in merged.items() if key not in _NOT_TEXT and key not in _TOKEN_IDS}
+
+
+def _section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A section of the config without its nulls; {} if there is none."""
+    return {key: value for key, value in (config.get(name) or {}).items() if value is not None}
+
+
+def _token_ids(config: Mapping[str, Any]) -> dict[str, int]:
+    """The ids of the media's tokens: the root's, else those in `text_config`, else Qwen's."""
+    stated = {key: value for key, value in config.items() if value is not None}
+    nested = _section(config, "text_config")
+    return {key: stated.get(key, nested.get(key, default)) for key, default in _TOKEN_IDS.items()}
 
 
 def _text_section(config: Mapping[str, Any], family: str) -> dict[str, Any]:
@@ -146,13 +152,13 @@ def _rope(text: Mapping[str, Any], family: str) -> tuple[float, list[int]]:
     """Base and sections of the rotary embedding from either spelling."""
     default_theta, default_section = _ROPE_DEFAULTS[family]
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type"))
+    kind = rope.get("rope_type") or rope.get("type")
     if kind not in _PLAIN_ROPE:
         raise CheckpointError(
             f"config.json asks for the rope type {kind!r}; only the default one is implemented: remove the scaling "
             "to use the model at its original context length"
         )
-    theta = rope.get("rope_theta", text.get("rope_theta"))
+    theta = rope.get("rope_theta") or text.get("rope_theta")
     section = list(rope.get("mrope_section") or default_section)
     head = text.get("head_dim") if family == "qwen3_vl" else None
     half = int(head or text["hidden_size"] // text["num_attention_heads"]) // 2
@@ -170,6 +176,7 @@ def _refuse_unimplemented(text: Mapping[str, Any], vision: Mapping[str, Any], fa
         "vision hidden_act": (vision["hidden_act"], _VISION_DEFAULTS[family]["hidden_act"]),
         "vision in_channels": (vision["in_channels"], 3),
         "use_sliding_window": (bool(text.get("use_sliding_window")), False),
+        "layer_types": (sorted(set(text.get("layer_types") or ["full_attention"])), ["full_attention"]),
     }
     if family == "qwen3_vl":
         expected["attention_bias"] = (bool(text.get("attention_bias")), False)

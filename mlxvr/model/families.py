@@ -6,12 +6,13 @@ network reads) and no state. A third architecture is one more adapter here, its 
 
                             Qwen2.5-VL                          Qwen3-VL
     a video in the prompt   one vision block                    "<1.5 seconds>" and a block for each temporal row
-    temporal position       floor(row * seconds * rate)         the text order of the blocks
+    temporal position       floor(row * seconds * rate), mrope  the text order of the blocks
     vision attention        windows, and whole frames in some   whole frames, with features handed to early layers
     pictures                patch 14, CLIP's mean and std       patch 16, 0.5 and 0.5
     direct answer stands    from confidence 0.97                from confidence 0.98
 """
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,10 +21,13 @@ from typing import Any, ClassVar
 from mlxvr.errors import CheckpointError
 from mlxvr.media.patches import VisionInput
 from mlxvr.model import dialects, shapes
+from mlxvr.model.mrope import MRopeConvention
 
 __all__ = ["FAMILIES", "Family", "Qwen3VL", "Qwen25VL", "VisionBlock", "family_of"]
 
 Shapes = dict[str, tuple[int, ...]]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -128,11 +132,18 @@ class Qwen25VL(Family):
         return _build(code, self.mlx_config(config))
 
     def vision_layout(self, media: VisionInput, config: Mapping[str, Any]) -> list[VisionBlock]:
-        """One block; rows of a video lie `second_per_grid * tokens_per_second` temporal positions apart."""
+        """One block; how far apart a video's rows lie in time is a matter of release (`mlxvr.model.mrope`)."""
         vision = config["vision_config"]
         grid = _token_grid(media, vision)
+        if media.kind == "image":
+            return [VisionBlock("", grid, 1.0)]
         rate = vision.get("tokens_per_second", 4)
-        step = media.second_per_grid * rate if media.kind == "video" else 1.0
+        step = MRopeConvention.of_config(config).time_step(media.second_per_grid, rate)
+        if step == 0.0 < media.second_per_grid and grid[0] > 1:
+            _log.warning(
+                "more than 2 frames a second: this checkpoint counts whole seconds from one pair of frames to the next, "
+                "so all of the clip's frames stand at the same time for it; give fps=2 or less"
+            )
         return [VisionBlock("", grid, step)]
 
 

@@ -5,13 +5,12 @@ Text counts up by one on all three axes. A visual token stands, counted from whe
     time    floor(row * time_step)     height    its row of tokens     width    its column
 
 in float32, as transformers computes it. Qwen2.5-VL's `time_step` is `second_per_grid * tokens_per_second` (arXiv
-2502.13923, section 2.1.3), not rounded before it is multiplied; in Qwen3-VL each temporal row is a block of its own and
-time runs with the text. What is generated goes on from the largest position of all axes.
+2502.13923, section 2.1.3); in Qwen3-VL each temporal row is a block of its own and time runs with the text. What is
+generated goes on from the largest position of all axes.
 
-Where the text after a block begins is told in two ways. Up to transformers 5.2, and so for the published checkpoints,
-after the block's largest position on any axis. From transformers 5.3 on, `max(height, width)` tokens after the block's
-beginning, whatever its length in time. The two agree on images and on Qwen3-VL; they differ on a Qwen2.5-VL video whose
-last temporal position lies beyond its sides. `time_is_extent` chooses (see `mlxvr.model.dialects.time_is_extent`).
+Releases of transformers differ in the time step and in where the text after a block begins: after the block's largest
+position on any axis, or `max(height, width)` tokens after the block's beginning, whatever its length in time. The two
+agree on images and on Qwen3-VL. `mlxvr.model.mrope` says which release means what.
 """
 
 from collections.abc import Sequence

@@ -16,8 +16,9 @@ import numpy as np
 
 from mlxvr.errors import CheckpointError, ConfigError
 from mlxvr.media.patches import VisionInput
-from mlxvr.model.dialects import text_settings, time_is_extent
+from mlxvr.model.dialects import text_settings
 from mlxvr.model.families import Family, VisionBlock
+from mlxvr.model.mrope import MRopeConvention
 from mlxvr.model.positions import rope_positions
 from mlxvr.model.tokenizer import ChatTokenizer
 
@@ -151,7 +152,8 @@ def build_prompt(
             f"the prompt has {len(expanded)} tokens, {int(mask.sum())} of them visual, and the model's context is "
             f"{context}: lower video_tokens or max_frames, cut the clip with start and end, or shorten the question"
         )
-    positions, next_position = rope_positions(mask, blocks, time_is_extent=time_is_extent(config))
+    convention = MRopeConvention.of_config(config)
+    positions, next_position = rope_positions(mask, blocks, time_is_extent=convention.time_is_extent)
     return Prompt(expanded, positions, tuple(media), mask, prefix_length, next_position, tuple(opening_ids))
 
 
