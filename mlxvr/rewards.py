@@ -45,7 +45,18 @@ from mlxvr.dataset import Row
 from mlxvr.errors import ConfigError, DataError
 from mlxvr.intervals import best_iou, find_interval, segments_of, temporal_iou
 
-__all__ = ["Reward", "RewardFunction", "Weights", "agree", "answers", "format_reward", "load_reward", "most", "score"]
+__all__ = [
+    "Reward",
+    "RewardFunction",
+    "Weights",
+    "agree",
+    "answers",
+    "ask_reward",
+    "format_reward",
+    "load_reward",
+    "most",
+    "score",
+]
 
 _BOX, _THINK, _END_THINK = "\\boxed{", "<think>", "</think>"
 _BRACES = re.compile(r"\\boxed\{|[{}]")
@@ -188,6 +199,26 @@ def load_reward(name: str) -> RewardFunction:
     if not callable(function):
         raise ConfigError(f"reward {name!r} is of type {type(function).__name__}: give a function")
     return function
+
+
+def ask_reward(function: RewardFunction, text: str, row: Row) -> Reward:
+    """What a user's own function says of a completion; the parts of a plain number are NaN.
+
+    Raises:
+        ConfigError: the function failed.
+        DataError: what it returned is no reward. Both messages begin with the row's line.
+    """
+    try:
+        earned = function(text, row)
+    except Exception as error:  # a user's function may raise anything
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{row.line}: the reward function failed ({type(error).__name__}: {reason})") from error
+    if isinstance(earned, Reward):
+        return earned
+    if isinstance(earned, bool | int | float) and math.isfinite(earned):
+        nan = math.nan
+        return Reward(total=float(earned), first=nan, second=nan, format=nan, fallback=nan)
+    raise DataError(f"{row.line}: the reward function returned {earned!r}: a finite number or a Reward is needed")
 
 
 def _judge(answer: Any, kind: str) -> Callable[[str], float]:

@@ -78,7 +78,12 @@ def read_config(args: argparse.Namespace) -> TrainConfig:
     told = told_settings(args, TrainConfig)
     values = read_settings(args.config, TrainConfig) if args.config is not None else {}
     output, resumes = {**values, **told}.get("output"), {**values, **told}.get("resume", False)
-    if resumes and output is not None and (begun := output / "train_config.toml").is_file():
+    if resumes and output is not None:
+        begun = output / "train_config.toml"
+        if not begun.is_file():
+            raise ConfigError(
+                f"{output} holds no run that could go on: leave --resume out to start one, or give the folder of a run"
+            )
         values = {**read_settings(begun, TrainConfig), **values}
     values |= told
     for name in ("data", "output"):
@@ -160,7 +165,8 @@ def _told(report: TrainReport) -> str:
         lines.append(f"stopped; `mlxvr train --resume --output {report.output}` goes on")
     for step, figures in report.valid.items():
         if step in (min(report.valid), report.best_step, max(report.valid)):
-            named = "best, " if step == report.best_step and report.best is not None else ""
+            is_best = step == report.best_step and report.best is not None
+            named = f"best by reward ({figures['valid_reward']:.3f}, {report.reward}), " if is_best else ""
             lines.append(
                 f"{named}after {step} steps: first {figures['valid_first_accuracy']:.3f}, second "
                 f"{figures['valid_second_accuracy']:.3f}, auto {figures['valid_auto_accuracy']:.3f} at think ratio "

@@ -14,18 +14,21 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from groups import stir, tiny_model
 
 from mlxvr import mathematics
 from mlxvr.dataset import Row, load_rows
 from mlxvr.errors import Cancelled, ConfigError, DataError, MediaError
 from mlxvr.grpo.config import TrainConfig
 from mlxvr.grpo.filtering import FilterReport, Sampling, filter_rows, make_sampler, progress_file
+from mlxvr.grpo.lora import LoraConfig, attach, save_adapter
 from mlxvr.grpo.prompts import encode_row
 from mlxvr.grpo.rollout import rollout
 from mlxvr.grpo.setup import read_training_rows
+from mlxvr.grpo.trainer import train
 from mlxvr.model.loading import load_model
 from mlxvr.reasoner import demo_folder
-from mlxvr.rewards import score
+from mlxvr.rewards import Reward, score
 from mlxvr.train import main
 
 RIGHT, WRONG = "\\boxed{B}<think>So.</think>\\boxed{A}", "\\boxed{A}<think>So.</think>\\boxed{B}"
@@ -77,11 +80,12 @@ def test_completions_of_a_model(demo, monkeypatch):
     monkeypatch.setitem(sys.modules, "mlxvr.grpo.prompts", SimpleNamespace(encode_row=encode_row))
     monkeypatch.setitem(sys.modules, "mlxvr.grpo.rollout", SimpleNamespace(rollout=rollout))
     (row,) = text_rows(1)
-    sampling = Sampling(max_tokens=7, temperature=0.5, top_p=0.9, max_prompt_tokens=99)
+    sampling = Sampling(max_tokens=7, temperature=0.5, top_p=0.9, max_prompt_tokens=99, prefill_step_size=33)
     texts = make_sampler(demo, samples=4, sampling=sampling)(row, 12)
     assert texts == [RIGHT, RIGHT, "", "cut"]
     assert asked["encode"] == (demo, row, {"spec": demo.spec, "max_prompt_tokens": 99, "should_stop": None})
     drawn = {"group_size": 4, "max_tokens": 7, "temperature": 0.5, "top_p": 0.9, "seed": 12, "should_stop": None}
+    drawn["prefill_step_size"] = 33
     assert asked["rollout"] == (demo, "prompt", drawn)
 
 
@@ -460,3 +464,74 @@ def test_formulas_of_which_nobody_asks_need_no_package(tmp_path, monkeypatch):
     monkeypatch.setattr(mathematics, "is_available", lambda: False)
     for settings in ({"limit": 1}, {"reward": ("ours:length",)}):
         assert read_training_rows(TrainConfig(data=data, output=tmp_path / "o", **settings))[0][0].id == "a"
+
+
+def test_a_reward_function_of_the_users_own(tmp_path):
+    """Its number, or the `second` of its Reward, is held against the threshold; it judges rows without answer, too."""
+    rows = [replace(row, answer=None) if row.id == "r1" else row for row in text_rows(3)]
+    table = {"r0": [1.0, 3.0], "r1": [2.0, 2.5], "r2": [0.0, 1.9]}
+    texts = {name: [f"{name} {place}" for place in range(2)] for name in table}
+
+    def own(text, row):
+        total = table[row.id][int(text.split()[1])]
+        return total if row.id != "r2" else Reward(total=9.0, first=9.0, second=total, format=1.0, fallback=0.0)
+
+    def call(name, **options):
+        output = tmp_path / name
+        return filter_rows(None, rows, output, samples=2, sampler=lambda row, _: texts[row.id], **options)
+
+    report = call("own.jsonl", reward=own, threshold=2.0)
+    assert (report.kept, report.never, report.always, report.unlabelled) == (1, 1, 1, 0)
+    assert [row.id for row in load_rows(tmp_path / "own.jsonl", labelled=False)] == ["r0"]
+    assert call("low.jsonl", reward=own, threshold=0.5).kept == 1  # r2 alone is sometimes below
+    with pytest.raises(ConfigError, match=r"threshold is 2\.0"):
+        call("paper.jsonl", threshold=2.0)
+    with pytest.raises(ConfigError, match=r"d\.jsonl:0: the reward function failed \(KeyError: 'r0'\)"):
+        call("fails.jsonl", reward=lambda text, row: {}[row.id], threshold=2.0)
+
+
+def test_progress_names_the_adapter_and_the_reward(tmp_path):
+    """What the base model made of rows says nothing of an adapter."""
+    rows, output = text_rows(1), tmp_path / "k.jsonl"
+    filter_rows(None, rows, output, sampler=Scripted({"r0": 1}), judged_by={"adapter": "aa"})
+    assert json.loads(progress_file(output).read_text().splitlines()[0])["run"]["adapter"] == "aa"
+    for changed in ({"adapter": "bb"}, {}, {"adapter": "aa", "reward": "m:f"}):
+        with pytest.raises(ConfigError, match=r"other settings|made with"):
+            filter_rows(None, rows, output, sampler=Scripted({"r0": 1}), judged_by=changed)
+
+
+def test_filter_only_samples_with_the_adapter_that_training_begins_from(tmp_path, monkeypatch):
+    """Held against the trained model's own rollout; the base model's differs."""
+    model = tiny_model(tmp_path / "model", "qwen3_vl")
+    attach(model, LoraConfig(rank=2), seed=0)
+    stir(model, amount=1.0)
+    save_adapter(tmp_path / "adapter", model, LoraConfig(rank=2))
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"id": "a", "question": "Is it?", "answer": "B"}) + "\n")
+    (row,) = load_rows(tmp_path / "rows.jsonl")
+    seed = int.from_bytes(hashlib.sha256(b"4/a").digest()[:4])
+    expected = rollout(model, encode_row(model, row), group_size=3, max_tokens=6, temperature=0.7, seed=seed).texts
+    texts = []
+    monkeypatch.setitem(
+        sys.modules, "own_filter_reward", SimpleNamespace(see=lambda text, row: texts.append(text) or 0.0)
+    )
+    options = {
+        "model": tmp_path / "model",
+        "data": tmp_path / "rows.jsonl",
+        "filter_only": True,
+        "filter_samples": 3,
+        "max_completion_tokens": 6,
+        "temperature": 0.7,
+        "seed": 4,
+        "reward": ("own_filter_reward:see",),
+    }
+    runs = {}
+    for name, adapter in (("with", tmp_path / "adapter"), ("without", None)):
+        texts.clear()
+        with pytest.raises(DataError, match="no row is left of 1"):
+            train(TrainConfig(**options, output=tmp_path / name, adapter=adapter))
+        runs[name] = list(texts)
+    assert runs["with"] == expected
+    assert runs["without"] != expected
+    told = json.loads((tmp_path / "with" / "kept.progress.jsonl").read_text().splitlines()[0])["run"]
+    assert told["reward"] == "own_filter_reward:see"
+    assert len(told["adapter"]) == 16

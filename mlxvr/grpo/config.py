@@ -3,6 +3,7 @@
 Pure data with checks: a value that cannot be used is refused before anything is loaded.
 """
 
+import dataclasses
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 from mlxvr.errors import ConfigError
 from mlxvr.settings import flag
 
-__all__ = ["LABEL_FREE", "PROJECTIONS", "SCHEDULES", "TrainConfig"]
+__all__ = ["LABEL_FREE", "PROJECTIONS", "SCHEDULES", "TrainConfig", "idle_options"]
 
 SCHEDULES = ("constant", "cosine")
 LABEL_FREE = ("agreement", "coherence")
@@ -177,7 +178,7 @@ class TrainConfig:
         self._positive("learning_rate", "temperature", "max_grad_norm", "memory_limit", "fps")
         if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0.0):
             raise ConfigError(f"weight_decay is {self.weight_decay}: give a number from 0 up, such as 0.01")
-        for name in ("top_p", "threshold", "filter_threshold"):
+        for name in ("top_p", "threshold", *(() if self.own_reward else ("filter_threshold",))):
             value = getattr(self, name)
             if value is not None and not 0.0 <= value <= 1.0:
                 raise ConfigError(f"{name} is {value}: give a number from 0 to 1")
@@ -213,3 +214,44 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0.0):
                 raise ConfigError(f"{name} is {value}: give a number above 0")
+
+
+# What only training reads; `--filter-only` samples and judges, with its own number of samples.
+_TRAINING_ONLY = (
+    *("epochs", "steps", "batch_size", "save_every", "plot", "report_to", "group_size"),
+    *("first_weight", "second_weight", "format_weight", "fallback_weight"),
+    *("loss_type", "importance", "clip_low", "clip_high", "beta", "scale_advantages", "mask_truncated"),
+    *("skip_unanimous", "updates", "gradient_checkpointing", "rank", "scale", "dropout", "dora", "modules"),
+    *("learning_rate", "schedule", "warmup_steps", "weight_decay", "max_grad_norm"),
+    *("valid", "valid_every", "valid_limit", "threshold"),
+)
+_OF_A_NEW_ADAPTER = ("rank", "scale", "dropout", "dora", "modules")
+_OF_THE_PAPERS_REWARD = ("first_weight", "second_weight", "format_weight", "fallback_weight")
+
+
+def idle_options(config: TrainConfig) -> dict[str, tuple[str, ...]]:
+    """The options that differ from their defaults and change nothing, by the reason.
+
+    They are not refused: one file of settings serves filtering and training alike.
+    """
+    reasons: dict[str, tuple[str, ...]]
+    if config.filter_only:
+        reasons = {"--filter-only does not train": _TRAINING_ONLY}
+    else:
+        reasons = {"they are for --filter-only": ("filter_samples", "filter_threshold")}
+        if config.adapter is not None:
+            reasons["the adapter to train on from has its own"] = _OF_A_NEW_ADAPTER
+        if config.own_reward is not None:
+            reasons["the paper's reward is not used"] = _OF_THE_PAPERS_REWARD
+        if config.valid is None:
+            reasons["there are no rows to validate on (--valid)"] = ("valid_every", "valid_limit")
+        if config.updates == 1:
+            reasons["with one update of a batch every ratio is 1"] = ("importance", "clip_low", "clip_high")
+        if config.steps is not None:
+            reasons["--steps says when to end"] = ("epochs",)
+    defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+    changed = {
+        reason: tuple(name for name in names if getattr(config, name) != defaults[name])
+        for reason, names in reasons.items()
+    }
+    return {reason: names for reason, names in changed.items() if names}

@@ -6,6 +6,9 @@ the second, earns at least a threshold. Texts and formulas earn 0 or 1, so any t
 moments it is an IoU; of grounded answers, which earn up to 2, it is held against half of that. The default is the 0.7
 from which the reward itself takes an answer for right. The paper has a language model judge instead of the reward.
 
+A reward function of the user's own judges in its place: by the `second` of a `Reward`, or by the number itself where it
+returns a number. Such a function may judge rows that have no answer, too.
+
 What is sampled is kept row by row in a ledger beside the output, on the disk before the next row begins. Killed at any
 point, the same call goes on there; since a row's seed comes from the run's seed and the row's id, it ends with the same
 output. A row that was changed is sampled again, and the threshold may be changed without any sampling. The output is
@@ -20,7 +23,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +33,7 @@ from mlxvr.dataset import Row, to_record
 from mlxvr.errors import Cancelled, ConfigError, DataError, MediaError
 from mlxvr.ledger import Ledger, read_entries, write_atomically
 from mlxvr.media.spec import VisionSpec
-from mlxvr.rewards import most, score
+from mlxvr.rewards import RewardFunction, ask_reward, most, score
 
 if TYPE_CHECKING:
     from mlxvr.model.network import VideoModel
@@ -49,6 +52,7 @@ class Sampling:
     top_p: float = 1.0
     seed: int = 0
     max_prompt_tokens: int | None = None
+    prefill_step_size: int = 2048
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
@@ -57,6 +61,8 @@ class Sampling:
             raise ConfigError(f"temperature is {self.temperature}: samples differ only above 0, such as 1.0")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p is {self.top_p}: expected a share from above 0 to 1")
+        if self.prefill_step_size < 1:
+            raise ConfigError(f"prefill_step_size is {self.prefill_step_size}: expected at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +136,8 @@ def filter_rows(
     media_root: Path | None = None,
     skip_bad: bool = False,
     sampler: Sampler | None = None,
+    reward: RewardFunction | None = None,
+    judged_by: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
     should_stop: ShouldStop | None = None,
 ) -> FilterReport:
@@ -140,12 +148,15 @@ def filter_rows(
         rows: with unique ids.
         output: the JSONL to write; its progress is beside it (`progress_file`).
         samples: completions a row.
-        threshold: what the second answer has to earn to be right, in (0, 1].
+        threshold: what the second answer has to earn to be right, in (0, 1]; any number with a `reward`.
         sampling: tokens, temperature and seed; None: the defaults of `Sampling`.
         spec: frames and pixels; None: the model's own.
         media_root: that of the rows, if they have one.
         skip_bad: whether rows that cannot be shown or judged are left out instead of raising.
         sampler: takes the place of the model: texts of a row's completions, as many as `samples`.
+        reward: judges in the place of the paper's reward.
+        judged_by: what else decides what is sampled and how it is judged, JSON-ready, such as the names of the adapter
+            and of the reward: progress that was made with something else is refused.
         progress: called with ("filter", rows done, rows).
         should_stop: ends the work between rows and tokens with `Cancelled`; what was sampled is kept.
 
@@ -155,15 +166,15 @@ def filter_rows(
         MediaError: what a row shows cannot be read.
     """
     sampling = sampling or Sampling()
-    _check(rows, output, samples, threshold)
+    _check(rows, output, samples, threshold, any_threshold=reward is not None)
     if sampler is None:
         if model is None:
             raise ConfigError("there is no model to sample from: give one, or a sampler")
         sampler = make_sampler(model, samples=samples, sampling=sampling, spec=spec, should_stop=should_stop)
-    labelled = [row for row in rows if row.answer is not None]
+    labelled = [row for row in rows if row.answer is not None or reward is not None]
     failed: list[str] = []
     sampled = 0
-    with Ledger(progress_file(output), _run(model, samples, sampling, spec)) as ledger:
+    with Ledger(progress_file(output), {**_run(model, samples, sampling, spec), **(judged_by or {})}) as ledger:
         known = _known(ledger.path, samples)
         for done, row in enumerate(labelled):
             _tell(progress, done, len(labelled))
@@ -172,7 +183,7 @@ def filter_rows(
             if should_stop is not None and should_stop():
                 raise Cancelled(f"stopped after {done} of {len(labelled)} rows; the same call goes on there")
             try:
-                earned = _earned(row, sampler(row, _seed(sampling.seed, row)), samples)
+                earned = _earned(row, sampler(row, _seed(sampling.seed, row)), samples, reward)
             except (DataError, MediaError) as error:
                 told = str(error) if str(error).startswith(row.line) else f"{row.line}: {error}"
                 if not skip_bad:
@@ -183,7 +194,9 @@ def filter_rows(
             known[row.id, _digest(row)] = earned
             sampled += 1
         _tell(progress, len(labelled), len(labelled))
-        report, records = _decide(rows, known, output, samples, threshold, media_root, failed, sampled)
+        report, records = _decide(
+            rows, known, output, samples, threshold, media_root, failed, sampled, reward is not None
+        )
         if not records:
             raise DataError(f"no row is left of {report.total}: {report.describe()}")
         write_atomically(output, records)
@@ -218,6 +231,7 @@ def make_sampler(
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             seed=seed,
+            prefill_step_size=sampling.prefill_step_size,
             should_stop=should_stop,
         )
         return group.texts
@@ -230,10 +244,10 @@ def progress_file(output: Path) -> Path:
     return output.with_name(f"{output.stem}.progress.jsonl")
 
 
-def _check(rows: Sequence[Row], output: Path, samples: int, threshold: float) -> None:
+def _check(rows: Sequence[Row], output: Path, samples: int, threshold: float, *, any_threshold: bool) -> None:
     if samples < 2:
         raise ConfigError(f"samples is {samples}: whether a row is solved sometimes takes at least 2")
-    if not 0 < threshold <= 1:
+    if not math.isfinite(threshold) or not (any_threshold or 0 < threshold <= 1):
         raise ConfigError(f"threshold is {threshold}: expected a number above 0, up to 1")
     if output.is_dir():
         raise ConfigError(f"{output} is a folder: give the JSONL file to write")
@@ -287,11 +301,14 @@ def _seed(seed: int, row: Row) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{row.id}".encode("utf-8", "surrogatepass")).digest()[:4])
 
 
-def _earned(row: Row, texts: Sequence[str], samples: int) -> list[float]:
-    """What the second answers earn, unweighted."""
+def _earned(row: Row, texts: Sequence[str], samples: int, reward: RewardFunction | None) -> list[float]:
+    """What the second answers earn, unweighted; what a user's function says of the whole where it says nothing else."""
     if len(texts) != samples:
         raise ConfigError(f"{row.line}: the sampler made {len(texts)} completions: expected {samples}")
-    return [float(score(text, row.answer, row.kind).second) for text in texts]
+    if reward is None:
+        return [float(score(text, row.answer, row.kind).second) for text in texts]
+    rewards = [ask_reward(reward, text, row) for text in texts]
+    return [earned.total if math.isnan(earned.second) else earned.second for earned in rewards]
 
 
 def _decide(
@@ -303,6 +320,7 @@ def _decide(
     media_root: Path | None,
     failed: Sequence[str],
     sampled: int,
+    judges_all: bool,
 ) -> tuple[FilterReport, list[dict[str, Any]]]:
     """Which rows stay, as a report and as the lines of the output."""
     root = _root(rows, output.parent, media_root)
@@ -311,11 +329,12 @@ def _decide(
     for row in rows:
         earned = known.get((row.id, _digest(row)))
         record = to_record(row, media=_relative(row, root or output.parent))
-        if row.answer is None:
+        if row.answer is None and not judges_all:
             unlabelled += 1
             records.append(record)
         elif earned is not None:
-            right = sum(one >= threshold * most(row.kind) for one in earned)
+            highest = 1.0 if judges_all else most(row.kind)  # a user's own scale is held against the threshold as it is
+            right = sum(one >= threshold * highest for one in earned)
             never += right == 0
             always += right == samples
             if 0 < right < samples:

@@ -1,16 +1,15 @@
 """What the completions of a group earn: the paper's reward, the user's own, or one that needs no labels."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from mlxvr.errors import ConfigError, DataError
+from mlxvr.errors import DataError
 from mlxvr.grpo.labelfree import GroupAnswer, agreement, coherence, group_answer, label_free_reward
 from mlxvr.grpo.rollout import Rollout
 from mlxvr.model.network import VideoModel
-from mlxvr.rewards import Reward, RewardFunction, Weights, score
+from mlxvr.rewards import Reward, RewardFunction, Weights, ask_reward, score
 
 __all__ = ["Judge", "Judgement"]
 
@@ -64,7 +63,7 @@ class Judge:
         """
         row = group.prompt.row
         if self._own is not None:
-            return Judgement(rewards=[self._ask_own(self._own, text, group) for text in group.texts], parts={})
+            return Judgement(rewards=[ask_reward(self._own, text, row) for text in group.texts], parts={})
         if row.answer is not None:
             try:
                 rewards = [score(text, row.answer, row.kind, weights=self._weights) for text in group.texts]
@@ -80,17 +79,3 @@ class Judge:
             parts["coherence"] = coherence(model, group, temperature=self._temperature)
         rewards = label_free_reward(parts, group.texts, row.kind, weights=self._weights)
         return Judgement(rewards=rewards, parts=parts, unlabelled=group_answer(row, group.texts))
-
-    def _ask_own(self, function: RewardFunction, text: str, group: Rollout) -> Reward:
-        row = group.prompt.row
-        try:
-            said = function(text, row)
-        except Exception as error:  # a user's function may raise anything
-            told = " ".join(str(error).split())
-            raise ConfigError(f"{row.line}: the reward function failed ({type(error).__name__}: {told})") from error
-        if isinstance(said, Reward):
-            return said
-        if isinstance(said, bool | int | float) and math.isfinite(said):
-            nan = math.nan
-            return Reward(total=float(said), first=nan, second=nan, format=nan, fallback=nan)
-        raise DataError(f"{row.line}: the reward function returned {said!r}: a finite number or a Reward is needed")

@@ -8,6 +8,7 @@ The reference policy is the same model with its adapters off: no second copy of 
 an adapter, it is the model with that adapter as it was: a `snapshot`.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from mlxvr.errors import CheckpointError, ConfigError
 from mlxvr.grpo.config import PROJECTIONS
@@ -27,6 +29,7 @@ from mlxvr.model.network import VideoModel
 __all__ = [
     "PROJECTIONS",
     "LoraConfig",
+    "adapter_digest",
     "adapters_off",
     "attach",
     "attach_saved",
@@ -138,6 +141,17 @@ def snapshot(model: VideoModel) -> dict[str, mx.array]:
     copies = {name: mx.array(array) for name, array in lora_weights(model).items()}
     mx.eval(copies)
     return copies
+
+
+def adapter_digest(model: VideoModel) -> str:
+    """Tells adapters apart: 16 hexadecimal digits of their weights and scales, whatever folder they came from."""
+    digest = hashlib.sha256()
+    for name, layer in sorted(find_layers(model.network).items()):
+        digest.update(f"{name} {layer.scale}".encode())
+    for name, array in lora_weights(model).items():
+        digest.update(f"{name} {array.shape} {array.dtype}".encode())
+        digest.update(np.array(array.astype(mx.float32)).tobytes())
+    return digest.hexdigest()[:16]
 
 
 def save_adapter(folder: Path, model: VideoModel, config: LoraConfig) -> None:

@@ -65,6 +65,7 @@ class Workload:
         keep_reference: the reference policy has an adapter of its own, kept beside the trained one.
         prefill_step: prompt tokens that go through the model at once.
         backend: "cpu", "metal" or "cuda".
+        samples_only: completions are sampled, and nothing is learned from them.
     """
 
     config: Mapping[str, Any]
@@ -86,6 +87,7 @@ class Workload:
     keep_reference: bool = False
     prefill_step: int = 2048
     backend: str = "metal"
+    samples_only: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +159,7 @@ class MemoryEstimate:
             ("gradient pass", self.gradient, self._gradient_parts()),
             ("update", self.update, "new weights and moments beside the old"),
         ]
-        lines = [f"{name:<16}{_gb(size):>9}  {what}" for name, size, what in rows]
+        lines = [f"{name:<16}{_gb(size):>9}  {what}" for name, size, what in rows if size]
         lines.append(f"{'peak':<16}{_gb(self.peak):>9}  mostly {self._dominant()}")
         return "\n".join(lines)
 
@@ -165,11 +167,12 @@ class MemoryEstimate:
         """Settings that need clearly less, the one that saves most first: (what to write, what that needs)."""
         work = self.workload
         changes: list[tuple[str, Workload]] = []
-        if not work.checkpoint:
+        if not work.checkpoint and not work.samples_only:
             changes.append(("--gradient-checkpointing", replace(work, checkpoint=True)))
         if work.group_size > 2:
             half = work.group_size // 2
-            changes.append((f"--group-size {half}", replace(work, group_size=half)))
+            name = "--filter-samples" if work.samples_only else "--group-size"
+            changes.append((f"{name} {half}", replace(work, group_size=half)))
         if work.completion_tokens > 64:
             half = work.completion_tokens // 2
             changes.append((f"--max-completion-tokens {half}", replace(work, completion_tokens=half)))
@@ -181,7 +184,7 @@ class MemoryEstimate:
             half = work.rows // 2
             changes.append((f"--batch-size {half}", replace(work, rows=half)))
         rank = round(work.adapter_parameters / _parameters_per_rank(work)) if work.keys else 0
-        if rank > 4:
+        if rank > 4 and not work.samples_only:
             smaller = replace(work, adapter_parameters=work.adapter_parameters // rank * (rank // 2))
             changes.append((f"--rank {rank // 2}", smaller))
         packed, other = _matrices(work.config)
@@ -198,8 +201,9 @@ class MemoryEstimate:
             return
         options = [f"{flag} ({_gb(other.peak)})" for flag, other in self.alternatives()]
         lower = f"; what would lower it, most first: {', '.join(options)}" if options else ""
+        work = "sampling" if self.workload.samples_only else "training"
         raise OutOfMemoryError(
-            f"training needs about {_gb(self.peak)}, mostly {self._dominant()}; {_gb(limit_bytes)} are allowed{lower}"
+            f"{work} needs about {_gb(self.peak)}, mostly {self._dominant()}; {_gb(limit_bytes)} are allowed{lower}"
         )
 
     def _of_prompts(self) -> str:
@@ -364,22 +368,23 @@ def _estimate(work: Workload) -> MemoryEstimate:
     levels = len(work.config["vision_config"].get("deepstack_visual_indexes", ()))
     kept, layer, attention = _layers_pass(work, sizes, levels)
     head = _head_pass(work, sizes)
+    learned = 0 if work.samples_only else 1
     return MemoryEstimate(
         workload=work,
         weights=work.weight_bytes,
         adapters=adapters * (2 if work.keep_reference else 1),
-        optimizer=adapters * (3 if work.accumulate else 2),
+        optimizer=learned * adapters * (3 if work.accumulate else 2),
         features=math.ceil(work.rows / work.ranks) * work.visual_tokens * sizes.hidden * (1 + levels) * work.itemsize,
         vision=_vision_pass(work),
         cache=_cache(work, sizes),
         prefill=_prefill_pass(work, sizes),
         decode=_decode_pass(work, sizes),
-        kept=kept,
-        layer=layer,
-        attention=attention,
-        head=head,
-        reference=head + _columns(work) * sizes.hidden * work.itemsize if work.beta > 0.0 else 0,
-        update=3 * adapters,
+        kept=learned * kept,
+        layer=learned * layer,
+        attention=learned * attention,
+        head=learned * head,
+        reference=learned * (head + _columns(work) * sizes.hidden * work.itemsize) if work.beta > 0.0 else 0,
+        update=learned * 3 * adapters,
     )
 
 

@@ -17,7 +17,7 @@ from mlxvr.media.rows import load_row
 from mlxvr.model.network import VideoModel, VisionFeatures
 from mlxvr.model.prompt import Prompt, build_prompt
 
-__all__ = ["EncodedPrompt", "encode_row", "write_prompt"]
+__all__ = ["EncodedPrompt", "encode_row", "refuse_length", "write_prompt"]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -69,10 +69,7 @@ def encode_row(
         vision = load_row(row, spec or model.spec, should_stop=should_stop)
     prompt = write_prompt(model, row, vision)
     if max_prompt_tokens is not None and len(prompt.ids) > max_prompt_tokens:
-        raise DataError(
-            f"{row.line}: the prompt has {len(prompt.ids)} tokens, {int(prompt.media_mask.sum())} of them visual, and "
-            f"the limit is {max_prompt_tokens}: raise it, or lower the visual tokens"
-        )
+        raise DataError(refuse_length(row, len(prompt.ids), int(prompt.media_mask.sum()), max_prompt_tokens))
     features = model.encode(prompt.media, should_stop=should_stop) if prompt.media else None
     if features is not None:
         mx.eval(features.embeds, features.deepstack)
@@ -83,6 +80,14 @@ def encode_row(
         media_mask=prompt.media_mask,
         features=features,
         next_position=prompt.next_position,
+    )
+
+
+def refuse_length(row: Row, tokens: int, visual: int, limit: int) -> str:
+    """What is said of a prompt that is longer than the limit."""
+    return (
+        f"{row.line}: the prompt has {tokens} tokens, {visual} of them visual, and the limit is {limit}: raise "
+        "--max-prompt-tokens, or lower --video-tokens"
     )
 
 

@@ -23,6 +23,7 @@ class TrainReport:
         valid: figures on the validation rows by steps done.
         skipped: rows that could not be used when their turn came, by id, and why.
         left_out: rows of the data that could not be used from the start.
+        reward: what judged: the name of the user's own function, or the paper's reward.
         warnings: what the run had to say.
         rank: of this process; only rank 0 writes.
     """
@@ -38,6 +39,7 @@ class TrainReport:
     valid: Mapping[int, Mapping[str, Any]]
     skipped: Mapping[str, str]
     left_out: int = 0
+    reward: str = "the paper's reward"
     warnings: tuple[str, ...] = ()
     rank: int = 0
 

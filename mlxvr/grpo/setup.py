@@ -4,21 +4,21 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from mlxvr import mathematics
 from mlxvr.callbacks import Progress
 from mlxvr.dataset import Row, load_rows, to_record
-from mlxvr.errors import ConfigError, DataError, MediaError
+from mlxvr.errors import CheckpointError, ConfigError, DataError, MediaError
 from mlxvr.grpo.config import TrainConfig
 from mlxvr.grpo.formats import read_rows
+from mlxvr.grpo.lengths import PromptLengths, first_too_long
 from mlxvr.grpo.lora import LoraConfig
 from mlxvr.grpo.loss import LossConfig
 from mlxvr.grpo.memory import MemoryEstimate, estimate_training
-from mlxvr.grpo.prompts import write_prompt
 from mlxvr.grpo.rollout import prefill_step
-from mlxvr.grpo.state import state_file
-from mlxvr.media.rows import load_row
+from mlxvr.grpo.state import read_progress, state_file
 from mlxvr.media.spec import VisionSpec
 from mlxvr.model import memory
 from mlxvr.model.loading import load_model
@@ -28,7 +28,9 @@ from mlxvr.reasoner import demo_folder
 from mlxvr.rewards import Weights
 
 __all__ = [
+    "check_lengths",
     "check_output",
+    "check_rows",
     "estimate_memory",
     "frame_spec",
     "identity",
@@ -40,7 +42,7 @@ __all__ = [
     "reward_weights",
 ]
 
-_LOOKED_AT = 8  # rows whose prompts are measured before the start
+_SHARE = 0.9  # of all memory that a run may need, where it is not Metal that recommends a limit
 # What may differ between a run and the one that goes on from it: nothing that decides what a step does.
 _FREE = {
     "output", "resume", "steps", "epochs", "save_every", "memory_limit", "plot", "report_to", "skip_bad_rows",
@@ -79,48 +81,70 @@ def identity(config: TrainConfig, fingerprint: str, rows: Sequence[Row], total: 
 
 
 def estimate_memory(
-    config: TrainConfig, model: VideoModel, rows: Sequence[Row], spec: VisionSpec, *, ranks: int = 1
+    config: TrainConfig, model: VideoModel, lengths: PromptLengths, rows: int, *, ranks: int = 1
 ) -> tuple[MemoryEstimate, int]:
-    """What a step may need, and how many bytes it may have.
+    """What a step may need, and how many bytes it may have; with `filter_only` what sampling may need.
 
-    The prompt is the longest of the first rows, which are read for it, up to the longest that is allowed; completions
-    count as if they all hit their limit.
+    The prompt is the longest that was measured; completions count as if they all hit their limit. What it may have is
+    `memory_limit`, else what Metal recommends, else nine tenths of the memory.
 
     Args:
         config: of the run.
-        model: with LoRA layers.
-        rows: to learn from, in any order.
-        spec: how their frames are sampled and sized.
+        model: with LoRA layers, if there are to be any.
+        lengths: of the prompts.
+        rows: how many there are.
         ranks: that share the rows of a step.
     """
-    longest, visual, frame = 1, 0, 0
-    for row in rows[:_LOOKED_AT]:
-        try:
-            vision = load_row(row, spec)
-            prompt = write_prompt(model, row, vision)
-        except (DataError, MediaError):
-            continue  # the step that meets it says so
-        if len(prompt.ids) > longest:
-            longest, visual = len(prompt.ids), int(prompt.media_mask.sum())
-            frame = visual // max(1, 0 if vision is None else vision.grid[0])
-    longest = min(longest, config.max_prompt_tokens)
-    found = estimate_training(
+    longest = lengths.longest
+    estimated = estimate_training(
         model,
         prompt_tokens=longest,
-        visual_tokens=min(visual, longest),
-        frame_tokens=frame,
-        group_size=config.group_size,
+        visual_tokens=min(lengths.visual, longest),
+        frame_tokens=lengths.frame,
+        group_size=config.filter_samples if config.filter_only else config.group_size,
         completion_tokens=min(config.max_completion_tokens, max(1, model.context_length - longest)),
         checkpoint=config.gradient_checkpointing,
         beta=config.beta,
         accumulate=config.batch_size > 1,
-        rows=min(config.batch_size, len(rows)),
+        rows=1 if config.filter_only else min(config.batch_size, rows),
         ranks=ranks,
-        keep_reference=config.adapter is not None,
+        keep_reference=config.adapter is not None and not config.filter_only,
         prefill_step=prefill_step(config.prefill_step_size),
+        samples_only=config.filter_only,
     )
-    allowed = memory.physical_memory() if config.memory_limit is None else int(config.memory_limit * 1e9)
-    return found, allowed
+    if config.memory_limit is not None:
+        return estimated, int(config.memory_limit * 1e9)
+    usable = memory.usable_memory()
+    return estimated, usable if memory.backend() == "metal" else int(_SHARE * usable)
+
+
+def check_rows(config: TrainConfig, rows: Sequence[Row]) -> None:
+    """Raise `MediaError` for the first row whose file is missing, unless `skip_bad_rows` leaves such rows out."""
+    if config.skip_bad_rows:
+        return
+    for row in rows:
+        path = row.video or row.image
+        if path is not None and not path.exists():
+            raise MediaError(f"{row.line}: {path} does not exist: check the path; --skip-bad-rows leaves such rows out")
+
+
+def check_lengths(config: TrainConfig, model: VideoModel, lengths: PromptLengths, spec: VisionSpec) -> str | None:
+    """Refuse prompts that are too long before anything is written; what to say of those that will be left out.
+
+    Raises `DataError` when one is too long, or with `skip_bad_rows` when all are.
+    """
+    count = len(lengths.too_long)
+    if count == 0:
+        return None
+    reason = first_too_long(model, lengths, spec, max_prompt_tokens=config.max_prompt_tokens)
+    if reason is None:
+        return None
+    if not config.skip_bad_rows:
+        more = f" ({count:,} rows have such a prompt)" if count > 1 else ""
+        raise DataError(f"{reason}{more}; --skip-bad-rows leaves such rows out")
+    if count == lengths.total:
+        raise DataError(f"all {count:,} rows have prompts that are too long; the first: {reason}")
+    return f"{count:,} of {lengths.measured:,} rows have prompts that are too long and will be left out: {reason}"
 
 
 def lora_config(config: TrainConfig) -> LoraConfig:
@@ -144,35 +168,56 @@ def read_training_rows(config: TrainConfig) -> tuple[list[Row], list[str]]:
         labelled=not config.label_free and config.own_reward is None,
     )
     rows = rows[: config.limit]
-    formula = next((row for row in rows if row.kind == "math"), None)
-    if formula is not None and (config.filter_only or config.own_reward is None):
-        try:
-            mathematics.require()
-        except ConfigError as error:
-            raise ConfigError(f"{formula.line}: {error}") from None
+    if config.own_reward is None:
+        _require_mathematics(rows)
     return rows, left_out
 
 
 def read_validation_rows(config: TrainConfig) -> list[Row]:
-    """The rows to measure on, all with an answer; none without `config.valid`. Raises as `dataset.load_rows`."""
-    if config.valid is None:
+    """The rows to measure on, all with an answer; none without `config.valid`. Raises as `read_training_rows`."""
+    if config.valid is None or config.filter_only:
         return []
-    return load_rows(config.valid, media_root=config.media_root if config.format == "mlxvr" else None)[
-        : config.valid_limit
-    ]
+    root = config.media_root if config.format == "mlxvr" else None
+    rows = load_rows(config.valid, media_root=root)[: config.valid_limit]
+    _require_mathematics(rows)
+    return rows
+
+
+def _require_mathematics(rows: Sequence[Row]) -> None:
+    """Raise `ConfigError` where a row needs `math-verify` and it is not installed."""
+    formula = next((row for row in rows if row.kind == "math"), None)
+    if formula is None:
+        return
+    try:
+        mathematics.require()
+    except ConfigError as error:
+        raise ConfigError(f"{formula.line}: {error}") from None
 
 
 def check_output(config: TrainConfig) -> None:
-    """Raise `ConfigError` when the output folder holds a run that this one is not, or no run to go on with."""
-    if not config.resume and not config.filter_only and state_file(config.output).exists():
+    """Raise `ConfigError` when the output folder holds a run that this one is not, or no run to go on with.
+
+    A run that has done no step counts as none.
+    """
+    if config.resume:
+        if not state_file(config.output).is_file():
+            read_progress(config.output)  # says that there is none
+    elif not config.filter_only and state_file(config.output).exists() and not _is_unbegun(config.output):
         raise ConfigError(f"{config.output} holds a run already: go on with --resume, or give another folder")
-    if config.resume and not state_file(config.output).is_file():
-        raise ConfigError(f"{config.output} holds no state to resume from: leave --resume out to start a run there")
+
+
+def _is_unbegun(output: Path) -> bool:
+    try:
+        return read_progress(output).step == 0
+    except CheckpointError:  # damaged: a run that somebody may want to save
+        return False
 
 
 def load(config: TrainConfig, progress: Progress | None) -> VideoModel:
-    """Load the model without an adapter; raises `CheckpointError`."""
+    """Load the model without an adapter; raises `CheckpointError`, or `ConfigError` for a revision of what has none."""
     if config.model is None:
+        if config.revision is not None:
+            raise ConfigError(f"revision {config.revision!r} is of a Hub id: give --model, or leave it out")
         folder = demo_folder() / "checkpoint"
     else:
         folder = hub.resolve(config.model, revision=config.revision, progress=progress)

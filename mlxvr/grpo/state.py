@@ -20,7 +20,7 @@ from mlxvr.grpo.lora import lora_weights
 from mlxvr.model.adapter import find_layers
 from mlxvr.model.network import VideoModel
 
-__all__ = ["Progress", "load_state", "save_state", "state_file"]
+__all__ = ["Progress", "load_state", "read_progress", "save_state", "state_file"]
 
 _NOTES = "mlxvr_train"
 
@@ -91,6 +91,11 @@ def save_state(
         temporary.unlink(missing_ok=True)
 
 
+def read_progress(output: Path) -> Progress:
+    """How far the run in a folder is; raises as `load_state`."""
+    return _read(output)[0]
+
+
 def load_state(
     output: Path, model: VideoModel, optimizer: optim.Optimizer
 ) -> tuple[Progress, dict[str, mx.array] | None]:
@@ -108,16 +113,12 @@ def load_state(
         ConfigError: there is no state.
         CheckpointError: it is damaged or that of another model.
     """
+    progress, arrays = _read(output)
     path = state_file(output)
-    if not path.is_file():
-        raise ConfigError(f"{output} holds no state to resume from: leave --resume out, or give the folder of a run")
     try:
-        loaded = mx.load(str(path), format="safetensors", return_metadata=True)
-        arrays, notes = cast("tuple[dict[str, mx.array], dict[str, str]]", loaded)
-        progress = Progress(**json.loads(notes[_NOTES]))
         mx.eval(arrays)
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} cannot be read as the state of a run ({error}): start the run anew") from error
+    except (OSError, RuntimeError, ValueError) as error:
+        raise _unreadable(path, error) from error
     parts: dict[str, dict[str, mx.array]] = {"adapter": {}, "optimizer": {}, "reference": {}}
     for name, array in arrays.items():
         part, _, rest = name.partition("/")
@@ -131,3 +132,25 @@ def load_state(
         layers[module][kind] = array
     optimizer.state = tree_unflatten(list(parts["optimizer"].items()))
     return progress, parts["reference"] or None
+
+
+def _read(output: Path) -> tuple[Progress, dict[str, mx.array]]:
+    """How far the run in a folder is, and its arrays, which are not read yet."""
+    path = state_file(output)
+    if not path.is_file():
+        raise ConfigError(
+            f"{output} holds no state to resume from, so no run that could go on: leave --resume out to start one, or "
+            "give the folder of a run"
+        )
+    try:
+        loaded = mx.load(str(path), format="safetensors", return_metadata=True)
+        arrays, notes = cast("tuple[dict[str, mx.array], dict[str, str]]", loaded)
+        return Progress(**json.loads(notes[_NOTES])), arrays
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{path} cannot be read as the state of a run ({error}): start the run anew, in another folder"
+    )

@@ -30,22 +30,25 @@ from mlxvr.callbacks import Progress as Bar
 from mlxvr.callbacks import ShouldStop
 from mlxvr.dataset import Row, to_record
 from mlxvr.errors import ConfigError, DataError, MediaError
-from mlxvr.grpo.config import TrainConfig
+from mlxvr.grpo.config import TrainConfig, idle_options
 from mlxvr.grpo.curves import plot_curves
 from mlxvr.grpo.figures import figures_of, sum_up
 from mlxvr.grpo.filtering import FilterReport, Sampling, filter_rows
-from mlxvr.grpo.journal import Journal, make_sinks
+from mlxvr.grpo.journal import FILE_NAME, Journal, make_sinks
 from mlxvr.grpo.judging import Judge
 from mlxvr.grpo.labelfree import CollapseGuard, GroupAnswer
 from mlxvr.grpo.learning import Group, Learner, NotFinite
-from mlxvr.grpo.lora import attach, attach_saved, lora_weights, save_adapter, snapshot
+from mlxvr.grpo.lengths import measure_prompts
+from mlxvr.grpo.lora import adapter_digest, attach, attach_saved, lora_weights, save_adapter, snapshot
 from mlxvr.grpo.order import batches
 from mlxvr.grpo.prompts import encode_row
 from mlxvr.grpo.report import TrainReport
 from mlxvr.grpo.rollout import rollout
 from mlxvr.grpo.schedule import learning_rate
 from mlxvr.grpo.setup import (
+    check_lengths,
     check_output,
+    check_rows,
     estimate_memory,
     frame_spec,
     identity,
@@ -56,24 +59,26 @@ from mlxvr.grpo.setup import (
     read_validation_rows,
     reward_weights,
 )
-from mlxvr.grpo.state import Progress, load_state, save_state
+from mlxvr.grpo.state import Progress, load_state, read_progress, save_state, state_file
 from mlxvr.grpo.together import check_same, have_same_bits, shared_state
 from mlxvr.grpo.validation import Judged, judge_answer, summarise
 from mlxvr.media.rows import read_ahead
+from mlxvr.media.spec import VisionSpec
 from mlxvr.model import memory
 from mlxvr.model.device import hand_over, use_device
 from mlxvr.model.network import VideoModel
 from mlxvr.plotting import check_plot
 from mlxvr.ranks import Ranks
 from mlxvr.reasoner import default_threshold
-from mlxvr.rewards import load_reward
-from mlxvr.settings import write_settings
+from mlxvr.rewards import RewardFunction, load_reward
+from mlxvr.settings import settings_of, write_settings
 from mlxvr.writing import replace_file
 
 __all__ = ["train"]
 
 OnEntry = Callable[[Mapping[str, Any], int], None]
 OnNote = Callable[[str], None]
+_SETTINGS_FILE = "train_config.toml"
 
 
 def train(
@@ -117,15 +122,18 @@ def train(
         note(f"left out: {reason}")
     if len(left_out) > 5:
         note(f"left out: {len(left_out) - 5} rows more, {len(left_out)} in all")
+    for reason, names in idle_options(config).items():
+        flags = ", ".join(settings_of(TrainConfig)[name].flag for name in names)
+        note(f"without effect: {flags}, as {reason}")
     if ranks.rank == 0:
         check_output(config)
+    check_rows(config, [*rows, *valid])
     model = load(config, progress)
     report: TrainReport | FilterReport
-    if config.filter_only:
-        with use_device():
-            report = _filter(config, model, rows, progress, should_stop)
-    else:
-        with use_device(), memory.wired(), memory.limited(config.memory_limit):
+    with use_device(), memory.wired(), memory.limited(config.memory_limit):
+        if config.filter_only:
+            report = _filter(config, model, rows, own, note, progress, should_stop)
+        else:
             run = _Run(config, model, rows, valid, ranks, own, note)
             report = run.go(progress=progress, on_entry=on_entry, should_stop=should_stop)
     return dataclasses.replace(report, left_out=len(left_out))
@@ -141,10 +149,11 @@ class _Run:
         rows: Sequence[Row],
         valid: Sequence[Row],
         ranks: Ranks,
-        own: Any,
+        own: RewardFunction | None,
         note: OnNote,
     ) -> None:
         self.config, self.model, self.rows, self.valid, self.ranks = config, model, rows, valid, ranks
+        self.own = own
         self.warnings: list[str] = []
         self._note = note
         self.spec = frame_spec(config, model)
@@ -167,15 +176,13 @@ class _Run:
         self._check_memory()
         self.state = Progress(run=identity(config, fingerprint, rows, self.total))
         check_same(ranks, {**self.state.run, **self._pace()})
-        if config.resume:
-            self._resume()
+        self.goes_on = config.resume and self._resume()
+        if self.valid and own is not None:
+            self._note(f"validation rewards, and so which adapter is best, are those of {config.own_reward}")
 
     def _check_memory(self) -> None:
-        """Say what a step needs, and refuse what cannot fit."""
-        found, allowed = estimate_memory(self.config, self.model, self.rows, self.spec, ranks=self.ranks.size)
-        for line in found.describe().splitlines():
-            self._note(line)
-        found.refuse_over(allowed)
+        """Refuse prompts that are too long and steps that cannot fit, and say what a step needs."""
+        _check_sizes(self.config, self.model, self.rows, self.spec, self._note, ranks=self.ranks.size)
 
     def _pace(self) -> dict[str, Any]:
         """What the ranks do together and when, beside what decides the steps."""
@@ -191,21 +198,45 @@ class _Run:
             "mlx": version("mlx"),
         }
 
-    def _resume(self) -> None:
+    def _resume(self) -> bool:
+        """Take up the saved state; False for one that has done no step, with other settings: the run begins anew."""
         asked = self.state.run
         with shared_state(self.ranks, self.config.output) as folder:
+            saved = read_progress(folder)
+            different = [
+                name for name in sorted(asked.keys() | saved.run.keys()) if asked.get(name) != saved.run.get(name)
+            ]
+            if different and saved.step == 0:
+                return False
             self.state, self.learner.reference = load_state(folder, self.model, self.learner.optimizer)
-        for name in sorted(asked.keys() | self.state.run.keys()):
-            if asked.get(name) != self.state.run.get(name):
-                raise ConfigError(
-                    f"{self.config.output} was begun with {name} {self.state.run.get(name)!r}, and now it is "
-                    f"{asked.get(name)!r}: give what it was begun with, or start a run in another folder"
-                )
+        if different:
+            name = different[0]
+            raise ConfigError(
+                f"{self.config.output} was begun with {name} {saved.run.get(name)!r}, and now it is "
+                f"{asked.get(name)!r}: give what it was begun with, or start a run in another folder"
+            )
         if self.state.guard:
             self.guard.restore(self.state.guard)
+        return True
 
     def go(self, *, progress: Bar | None, on_entry: OnEntry | None, should_stop: ShouldStop | None) -> TrainReport:
-        """All steps that are left."""
+        """All steps that are left.
+
+        A run that ends before its first step leaves no run behind: the next one may begin in the same folder.
+        """
+        output = self.config.output
+        made = [path for path in (output / _SETTINGS_FILE, output / FILE_NAME) if not path.exists()]
+        made_folder = not output.exists()
+        try:
+            return self._go(progress=progress, on_entry=on_entry, should_stop=should_stop)
+        finally:
+            if self.ranks.rank == 0 and self.state.step == 0 and not state_file(output).exists():
+                for path in made:
+                    path.unlink(missing_ok=True)
+                if made_folder and output.is_dir() and not any(output.iterdir()):
+                    output.rmdir()
+
+    def _go(self, *, progress: Bar | None, on_entry: OnEntry | None, should_stop: ShouldStop | None) -> TrainReport:
         config, state = self.config, self.state
         started = time.perf_counter()
         figures: Mapping[str, Any] = {}
@@ -234,7 +265,7 @@ class _Run:
                 state.pending = None
                 return True
 
-            if state.step == 0 and self.valid and not config.resume:
+            if state.step == 0 and self.valid and not self.goes_on:
                 state.pending = {}
             if state.pending is not None:
                 figures = state.pending
@@ -246,7 +277,7 @@ class _Run:
                 try:
                     figures, stopping = self._take_step(number, next(shares), should_stop)
                 except BaseException:
-                    if self.learner.is_whole:
+                    if self.learner.is_whole and state.step:
                         self._save()
                     raise
                 state.step = number
@@ -268,6 +299,7 @@ class _Run:
         if self.collapse is not None:
             raise self.collapse
         return TrainReport(
+            reward=config.own_reward or "the paper's reward",
             output=config.output,
             best=config.output / "best" if state.best is not None else None,
             best_step=state.best_step,
@@ -311,6 +343,9 @@ class _Run:
         records = sorted((group for one in every for group in one["groups"]), key=lambda group: str(group["id"]))
         for one in every:
             self.state.skipped |= one["skipped"]
+        if not records and len(self.state.skipped) == len(self.rows):
+            reason = next(iter(self.state.skipped.values()))
+            raise DataError(f"none of the {len(self.rows)} rows can be used; the first: {reason}")
         figures: dict[str, Any] = figures_of(records)
         self._watch(records, figures["entropy"])
         tokens = sum(count for record in records for count in record["tokens"])
@@ -378,7 +413,9 @@ class _Run:
                     seed=0,
                     prefill_step_size=self.config.prefill_step_size,
                 )
-                judged.append(judge_answer(self.model, group, threshold=self.threshold, weights=self.weights))
+                judged.append(
+                    judge_answer(self.model, group, threshold=self.threshold, weights=self.weights, own=self.own)
+                )
                 if progress is not None:
                     progress("validate", done + 1, len(own))
         told = json.dumps([dataclasses.asdict(one) for one in judged]).encode()
@@ -437,11 +474,11 @@ class _Run:
         if self.ranks.rank:
             return None
         output = self.config.output
-        write_settings(output / "train_config.toml", self.config, title="what `mlxvr train --config` reads")
+        write_settings(output / _SETTINGS_FILE, self.config, title="what `mlxvr train --config` reads")
         told = {name: str(value) for name, value in dataclasses.asdict(self.config).items()}
         journal = stack.enter_context(Journal(output, sinks=make_sinks(self.config.report_to, output, told)))
         kept = self.state.step - (self.state.pending is not None)  # a step that is measured anew is written anew
-        journal.rewind(kept if self.config.resume else -1)
+        journal.rewind(kept if self.goes_on else -1)
         return journal
 
 
@@ -461,9 +498,39 @@ def _batches(config: TrainConfig, count: int, ranks: Ranks | None) -> Iterator[t
         epoch += 1
 
 
+def _check_sizes(
+    config: TrainConfig, model: VideoModel, rows: Sequence[Row], spec: VisionSpec, note: OnNote, *, ranks: int = 1
+) -> None:
+    """Refuse prompts that are too long and work that cannot fit into memory, and say what it needs."""
+    lengths = measure_prompts(model, rows, spec, max_prompt_tokens=config.max_prompt_tokens)
+    note(lengths.describe())
+    left_out = check_lengths(config, model, lengths, spec)
+    if left_out is not None:
+        note(left_out)
+    need, allowed = estimate_memory(config, model, lengths, len(rows), ranks=ranks)
+    for line in need.describe().splitlines():
+        note(line)
+    need.refuse_over(allowed)
+
+
 def _filter(
-    config: TrainConfig, model: VideoModel, rows: Sequence[Row], progress: Bar | None, should_stop: ShouldStop | None
+    config: TrainConfig,
+    model: VideoModel,
+    rows: Sequence[Row],
+    own: RewardFunction | None,
+    note: OnNote,
+    progress: Bar | None,
+    should_stop: ShouldStop | None,
 ) -> FilterReport:
+    """Filter by what the adapter that training would begin from makes of the rows, judged as training would."""
+    judged_by = {}
+    if config.adapter is not None:
+        attach_saved(model, config.adapter)
+        judged_by["adapter"] = adapter_digest(model)
+    if config.own_reward is not None:
+        judged_by["reward"] = config.own_reward
+    spec = frame_spec(config, model)
+    _check_sizes(config, model, rows, spec, note)
     return filter_rows(
         model,
         rows,
@@ -476,10 +543,13 @@ def _filter(
             top_p=config.top_p,
             seed=config.seed,
             max_prompt_tokens=config.max_prompt_tokens,
+            prefill_step_size=config.prefill_step_size,
         ),
-        spec=frame_spec(config, model),
+        spec=spec,
         media_root=config.media_root,
         skip_bad=config.skip_bad_rows,
+        reward=own,
+        judged_by=judged_by,
         progress=progress,
         should_stop=should_stop,
     )

@@ -15,7 +15,7 @@ from mlxvr.dataset import Row
 from mlxvr.grpo.rollout import Completion, Rollout
 from mlxvr.model.decode import Token
 from mlxvr.model.network import VideoModel
-from mlxvr.rewards import Weights, most, score
+from mlxvr.rewards import RewardFunction, Weights, ask_reward, most, score
 
 __all__ = ["RIGHT", "Judged", "judge_answer", "look_at", "summarise"]
 
@@ -33,7 +33,7 @@ class Judged:
         reasoned: whether auto reasons.
         tokens: that auto writes.
         format: whether the format was kept.
-        reward: the paper's.
+        reward: the paper's, or the user's own.
     """
 
     first: float
@@ -65,14 +65,21 @@ def look_at(model: VideoModel, row: Row, completion: Completion) -> Outcome:
     return outcome
 
 
-def judge_answer(model: VideoModel, group: Rollout, *, threshold: float, weights: Weights) -> Judged:
+def judge_answer(
+    model: VideoModel, group: Rollout, *, threshold: float, weights: Weights, own: RewardFunction | None = None
+) -> Judged:
     """Judge the one greedy completion of a labelled row.
+
+    Whether an answer is right follows the paper's rules, whatever the reward: the row's label says what is right.
 
     Args:
         model: that wrote it.
         group: with one completion.
         threshold: confidence from which the first answer stands.
-        weights: of the reward.
+        weights: of the paper's reward.
+        own: takes the place of the paper's reward; None: it does not.
+
+    Raises as `rewards.score` and `rewards.ask_reward`.
     """
     row, completion = group.prompt.row, group.completions[0]
     outcome = look_at(model, row, completion)
@@ -87,7 +94,7 @@ def judge_answer(model: VideoModel, group: Rollout, *, threshold: float, weights
         reasoned=float(not stands),
         tokens=outcome.first_answer_tokens if stands else len(completion.ids),
         format=earned.format,
-        reward=earned.total,
+        reward=earned.total if own is None else ask_reward(own, group.texts[0], row).total,
     )
 
 

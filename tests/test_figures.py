@@ -1,0 +1,128 @@
+"""The figures of a step, from groups written down by hand: what is a mean of what, and what is left out."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from mlxvr.dataset import Row
+from mlxvr.grpo import figures
+from mlxvr.grpo.figures import figures_of, sum_up
+from mlxvr.grpo.gradient import GroupStats
+from mlxvr.grpo.judging import Judgement
+from mlxvr.rewards import Reward
+
+ROW = Row(id="a", question="Which?", answer="A")
+SEEN = {"sure": 0.99, "unsure": 0.4, "declines": None}  # the confidence of each text's first answer
+
+
+def completion(text, *, tokens=3, truncated=False, logprob=-0.5):
+    logprobs = np.full(tokens, logprob, dtype=np.float32)
+    return SimpleNamespace(ids=np.arange(tokens), logprobs=logprobs, text=text, truncated=truncated)
+
+
+def reward(total, first, second, form=1.0, fallback=0.0):
+    return Reward(total=total, first=first, second=second, format=form, fallback=fallback)
+
+
+def group_of(row, pairs, *, unanimous=False, parts=None):
+    judgement = Judgement(rewards=[earned for _, earned in pairs], parts=parts or {})
+    return SimpleNamespace(
+        row=row,
+        rollout=SimpleNamespace(completions=[one for one, _ in pairs]),
+        judgement=judgement,
+        is_unanimous=unanimous,
+    )
+
+
+def stats_of(**values):
+    known = {"loss": 0.0, "kl": 0.0, "clip_share": 0.0, "ratio_mean": 1.0, "entropy": 0.0, "tokens": 1}
+    return GroupStats(**{**known, **values}, logprobs=np.zeros((1, 1)), reference_logprobs=None)
+
+
+@pytest.fixture(autouse=True)
+def looked_at(monkeypatch):
+    """What the reasoner would see in a completion."""
+
+    def look_at(model, row, one):
+        confidence = SEEN[one.text]
+        return SimpleNamespace(scored=None if confidence is None else SimpleNamespace(confidence=confidence))
+
+    monkeypatch.setattr(figures, "look_at", look_at)
+    monkeypatch.setattr(
+        figures, "should_exit", lambda scored, threshold: bool(scored and scored.confidence >= threshold)
+    )
+
+
+def test_a_group_in_figures():
+    pairs = [
+        (completion("sure", tokens=2, logprob=-1.0), reward(3.0, 1.0, 1.0)),
+        (completion("unsure", tokens=6, truncated=True), reward(1.1, 0.0, 1.0, form=0.0)),
+        (completion("declines", tokens=4), reward(0.4, 0.0, 0.0, form=0.0, fallback=1.0)),
+        (completion("sure", tokens=8), reward(1.0, 0.7, 0.0)),  # what counts as right is above 0.7
+    ]
+    summary = sum_up(None, group_of(ROW, pairs), stats_of(loss=0.25, kl=0.5, clip_share=0.1, tokens=20), threshold=0.9)
+    json.dumps(summary)  # ranks send it to each other
+    found = figures_of([summary])
+    assert found["reward"] == pytest.approx((3.0 + 1.1 + 0.4 + 1.0) / 4)
+    assert found["reward_std"] == pytest.approx(np.std([3.0, 1.1, 0.4, 1.0], ddof=1))
+    assert (found["first_accuracy"], found["second_accuracy"]) == (0.25, 0.5)
+    assert (found["first"], found["second"]) == (pytest.approx(1.7 / 4), 0.5)
+    assert (found["format"], found["fallback"]) == (0.5, 0.25)
+    assert found["think_ratio"] == 0.5  # one is unsure, one declines
+    assert found["confidence"] == pytest.approx((0.99 + 0.4 + 0.99) / 3)
+    assert (found["tokens_mean"], found["tokens_max"], found["truncated"]) == (5.0, 8.0, 0.25)
+    assert found["entropy"] == pytest.approx((1.0 + 0.5 * 3) / 4)
+    assert (found["loss"], found["kl"], found["clip_share"], found["zero_variance"]) == (0.25, 0.5, 0.1, 0.0)
+
+
+def test_several_groups():
+    """Means are over completions; the loss over all groups, kl and clips over the tokens that counted."""
+    first = sum_up(
+        None,
+        group_of(ROW, [(completion("sure"), reward(1.0, 1.0, 1.0)), (completion("sure"), reward(0.0, 0.0, 0.0))]),
+        stats_of(loss=0.6, kl=1.0, clip_share=0.5, tokens=10),
+        threshold=0.9,
+    )
+    second = sum_up(
+        None,
+        group_of(ROW, [(completion("sure"), reward(2.0, 1.0, 1.0))] * 3, unanimous=True),
+        None,
+        threshold=0.9,
+    )
+    third = sum_up(
+        None,
+        group_of(ROW, [(completion("sure"), reward(0.0, 0.0, 0.0)), (completion("sure"), reward(4.0, 1.0, 1.0))]),
+        stats_of(loss=0.0, kl=4.0, clip_share=0.0, tokens=30),
+        threshold=0.9,
+    )
+    found = figures_of([first, second, third])
+    assert found["reward"] == pytest.approx((1.0 + 3 * 2.0 + 4.0) / 7)
+    assert found["reward_std"] == pytest.approx((np.sqrt(0.5) + 0.0 + np.sqrt(8.0)) / 3)
+    assert found["loss"] == pytest.approx(0.6 / 3)
+    assert found["kl"] == pytest.approx((1.0 * 10 + 4.0 * 30) / 40)
+    assert found["clip_share"] == pytest.approx(0.5 * 10 / 40)
+    assert found["zero_variance"] == pytest.approx(1 / 3)
+
+
+def test_figures_that_there_are_not():
+    """A number says nothing of its parts, and a row without answer nothing of accuracy."""
+    own = [(completion("sure"), reward(2.0, math.nan, math.nan, math.nan, math.nan))] * 2
+    found = figures_of([sum_up(None, group_of(ROW, own), None, threshold=0.9)])
+    assert found["reward"] == 2.0
+    assert {name for name, value in found.items() if value is None} == {
+        *("loss", "kl", "clip_share", "first", "second", "format", "fallback", "first_accuracy", "second_accuracy")
+    }
+    unlabelled = Row(id="b", question="Which?", answer=None)
+    parts = {"agreement": np.array([0.5, 1.0]), "coherence": np.array([0.0, 0.5])}
+    pairs = [(completion("sure"), reward(1.0, 1.0, 1.0))] * 2
+    found = figures_of([sum_up(None, group_of(unlabelled, pairs, parts=parts), None, threshold=0.9)])
+    assert (found["agreement"], found["coherence"]) == (0.75, 0.25)
+    assert found["first_accuracy"] is None
+    assert figures_of([])["reward"] is None
+    both = Row(id="c", question="Which?", answer=["A", [[1.0, 2.0]]], kind="gqa")
+    pairs = [(completion("sure"), reward(1.0, 1.0, 1.5)), (completion("sure"), reward(1.0, 1.4, 2.0))]
+    found = figures_of([sum_up(None, group_of(both, pairs), None, threshold=0.9)])
+    assert (found["first_accuracy"], found["second_accuracy"]) == (0.0, 1.0)  # of 2 that can be earned

@@ -1,0 +1,190 @@
+"""Every option of every verb reaches what it is for, or is refused, or is said to change nothing.
+
+A verb runs once on a tiny model with its settings replaced by a recorder, which notes each option that the package
+reads. Reads that only compare, print or estimate do not count. An option that somebody adds and forgets to pass on is
+never read, and fails here by name.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import checkpoints
+import pytest
+from groups import tiny_model
+
+import mlxvr.cli
+from mlxvr import convert, fuse, generate
+from mlxvr.evaluation.config import EvalConfig
+from mlxvr.evaluation.runner import evaluate
+from mlxvr.grpo.config import _TRAINING_ONLY, TrainConfig, idle_options
+from mlxvr.grpo.lora import LoraConfig, attach, save_adapter
+from mlxvr.grpo.trainer import train
+
+# Functions that look at options without acting on them.
+_LOOKING = {
+    *("__post_init__", "_at_least", "_positive", "_check_comparison", "_check_calibration"),
+    *("identity", "idle_options", "write_settings", "_pace", "asdict", "_asdict_inner", "replace", "__repr__"),
+    *("estimate_memory", "_check_sizes", "check_lengths"),
+}
+
+
+def acts() -> bool:
+    """Whether the function of the package that reads an attribute now does something with it."""
+    frame = sys._getframe(2)
+    module = frame.f_globals.get("__name__", "")
+    names = []
+    while frame is not None and len(names) < 4:  # comprehensions have frames of their own before Python 3.12
+        names.append(frame.f_code.co_name)
+        frame = frame.f_back
+    return module.startswith("mlxvr.") and module != "mlxvr.cli" and not _LOOKING.intersection(names)
+
+
+def recorder(config: type) -> tuple[type, set[str]]:
+    """A subclass of a dataclass of settings, and the names of the fields that are read from it."""
+    reads: set[str] = set()
+    names = {field.name for field in dataclasses.fields(config)}
+
+    class Recorded(config):
+        def __getattribute__(self, name: str):
+            if name in names and acts():
+                reads.add(name)
+            return super().__getattribute__(name)
+
+    return Recorded, reads
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny model, an adapter of it, and rows about text alone, enough to calibrate on."""
+    folder = tmp_path_factory.mktemp("options")
+    model = tiny_model(folder / "model", "qwen3_vl")
+    attach(model, LoraConfig(rank=2), seed=0)
+    save_adapter(folder / "adapter", model, LoraConfig(rank=2))
+    rows = [{"id": str(n), "question": f"Is it {n}?", "options": ["yes", "no"], "answer": "A"} for n in range(24)]
+    (folder / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return folder
+
+
+def longer_is_better(completion, row):
+    """For one row: a group of another earns the same."""
+    return float(len(completion)) if row.id == "0" else 0.0
+
+
+@pytest.fixture
+def rewards(monkeypatch):
+    """The name of a reward function that differs between completions of a random model."""
+    monkeypatch.setitem(sys.modules, "own_rewards", sys.modules[__name__])
+    return ("own_rewards:longer_is_better",)
+
+
+def settings(folder, **changes):
+    return {
+        "model": folder / "model",
+        "data": folder / "rows.jsonl",
+        "group_size": 2,
+        "filter_samples": 2,
+        "max_completion_tokens": 4,
+        "batch_size": 1,
+        "epochs": 2,
+        **changes,
+    }
+
+
+def fields_of(config):
+    return {field.name for field in dataclasses.fields(config)}
+
+
+def test_options_of_training(folder, tmp_path, rewards):
+    Recorded, reads = recorder(TrainConfig)
+    train(
+        Recorded(
+            **settings(
+                folder,
+                output=tmp_path / "run",
+                valid=folder / "rows.jsonl",
+                valid_limit=2,
+                valid_every=3,
+                reward=rewards,
+                limit=2,
+            )
+        )
+    )
+    idle = {"filter_samples", "filter_threshold"}
+    assert fields_of(TrainConfig) - reads == idle
+    changed = TrainConfig(**settings(folder, output=tmp_path, filter_threshold=0.5))
+    assert {name for names in idle_options(changed).values() for name in names} == idle
+
+
+def test_options_of_filtering(folder, tmp_path, rewards):
+    Recorded, reads = recorder(TrainConfig)
+    options = settings(
+        folder, adapter=folder / "adapter", reward=rewards, filter_threshold=1.0, skip_bad_rows=True, limit=3
+    )
+    notes = []
+    config = Recorded(**options, output=tmp_path / "run", filter_only=True, rank=3)
+    with contextlib.suppress(mlxvr.DataError):  # no row is left: a random model may be right each time
+        train(config, on_note=notes.append)
+    refused = {"resume"}
+    with pytest.raises(mlxvr.ConfigError, match="leave resume out"):
+        TrainConfig(**options, output=tmp_path, filter_only=True, resume=True)
+    assert fields_of(TrainConfig) - set(_TRAINING_ONLY) - reads == refused - reads
+    (told,) = (note for note in notes if note.startswith("without effect"))
+    assert told == "without effect: --epochs, --batch-size, --group-size, --rank, as --filter-only does not train"
+
+
+def test_options_of_evaluation(folder, tmp_path):
+    Recorded, reads = recorder(EvalConfig)
+    options = {"model": folder / "model", "data": folder / "rows.jsonl", "max_tokens": 4, "resamples": 100}
+    for calibrated in ({}, {"calibrate": "no_loss", "folds": 2}):  # the second run goes on where the first ended
+        evaluate(Recorded(**options, **calibrated, output=tmp_path / "run"))
+    with pytest.raises(mlxvr.MlxvrError):
+        evaluate(Recorded(task="mvbench", data_root=tmp_path, subtitles=True, output=tmp_path / "benchmark"))
+    assert fields_of(EvalConfig) - reads == set()
+
+
+def run_recorded(monkeypatch, main, argv):
+    """Run a verb; the names that it parsed, and those that it read."""
+    reads = set()
+
+    class Recorded(argparse.Namespace):
+        def __getattribute__(self, name: str):
+            if not name.startswith("__") and acts():
+                reads.add(name)
+            return super().__getattribute__(name)
+
+    parsed = Recorded()
+    with monkeypatch.context() as patch:
+        patch.setattr(mlxvr.cli.argparse, "Namespace", lambda **values: vars(parsed).update(values) or parsed)
+        assert main([str(part) for part in argv]) == 0
+    return set(vars(parsed)) - {"debug"}, reads  # which `run_verb` itself acts on
+
+
+def test_options_of_generate(folder, tmp_path, monkeypatch, capsys):
+    from PIL import Image
+
+    Image.new("RGB", (64, 48)).save(tmp_path / "a.png")
+    argv = ["--model", folder / "model", "--video", tmp_path / "a.png", "--prompt", "What?", "--max-tokens", 3]
+    parsed, reads = run_recorded(monkeypatch, generate.main, argv)
+    assert parsed - reads == set()
+    capsys.readouterr()
+
+
+def test_options_of_convert(folder, tmp_path, monkeypatch, capsys):
+    source = checkpoints.write_checkpoint(tmp_path / "source", "qwen3_vl")
+    recipe = Path(__file__).parent / "recipes.py"
+    assert recipe.exists()
+    argv = ["--hf-path", source, "--mlx-path", tmp_path / "out", "--q-bits", "none"]
+    parsed, reads = run_recorded(monkeypatch, convert.main, argv)
+    assert parsed - reads == {"private"}  # which is of --upload-repo
+    capsys.readouterr()
+
+
+def test_options_of_fuse(folder, tmp_path, monkeypatch, capsys):
+    argv = ["--model", folder / "model", "--adapter", folder / "adapter", "--mlx-path", tmp_path / "out"]
+    parsed, reads = run_recorded(monkeypatch, fuse.main, argv)
+    assert parsed - reads == set()
+    capsys.readouterr()
