@@ -43,19 +43,30 @@ class TestFindings:
 def test_unpacking_by_hand():
     """Eight 4-bit numbers of a word, the lowest first: 1, 2, .., 8; scale 2, bias 10."""
     word = sum(number << (4 * place) for place, number in enumerate(range(1, 9)))
-    found = numbers.unpack(np.array([[word]], np.uint32), np.array([[2.0]], np.float32), np.array([[10.0]]), 4)
+    found = reference.unpack(np.array([[word]], np.uint32), np.array([[2.0]], np.float32), np.array([[10.0]]), 4)
     assert found.tolist() == [[12.0, 14.0, 16.0, 18.0, 20.0, 22.0, 24.0, 26.0]]
 
 
+def test_packing_by_hand():
+    """From -1 to 14 in steps of one: the numbers 0 to 15, four groups of which fill a group of 64."""
+    weight = np.tile(np.arange(-1.0, 15.0, dtype=np.float32), 4)[None]
+    packed, step, least = reference.pack(weight)
+    assert (step.tolist(), least.tolist()) == ([[1.0]], [[-1.0]])
+    assert [hex(word) for word in packed[0, :2].tolist()] == ["0x76543210", "0xfedcba98"]
+    assert np.array_equal(reference.unpack(packed, step, least, 4), weight)
+
+
 class TestRightNumbers:
-    @pytest.mark.parametrize("name", ["frames", "chunks", "gradient", "cancel"])
+    @pytest.mark.parametrize("name", ["frames", "chunks", "packing", "gradient", "cancel"])
     def test_green_here(self, name):
         found = list(find(name)())
         assert found
         assert {finding.status for finding in found} <= {"green"}, found
 
     @pytest.mark.slow  # the checks that take longest
-    @pytest.mark.parametrize("name", ["answer", "logits", "products", "follow-up", "rollout", "repeats", "reasoners", "memory"])
+    @pytest.mark.parametrize(
+        "name", ["answer", "logits", "products", "follow-up", "rollout", "repeats", "reasoners", "memory"]
+    )
     def test_all_else_is_green_here(self, name):
         found = list(find(name)())
         assert {finding.status for finding in found} <= {"green"}, found
@@ -128,7 +139,8 @@ class TestProcess:
             "import os, sys, time\nfrom mlxvr.diagnosis import checks, child\nfrom mlxvr.diagnosis.findings import "
             "Finding\ndef fine():\n    yield Finding(check='fine', status='green', text='ok')\n"
             + textwrap.dedent(body)
-            + "\nchild.find = {'machine': fine, 'chunks': bad, 'cancel': fine}.get\nchild.main(sys.argv[1:], sys.stdout)\n",
+            + "\nchild.find = {'machine': fine, 'chunks': bad, 'cancel': fine}.get"
+            + "\nchild.main(sys.argv[1:], sys.stdout)\n",
             encoding="utf-8",
         )
         return [sys.executable, str(script)]
@@ -227,9 +239,7 @@ class TestVersions:
 class TestSpeed:
     def test_the_prediction_by_hand(self):
         """36 layers, 27 blocks, 6,100 tokens of which 5,760 are 23,040 patches."""
-        timings = speed.Timings(
-            token=1e-6, context=1e-9, step=1e-4, head=2e-3, patch=1e-6, around=3e-6, step_bytes=1e5
-        )
+        timings = speed.Timings(token=1e-6, context=1e-9, step=1e-4, head=2e-3, patch=1e-6, around=3e-6, step_bytes=1e5)
         found = speed.predict(timings)
         assert found.prompt_tokens == 6100
         assert found.vision_seconds == pytest.approx(30 * 23_040e-6)

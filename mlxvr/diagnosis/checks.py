@@ -17,6 +17,7 @@ CHECKS = {
     "answer": "media:check_answer",
     "logits": "numbers:check_logits",
     "products": "numbers:check_quantized_products",
+    "packing": "numbers:check_packing",
     "chunks": "numbers:check_chunks",
     "follow-up": "numbers:check_follow_up",
     "rollout": "training:check_rollout",

@@ -32,23 +32,28 @@ from mlxvr.reasoner import demo_folder
 
 __all__ = [
     "ADVANTAGES",
+    "BITS",
+    "FOLDER",
     "GROUP_SIZE",
     "LORA",
     "MODELS",
     "SHOWN",
     "Reference",
     "attach_known_adapter",
+    "completions",
     "group",
     "load",
     "open_model",
+    "pack",
     "prompt",
     "quantize",
+    "unpack",
 ]
 
 FOLDER = Path(__file__).parent / "reference"
 MODELS = ("qwen3_vl", "qwen2_5_vl")
 SHOWN = ("clip", "image")
-GROUP_SIZE = 64  # of the 4-bit checks
+BITS, GROUP_SIZE = 4, 64  # of packed weights
 LORA = LoraConfig(rank=2, scale=1.5)
 ADVANTAGES = np.array([0.9, -1.1, 0.5, -0.3], dtype=np.float32)
 _LENGTHS = (6, 1, 11, 3)
@@ -95,8 +100,46 @@ def prompt(model: VideoModel, shown: str) -> Prompt:
 
 
 def quantize(model: VideoModel) -> None:
-    """Pack the language model to 4 bits, in place; scales and offsets are in the model's dtype."""
-    nn.quantize(model.network.language_model, group_size=GROUP_SIZE, bits=4)
+    """Pack the language model to 4 bits, in place.
+
+    The numbers are packed by numpy: `mx.quantize` rounds differently on different backends, and what is tested here is
+    what a backend computes with packed weights.
+    """
+    packed = {
+        path: pack(np.array(module.weight.astype(mx.float32)))
+        for path, module in model.network.language_model.named_modules()
+        if isinstance(module, nn.Linear | nn.Embedding)
+    }
+    nn.quantize(model.network.language_model, group_size=GROUP_SIZE, bits=BITS)
+    dtype = model.layers[0].input_layernorm.weight.dtype
+    for path, module in model.network.language_model.named_modules():
+        if path in packed:
+            numbers, scales, biases = packed[path]
+            module.weight = mx.array(numbers)
+            module.scales, module.biases = mx.array(scales).astype(dtype), mx.array(biases).astype(dtype)
+
+
+def pack(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Affine packing by its definition, group by group: round((w - least) / step), 15 steps from least to most.
+
+    float32 (rows, columns) -> uint32 (rows, columns / 8), the lowest bits first; step and least, float32
+    (rows, columns / 64).
+    """
+    groups = weight.reshape(len(weight), -1, GROUP_SIZE)
+    least, most = groups.min(axis=2), groups.max(axis=2)
+    step = np.maximum((most - least) / np.float32(2**BITS - 1), np.float32(1e-8))
+    numbers = np.rint((groups - least[..., None]) / step[..., None]).astype(np.uint32)
+    places = numbers.reshape(len(weight), -1, 32 // BITS) << (np.arange(32 // BITS, dtype=np.uint32) * np.uint32(BITS))
+    return np.bitwise_or.reduce(places, axis=2), step, least
+
+
+def unpack(packed: np.ndarray, scales: np.ndarray, biases: np.ndarray, bits: int) -> np.ndarray:
+    """Affine unpacking by its definition: numbers of `bits` bits from the lowest on, times scale, plus bias."""
+    per_word = 32 // bits
+    shifts = (np.arange(per_word) * bits).astype(np.uint32)
+    numbers = ((packed[..., None] >> shifts) & np.uint32(2**bits - 1)).reshape(*packed.shape[:-1], -1)
+    grouped = numbers.reshape(*scales.shape, -1).astype(np.float32)
+    return (grouped * scales[..., None] + biases[..., None]).reshape(numbers.shape)
 
 
 def attach_known_adapter(model: VideoModel) -> None:

@@ -23,7 +23,6 @@ from PIL import Image
 
 from mlxvr.diagnosis import media as clip_check
 from mlxvr.diagnosis import reference
-from mlxvr.diagnosis.numbers import unpack
 from mlxvr.media import load_vision, normalise
 from mlxvr.media.patches import VisionInput
 from mlxvr.model.adapter import find_layers
@@ -81,7 +80,7 @@ def packed_by_hand(model: VideoModel) -> dict[str, np.ndarray]:
     for path, module in model.network.language_model.named_modules():
         if "scales" in module:
             parts = [np.array(module[part]) for part in ("weight", "scales", "biases")]
-            found[path] = unpack(*parts, 4)
+            found[path] = reference.unpack(*parts, reference.BITS)
     return found
 
 
