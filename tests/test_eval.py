@@ -128,14 +128,15 @@ def test_the_table_says_what_the_modes_are_worth(capfd, tmp_path, model, data, h
     lines = {line.split()[0]: re.sub(r"\s+", " ", line) for line in reversed(out.splitlines()) if line.strip()}
     number, interval = r"(\d\.\d{3})", r" \[\d\.\d{3}, \d\.\d{3}\]"
     assert lines["direct"] == " direct think auto"
-    certain = r" \(in every row\)"
-    scores = re.fullmatch(f"accuracy {number}{interval}" + 2 * f" {number}{certain}", lines["accuracy"])
+    scores = re.fullmatch("accuracy" + f" {number}{interval}" * 3, lines["accuracy"])
     assert scores.groups() == ("0.750", "1.000", "1.000")
+    assert lines["accuracy"].endswith(2 * " 1.000 [0.912, 1.000]"), "Wilson's interval of 40 of 40: 40 / (40 + 1.96^2)"
     assert lines["thinks"] == "thinks 0.00 1.00 0.25"
     assert lines["tokens"].startswith("tokens (p50, p95) 5.0 (5.0, 5.0) 105.0 (105.0, 105.0) 30.0 (5.0, 105.0)")
     assert "40 questions about 40 clips" in out
     assert re.search(r"gain from thinking +\+0\.250 \[", out)
-    assert re.search(r"confidence +AUROC 1\.000", out)
+    assert re.search(r"confidence +AUROC 1\.000, ECE", out), "no interval: no resample is anything else"
+    assert "in every row" not in out
     assert re.match(r"even 0\.750 / 1\.000 / 1\.000, thinks 0\.25, 20 questions", lines["even"])
 
 

@@ -19,7 +19,7 @@ from mlxvr.evaluation.calibration import (
 )
 from mlxvr.evaluation.compare import compare
 from mlxvr.evaluation.metrics import Distribution, summarise, sweep
-from mlxvr.evaluation.resampling import Bootstrap, Estimate, clusters_of
+from mlxvr.evaluation.resampling import Bootstrap, Estimate, clusters_of, wilson
 from mlxvr.evaluation.samples import Sample, decide
 
 FALLBACK = "Let's analyze the problem step by step."
@@ -299,6 +299,31 @@ def test_intervals_cover_the_truth():
             held[name] += estimate.low <= 0.7 <= estimate.high
     assert 0.90 <= held["clips"] / 200 <= 0.98
     assert held["rows"] / 200 < 0.85, "rows of a clip are not independent"
+
+
+def test_wilson_against_its_equation():
+    for successes, count in ((0, 3), (3, 3), (7, 20), (1, 1)):
+        for end in wilson(successes, count):  # an end p solves (share - p)^2 = z^2 p (1 - p) / n
+            gap = (successes / count - end) ** 2 - 1.959964**2 * end * (1 - end) / count
+            assert gap == pytest.approx(0, abs=1e-9) or end in (0, 1)
+    assert wilson(7, 20) == pytest.approx((0.1812, 0.5671), abs=1e-4)  # R: prop.test(7, 20, correct = FALSE)
+
+
+def test_an_interval_of_a_share_has_a_width_or_is_none():
+    """Of nine clips with two rows each, all the same: n / (n + 1.96^2) = 0.701 for nine, whatever the rows."""
+    resamples = Bootstrap(np.repeat(np.arange(9), 2), count=100, seed=0)
+    ones = np.ones(18)
+    end = 9 / (9 + 1.959964**2)
+    assert vars(resamples.share(ones)) == pytest.approx({"value": 1.0, "low": end, "high": 1.0})
+    assert vars(resamples.share(0 * ones)) == pytest.approx({"value": 0.0, "low": 0.0, "high": 1 - end})
+    few = resamples.share(ones, np.arange(18) < 6)
+    assert few.low == pytest.approx(3 / (3 + 1.959964**2)), "three clips hold these rows"
+    assert resamples.share(0.5 * ones) == Estimate(value=0.5), "all the same, but neither none nor all"
+    assert resamples.mean(0 * ones) == Estimate(value=0.0, low=0.0, high=0.0), "a difference of 0 everywhere"
+    mixed = np.arange(18) % 4 / 3
+    assert resamples.share(mixed) == resamples.mean(mixed)
+    assert Bootstrap(np.zeros(4, dtype=int), count=100, seed=0).share(np.ones(4)) == Estimate(value=1.0), "one clip"
+    assert resamples.share(ones, np.zeros(18, dtype=bool)) is None
 
 
 def test_reliability_against_a_loop():

@@ -360,6 +360,28 @@ def test_rows_that_all_agree_are_no_certainty(write):
     assert "(the same in every row)" not in write(random_samples(60)).read_text()
 
 
+def test_one_figure_has_one_interval_wherever_it_is_shown(write, tmp_path):
+    """28 rows on 14 clips, all right after thinking: Wilson's interval is that of 14, 14 / (14 + 1.96^2) = 0.785."""
+    samples = [
+        row(f"{index:02}", "A" if index % 4 else "B", "A", 0.99, media=f"{index // 2}.mp4", task=f"task {index % 2}")
+        for index in range(28)
+    ]
+    found = calibrate(samples, "ratio", budget=1.0, folds=2)
+    text = write(samples, 1.0, calibration=found, other=("before", samples)).read_text()
+    rows = {cells[0]: cells for cells in Reader(text).rows}
+    shown = [rows["think always reasons"][1], rows["the rows that chose it"][2], *rows["think"][1:3]]
+    shown += [rows[f"task {index}"][4] for index in (0, 1)]
+    assert shown == ["100% 78 to 100"] * 6
+    assert rows["held-out folds"][2] == rows["the rows that chose it"][2]
+    # the think ratio at a budget of all rows: none needs to exit, so each row reasons
+    assert rows["held-out folds"][5] == rows["the rows that chose it"][5]
+    figures = json.loads((tmp_path / "out" / "report.json").read_text())["summary"]["overall"]["think"]["accuracy"]
+    assert figures == pytest.approx({"value": 1.0, "low": 14 / (14 + 1.959964**2), "high": 1.0})
+    whiskers = re.findall(r'class="whisker run0" x1="[\d.]+" y1="([\d.]+)" x2="[\d.]+" y2="([\d.]+)"', text)
+    assert all(float(low) - float(high) > 10 for low, high in whiskers), "no mode has an interval without width"
+    assert len(whiskers) == 3
+
+
 def test_links_lead_to_rows(write):
     """A count of none is no link: the gallery would be empty."""
     text = write([row("1"), row("2", "B")], other=("before", [row("1"), row("2", "B")])).read_text()
@@ -498,14 +520,6 @@ def test_nines_and_histogram():
     assert charts.histogram([0.0, 0.5, 0.95, 0.95, 1.0], 4) == [2, 2, 0, 1]
 
 
-def test_wilson_against_its_equation():
-    for successes, count in ((0, 3), (3, 3), (7, 20), (1, 1)):
-        for end in numerals.wilson(successes, count):  # an end p solves (share - p)^2 = z^2 p (1 - p) / n
-            gap = (successes / count - end) ** 2 - 1.959964**2 * end * (1 - end) / count
-            assert gap == pytest.approx(0, abs=1e-9) or end in (0, 1)
-    assert numerals.wilson(7, 20) == pytest.approx((0.1812, 0.5671), abs=1e-4)  # R: prop.test(7, 20, correct = FALSE)
-
-
 def test_cost_chart_by_hand():
     def at(tau, score, tokens):
         return SweepRow(
@@ -570,8 +584,7 @@ def test_think_ratio_bars():
         (numerals.share(0.8434, 1000), "84.3%"),
         (numerals.share(None), "–"),
         (numerals.interval(Estimate(value=0.8, low=0.76, high=0.91), 200), "76 to 91"),
-        (numerals.interval(Estimate(value=1, low=1, high=1), 200), "98 to 100"),  # Wilson: n / (n + 1.96^2)
-        (numerals.interval(Estimate(value=0, low=0, high=0), 200, 9), "0 to 30"),  # of nine clips
+        (numerals.interval(Estimate(value=0.8, low=0.78, high=0.82), 200), "78.0 to 82.0"),
         (numerals.interval(Estimate(value=0.5, low=0.5, high=0.5), 200), ""),
         (numerals.interval(Estimate(value=1, low=None, high=None), 200), ""),
         (numerals.points(Estimate(value=-0.008, low=-0.02, high=0.01), 500), "−0.8"),

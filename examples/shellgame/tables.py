@@ -85,7 +85,8 @@ def _held_out(found: Calibration) -> tuple[str, ...]:
 def _interval(estimate: Estimate | None, form: str = ".3f") -> str:
     if estimate is None:
         return "-"
-    return f"{estimate.value:{form}} [{estimate.low:{form}}, {estimate.high:{form}}]"
+    ends = "" if estimate.low is None else f" [{estimate.low:{form}}, {estimate.high:{form}}]"
+    return f"{estimate.value:{form}}{ends}"
 
 
 def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -357,20 +357,19 @@ def _outcome(rows: _Rows, thresholds: np.ndarray, plan: _Plan) -> Outcome:
     resamples = Bootstrap(rows.clusters, count=plan.bootstrap, seed=plan.seed)
     auto = np.where(exits, rows.direct, rows.think)
 
-    def mean(values: np.ndarray) -> Estimate:
-        estimate = resamples.mean(values)
-        assert estimate is not None
+    def sure(estimate: Estimate | None) -> Estimate:
+        assert estimate is not None, "there are rows"
         return estimate
 
     return Outcome(
         count=len(rows),
         clips=int(rows.clusters.max()) + 1,
-        think_ratio=mean(1.0 - exits),
-        tokens=mean(np.where(exits, rows.first_tokens, rows.total_tokens)),
+        think_ratio=sure(resamples.share(1.0 - exits)),
+        tokens=sure(resamples.mean(np.where(exits, rows.first_tokens, rows.total_tokens))),
         always_tokens=float(rows.total_tokens.mean()),
-        auto=resamples.mean(auto, rows.labelled),
-        think=resamples.mean(rows.think, rows.labelled),
-        direct=resamples.mean(rows.direct, rows.labelled),
+        auto=resamples.share(auto, rows.labelled),
+        think=resamples.share(rows.think, rows.labelled),
+        direct=resamples.share(rows.direct, rows.labelled),
         difference=resamples.mean(auto - rows.think, rows.labelled),
     )
 

@@ -15,7 +15,7 @@ from html import escape
 from mlxvr.evaluation import numerals
 from mlxvr.evaluation.calibration import Bin
 from mlxvr.evaluation.metrics import SweepRow
-from mlxvr.evaluation.resampling import Estimate
+from mlxvr.evaluation.resampling import Estimate, wilson
 
 __all__ = [
     "Axis",
@@ -150,7 +150,7 @@ def reliability_chart(bins: Sequence[Bin]) -> str:
             parts.append(_text(middle, _TOP + 6, f"{one.count:,}", "count", "middle"))
         if one.accuracy is None or one.confidence is None:
             continue
-        low, high = numerals.wilson(one.accuracy * one.count, one.count)
+        low, high = wilson(one.accuracy * one.count, one.count)
         x = across.at(one.confidence)
         told = (
             f"confidence {one.low:g} to {one.high:g}: {numerals.count(one.count, 'answer')}, mean confidence "
@@ -204,8 +204,8 @@ def bars_chart(rows: Sequence[tuple[str, Estimate, int]], axis_name: str) -> str
         short = name if len(name) <= 20 else f"{name[:19]}…"
         parts.append(_text(left - 8, middle + 4, short, "tick", "end"))
         parts.append(_rect(left, middle - 8, across.at(estimate.value) - left, 16, "bar", told))
-        if (ends := numerals.ends(estimate, size)) is not None:
-            parts.append(_line(across.at(ends[0]), middle, across.at(ends[1]), middle, "whisker"))
+        if estimate.low is not None and estimate.high is not None:
+            parts.append(_line(across.at(estimate.low), middle, across.at(estimate.high), middle, "whisker"))
         parts.append(_text(right + 8, middle + 4, numerals.share(estimate, size), "tick", "start"))
     parts.append(_text((left + right) / 2, bottom + 36, axis_name, "name", "middle"))
     return _svg(parts, axis_name, height=bottom + 44)

@@ -137,8 +137,8 @@ def compare(
         direct=change([sample.first for sample in first], [sample.first for sample in second]),
         think=None if live else change([sample.final for sample in first], [sample.final for sample in second]),
         auto=change(auto(first, went_on), auto(second, goes_on)),
-        think_ratio=_mean(resamples, goes_on.astype(np.float64) - went_on),
-        tokens=_mean(resamples, _tokens(second, goes_on) - _tokens(first, went_on)),
+        think_ratio=_sure(resamples.mean(goes_on.astype(np.float64) - went_on)),
+        tokens=_sure(resamples.mean(_tokens(second, goes_on) - _tokens(first, went_on))),
         began_to_think=tuple(name for name, was, now in zip(ids, went_on, goes_on) if now and not was),
         stopped_thinking=tuple(name for name, was, now in zip(ids, went_on, goes_on) if was and not now),
         confidence_drift=resamples.mean(
@@ -156,9 +156,9 @@ def _change(ids: list[str], old: list[Grade | None], new: list[Grade | None], re
     before, after = (np.array([grade.score if grade else 0.0 for grade in grades]) for grades in (old, new))
     return Change(
         labelled=len(graded),
-        first=_mean(resamples, before, among),
-        second=_mean(resamples, after, among),
-        difference=_mean(resamples, after - before, among),
+        first=_sure(resamples.share(before, among)),
+        second=_sure(resamples.share(after, among)),
+        difference=_sure(resamples.mean(after - before, among)),
         became_right=tuple(name for name, was, now in graded if now.is_right and not was.is_right),
         became_wrong=tuple(name for name, was, now in graded if was.is_right and not now.is_right),
     )
@@ -175,7 +175,7 @@ def _tokens(samples: list[Sample], reasoned: np.ndarray) -> np.ndarray:
     return np.where(reasoned, totals, [sample.first_tokens for sample in samples])
 
 
-def _mean(resamples: Bootstrap, values: np.ndarray, among: np.ndarray | None = None) -> Estimate:
-    estimate = resamples.mean(values, among)
+def _sure(estimate: Estimate | None) -> Estimate:
+    """A figure that there must be, since there are rows."""
     assert estimate is not None
     return estimate

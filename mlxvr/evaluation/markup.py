@@ -22,9 +22,9 @@ def table(columns: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     return f'<div class="{kind}"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
 
 
-def share_cell(estimate: Estimate | None, rows: int, clips: int | None = None) -> str:
-    """A share with its interval in small print; `clips` as for `numerals.interval`."""
-    told = numerals.interval(estimate, rows, clips)
+def share_cell(estimate: Estimate | None, rows: int) -> str:
+    """A share of so many rows with its interval in small print."""
+    told = numerals.interval(estimate, rows)
     return numerals.share(estimate, rows) + (f" <small>{told}</small>" if told else "")
 
 

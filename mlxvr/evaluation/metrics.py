@@ -93,7 +93,8 @@ class Confidence:
         accuracy: how many of their first answers are right; an interval is right from an IoU of 0.5.
         bins: the reliability curve.
         ece, brier: expected calibration error and Brier score; 0 is best.
-        auroc: 0.5 says nothing, 1 separates; None when all are right or all are wrong.
+        auroc: 0.5 says nothing, 1 separates; None when all are right or all are wrong. It has no interval where all
+            resamples agree, such as where it is 1.
     """
 
     count: int
@@ -322,7 +323,7 @@ def _group(table: _Table, bootstrap: int, seed: int) -> Group:
         direct=figures(table.direct, np.zeros(len(samples), dtype=bool)),
         think=None if table.think is None else figures(table.think, np.ones(len(samples), dtype=bool)),
         auto=figures(auto, reasoned),
-        think_ratio=_sure(resamples.mean(reasoned.astype(np.float64))),
+        think_ratio=_sure(resamples.share(reasoned.astype(np.float64))),
         gain=None if table.think is None else _difference(table.think, table.direct, resamples),
         auto_vs_think=None if table.think is None else _difference(auto, table.think, resamples),
         confidence=_confidence(samples, table.direct, resamples),
@@ -341,7 +342,7 @@ def _figures(
 ) -> Figures:
     def mean(part: Callable[[Grade], float | None]) -> Estimate | None:
         values = [None if one is None else part(one) for one in grades]
-        return resamples.mean(*_masked(values))
+        return resamples.share(*_masked(values))
 
     recalls = {f"{least}": mean(lambda one, least=least: _at_least(one.iou, least)) for least in _RECALLS}  # type: ignore[misc]
     return Figures(
@@ -351,7 +352,7 @@ def _figures(
         miou=mean(lambda one: one.iou),
         recall={name: figure for name, figure in recalls.items() if figure is not None},
         grounded_accuracy=mean(_grounded),
-        pair_accuracy=resamples.mean(*_masked(_pairs(samples, grades))),
+        pair_accuracy=resamples.share(*_masked(_pairs(samples, grades))),
         tokens=_distribution(tokens),
         seconds=_distribution(seconds),
     )
@@ -396,13 +397,14 @@ def _confidence(samples: list[Sample], grades: list[Grade | None], resamples: Bo
     bins = reliability(everyone[among], right[among])
     area = float(auroc(everyone[among], right[among])[0])
     draws = auroc(everyone[among], right[among], resamples.row_weights[:, among])
+    spread = resamples.interval(area, draws[np.isfinite(draws)])
     return Confidence(
         count=int(among.sum()),
-        accuracy=_sure(resamples.mean(right.astype(np.float64), among)),
+        accuracy=_sure(resamples.share(right.astype(np.float64), among)),
         bins=bins,
         ece=expected_calibration_error(bins) or 0.0,
-        brier=_sure(resamples.mean(brier(everyone, right), among)),
-        auroc=None if math.isnan(area) else resamples.interval(area, draws[np.isfinite(draws)]),
+        brier=_sure(resamples.share(brier(everyone, right), among)),
+        auroc=None if math.isnan(area) else spread if spread.low != spread.high else Estimate(value=area),
     )
 
 

@@ -1,8 +1,8 @@
 """Figures as text: no more digits than the rows can carry, and an interval wherever there is one.
 
 A share whose 95% interval is five points wide or more gets no decimals, nor does one of fewer than a hundred rows, or
-of a thousand without an interval; any other gets one. Where every row agrees a percentile interval has no width, which
-would read as certainty: a share of none or all gets Wilson's interval instead, anything else none.
+of a thousand without an interval; any other gets one. An interval without width is not shown: it would read as
+certainty.
 """
 
 import math
@@ -13,7 +13,6 @@ __all__ = [
     "confidence",
     "count",
     "decimals",
-    "ends",
     "interval",
     "plain",
     "points",
@@ -21,7 +20,6 @@ __all__ = [
     "seconds",
     "share",
     "tokens",
-    "wilson",
 ]
 
 _WIDE = 0.05  # of an interval: from here on decimals of a percentage say nothing
@@ -37,44 +35,12 @@ def share(value: Estimate | float | None, rows: int = _MANY) -> str:
     return f"{100 * number:.{decimals(value, rows)}f}%"
 
 
-def wilson(successes: float, count: int) -> tuple[float, float]:
-    """The 95% Wilson interval of a share; `count` is at least 1."""
-    z = 1.959964
-    share = successes / count
-    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
-def ends(estimate: Estimate | None, rows: int) -> tuple[float, float] | None:
-    """Ends of the interval of a share: the bootstrap's, Wilson's where no or every row counts; None: there is none.
-
-    Args:
-        estimate: of the share.
-        rows: that it is over; independent ones where that is known.
-    """
-    if estimate is None or estimate.low is None:
-        return None
-    if _has_interval(estimate):
-        return estimate.low, estimate.high  # type: ignore[return-value]
-    if estimate.value in (0.0, 1.0) and rows > 0:
-        return wilson(estimate.value * rows, rows)
-    return None
-
-
-def interval(estimate: Estimate | None, rows: int = _MANY, clips: int | None = None) -> str:
-    """The interval of a share without percent signs: `76 to 91`; empty where there is none to give.
-
-    Args:
-        estimate: of the share.
-        rows: that it is over.
-        clips: that the rows are on, where that is known.
-    """
-    found = ends(estimate, rows if clips is None else min(rows, clips))
-    if estimate is None or found is None:
+def interval(estimate: Estimate | None, rows: int = _MANY) -> str:
+    """The interval of a share of so many rows without percent signs: `76 to 91`; empty where there is none to give."""
+    if estimate is None or not _has_interval(estimate):
         return ""
     digits = decimals(estimate, rows)
-    return f"{100 * found[0]:.{digits}f} to {100 * found[1]:.{digits}f}"
+    return f"{100 * estimate.low:.{digits}f} to {100 * estimate.high:.{digits}f}"  # type: ignore[operator]
 
 
 def points(estimate: Estimate | None, rows: int = _MANY) -> str:

@@ -50,7 +50,7 @@ def lead(summary: Summary) -> str:
 def _named(group: Group) -> str:
     """The name of auto's score with its interval."""
     assert group.auto.score is not None
-    told = numerals.interval(group.auto.score, group.auto.labelled, group.clips)
+    told = numerals.interval(group.auto.score, group.auto.labelled)
     notes = ["mean of accuracy and IoU"] if score_name(group) == "Score" else []
     notes += [f"95% interval {told}"] if told else []
     name = "" if score_name(group) == "Score" else f" {_noun(group)}"
@@ -64,7 +64,7 @@ def _cost(group: Group) -> str:
     told = numerals.points_interval(change, rows)
     size = numerals.points(change, rows).lstrip("+−")
     if change.value == 0:
-        said = f"costs <b>no</b> {_noun(group)}" + ("" if told else " (the same in every row)")
+        said = f"costs <b>no</b> {_noun(group)}" + ("" if told or change.low is None else " (the same in every row)")
     else:
         unit = "point" if size == "1" else "points"
         said = f"{'gains' if change.value > 0 else 'costs'} <b>{size} {unit}</b> of {_noun(group)}"
@@ -115,7 +115,7 @@ def tiles(summary: Summary) -> str:
         versus = [f"direct {numerals.share(group.direct.score, rows)}"]
         versus += [f"think {numerals.share(think.score, rows)}"] if think is not None else []
         tiles.append((f"Auto {_noun(group)}", numerals.share(auto.score, rows), ", ".join(versus)))
-    told = numerals.interval(group.think_ratio, group.count, group.clips)
+    told = numerals.interval(group.think_ratio, group.count)
     tiles.append(("Think ratio", numerals.share(group.think_ratio, group.count), f"interval {told}" if told else ""))
     versus = [f"direct {numerals.tokens(group.direct.tokens.mean)}"]
     versus += [f"think {numerals.tokens(think.tokens.mean)}"] if think is not None else []

@@ -107,7 +107,7 @@ def comparison_section(content: Content) -> str:
     body = []
     for name, change in (("direct", found.direct), ("think", found.think), ("auto", found.auto)):
         if change is not None:
-            body.append([name, *_change_cells(change, found.clips)])
+            body.append([name, *_change_cells(change)])
     scores = table(["Score", before, content.title, "Difference", "Became right", "Became wrong"], body) if body else ""
     before_costs, after_costs = _means(content.against.rows, found, 0), _means(content.rows, found, 1)
     costs = table(
@@ -163,11 +163,11 @@ def _difference_sentence(found: Comparison, before: str) -> str:
     return f'<p class="verdict{kind}">Auto scores {said} against {escape(before)}: {verdict}.</p>'
 
 
-def _change_cells(change: Change, clips: int) -> list[str]:
+def _change_cells(change: Change) -> list[str]:
     rows = change.labelled
     return [
-        share_cell(change.first, rows, clips),
-        share_cell(change.second, rows, clips),
+        share_cell(change.first, rows),
+        share_cell(change.second, rows),
         difference_cell(change.difference, rows),
         f"{len(change.became_right):,}",
         f"{len(change.became_wrong):,}",

@@ -12,6 +12,7 @@ from mlxvr.evaluation import numerals
 from mlxvr.evaluation.charts import histogram, nines
 from mlxvr.evaluation.content import Content, score_name
 from mlxvr.evaluation.judged import Judged
+from mlxvr.evaluation.resampling import wilson
 from mlxvr.plotting import BLUE, GRAY, ORANGE, RED, VIOLET, have_matplotlib, write_plot
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ def _reliability(axes: "Axes", content: Content) -> None:
     for one in content.summary.overall.confidence.bins:
         if one.accuracy is None or one.confidence is None:
             continue
-        low, high = numerals.wilson(one.accuracy * one.count, one.count)
+        low, high = wilson(one.accuracy * one.count, one.count)
         axes.vlines(one.confidence, low, high, color=BLUE, alpha=0.5)
         axes.plot([one.confidence], [one.accuracy], "o", color=BLUE)
         axes.annotate(f"{one.count:,}", (one.confidence, high), xytext=(0, 3), textcoords="offset points", ha="center")
@@ -131,8 +132,8 @@ def _think_ratio(axes: "Axes", content: Content) -> None:
     for place, (_, group) in enumerate(tasks):
         ratio = group.think_ratio
         axes.barh(place, 100 * ratio.value, color=BLUE, alpha=0.6)
-        if (ends := numerals.ends(ratio, min(group.count, group.clips))) is not None:
-            axes.hlines(place, 100 * ends[0], 100 * ends[1], color="#333333", linewidth=1)
+        if ratio.low is not None and ratio.high is not None:
+            axes.hlines(place, 100 * ratio.low, 100 * ratio.high, color="#333333", linewidth=1)
     axes.set_yticks(range(len(tasks)), [f"{name[:28]} ({group.count:,})" for name, group in tasks])
     axes.set_xlim(0, 100)
     axes.set_xlabel("rows that reason (%)")

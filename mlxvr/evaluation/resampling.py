@@ -6,10 +6,13 @@ pair. Where every row has a clip of its own that is the bootstrap over rows.
 
 Figures are means over rows, so a resample is a vector of weights, one per cluster, and a thousand resamples are one
 matrix product. A difference of two modes or two runs is taken row by row before it is averaged, which pairs it. A
-percentile interval of a figure that is the same in every row has no width, and one of few clusters is too narrow; of a
-single cluster there is none.
+percentile interval of few clusters is too narrow; of a single cluster there is none.
+
+Where every row agrees, a percentile interval has no width, which would read as certainty. A share that is none or all
+therefore gets Wilson's interval over the clusters (`Bootstrap.share`); any other share without width has no interval.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,7 +20,7 @@ import numpy as np
 
 from mlxvr.evaluation.samples import Sample
 
-__all__ = ["Bootstrap", "Estimate", "clusters_of"]
+__all__ = ["Bootstrap", "Estimate", "clusters_of", "wilson"]
 
 _PERCENTILES = (2.5, 97.5)
 
@@ -64,12 +67,32 @@ class Bootstrap:
         kept = counts > 0  # a resample may hold none of these rows
         return self.interval(float(values[chosen].mean()), sums[kept] / counts[kept])
 
+    def share(self, values: np.ndarray, among: np.ndarray | None = None) -> Estimate | None:
+        """As `mean`, of values from 0 to 1; an interval never has no width (see the module)."""
+        estimate = self.mean(values, among)
+        if estimate is None or estimate.low is None or estimate.low != estimate.high:
+            return estimate
+        if estimate.value not in (0.0, 1.0):
+            return Estimate(value=estimate.value)
+        count = len(np.unique(self._clusters if among is None else self._clusters[among]))
+        low, high = wilson(estimate.value * count, count)
+        return Estimate(value=estimate.value, low=low, high=high)
+
     def interval(self, value: float, draws: np.ndarray) -> Estimate:
         """A value with the interval that its resamples span."""
         if not len(draws):
             return Estimate(value=value)
         low, high = np.percentile(draws, _PERCENTILES)
         return Estimate(value=value, low=float(low), high=float(high))
+
+
+def wilson(successes: float, count: int) -> tuple[float, float]:
+    """The 95% Wilson interval of a share; `count` is at least 1."""
+    z = 1.959964
+    share = successes / count
+    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def clusters_of(samples: Sequence[Sample]) -> np.ndarray:

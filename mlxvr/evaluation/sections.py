@@ -19,7 +19,7 @@ def modes_section(content: Content) -> str:
     group = content.summary.overall
     if group is None:
         return ""
-    sizes = {**_sizes(content.rows), "clips": group.clips}
+    sizes = _sizes(content.rows)
     modes = [("direct", "first answer", group.direct), ("auto", "early exit", group.auto)]
     if group.think is not None:
         modes.insert(1, ("think", "always reasons", group.think))
@@ -77,16 +77,16 @@ def _score_cells(figures: Figures, pattern: Figures, sizes: Mapping[str, int]) -
     """The cells of `_score_columns(pattern)`."""
     cells = []
     if pattern.accuracy is not None and pattern.miou is not None:
-        cells.append(share_cell(figures.score, sizes["score"], sizes["clips"]))
+        cells.append(share_cell(figures.score, sizes["score"]))
     if pattern.accuracy is not None:
-        cells.append(share_cell(figures.accuracy, sizes["accuracy"], sizes["clips"]))
+        cells.append(share_cell(figures.accuracy, sizes["accuracy"]))
     if pattern.miou is not None:
         overlaps = [figures.miou, *(figures.recall.get(least) for least in pattern.recall)]
-        cells += [share_cell(estimate, sizes["iou"], sizes["clips"]) for estimate in overlaps]
+        cells += [share_cell(estimate, sizes["iou"]) for estimate in overlaps]
     if pattern.grounded_accuracy is not None:
-        cells.append(share_cell(figures.grounded_accuracy, sizes["both"], sizes["clips"]))
+        cells.append(share_cell(figures.grounded_accuracy, sizes["both"]))
     if pattern.pair_accuracy is not None:
-        cells.append(share_cell(figures.pair_accuracy, sizes["pairs"], sizes["clips"]))
+        cells.append(share_cell(figures.pair_accuracy, sizes["pairs"]))
     return cells
 
 
@@ -160,7 +160,7 @@ def confidence_section(content: Content) -> str:
     if found.auroc is not None:
         area = numerals.plain(found.auroc, found.count)
         reach = ""
-        if found.auroc.low is not None and found.auroc.high is not None and found.auroc.low < found.auroc.high:
+        if found.auroc.low is not None and found.auroc.high is not None:
             reach = (
                 f" ({numerals.plain(found.auroc.low, found.count)} to {numerals.plain(found.auroc.high, found.count)})"
             )
@@ -193,10 +193,10 @@ def breakdown_section(groups: Mapping[str, Group], title: str, key: str, *, with
         cells = [gallery_link(name, rows=group.count, **{key: name}), f"{group.count:,}", f"{group.clips:,}"]
         if has_labels:
             modes = [group.direct, *([think] if think is not None else []), group.auto]
-            cells += [share_cell(figures.score, rows, group.clips) for figures in modes]
+            cells += [share_cell(figures.score, rows) for figures in modes]
         if has_labels and think is not None:
             cells += [difference_cell(group.gain, rows), difference_cell(group.auto_vs_think, rows)]
-        cells += [share_cell(group.think_ratio, group.count, group.clips), numerals.tokens(group.auto.tokens.mean)]
+        cells += [share_cell(group.think_ratio, group.count), numerals.tokens(group.auto.tokens.mean)]
         if think is not None:
             always = think.tokens.mean
             cells.append(numerals.share(group.auto.tokens.mean / always, 1) if always else "–")

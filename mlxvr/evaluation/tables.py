@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from mlxvr.evaluation import numerals
 from mlxvr.evaluation.compare import Comparison
 from mlxvr.evaluation.metrics import Figures, Group
 from mlxvr.evaluation.resampling import Estimate
@@ -22,8 +23,9 @@ def table(report: "EvalReport") -> str:
     if group is None:
         return lines[0]
     failed = f", {len(summary.errors)} failed" if summary.errors else ""
+    size = f"{numerals.count(group.count, 'question')} about {numerals.count(group.clips, 'clip')}{failed}"
     lines += [
-        f"{group.count} questions about {group.clips} clips{failed}; in brackets 95% intervals",
+        f"{size}; in brackets 95% intervals over clips",
         "",
         *_modes(group),
     ]
@@ -31,7 +33,7 @@ def table(report: "EvalReport") -> str:
     for name, one in summary.per_task.items() if len(summary.per_task) > 1 else ():
         modes = [figures.score for figures in (one.direct, one.think, one.auto) if figures is not None]
         scores = " / ".join("-" if score is None else f"{score.value:.3f}" for score in modes)
-        lines.append(f"{name:24} {scores}, thinks {one.think_ratio.value:.2f}, {one.count} questions")
+        lines.append(f"{name:24} {scores}, thinks {one.think_ratio.value:.2f}, {numerals.count(one.count, 'question')}")
     if report.calibration is not None:
         lines += ["", *_calibration(report.calibration)]
     if report.threshold_file is not None:
@@ -123,15 +125,11 @@ def _comparison(found: Comparison) -> list[str]:
 def _estimate(found: Estimate | None) -> str:
     if found is None:
         return "-"
-    if found.low is not None and found.low == found.high:
-        return f"{found.value:.3f} (in every row)"
-    return f"{found.value:.3f}" + ("" if found.low is None else f" [{found.low:.3f}, {found.high:.3f}]")
+    return f"{found.value:.3f}" + ("" if found.low == found.high else f" [{found.low:.3f}, {found.high:.3f}]")
 
 
 def _signed(found: Estimate) -> str:
-    if found.low is not None and found.low == found.high:
-        return f"{found.value:+.3f} (in every row)"
-    return f"{found.value:+.3f}" + ("" if found.low is None else f" [{found.low:+.3f}, {found.high:+.3f}]")
+    return f"{found.value:+.3f}" + ("" if found.low == found.high else f" [{found.low:+.3f}, {found.high:+.3f}]")
 
 
 def _cost(figures: Figures, name: str, form: str) -> str:
