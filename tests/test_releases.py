@@ -1,4 +1,4 @@
-"""config.json as six releases of transformers write it: what they mean, that they run, and what a conversion makes of them.
+"""config.json as six releases of transformers write it: what they mean, that they run, what conversion makes of it.
 
 `releases/configs` holds what the releases themselves saved; `releases/make.py` writes it. "made" is a model made with a
 release and saved, "saved-again" the published config of Qwen2.5-VL (everything at the root) or Qwen3-VL loaded and
@@ -82,7 +82,9 @@ def test_the_nulls_that_were_the_fault_are_there() -> None:
     assert {"text_config.image_token_id", "text_config.video_token_id"} <= nulls(
         CONFIGS["4.52.4/qwen2_5_vl/saved-again"]
     )
-    assert {name.split("/")[0] for name, config in CONFIGS.items() if "text_config.image_token_id" in nulls(config)} == {
+    assert {
+        name.split("/")[0] for name, config in CONFIGS.items() if "text_config.image_token_id" in nulls(config)
+    } == {
         "4.52.4",
         "4.55.4",
     }
@@ -100,7 +102,7 @@ def test_every_release_means_the_same_network(name: str) -> None:
     vision = checkpoints.vision_settings(family)
     assert {key: found["vision_config"][key] for key in VISION_KEYS} == {key: vision[key] for key in VISION_KEYS}
     assert {key: found[key] for key in TOKENS} == TOKENS
-    assert not [key for key in nulls(found) if "." in key or key.endswith("token_id") and key in TOKENS]
+    assert not [key for key in nulls(found) if "." in key or (key.endswith("token_id") and key in TOKENS)]
     has_head = any(tensor.startswith("lm_head.") for tensor in TENSORS[name])
     assert found["tie_word_embeddings"] is not has_head
     assert found["transformers_version"] == release

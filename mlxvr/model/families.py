@@ -141,8 +141,8 @@ class Qwen25VL(Family):
         step = MRopeConvention.of_config(config).time_step(media.second_per_grid, rate)
         if step == 0.0 < media.second_per_grid and grid[0] > 1:
             _log.warning(
-                "more than 2 frames a second: this checkpoint counts whole seconds from one pair of frames to the next, "
-                "so all of the clip's frames stand at the same time for it; give fps=2 or less"
+                "more than 2 frames a second: this checkpoint counts whole seconds from one pair of frames to the "
+                "next, so all of the clip's frames stand at the same time for it; give fps=2 or less"
             )
         return [VisionBlock("", grid, step)]
 
