@@ -1,8 +1,8 @@
 """Which rope positions a checkpoint means: releases of transformers compute two things in different ways.
 
 A Qwen2.5-VL video has a temporal position for each row, `floor(row * seconds * tokens_per_second)`, and text follows
-it. What the releases compute was established by running `get_rope_index` of each (`tests/releases` holds the numbers and
-the script). For rows 4.6875 s apart (256 frames of ten minutes) at 2 positions a second:
+it. What the releases compute was established by running `get_rope_index` of each (`tests/releases` holds the numbers
+and the script). For rows 4.6875 s apart (256 frames of ten minutes) at 2 positions a second:
 
     transformers     temporal step               rows of that video       text after a video begins after
     up to 4.51       floats                      0, 9, 18, 28 .. 1190     its largest position on any axis
@@ -21,8 +21,9 @@ where the two differ the training pass is what the weights were fitted to. The o
 4.41.2, which stands for the code of their first release (4.49): floats.
 
 Releases 5.3 to 5.5 are read as 5.6, the first that mended them: a checkpoint that was only saved by them was not
-trained with their fault. The same doubt remains for a fine-tune that a 5.x saved and that was trained under 4.57: the file
-names 5.x, so 5.x's positions are used. Whoever knows better sets `transformers_version` in config.json to "4.57.1".
+trained with their fault. The same doubt remains for a fine-tune that a 5.x saved and that was trained under 4.57: the
+file names 5.x, so 5.x's positions are used. Whoever knows better sets `transformers_version` in config.json to
+"4.57.1".
 """
 
 import re
