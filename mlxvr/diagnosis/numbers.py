@@ -17,8 +17,8 @@ __all__ = ["check_chunks", "check_follow_up", "check_logits", "check_packing", "
 _TENSOR_CORES = "float32 products are rounded here (TF32 on NVIDIA cards): set MLX_ENABLE_TF32=0 for exact numbers"
 _REPORT = "do not trust answers computed this way; please report it with this output"
 _NO_KERNEL = {
-    "qwen3_vl": "this backend cannot quantize keys and values of the demo's heads of 32 numbers; public models have 128: "
-    "see the lines of qwen2_5_vl",
+    "qwen3_vl": "this backend cannot quantize keys and values of heads of 32 numbers, as the demo has; public models "
+    "have 128: see the lines of qwen2_5_vl",
     "qwen2_5_vl": "this backend cannot quantize keys and values: leave --kv-bits out",
 }
 # (dtype, bits of the language model, bits of keys and values) -> errors up to which logits are green, from which red.
