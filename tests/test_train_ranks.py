@@ -7,15 +7,13 @@ machines that share no disk. They note what they sampled and the bits of their a
 import json
 import os
 import subprocess
-import sys
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from small_runs import EQUAL, command, make_settings
 from test_ranks import hosts_file
 
-import mlxvr
 from mlxvr.errors import ConfigError
 from mlxvr.grpo.order import batches
 from mlxvr.grpo.state import state_file
@@ -31,115 +29,66 @@ TOLERANCE = 1e-2 * RATE
 ROWS = 5
 BATCH = 4
 STEPS = 3  # four rows; one row, so that rank 1 has none; four rows of the second epoch
-
-
-CODE = """
-import hashlib
-import json
-import os
-import signal
-import sys
-
-import numpy as np
-import own_reward
-
-from mlxvr.grpo.learning import Learner
-from mlxvr.grpo.lora import lora_weights
-from mlxvr.train import main
-
-
-def bits(model):
-    digest = hashlib.sha256()
-    for name, array in sorted(lora_weights(model).items()):
-        digest.update(np.array(array).tobytes())
-    return digest.hexdigest()
-
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by what was started in the background
-    notes, signal_name, at, *argv = sys.argv[1:]
-    update, sample, calls = Learner.update, Learner.sample, []
-
-    def asked(self, prompt, step, **options):
-        own_reward.step = step
-        return sample(self, prompt, step, **options)
-
-    def watched(self, groups, rate):
-        calls.append(rate)
-        if len(calls) == int(at):
-            os.kill(os.getpid(), getattr(signal, signal_name))
-        done = update(self, groups, rate)
-        texts = {group.row.id: list(group.rollout.texts) for group in groups}
-        varied = [group.row.id for group in groups if not group.is_unanimous]
-        with open(notes, "a") as file:
-            print(json.dumps({"texts": texts, "varied": varied, "bits": bits(self.model)}), file=file)
-        return done
-
-    Learner.update, Learner.sample = watched, asked
-    sys.exit(main(argv))
-"""
-
-REWARD = """
-import hashlib
-
-step = 0
-
-
-def reward(text, row):
-    if step == {step} and row.id in {unanimous}:
-        return 0.5
-    return hashlib.sha256(text.encode()).digest()[0] / 255
-"""
+TESTS = os.path.dirname(__file__)
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with rows to train on; in the last step nothing can be learned from those of rank 1."""
+    """A folder with rows to train on."""
     folder = tmp_path_factory.mktemp("ranks")
-    (folder / "script.py").write_text(CODE)
-    demo = demo_folder()
-    (folder / "clips").symlink_to(demo / "clips")
-    records = [json.loads(line) for line in (demo / "clips.jsonl").read_text().splitlines()[: 2 * ROWS : 2]]
-    last = batches(ROWS, batch_size=BATCH, seed=0, epoch=1, rank=1, ranks=2)[0]
-    unanimous = [records[index]["id"] for index in last]
-    (folder / "own_reward.py").write_text(REWARD.format(unanimous=unanimous, step=STEPS))
+    records = [json.loads(line) for line in (demo_folder() / "clips.jsonl").read_text().splitlines()[: 2 * ROWS : 2]]
     (folder / "rows.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     return folder
 
 
-def start(place, name, *, count=2, signals=None, flags=None, data=None):
-    """Train on so many ranks; (stderr, exit code) of each. Signals and flags are by rank."""
-    settings = [
-        *("--data", place / (data or "rows.jsonl"), "--dtype", "float32", "--steps", STEPS, "--epochs", 2),
-        *("--batch-size", BATCH, "--group-size", 3, "--max-completion-tokens", 24, "--max-frames", 8),
-        *("--temperature", 3, "--learning-rate", RATE, "--media-root", place, "--reward", "own_reward:reward"),
-        *("--rank", 4, "--save-every", 1),
-    ]
-    hosts = {} if count == 1 else {"MLX_HOSTFILE": str(hosts_file(place, count))}
-    package = {"PYTHONPATH": os.pathsep.join([str(Path(mlxvr.__file__).parents[1]), str(place)])}
-    ranks = []
-    for rank in range(count):
-        argv = [*settings, "--output", place / f"{name}{rank}", *(flags or {}).get(rank, [])]
-        ranks.append(
-            subprocess.Popen(
-                [
-                    *(sys.executable, place / "script.py", place / f"{name}{rank}.notes"),
-                    *(signals or {}).get(rank, ("SIGINT", "0")),
-                    *map(str, argv),
-                ],
-                env={**os.environ, **package, **hosts, "MLX_RANK": str(rank)},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                cwd=place,
+@pytest.fixture(scope="module")
+def start(place, small_model):
+    """Train on so many ranks: (stderr, exit code) of each. Signals and flags are by rank.
+
+    In the last step nothing can be learned from the rows of rank 1.
+    """
+    ids = [json.loads(line)["id"] for line in (place / "rows.jsonl").read_text().splitlines()]
+    last = batches(ROWS, batch_size=BATCH, seed=0, epoch=1, rank=1, ranks=2)[0]
+    equal = json.dumps({STEPS: [ids[index] for index in last]})
+
+    def start(name, *, count=2, signals=None, flags=None):
+        hosts = {} if count == 1 else {"MLX_HOSTFILE": str(hosts_file(place, count))}
+        path = os.pathsep.join([os.path.dirname(TESTS), TESTS])
+        ranks = []
+        for rank in range(count):
+            settings = make_settings(
+                small_model,
+                place / f"{name}{rank}",
+                data=place / "rows.jsonl",
+                media_root=demo_folder(),
+                steps=STEPS,
+                epochs=2,
+                batch_size=BATCH,
+                learning_rate=RATE,
+                save_every=1,
             )
-        )
-    try:
-        said = [rank.communicate(timeout=120) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    return [(err, rank.returncode) for (_, err), rank in zip(said, ranks)]
+            stop, at = (signals or {}).get(rank, ("SIGINT", 0))
+            more = (flags or {}).get(rank, [])
+            argv = command(place / f"{name}{rank}.notes", settings, *more, stop=stop, at=at)
+            ranks.append(
+                subprocess.Popen(
+                    [str(part) for part in argv],
+                    env={**os.environ, "PYTHONPATH": path, EQUAL: equal, **hosts, "MLX_RANK": str(rank)},
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                    cwd=place,
+                )
+            )
+        try:
+            said = [rank.communicate() for rank in ranks]
+        finally:  # the test's own time limit came first: nothing goes on behind it, and no pipe stays open
+            for rank in ranks:
+                rank.kill()
+                rank.communicate()
+        return [(err, rank.returncode) for (_, err), rank in zip(said, ranks)]
+
+    return start
 
 
 def notes(place, name):
@@ -165,15 +114,15 @@ def errors(stderr):
 
 
 @pytest.fixture(scope="module")
-def alone(place):
-    said = start(place, "alone", count=1)
+def alone(start):
+    said = start("alone", count=1)
     assert said[0][1] == 0, said
     return "alone0"
 
 
 @pytest.fixture(scope="module")
-def together(place):
-    said = start(place, "together")
+def together(start):
+    said = start("together")
     assert [code for _, code in said] == [0, 0], said
     assert not any("no longer the same" in err for err, _ in said)
     return "together0"
@@ -221,11 +170,11 @@ def test_only_rank_0_writes(place, together):
     assert not (place / "together1").exists()
 
 
-@pytest.mark.parametrize("lost", [0, 1])
-def test_a_killed_rank_leaves_a_run_that_goes_on(place, alone, lost):
+@pytest.mark.parametrize("lost", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_a_killed_rank_leaves_a_run_that_goes_on(start, place, alone, lost):
     """A rank is killed when both have sampled for step 2; one process goes on to the end."""
     name = f"killed{lost}"
-    said = start(place, name, signals={lost: ("SIGKILL", "2")})
+    said = start(name, signals={lost: ("SIGKILL", 2)})
     (err, code), (_, died) = said[1 - lost], said[lost]
     assert (code, died) == (2, -9)
     assert len(errors(err)) == 1, err
@@ -233,20 +182,21 @@ def test_a_killed_rank_leaves_a_run_that_goes_on(place, alone, lost):
     assert "Traceback" not in err
     assert [entry["step"] for entry in entries(place, f"{name}0")] == [1]
     assert state_file(place / f"{name}0").is_file()
-    said = start(place, name, count=1, flags={0: ["--resume"]})
+    said = start(name, count=1, flags={0: ["--resume"]})
     assert said[0][1] == 0, said
     assert [entry["step"] for entry in entries(place, f"{name}0")] == [1, 2, 3]
     assert differ(weights(place, alone), weights(place, f"{name}0")) <= TOLERANCE
 
 
-def test_ctrl_c_of_one_rank_stops_all_after_the_same_step(place, together):
+@pytest.mark.slow
+def test_ctrl_c_of_one_rank_stops_all_after_the_same_step(start, place, together):
     """Both end with 130, and both go on: rank 1 with the state of rank 0, to the bits of a run without a stop."""
-    said = start(place, "stopped", signals={1: ("SIGINT", "1")})
+    said = start("stopped", signals={1: ("SIGINT", 1)})
     assert [code for _, code in said] == [130, 130], said
     assert [len(notes(place, f"stopped{rank}")) for rank in range(2)] == [1, 1]
     assert [entry["step"] for entry in entries(place, "stopped0")] == [1]
     assert "stopping after this step" in said[1][0]
-    said = start(place, "stopped", flags={0: ["--resume"], 1: ["--resume"]})
+    said = start("stopped", flags={0: ["--resume"], 1: ["--resume"]})
     assert [code for _, code in said] == [0, 0], said
     assert not (place / "stopped1").exists()
     bits = [[step["bits"] for step in notes(place, f"stopped{rank}")] for rank in range(2)]
@@ -254,8 +204,8 @@ def test_ctrl_c_of_one_rank_stops_all_after_the_same_step(place, together):
     assert differ(weights(place, together), weights(place, "stopped0")) == 0.0
 
 
-def test_ranks_with_different_settings_refuse_to_start(place):
-    said = start(place, "different", flags={1: ["--learning-rate", "0.5"]})
+def test_ranks_with_different_settings_refuse_to_start(start, place):
+    said = start("different", flags={1: ["--learning-rate", "0.5"]})
     assert [code for _, code in said] == [2, 2], said
     for err, _ in said:
         assert errors(err) == [
@@ -265,15 +215,15 @@ def test_ranks_with_different_settings_refuse_to_start(place):
     assert not state_file(place / "different0").exists()
 
 
-def test_a_rank_that_cannot_start_is_no_riddle_for_the_others(place):
-    said = start(place, "missing", flags={1: ["--data", place / "nowhere.jsonl"]})
+def test_a_rank_that_cannot_start_is_no_riddle_for_the_others(start, place):
+    said = start("missing", flags={1: ["--data", place / "nowhere.jsonl"]})
     assert [code for _, code in said] == [2, 2], said
     assert "nowhere.jsonl" in errors(said[1][0])[0]
     assert errors(said[0][0])[0].startswith("error: another rank is gone (")
 
 
-def test_filtering_is_for_one_process(place):
-    said = start(place, "filtered", flags={rank: ["--filter-only"] for rank in range(2)})
+def test_filtering_is_for_one_process(start):
+    said = start("filtered", flags={rank: ["--filter-only"] for rank in range(2)})
     assert [code for _, code in said] == [2, 2], said
     assert all("filter_only is for one process" in errors(err)[0] for err, _ in said)
 
