@@ -123,11 +123,11 @@ def _main(notes, name, at, argv):
         small_runs._step = step
         return sample(self, prompt, step, **options)
 
-    def watched_update(self, groups, rate):
-        calls.append(rate)
+    def watched_update(self, groups, *given, **options):
+        calls.append(groups)
         if len(calls) == at:
             os.kill(os.getpid(), getattr(signal, name))
-        done = update(self, groups, rate)
+        done = update(self, groups, *given, **options)
         texts = {group.row.id: list(group.rollout.texts) for group in groups}
         varied = [group.row.id for group in groups if not group.is_unanimous]
         with Path(notes).open("a") as file:
