@@ -10,6 +10,7 @@ those after an early exit are just never made.
 The loop knows tokens, log-probabilities and text, and nothing of MLX, so that it can be tested with scripted tokens.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -150,6 +151,8 @@ def think_once(
         max_tokens: stop after this many.
         stop_ids: end-of-turn tokens: recorded, never part of the text.
         opening_ids: what the answer was begun with before `tokens`; neither recorded nor counted.
+
+    Raises `ConfigError` when the confidence is not a number: that is no doubt of the model's.
     """
     parser = DualAnswerParser(detokenize)
     for opening_id in opening_ids:
@@ -177,6 +180,8 @@ def think_once(
                 detokenize,
                 opening_tokens=len(opening_ids),
             )
+            if outcome.scored is not None and math.isnan(outcome.scored.confidence):
+                raise ConfigError(_NO_CONFIDENCE)
             outcome.exited = mode == "direct" or (mode == "auto" and should_exit(outcome.scored, threshold))
             confidence = None if outcome.scored is None else outcome.scored.confidence
             first = _first_from(parser.text, parser.first_span, opened)
@@ -240,4 +245,8 @@ def _first_from(text: str, span: tuple[int, int] | None, opened: int) -> str | N
     return None if span is None else text[max(span[0], opened) : span[1]].strip()
 
 
+_NO_CONFIDENCE = (
+    "the confidence is not a number, because a log-probability of the answer is none: compute in another dtype, such "
+    "as --dtype float32"
+)
 _MISSING_AFTER_EXIT = frozenset({"no_think", "no_second_box"})  # what an early exit leaves out on purpose

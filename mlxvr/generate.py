@@ -77,7 +77,7 @@ def make_parser() -> VerbParser:
 
     run = parser.add_argument_group("memory and output")
     run.add_argument("--dtype", choices=DTYPES, help="what to compute in (default: the checkpoint's)")
-    run.add_argument("--kv-bits", metavar="N", type=int, help="quantize keys and values to this many bits")
+    run.add_argument("--kv-bits", metavar="N", type=int, help="quantize keys and values to 2, 3, 4, 6 or 8 bits")
     run.add_argument("--prefill-step-size", metavar="N", type=int, default=2048, help="default: %(default)s")
     run.add_argument("--json", action="store_true", help="print one JSON object: the answer, or {answers: [..]}")
     return parser

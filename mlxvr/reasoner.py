@@ -75,9 +75,12 @@ def load(
             A folder is loaded without touching the network.
         adapter: folder of LoRA weights to put on top.
         revision: branch, tag or commit of a Hub id.
-        dtype: "float32", "float16" or "bfloat16", what to compute in; None: the checkpoint's. M1 and M2 are faster in
-            float16 than in bfloat16, and CPUs with a good BLAS in float32.
-        kv_bits: keep keys and values in this many bits (4 or 8) to save memory; None keeps them as computed.
+        dtype: "float32", "float16" or "bfloat16", what to compute in; None: the checkpoint's. CPUs with a good BLAS are
+            fastest in float32. float16 is faster than bfloat16 on M1 and M2, which have no bfloat16 in hardware, but
+            it ends at 65504: activations of Qwen2-VL and Qwen2.5-VL are known to go beyond that. A question whose
+            logits are not finite is refused.
+        kv_bits: keep keys and values in 2, 3, 4, 6 or 8 bits to save memory; None keeps them as computed. The fewer
+            bits, the further confidences move.
         prefill_step_size: how many prompt tokens go through the model at once; less takes less memory.
         progress: called with (stage, done, total) while a Hub id is downloaded.
 

@@ -88,6 +88,15 @@ def test_an_unsure_first_answer_is_reasoned_about():
     assert (outcome.first_answer_tokens, len(outcome.token_ids)) == (5, 19)
 
 
+@pytest.mark.parametrize("mode", ["auto", "direct", "think"])
+def test_a_confidence_that_is_no_number_is_no_doubt(mode):
+    model = Scripted(FULL)
+    model.script = [(text, math.nan if text == "B" else probability) for text, probability in FULL]
+    with pytest.raises(ConfigError, match="confidence is not a number"):
+        model.run(mode=mode)
+    assert model.read == 5
+
+
 def test_a_sure_first_answer_ends_it_at_the_closing_brace():
     model = Scripted(FULL)
     events, outcome, answer = model.run(threshold=0.9 - 1e-9)

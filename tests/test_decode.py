@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import checkpoints
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from checkpoints import random_media
 
-from mlxvr.errors import Cancelled, ConfigError
+from mlxvr.errors import Cancelled, CheckpointError, ConfigError, MlxvrError
 from mlxvr.media.patches import normalise
 from mlxvr.model import cache as kv
 from mlxvr.model.decode import Decoder, Sampler, decode, prefill
@@ -70,7 +71,7 @@ def test_64_greedy_tokens_are_those_of_transformers(model: VideoModel, path: Pat
     expected = reference.greedy(reference.inputs(prompt.ids, prompt.media, pixels), 64)
     for step_size in (2048, 50):
         logits, cache = read(model, prompt, step_size=step_size)
-        tokens = list(decode(model, logits, cache, prompt.next_position, max_tokens=64))
+        tokens = list(decode(model, logits, cache, prompt.next_position, max_tokens=64, suppress_tokens=()))
         assert [token.id for token in tokens] == expected
     assert len(set(expected)) > 4  # it does not just repeat itself
 
@@ -146,10 +147,80 @@ def test_a_stop_token_is_handed_out_and_ends_it(model: VideoModel, prompt: Promp
 def test_banned_tokens_are_not_chosen_and_the_rest_keeps_its_probability(model: VideoModel, prompt: Prompt) -> None:
     logits, cache = read(model, prompt)
     order = np.argsort(-np.array(logits))
-    (token,) = decode(model, logits, cache, prompt.next_position, max_tokens=1, banned_ids=order[:2].tolist())
+    (token,) = decode(model, logits, cache, prompt.next_position, max_tokens=1, suppress_tokens=order[:2].tolist())
     assert token.id == order[2]
     expected = np.array(logits - mx.logsumexp(logits))[order[2]]
     assert token.logprob == pytest.approx(float(expected), abs=1e-6)
+
+
+SUPPRESSED = {"<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"}
+
+
+def test_visual_placeholders_are_never_written(
+    model: VideoModel, prompt: Prompt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless it is asked for; greedily and sampled; the log-probs are still those of the whole distribution."""
+    never = {model.tokenizer.special_ids[text] for text in SUPPRESSED}
+    assert model.suppress_tokens == never
+    push = np.zeros(checkpoints.VOCABULARY, np.float32)
+    push[sorted(never)] = 30.0
+    whole = model.logits
+    monkeypatch.setattr(model, "logits", lambda hidden: whole(hidden) + mx.array(push))
+    logits, cache = read(model, prompt)
+    for sampler in (None, Sampler(1.0, seed=0)):
+        kv.trim(cache, len(prompt.ids))
+        tokens = list(decode(model, logits, cache, prompt.next_position, max_tokens=8, sampler=sampler))
+        assert not never & {token.id for token in tokens}
+        rows = full_logits(model, prompt, [token.id for token in tokens]).astype(np.float64)
+        for row, token in zip(rows, tokens):
+            assert token.logprob == pytest.approx(row[token.id] - row.max() - np.log(np.exp(row - row.max()).sum()))
+    kv.trim(cache, len(prompt.ids))
+    (token,) = decode(model, logits, cache, prompt.next_position, max_tokens=1, suppress_tokens=())
+    assert token.id in never
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_logits_that_are_not_finite_are_refused(
+    model: VideoModel, prompt: Prompt, monkeypatch: pytest.MonkeyPatch, value: float, dtype: str
+) -> None:
+    """Of the prompt, and those that turn bad while an answer is written; what was handed out stays in the cache."""
+    advice = {
+        "float16": "float16 overflowed .*: use --dtype bfloat16 or float32",
+        "bfloat16": "in bfloat16: use --dtype float32",
+        "float32": "in float32: get the checkpoint again",
+    }
+    monkeypatch.setattr(VideoModel, "dtype", getattr(mx, dtype))
+    logits, cache = read(model, prompt)
+    bad = mx.array([value] + [0.0] * (checkpoints.VOCABULARY - 1))
+    whole = model.logits
+    for good in (0, 3):
+        kv.trim(cache, len(prompt.ids))
+        calls = itertools.count(1)  # the call after token n gives the logits of token n + 1
+
+        def spoilt(hidden: mx.array, calls: Iterator[int] = calls, good: int = good) -> mx.array:
+            return whole(hidden) + (bad if next(calls) >= good else 0.0)
+
+        monkeypatch.setattr(model, "logits", spoilt)
+        tokens = decode(model, logits if good else logits + bad, cache, prompt.next_position, max_tokens=9)
+        assert len(list(itertools.islice(tokens, good))) == good
+        with pytest.raises(MlxvrError, match=advice[dtype]) as raised:
+            next(tokens)
+        assert isinstance(raised.value, ConfigError if dtype == "float16" else CheckpointError)
+        assert kv.length(cache) == len(prompt.ids) + good
+
+
+def test_the_head_runs_for_the_last_token_of_a_prompt_alone(
+    model: VideoModel, prompt: Prompt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits of a prompt's other tokens would take more memory than anything else."""
+    rows: list[int] = []
+    whole = model.logits
+    monkeypatch.setattr(model, "logits", lambda hidden: (rows.append(hidden.size // 64), whole(hidden))[1])
+    for step_size in (2048, 50):
+        logits, cache = read(model, prompt, step_size=step_size)
+    list(decode(model, logits, cache, prompt.next_position, max_tokens=4))
+    assert rows == [1, 1, 1, 1, 1, 1]
 
 
 def test_the_decoder_says_where_it_is(model: VideoModel, prompt: Prompt) -> None:

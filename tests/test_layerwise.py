@@ -64,7 +64,8 @@ def greedy(model: VideoModel, prompt: Prompt, count: int) -> list[int]:
     logits = prefill(
         model, prompt.ids, prompt.positions, cache, features=features, media_mask=prompt.media_mask, step_size=2048
     )
-    return [token.id for token in decode(model, logits, cache, prompt.next_position, max_tokens=count)]
+    tokens = decode(model, logits, cache, prompt.next_position, max_tokens=count, suppress_tokens=())
+    return [token.id for token in tokens]
 
 
 def greedy_in_lock_step(model: LayerwiseModel, prompts: list[Prompt], count: int) -> tuple[list[list[int]], np.ndarray]:

@@ -12,6 +12,7 @@ import shutil
 import threading
 import time
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from PIL import Image
@@ -20,7 +21,7 @@ import mlxvr
 from mlxvr.errors import Cancelled, CheckpointError, ConfigError, MediaError, OutOfMemoryError
 from mlxvr.model.loading import load_model
 from mlxvr.model.network import VideoModel
-from tests.checkpoints import write_checkpoint
+from tests.checkpoints import overflow_float16, write_checkpoint
 from tests.clips import write_clip
 from tests.test_network import write_adapter
 
@@ -468,6 +469,36 @@ def test_the_threshold_is_the_flags_else_the_folders_else_the_recipes(folders, c
         (own / "mlxvr.json").write_text(json.dumps({"threshold": wrong}))
         with pytest.raises(CheckpointError, match="threshold"):
             mlxvr.load(own)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_float16_cannot_hold_is_refused_by_name(family, tmp_path):
+    """Real weights whose activations end beyond 65,504: no answer, and no reasoning for want of a confidence."""
+    folder = write_checkpoint(tmp_path / "m", family, dtype="BF16", weights=overflow_float16)
+    with mlxvr.load(folder, dtype="float16") as loaded:
+        clip = loaded.open(None)
+        for mode in ("auto", "direct", "think"):
+            with pytest.raises(ConfigError, match=r"float16 overflowed .*: use --dtype bfloat16 or float32"):
+                clip.ask("What?", mode=mode, max_tokens=8)
+    for dtype in ("bfloat16", "float32"):
+        with mlxvr.load(folder, dtype=dtype) as loaded:
+            answer = loaded.open(None).ask("What?", max_tokens=8)
+            assert np.isfinite(answer.token_logprobs).all()
+
+
+def test_visual_placeholders_are_never_answered(folders):
+    """By a model that likes nothing better, whatever it is sampled at."""
+    with mlxvr.load(folders["qwen3_vl"]) as loaded:
+        network = loaded._network
+        push = np.zeros(512, np.float32)
+        push[sorted(network.suppress_tokens)] = 40.0
+        whole = network.logits
+        network.logits = lambda hidden: whole(hidden) + mx.array(push)
+        for temperature in (0.0, 1.0):
+            answer = loaded.open(None).ask("What?", mode="think", max_tokens=12, temperature=temperature, seed=0)
+            assert not network.suppress_tokens & set(answer.token_ids)
+            assert "_pad|>" not in loaded.detokenize(answer.token_ids)
+            assert max(answer.token_logprobs) < -20  # under the model's own distribution they have nearly nothing
 
 
 def test_a_prompt_that_does_not_fit_is_refused_and_loses_nothing(tmp_path, clip_path):

@@ -86,7 +86,6 @@ def test_greedy_is_what_decode_gives(group):
             prompt.next_position,
             max_tokens=12,
             stop_ids=model.eos_ids,
-            banned_ids=model.placeholder_ids,
         )
     )
     made = rollout(model, prompt, group_size=2, max_tokens=12, seed=0, temperature=0)
@@ -139,15 +138,28 @@ def test_ended_and_truncated(group, monkeypatch):
         assert one.text == model.tokenizer.decode(one.ids.tolist())
 
 
-def test_visual_tokens_are_never_drawn(group, monkeypatch):
+def test_visual_placeholders_are_never_drawn(group, monkeypatch):
+    """As in `decode`; their share stays with them, here and in the training pass, so that the two agree."""
     model, prompt = group
     logits = model.logits
     push = np.zeros(int(model.config["text_config"]["vocab_size"]), np.float32)
-    push[list(model.placeholder_ids)] = 50.0
+    push[sorted(model.suppress_tokens)] = 20.0
     monkeypatch.setattr(model, "logits", lambda hidden: logits(hidden) + mx.array(push))
     made = rollout(model, prompt, group_size=4, max_tokens=6, seed=0)
-    drawn = {token for one in made.completions for token in one.ids.tolist()}
-    assert not drawn & set(model.placeholder_ids)
+    packed = group_logprobs(model, made)
+    for index, one in enumerate(made.completions):
+        assert not model.suppress_tokens & set(one.ids.tolist())
+        np.testing.assert_allclose(one.logprobs, packed[index, : len(one.ids)], atol=1e-4)
+        assert one.logprobs.max() < -8
+
+
+def test_what_float16_cannot_hold_is_refused_by_name(group, tmp_path):
+    model, prompt = group
+    folder = tmp_path / "m"
+    checkpoints.write_checkpoint(folder, model.family.name, dtype="BF16", weights=checkpoints.overflow_float16)
+    half = load_model(folder, dtype="float16")
+    with pytest.raises(ConfigError, match="float16 overflowed"):
+        rollout(half, prompt, group_size=2, max_tokens=4, seed=0)
 
 
 def test_the_context_ends_a_completion(group, monkeypatch):

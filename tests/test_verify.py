@@ -15,10 +15,12 @@ from recipes import write_plain
 import mlxvr
 from mlxvr.errors import Cancelled, CheckpointError, ConfigError
 from mlxvr.media import VisionSpec
-from mlxvr.model.decode import prefill
+from mlxvr.model.decode import prefill, suppression
 from mlxvr.model.loading import load_model
 from mlxvr.model.network import VideoModel
 from mlxvr.model.prompt import Prompt
+from mlxvr.porting.first_answers import Draft, opening, write_answers
+from mlxvr.porting.layerwise import LayerwiseModel
 from mlxvr.porting.probes import Probe, budgeted, build_prompts, bundled, load_media
 from mlxvr.porting.quantize import convert
 from mlxvr.porting.recipe import Limits
@@ -277,6 +279,24 @@ def test_models_that_close_no_box(family: str, tmp_path: Path) -> None:
             confidences.append(math.exp(own.mean()))
         assert [one.source_confidence, one.converted_confidence] == pytest.approx(confidences, rel=1e-3)
         assert one.source_answer is one.converted_answer is None
+
+
+def test_probes_write_what_the_product_would(tmp_path: Path, probes: list[Probe]) -> None:
+    """No visual placeholders, however likely; and nothing at all when float16 overflows."""
+    folder = checkpoints.write_checkpoint(tmp_path / "m", "qwen3_vl", weights=checkpoints.overflow_float16)
+    with pytest.raises(ConfigError, match="float16 overflowed"):
+        verify(folder, folder, probes=probes[-1:], dtype="float16")
+    model = LayerwiseModel.open(checkpoints.write_checkpoint(tmp_path / "n", "qwen3_vl"))
+    never, whole = model.model.suppress_tokens, model.model.logits
+    push = np.zeros(checkpoints.VOCABULARY, np.float32)
+    push[sorted(never)] = 40.0
+    model.model.logits = lambda hidden: whole(hidden) + mx.array(push)  # type: ignore[method-assign]
+    (prompt,) = build_prompts(model.model, probes[-1:], [()])
+    (track,), (row,) = model.read([prompt])
+    draft = Draft(model.model.tokenizer, track, suppression(model.model), row[-1])
+    write_answers(model, [draft])
+    assert len(draft.tokens) > len(opening(model.model.tokenizer))
+    assert not never & set(draft.tokens)
 
 
 def test_the_source_goes_before_the_converted_model_comes(tmp_path: Path, probes: list[Probe]) -> None:

@@ -39,7 +39,7 @@ class EvalConfig:
         default=None, metadata=flag("model", "what to compute in (default: the checkpoint's)", metavar="T")
     )
     kv_bits: int | None = field(
-        default=None, metadata=flag("model", "quantize keys and values to this many bits", metavar="N")
+        default=None, metadata=flag("model", "quantize keys and values to 2, 3, 4, 6 or 8 bits", metavar="N")
     )
     prefill_step_size: int = field(
         default=2048, metadata=flag("model", "prompt tokens that go through the model at once", metavar="N")

@@ -268,7 +268,7 @@ def _make_head(
     norm = model.network.language_model.model.norm
 
     def score(wanted: mx.array, rows: mx.array) -> mx.array:
-        logits = model.logits(norm(rows)).astype(mx.float32) / temperature
+        logits = model.logits(norm(rows)) / temperature
         return mx.take_along_axis(logits, wanted[:, None], axis=-1)[:, 0] - mx.logsumexp(logits, axis=-1)
 
     @mx.custom_function

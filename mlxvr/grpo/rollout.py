@@ -8,12 +8,14 @@ sequence on one KV cache:
 
 All tokens of a step stand at the same position: positions restart after the prompt in every completion. So the prompt's
 keys and values exist once, and a step reads the weights once for all completions. The log-probs are those of the
-training pass over the same tokens (`forward`), whose tree is this one in another order.
+training pass over the same tokens (`forward`), whose tree is this one in another order. Both are of the whole
+vocabulary: tokens that are never drawn (`VideoModel.suppress_tokens`) keep their share in both.
 
 A step is submitted before the host knows what the one before it drew, so that the device never waits; a completion that
 turns out to have ended is dropped one step later.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +26,7 @@ import numpy as np
 from mlxvr.callbacks import ShouldStop
 from mlxvr.errors import Cancelled, ConfigError, DataError
 from mlxvr.grpo.prompts import EncodedPrompt
-from mlxvr.model.decode import Sampler, prefill
+from mlxvr.model.decode import Sampler, not_finite, prefill, suppression
 from mlxvr.model.memory import backend
 from mlxvr.model.network import VideoModel
 
@@ -92,7 +94,8 @@ def rollout(
         should_stop: asked between steps.
 
     Raises:
-        ConfigError: a number cannot be used.
+        ConfigError: a number cannot be used, or float16 overflowed.
+        CheckpointError: the logits are not finite for another reason.
         DataError: the prompt fills the model's context.
         Cancelled: `should_stop` said so.
     """
@@ -124,8 +127,10 @@ def rollout(
         if step + 1 < drawn.limit:
             place = mx.full((3, 1, len(rows)), prompt.next_position + step, dtype=mx.int32)
             hidden = model.hidden(tokens[None], place, cache=cache, mask=tree.grow(rows))
-            tokens, logprobs = choose(model.logits(hidden[0]).astype(mx.float32))
+            tokens, logprobs = choose(model.logits(hidden[0]))
         alive = drawn.take(*here)
+        if not drawn.is_finite:
+            raise not_finite(model)
         if not alive:
             break
         if len(alive) < len(rows):
@@ -148,13 +153,11 @@ class _Chooser:
     def __init__(self, model: VideoModel, temperature: float, top_p: float, seed: int) -> None:
         self._temperature = temperature or 1.0
         self._sampler = Sampler(temperature, top_p=top_p, seed=seed) if temperature != 0 else None
-        ban = np.zeros(int(model.config["text_config"]["vocab_size"]), dtype=np.float32)
-        ban[list(model.placeholder_ids)] = -np.inf
-        self._ban = mx.array(ban)
+        self._suppression = suppression(model)
 
     def __call__(self, logits: mx.array) -> tuple[mx.array, mx.array]:
         """Ids and log-probs (k,) of float32 logits (k, vocab), not waited for."""
-        allowed = logits + self._ban
+        allowed = logits + self._suppression
         tokens = mx.argmax(allowed, axis=-1) if self._sampler is None else self._sampler(allowed)
         scaled = logits / self._temperature
         logprobs = mx.take_along_axis(scaled, tokens[:, None], axis=-1)[:, 0] - mx.logsumexp(scaled, axis=-1)
@@ -179,10 +182,11 @@ class _Tree:
 
 
 class _Drawn:
-    """What was drawn so far."""
+    """What was drawn so far; `is_finite` while every log-prob is a finite number."""
 
     def __init__(self, count: int, limit: int, stop_ids: frozenset[int]) -> None:
         self.limit = limit
+        self.is_finite = True
         self._stop_ids = stop_ids
         self._ids: list[list[int]] = [[] for _ in range(count)]
         self._logprobs: list[list[float]] = [[] for _ in range(count)]
@@ -194,6 +198,7 @@ class _Drawn:
         for place, (row, token, logprob) in enumerate(pairs):
             self._ids[row].append(token)
             self._logprobs[row].append(logprob)
+            self.is_finite = self.is_finite and math.isfinite(logprob)
             if token not in self._stop_ids and len(self._ids[row]) < self.limit:
                 alive.append(place)
         return alive

@@ -7,8 +7,16 @@ Decoding runs ahead by one: while a caller looks at a token, the network already
 waits for Python. A caller that stops there has paid for one forward pass that nobody waits for; a caller that goes on,
 on the same iterator, has paid for nothing twice. After any number of tokens, and also once the iterator is closed or
 has failed, the cache holds what it held before and every token that was handed out.
+
+Visual placeholders are never written (`VideoModel.suppress_tokens`): `suppression` is added to the logits that a token
+is chosen from, here, in rollouts and in probes. Log-probabilities stay those of the model's own, whole distribution, as
+the training pass computes them: where the placeholders have no probability worth mentioning, nothing changes.
+
+Logits that are not finite are refused with the first token that they would give: then its log-probability is no number,
+and neither would be a confidence. float16 ends at 65,504, and activations of Qwen's models go beyond that.
 """
 
+import math
 from collections.abc import Collection, Generator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -18,11 +26,11 @@ import mlx.core as mx
 import numpy as np
 
 from mlxvr.callbacks import Progress, ShouldStop
-from mlxvr.errors import Cancelled, ConfigError
+from mlxvr.errors import Cancelled, CheckpointError, ConfigError, MlxvrError
 from mlxvr.model import cache as kv
 from mlxvr.model.network import VideoModel, VisionFeatures
 
-__all__ = ["Decoder", "Sampler", "Token", "decode", "prefill"]
+__all__ = ["Decoder", "Sampler", "Token", "decode", "not_finite", "prefill", "suppression"]
 
 
 _LONG_STEP = 512  # tokens from which saving a layer is worth a pass for one token more
@@ -136,7 +144,30 @@ def prefill(
         mx.clear_cache()
         if progress is not None:
             progress("prefill", end, total)
-    return model.logits(hidden[:, -1])[0].astype(mx.float32)
+    return model.logits(hidden[:, -1])[0]
+
+
+def suppression(model: VideoModel, suppress_tokens: Collection[int] | None = None) -> mx.array:
+    """What is added to logits before a token is chosen: float32 (vocab,), -inf for suppressed tokens and else 0.
+
+    `suppress_tokens`: None: the model's own; () suppresses none.
+    """
+    added = np.zeros(int(model.config["text_config"]["vocab_size"]), dtype=np.float32)
+    added[sorted(model.suppress_tokens if suppress_tokens is None else suppress_tokens)] = -np.inf
+    return mx.array(added)
+
+
+def not_finite(model: VideoModel) -> MlxvrError:
+    """The error for logits that are not finite; names the dtype that they were computed in."""
+    dtype = str(model.dtype).rpartition(".")[2]
+    if dtype == "float16":
+        return ConfigError(
+            "the logits are not finite: float16 overflowed (it ends at 65504): use --dtype bfloat16 or float32"
+        )
+    advice = "" if dtype == "float32" else "use --dtype float32, or "
+    return CheckpointError(
+        f"the logits are not finite in {dtype}: {advice}get the checkpoint again, its weights may be damaged"
+    )
 
 
 def _steps(total: int, step_size: int) -> list[int]:
@@ -167,17 +198,13 @@ class Decoder:
         position: int,
         *,
         sampler: Sampler | None = None,
-        banned_ids: Collection[int] = (),
+        suppress_tokens: Collection[int] | None = None,
     ):
         """Begin after what `cache` holds; see `decode` for the arguments."""
         self._model = model
         self._cache = cache
         self._sampler = sampler
-        self._ban: mx.array | None = None
-        if banned_ids:
-            ban = np.zeros(logits.shape[-1], dtype=np.float32)
-            ban[sorted(banned_ids)] = -np.inf
-            self._ban = mx.array(ban)
+        self._suppression = suppression(model, suppress_tokens)
         self.position = position
         self._handed_out = 0
         self._choose(logits)
@@ -186,22 +213,28 @@ class Decoder:
         return self
 
     def __next__(self) -> Token:
-        """The next token; by the time it is returned, the network is already reading it."""
+        """The next token; by the time it is returned, the network is already reading it.
+
+        Raises `ConfigError` or `CheckpointError` when the logits are not finite, see `not_finite`.
+        """
         choice, logprob = self._choice, self._logprob
         hidden = self._model.hidden(
             choice.reshape(1, 1), mx.full((3, 1, 1), self.position, dtype=mx.int32), cache=self._cache
         )
         self.position += 1
-        self._choose(self._model.logits(hidden[:, -1])[0].astype(mx.float32))
+        self._choose(self._model.logits(hidden[:, -1])[0])
         self._handed_out += 1
         if self._handed_out % _TOKENS_BETWEEN_CLEARINGS == 0:
             mx.clear_cache()
-        return Token(int(choice.item()), float(logprob.item()))  # type: ignore[arg-type]
+        token = Token(int(choice.item()), float(logprob.item()))  # type: ignore[arg-type]
+        if not math.isfinite(token.logprob):  # NaN and infinity of any logit reach it through the sum
+            raise not_finite(self._model)
+        return token
 
     def _choose(self, logits: mx.array) -> None:
         """Choose the next token on the device, without waiting for it."""
         self.logits = logits
-        allowed = logits if self._ban is None else logits + self._ban
+        allowed = logits + self._suppression
         self._choice = mx.argmax(allowed) if self._sampler is None else self._sampler(allowed)
         self._logprob = logits[self._choice] - mx.logsumexp(logits)
         mx.async_eval(self._choice, self._logprob)
@@ -215,7 +248,7 @@ def decode(
     *,
     max_tokens: int,
     sampler: Sampler | None = None,
-    banned_ids: Collection[int] = (),
+    suppress_tokens: Collection[int] | None = None,
     stop_ids: Collection[int] = (),
 ) -> Generator[Token, None, None]:
     """Write tokens until `max_tokens`, or one of `stop_ids`, which is handed out too.
@@ -230,12 +263,15 @@ def decode(
         position: rope position of the first token (`Prompt.next_position`).
         max_tokens: the most tokens.
         sampler: None decodes greedily.
-        banned_ids: are never chosen; the log-probabilities of the others are not changed by it.
+        suppress_tokens: are never chosen, and the log-probabilities of the others are not changed by it; None: the
+            model's own.
         stop_ids: end the answer.
+
+    Raises `ConfigError` (float16 overflowed) or `CheckpointError` when the logits are not finite.
     """
     held = kv.length(cache)
     handed_out = 0
-    decoder = Decoder(model, logits, cache, position, sampler=sampler, banned_ids=banned_ids)
+    decoder = Decoder(model, logits, cache, position, sampler=sampler, suppress_tokens=suppress_tokens)
     try:
         while handed_out < max_tokens:
             token = next(decoder)

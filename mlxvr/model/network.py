@@ -4,7 +4,7 @@ The weights and layers are mlx-vlm's. What is done here instead of there:
 
 - every forward pass gets explicit positions and goes through the inner decoder, which honours mask and positions; the
   outer call of mlx-vlm 0.7.10 keeps rope state between calls and drops masks,
-- the output head runs only where logits are asked for,
+- the output head runs only where logits are asked for, and in float32,
 - visual features are put in place for images and videos alike, in order of appearance, and a chunk of a prompt gets the
   part of them that is its own.
 """
@@ -22,6 +22,7 @@ from mlxvr.media.patches import VisionInput, normalise
 from mlxvr.media.spec import VisionSpec
 from mlxvr.model import cache as kv
 from mlxvr.model.families import Family
+from mlxvr.model.head import Head
 from mlxvr.model.prompt import SYSTEM_PROMPT
 from mlxvr.model.tokenizer import ChatTokenizer
 from mlxvr.model.vision import FramePlan, plan_frame, run_tower
@@ -33,6 +34,7 @@ __all__ = ["VideoModel", "VisionFeatures"]
 _PATCHES_AT_ONCE = 16_384
 # Attention scores that may exist at once where attention is not fused (1 GiB in float32).
 _SCORES_AT_ONCE = 2**28
+_VISION_PAD = "<|vision_pad|>"  # config.json does not name it
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +69,7 @@ class VideoModel:
         fingerprint: tells one set of weights from another.
         parts: what the fingerprint is made of: "model", and "adapter" and "dtype" where they were asked for.
         network: mlx-vlm's module, for those who train or convert it.
+        head: computes the logits.
     """
 
     def __init__(
@@ -90,6 +93,7 @@ class VideoModel:
         self.settings = settings or {}
         self.fingerprint = fingerprint
         self.parts = dict(parts or {"model": fingerprint})
+        self.head = Head()
 
     @property
     def eos_ids(self) -> frozenset[int]:
@@ -113,9 +117,22 @@ class VideoModel:
         return int(self.config["text_config"]["max_position_embeddings"])
 
     @property
+    def dtype(self) -> mx.Dtype:
+        """What the layers compute in."""
+        dtype: mx.Dtype = self.layers[0].input_layernorm.weight.dtype
+        return dtype
+
+    @property
     def placeholder_ids(self) -> tuple[int, ...]:
-        """Tokens that stand for visual features in a prompt and mean nothing in an answer."""
+        """Tokens that stand for visual features in a prompt."""
         return (int(self.config["image_token_id"]), int(self.config["video_token_id"]))
+
+    @property
+    def suppress_tokens(self) -> frozenset[int]:
+        """Tokens that are never written: visual placeholders and what encloses them mean nothing in an answer."""
+        edges = (int(self.config["vision_start_token_id"]), int(self.config["vision_end_token_id"]))
+        padding = self.tokenizer.special_ids.get(_VISION_PAD)
+        return frozenset({*self.placeholder_ids, *edges, *([] if padding is None else [padding])}) - self.eos_ids
 
     @property
     def layers(self) -> list[Any]:
@@ -189,7 +206,7 @@ class VideoModel:
         """
         embeds: mx.array = self.network.language_model.model.embed_tokens(ids)
         # MLX unpacks its floating-point formats to bfloat16, whatever the rest of the network computes in.
-        embeds = embeds.astype(self.layers[0].input_layernorm.weight.dtype)
+        embeds = embeds.astype(self.dtype)
         if features is None or media_mask is None or not media_mask.any():
             return embeds
         where = mx.array(np.flatnonzero(media_mask).astype(np.int32))
@@ -236,13 +253,10 @@ class VideoModel:
         return out
 
     def logits(self, hidden: mx.array) -> mx.array:
-        """The output head: (.., hidden) -> (.., vocab), in the dtype of the weights."""
+        """The output head: (.., hidden) -> (.., vocab), float32 whatever the dtype of the weights (see `head`)."""
         language = self.network.language_model
-        if self.config["tie_word_embeddings"]:
-            tied: mx.array = language.model.embed_tokens.as_linear(hidden)
-            return tied
-        out: mx.array = language.lm_head(hidden)
-        return out
+        tied = self.config["tie_word_embeddings"]
+        return self.head(language.model.embed_tokens if tied else language.lm_head, hidden)
 
     def _plan(self, height: int, width: int) -> tuple[FramePlan, frozenset[int] | None]:
         """The plan of a frame, and the layers that see all of it at once."""

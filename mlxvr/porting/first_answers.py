@@ -5,6 +5,7 @@ too. An answer ends where the product would stop without reasoning: at the closi
 the reasoning, at the end of the turn, or at a limit.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -12,6 +13,7 @@ import mlx.core as mx
 
 from mlxvr.callbacks import ShouldStop
 from mlxvr.confidence import FirstAnswer, score_first_answer
+from mlxvr.model.decode import not_finite
 from mlxvr.model.tokenizer import ChatTokenizer
 from mlxvr.porting.layerwise import LayerwiseModel, Track
 from mlxvr.protocol import DualAnswerParser
@@ -33,6 +35,7 @@ class Draft:
     Attributes:
         tokenizer: of the model that writes.
         track: prompt and answer on their way through the layers.
+        suppression: float32 (vocab,), see `mlxvr.model.decode.suppression`.
         row: float32 (vocab,), the logits of the next token.
         rows: logits (tokens, vocab) that are kept: what it is made with, and those of every token but the first, whose
             logits are the last of the prompt's.
@@ -43,6 +46,7 @@ class Draft:
 
     tokenizer: ChatTokenizer
     track: Track
+    suppression: mx.array
     row: mx.array
     rows: list[mx.array] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
@@ -76,7 +80,9 @@ class Draft:
 
     def fork(self) -> "Draft":
         """Another answer that begins with these tokens."""
-        forked = Draft(self.tokenizer, self.track.fork(), self.row, [], list(self.tokens), list(self.logprobs))
+        forked = Draft(
+            self.tokenizer, self.track.fork(), self.suppression, self.row, [], [*self.tokens], [*self.logprobs]
+        )
         for token in self.tokens:
             forked._parser.push(token)
         return forked
@@ -86,7 +92,7 @@ def choose_greedily(draft: Draft) -> int:
     """The next token of an answer: of the opening, then the likeliest."""
     begun = opening(draft.tokenizer)
     place = len(draft.tokens)
-    return begun[place] if place < len(begun) else int(mx.argmax(draft.row).item())  # type: ignore[arg-type]
+    return begun[place] if place < len(begun) else int(mx.argmax(draft.row + draft.suppression).item())  # type: ignore[arg-type]
 
 
 def write_answers(
@@ -105,10 +111,14 @@ def write_answers(
         choose: the next token of an answer.
         on_token: called after each token.
         should_stop: see `LayerwiseModel.step`.
+
+    Raises `ConfigError` or `CheckpointError` when the logits are not finite, see `mlxvr.model.decode.not_finite`.
     """
     while going := [draft for draft in drafts if not draft.ended]:
         for draft in going:
             draft.take(choose(draft))
+            if not math.isfinite(draft.logprobs[-1]):
+                raise not_finite(model.model)
         if going := [draft for draft in going if not draft.ended]:
             tracks, tokens = [draft.track for draft in going], [draft.tokens[-1] for draft in going]
             for draft, row in zip(going, model.step(tracks, tokens, should_stop=should_stop)):

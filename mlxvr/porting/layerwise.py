@@ -285,7 +285,10 @@ class LayerwiseModel:
         norm = self._module(_NORM)
         part = _EMBEDDING if self.model.config["tie_word_embeddings"] else _HEAD
         with self._loaded(part):
-            yield lambda hidden: self.model.logits(norm(hidden)).astype(mx.float32)
+            try:
+                yield lambda hidden: self.model.logits(norm(hidden))
+            finally:
+                self.model.head.release()
 
     def _look(self, prompts: Sequence[Prompt], should_stop: ShouldStop | None) -> dict[tuple[int, ...], VisionFeatures]:
         """Features of the media of each prompt, by their identity."""

@@ -55,6 +55,7 @@ from mlx.utils import tree_flatten
 from mlxvr.callbacks import Progress, ShouldStop
 from mlxvr.errors import ConfigError
 from mlxvr.model import memory
+from mlxvr.model.decode import suppression
 from mlxvr.model.device import use_device
 from mlxvr.model.folder import ModelFolder
 from mlxvr.model.prompt import Prompt
@@ -420,7 +421,8 @@ def _spent(weight: mx.array, squares: mx.array, precision: Precision | None) -> 
 def _answer(model: LayerwiseModel, prompts: Sequence[Prompt], should_stop: ShouldStop | None) -> list[_Answered]:
     """Let the model write its first answers."""
     tracks, logits = model.read(prompts, should_stop=should_stop)
-    drafts = [Draft(model.model.tokenizer, track, rows[-1]) for track, rows in zip(tracks, logits)]
+    never = suppression(model.model)
+    drafts = [Draft(model.model.tokenizer, track, never, rows[-1]) for track, rows in zip(tracks, logits)]
     write_answers(model, drafts, should_stop=should_stop)
     return [_answered(draft) for draft in drafts]
 

@@ -31,6 +31,7 @@ from mlxvr.callbacks import Progress, ShouldStop
 from mlxvr.confidence import should_exit
 from mlxvr.errors import CheckpointError, ConfigError
 from mlxvr.model import memory
+from mlxvr.model.decode import suppression
 from mlxvr.model.device import use_device
 from mlxvr.model.folder import ModelFolder
 from mlxvr.model.network import VideoModel
@@ -73,7 +74,7 @@ def verify(
 
     Raises:
         CheckpointError: a folder cannot be loaded, or the one was not converted from the other.
-        ConfigError: there are no probes, or an option has a value that cannot be used.
+        ConfigError: there are no probes, an option has a value that cannot be used, or float16 overflowed.
         Cancelled: `should_stop` said so.
     """
     started = time.perf_counter()
@@ -129,7 +130,8 @@ def _read_and_write(
     """
     done = counter.done
     tracks, logits = model.read(prompts, last=_PROMPT_ROWS, progress=counter.layer, should_stop=should_stop)
-    answers = [Draft(model.model.tokenizer, track, rows[-1], [rows]) for track, rows in zip(tracks, logits)]
+    never = suppression(model.model)
+    answers = [Draft(model.model.tokenizer, track, never, rows[-1], [rows]) for track, rows in zip(tracks, logits)]
     apart: dict[int, Draft] = {}
 
     def follow(answer: Draft) -> int:

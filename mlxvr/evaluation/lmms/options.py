@@ -28,7 +28,7 @@ class LmmsOptions:
         frames_fps: how far apart the pictures are of which a task hands over several for one question, per second;
             None: as far as frames that we sample ourselves.
         dtype: what to compute in; None: the checkpoint's.
-        kv_bits: keep keys and values in this many bits; None: as computed.
+        kv_bits: keep keys and values in 2, 3, 4, 6 or 8 bits; None: as computed.
         max_new_tokens: the most tokens that are generated.
         answer_opening: how the answer is begun for the model, ``\boxed{Answer:`` in the public evaluation of MVP.
         log_file: JSONL that gets a line per question: first answer, confidence, reasoning, tokens, seconds.
