@@ -20,6 +20,7 @@ from mlxvr.cli import VerbParser, run_verb
 from mlxvr.errors import ConfigError
 from mlxvr.media.container import check_file
 from mlxvr.media.sequence import folder_frames
+from mlxvr.media.spec import SAMPLE_BY
 from mlxvr.model.loading import DTYPES
 from mlxvr.paths import local_path
 
@@ -72,6 +73,11 @@ def make_parser() -> VerbParser:
     frames.add_argument("--max-frames", metavar="N", type=int, help="the most frames to sample")
     frames.add_argument("--video-tokens", metavar="N", type=int, help="the most tokens that the clip may take")
     frames.add_argument("--image-tokens", metavar="N", type=int, help="the most tokens that an image may take")
+    frames.add_argument(
+        "--sample-by",
+        choices=SAMPLE_BY,
+        help="where the rate varies: frames at even distances in time (default), or every so many frames",
+    )
     frames.add_argument("--start", metavar="S", type=float, help="seconds")
     frames.add_argument("--end", metavar="S", type=float, help="seconds")
 
@@ -123,6 +129,7 @@ def _generate(args: argparse.Namespace) -> int:
             max_frames=args.max_frames,
             video_tokens=args.video_tokens,
             image_tokens=args.image_tokens,
+            sample_by=args.sample_by,
             start=args.start,
             end=args.end,
             progress=progress,

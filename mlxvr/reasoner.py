@@ -144,6 +144,7 @@ class Reasoner:
         video_tokens: int | None = None,
         image_tokens: int | None = None,
         timestamps: Sequence[float] | None = None,
+        sample_by: str | None = None,
         start: float | None = None,
         end: float | None = None,
         progress: Progress | None = None,
@@ -157,13 +158,16 @@ class Reasoner:
             fps: frames to sample per second; of frames: the rate at which they were taken, and all of them are used up
                 to `max_frames`. None: the checkpoint's.
             max_frames: the most frames to sample; None: the checkpoint's.
-            frames: sample exactly this many (rounded to a multiple of two) instead of by `fps`.
+            frames: sample exactly this many (rounded to a multiple of two, at most as many as there are) instead of by
+                `fps`.
             video_tokens: the most tokens that the whole clip may take, also an image; None: the checkpoint's. A frame
                 never gets fewer than `spec.frame_min_tokens`; a clip that takes more for that reason is logged.
             image_tokens: the most tokens that an image may take; None: the checkpoint's, at most 4,096.
             timestamps: seconds of each frame, ascending, instead of `fps`; `start` and `end` are times on them.
-            start: seconds; None: from the beginning.
-            end: seconds; None: to the end.
+            sample_by: "time" or "index": what frames are spread over evenly where a video's rate varies; None: the
+                checkpoint's, else "time". At a constant rate both are the same.
+            start: seconds on a player's clock; None: from the beginning.
+            end: seconds on a player's clock; None: to the end.
             progress: called with (stage, done, total); stages are "decoding", "vision" and "prefill".
 
         Raises:
@@ -174,7 +178,11 @@ class Reasoner:
         if fps is not None and timestamps is not None:
             raise ConfigError("fps and timestamps both say when frames were taken: give one of them")
         spec = self.spec.with_overrides(
-            fps=fps, max_frames=max_frames, video_tokens=video_tokens, image_max_tokens=image_tokens
+            fps=fps,
+            max_frames=max_frames,
+            video_tokens=video_tokens,
+            image_max_tokens=image_tokens,
+            sample_by=sample_by,
         )
         started = time.perf_counter()
         vision = (

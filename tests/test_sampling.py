@@ -48,6 +48,9 @@ INDICES = [
     (10, 30, {"nframes": 5}, [0, 3, 6, 9]),  # 2.5 -> 2 pairs
     (15, 30, {"nframes": 7}, [0, 2, 4, 6, 8, 10, 12, 14]),  # 3.5 -> 4 pairs
     (4, 30, {"nframes": 4}, [0, 1, 2, 3]),
+    (9, 30, {"nframes": 16}, [0, 1, 2, 3, 5, 6, 7, 8]),  # 9 exist -> 8; steps of 8/7
+    (5, 30, {"nframes": 6}, [0, 1, 3, 4]),  # 5 exist -> 4; steps of 4/3
+    (1, 30, {"nframes": 6}, [0]),
     (10, 30, {"nframes": 4, "fps": 30.0, "max_frames": 2}, [0, 3, 6, 9]),  # beats the rate and its bounds
     # a range in seconds: from ceil(start * fps) to floor(end * fps)
     (300, 30, {"start": 1, "end": 2}, [30, 40, 50, 60]),  # 31 frames -> 2.07, at least 4
@@ -73,6 +76,21 @@ def test_indices_are_the_hand_worked_ones(total, source_fps, options, expected):
     indices = frame_indices(total, source_fps, **options)
     assert indices.dtype == np.int64
     assert indices.tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("total", "nframes", "says"),
+    [
+        (9, 16, "16 frames were asked for, and there are 9: 8 are sampled"),
+        (9, 8, ""),
+        (9, 9, ""),
+        (1, 2, "there are 1"),
+    ],
+)
+def test_frames_that_do_not_exist_are_told(caplog, total, nframes, says):
+    frame_indices(total, 30, nframes=nframes)
+    assert says in caplog.text
+    assert len(caplog.records) == bool(says)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +125,6 @@ def test_long_clips(total, source_fps, options, count, head, last):
         (10, 30, {"nframes": 0}, ConfigError, "nframes is 0"),
         (10, 30, {"nframes": 1}, ConfigError, "nframes is 1"),
         (10, 30, {"nframes": -4}, ConfigError, "nframes is -4"),
-        (5, 30, {"nframes": 6}, MediaError, "there are 5"),
         (10, 30, {"max_frames": 1}, ConfigError, "max_frames is 1"),
         (10, 30, {"min_frames": 0}, ConfigError, "min_frames is 0"),
         (300, 30, {"start": 2, "end": 2}, ConfigError, "empty"),

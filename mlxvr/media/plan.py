@@ -44,7 +44,7 @@ class Stretch:
 def plan_stretches(timeline: Timeline, indices: Sequence[int] | np.ndarray, *, parts: int = 1) -> list[Stretch]:
     """The cheapest stretches that hold the frames `indices`, in the order of the file, about `parts` or more."""
     groups: dict[int, list[int]] = {}  # keyframe -> frames decoded from it
-    for index in sorted(int(index) for index in indices):
+    for index in sorted({int(index) for index in indices}):
         key = int(np.searchsorted(timeline.key_pts, timeline.pts[index], side="right")) - 1
         groups.setdefault(max(0, key), []).append(index)
     pieces = [
@@ -63,6 +63,6 @@ def plan_stretches(timeline: Timeline, indices: Sequence[int] | np.ndarray, *, p
 
 
 def whole_stretch(timeline: Timeline, indices: Sequence[int] | np.ndarray) -> Stretch:
-    """One stretch from the start of the file to the last wanted frame."""
-    frames = tuple(sorted(int(index) for index in indices))
+    """One stretch from the start of the timeline to the last wanted frame."""
+    frames = tuple(sorted({int(index) for index in indices}))
     return Stretch(0, int(timeline.positions[list(frames)].max()), frames)

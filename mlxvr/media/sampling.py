@@ -7,9 +7,11 @@ the checkpoints were trained with. Departures:
 - a side never shrinks to zero: it keeps at least one token, as in transformers' `smart_resize`;
 - a picture of a single row or column is refused, since there is nothing to see in it;
 - a product that misses a whole number by rounding alone counts as that number (1.1 s * 30 is frame 33, not
-34).
+34);
+- asking for more frames than there are gives all that fill pairs, and a warning, instead of an error.
 """
 
+import logging
 import math
 
 import numpy as np
@@ -18,6 +20,8 @@ from mlxvr.errors import ConfigError, MediaError
 from mlxvr.media.spec import VisionSpec
 
 __all__ = ["frame_count", "frame_indices", "frame_range", "frame_size", "image_size", "spread", "time_range"]
+
+logger = logging.getLogger(__name__)
 
 FRAME_FACTOR = 2  # frames are sampled in pairs
 MAX_RATIO = 200  # of the longer to the shorter side
@@ -40,7 +44,8 @@ def frame_indices(
         total_frames: frames in the clip.
         source_fps: frames per second of the clip.
         fps: frames to sample per second.
-        nframes: frames to sample in all (overrides fps); rounded to a multiple of 2.
+        nframes: frames to sample in all (overrides fps); rounded to a multiple of 2, and held to the frames that
+            there are, with a warning.
         min_frames, max_frames: bounds on the number that follows from fps.
         start, end: seconds; only frames in this range are sampled.
 
@@ -49,7 +54,7 @@ def frame_indices(
 
     Raises:
         ConfigError: an option has a value that cannot be used.
-        MediaError: the clip or the range has no frames, or fewer than `nframes`.
+        MediaError: the clip or the range has no frames.
     """
     first, last = frame_range(total_frames, source_fps, start=start, end=end)
     count = frame_count(
@@ -138,9 +143,9 @@ def _explicit_count(nframes: int, available: int) -> int:
     if count < FRAME_FACTOR:
         raise ConfigError(f"nframes is {nframes}: frames go in pairs, give at least {FRAME_FACTOR}")
     if count > available:
-        raise MediaError(
-            f"nframes asks for {count} frames, but there are {available}: ask for fewer, or set fps instead"
-        )
+        most = max(1, available // FRAME_FACTOR * FRAME_FACTOR)
+        logger.warning("%d frames were asked for, and there are %d: %d are sampled", nframes, available, most)
+        return most
     return count
 
 

@@ -2,7 +2,7 @@
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from types import TracebackType
@@ -61,7 +61,7 @@ class FrameSink:
         self._choose_size = choose_size
         self._pixels: np.ndarray | None = None  # (count, height, width, 3)
         self._orientation = Orientation()
-        self._futures: dict[int, Future[None]] = {}
+        self._futures: dict[tuple[int, ...], Future[None]] = {}
         self._lock = threading.Lock()
         self._room = threading.BoundedSemaphore(2 * _WORKERS)
         self._pool = ThreadPoolExecutor(_WORKERS, thread_name_prefix="mlxvr-resize")
@@ -77,19 +77,19 @@ class FrameSink:
 
     @property
     def done(self) -> int:
-        """Frames finished so far."""
-        return sum(future.done() for future in tuple(self._futures.values()))
+        """Places filled so far."""
+        return sum(len(slots) for slots, future in tuple(self._futures.items()) if future.done())
 
-    def add(self, slot: int, frame: av.VideoFrame) -> None:
-        """Take the frame for place `slot`."""
+    def add(self, slots: Sequence[int], frame: av.VideoFrame) -> None:
+        """Take the frame for the places `slots`."""
         with self._lock:
             if self._pixels is None:
                 self._orientation = Orientation.of(frame)
                 self.source_size = self._orientation.size(frame.height, frame.width)
                 self._pixels = np.empty((self.count, *self._choose_size(*self.source_size), 3), dtype=np.uint8)
-            target = self._pixels[slot]
+            targets = [self._pixels[slot] for slot in slots]
         self._room.acquire()
-        self._futures[slot] = self._pool.submit(self._convert, target, frame)
+        self._futures[tuple(slots)] = self._pool.submit(self._convert, targets, frame)
 
     def finish(self) -> np.ndarray:
         """Wait for the frames taken so far: uint8 (count, height, width, 3)."""
@@ -103,12 +103,14 @@ class FrameSink:
         wait(self._futures.values())
         self._futures.clear()
 
-    def _convert(self, target: np.ndarray, frame: av.VideoFrame) -> None:
+    def _convert(self, targets: Sequence[np.ndarray], frame: av.VideoFrame) -> None:
         try:
             if not hasattr(self._local, "reformatter"):
                 self._local.reformatter = VideoReformatter()  # one a thread: it keeps its tables between frames
             rgb = self._local.reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
-            stored = self._orientation.size(target.shape[0], target.shape[1])
-            target[:] = self._orientation.apply(resize(rgb, stored))
+            stored = self._orientation.size(targets[0].shape[0], targets[0].shape[1])
+            upright = self._orientation.apply(resize(rgb, stored))
+            for target in targets:
+                target[:] = upright
         finally:
             self._room.release()

@@ -27,7 +27,9 @@ from typing import Any, Self
 
 from mlxvr.errors import CheckpointError, ConfigError
 
-__all__ = ["VisionSpec"]
+__all__ = ["SAMPLE_BY", "VisionSpec"]
+
+SAMPLE_BY = ("time", "index")
 
 # Budgets of VideoAuto-R1's training and evaluation, in tokens (Appendix and public scripts).
 _FRAME_TOKENS = (16, 768)
@@ -52,6 +54,7 @@ class VisionSpec:
     mean: tuple[float, float, float]  # of RGB in [0, 1]
     std: tuple[float, float, float]
     fps: float = 2.0  # frames sampled per second of source time
+    sample_by: str = "time"  # or "index": what frames are spread over where a video's rate varies (see `selection`)
     min_frames: int = 4  # sampled from a clip, unless it has fewer
     max_frames: int = 768
     frame_min_tokens: int = _FRAME_TOKENS[0]  # of one video frame
@@ -67,6 +70,8 @@ class VisionSpec:
                 raise ConfigError(f"{name} is {value!r}: give a whole number of at least 1")
         if isinstance(self.fps, bool) or not isinstance(self.fps, Real) or not 0 < self.fps < math.inf:
             raise ConfigError(f"fps is {self.fps!r}: give a positive number of frames per second, such as 2.0")
+        if self.sample_by not in SAMPLE_BY:
+            raise ConfigError(f"sample_by is {self.sample_by!r}: choose from {', '.join(SAMPLE_BY)}")
         if self.max_frames < 2:
             raise ConfigError(f"max_frames is {self.max_frames}: frames go in pairs, give at least 2")
         for low, high in (("frame_min_tokens", "frame_max_tokens"), ("image_min_tokens", "image_max_tokens")):

@@ -9,8 +9,8 @@ shown:
 - the last packet of a file that was cut off is marked "corrupt";
 - VP8 has packets that only update references, told by a bit of their first byte.
 
-Where stamps are missing (raw streams), repeat (field pairs) or are made up by the demuxer (AVI), there is no
-timeline, and `count_frames` finds the frames by decoding.
+Where stamps are missing (raw streams), repeat (field pairs), are made up by the demuxer (AVI) or are at odds with the
+order of decoding (see `clock`), there is no timeline, and `count_frames` finds the frames by decoding.
 """
 
 import logging
@@ -24,15 +24,22 @@ import numpy as np
 from mlxvr.callbacks import ShouldStop
 from mlxvr.errors import Cancelled
 from mlxvr.media.bitstream import SKIPPABLE, hevc_layer, hevc_length_size, is_shown_vp8
-from mlxvr.media.sampling import time_range
+from mlxvr.media.clock import (
+    FAR_SECONDS,
+    MAX_REORDERING,
+    is_far_out,
+    may_jump,
+    mend_times,
+    start_offset,
+    steady_rate,
+)
 
-__all__ = ["Timeline", "count_frames", "scan"]
+__all__ = ["CHECK_EVERY", "PacketTable", "Timeline", "count_frames", "scan", "stated_rates"]
 
 logger = logging.getLogger(__name__)
 
 _DEFAULT_FPS = Fraction(25)  # FFmpeg's own, for streams that say nothing
-_MAX_REORDERING = 16  # frames that a decoder may hold back at most (H.264 and HEVC max_num_reorder_frames)
-_CHECK_EVERY = 256  # packets between two looks at should_stop
+CHECK_EVERY = 256  # packets between two looks at should_stop
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,27 +49,22 @@ class Timeline:
     `packet_pts`, `positions`, `key_positions` and `key_pts` are empty if the frames were counted by decoding.
     """
 
-    seconds: np.ndarray  # float64 (n,): index / fps, or real times where the rate varies; starts at 0
+    seconds: np.ndarray  # float64 (n,): from the first frame; index / fps, or real times where the rate varies
     fps: float  # average frames per second
     is_variable: bool
-    duration: float  # seconds
+    duration: float  # seconds from the first frame to the end of the last
+    offset: float  # seconds on a player's clock at which the first frame is shown
+    rates: tuple[float, ...]  # frames per second that the file's headers state
     can_skip: bool  # frames that no other refers to, by their marks, can be left out when decoding
     pts: np.ndarray  # int64 (n,): stamp of each frame, ascending
     positions: np.ndarray  # int64 (n,): place of each frame's packet in the order of decoding
     packet_pts: np.ndarray  # int64 (packets,): stamp of every packet in the order of decoding
     key_positions: np.ndarray  # int64 (keys,): packets at which decoding can start
     key_pts: np.ndarray  # int64 (keys,): their stamps, ascending
+    is_part: bool = False  # holds a stretch of the file only: what is outside was not read
 
     def __len__(self) -> int:
         return len(self.seconds)
-
-    def range(self, start: float | None, end: float | None) -> tuple[int, int]:
-        """Indices of the first and the last frame shown between two times in seconds, both included.
-
-        For streams of variable rate: where the rate is constant, `sampling.frame_range` is the training
-        code's rule. Raises `MediaError` if there is none.
-        """
-        return time_range(self.seconds, self.duration, start=start, end=end)
 
 
 def scan(
@@ -73,77 +75,156 @@ def scan(
     The container must be at its start, and is left at its end. If the file `is_cut` short, the frames at its
     end that may be shown after missing ones are left out, since their place is not known.
     """
-    stamps: list[int] = []
-    shown: list[bool] = []
-    keys: list[int] = []
-    durations: list[int] = []
-    made_up = container.format.name == "avi"
-    codec = stream.codec_context.name
-    length_size = hevc_length_size(stream.codec_context.extradata) if codec == "hevc" else None
-    can_skip = codec in SKIPPABLE or length_size is not None
+    table = PacketTable(container, stream)
     for number, packet in enumerate(container.demux(stream)):
-        if should_stop is not None and number % _CHECK_EVERY == 0 and should_stop():
+        if should_stop is not None and number % CHECK_EVERY == 0 and should_stop():
             raise Cancelled("stopped while the video's index was read")
-        if not packet.size:  # the end-of-stream marker
-            continue
-        if made_up or packet.pts is None:
+        if packet.size and not table.add(packet):  # an empty one marks the end of the stream
             return None
-        if packet.is_keyframe:
-            keys.append(len(stamps))
-        if can_skip and length_size is not None:
-            can_skip = not hevc_layer(packet, length_size)  # all in the base layer
-        hidden = codec == "vp8" and not is_shown_vp8(packet)
-        shown.append(not (packet.is_discard or packet.is_corrupt or hidden))
-        stamps.append(packet.pts)
-        durations.append(packet.duration or 0)
-    packet_pts = np.array(stamps, dtype=np.int64)
-    positions = np.flatnonzero(shown)
-    positions = positions[np.argsort(packet_pts[positions], kind="stable")]
+    positions = table.shown_positions()
     positions = positions[: _certain(len(positions), stream, is_cut)]
-    pts = packet_pts[positions]
-    key_positions = np.array(keys, dtype=np.int64)
-    key_pts = packet_pts[key_positions]
-    if not len(pts) or not len(keys) or np.any(np.diff(pts) <= 0) or np.any(np.diff(key_pts) <= 0):
+    if not len(positions) or not table.is_in_order(positions):
         return None
-    times = (pts - pts[0]) * float(stream.time_base)
-    seconds, fps, is_variable, length = _clock(stream, times, durations[positions[-1]])
-    return Timeline(seconds, fps, is_variable, length, can_skip, pts, positions, packet_pts, key_positions, key_pts)
+    tick = float(stream.time_base)
+    packet_pts = np.array(table.pts, dtype=np.int64)
+    pts = packet_pts[positions]
+    jumps = may_jump(container) and np.any(np.diff(pts) * tick > FAR_SECONDS)
+    if jumps or is_far_out(packet_pts[np.flatnonzero(table.shown)], tick):
+        logger.info("the video's time stamps are at odds with the order of its frames; counting them")
+        return None
+    last = table.durations[positions[-1]] * tick
+    seconds, fps, is_variable, length = _clock(stream, (pts - pts[0]) * tick, last)
+    offset = start_offset(container, stream, int(pts[0]))
+    return table.timeline(positions, seconds, fps, is_variable, length, offset)
+
+
+class PacketTable:
+    """What the packets of a stream say of themselves, in the order of decoding."""
+
+    def __init__(self, container: Any, stream: Any) -> None:
+        self.pts: list[int] = []
+        self.shown: list[bool] = []
+        self.keys: list[int] = []  # positions of keyframes
+        self.durations: list[int] = []
+        self._stream = stream
+        self._made_up = container.format.name == "avi"
+        self._codec = stream.codec_context.name
+        self._length_size = hevc_length_size(stream.codec_context.extradata) if self._codec == "hevc" else None
+        self._can_skip = self._codec in SKIPPABLE or self._length_size is not None
+
+    def __len__(self) -> int:
+        return len(self.pts)
+
+    def add(self, packet: Any) -> bool:
+        """Take the next packet; False if it has no stamp that can be relied on."""
+        if self._made_up or packet.pts is None:
+            return False
+        if packet.is_keyframe:
+            self.keys.append(len(self.pts))
+        if self._can_skip and self._length_size is not None:
+            self._can_skip = not hevc_layer(packet, self._length_size)  # all in the base layer
+        hidden = self._codec == "vp8" and not is_shown_vp8(packet)
+        self.shown.append(not (packet.is_discard or packet.is_corrupt or hidden))
+        self.pts.append(packet.pts)
+        self.durations.append(packet.duration or 0)
+        return True
+
+    def shown_positions(self) -> np.ndarray:
+        """int64 (n,): positions of the packets that are shown, in the order in which they are."""
+        positions = np.flatnonzero(self.shown)
+        return positions[np.argsort(np.array(self.pts, dtype=np.int64)[positions], kind="stable")]
+
+    def is_in_order(self, positions: np.ndarray) -> bool:
+        """Whether no two frames have one stamp, and keyframes are stored in the order in which they are shown."""
+        pts = np.array(self.pts, dtype=np.int64)
+        return bool(self.keys) and bool(np.all(np.diff(pts[positions]) > 0) and np.all(np.diff(pts[self.keys]) > 0))
+
+    def timeline(
+        self,
+        positions: np.ndarray,
+        seconds: np.ndarray,
+        fps: float,
+        is_variable: bool,
+        duration: float,
+        offset: float,
+        *,
+        is_part: bool = False,
+    ) -> Timeline:
+        """The timeline of the frames at `positions`; the rest as in `Timeline`."""
+        pts, keys = np.array(self.pts, dtype=np.int64), np.array(self.keys, dtype=np.int64)
+        return Timeline(
+            seconds=seconds,
+            fps=fps,
+            is_variable=is_variable,
+            duration=duration,
+            offset=offset,
+            rates=stated_rates(self._stream),
+            can_skip=self._can_skip,
+            pts=pts[positions],
+            positions=positions,
+            packet_pts=pts,
+            key_positions=keys,
+            key_pts=pts[keys],
+            is_part=is_part,
+        )
 
 
 def count_frames(
     container: Any, stream: Any, *, is_cut: bool = False, should_stop: ShouldStop | None = None
 ) -> Timeline:
     """Find the frames by decoding all of them, for streams whose packets do not tell; arguments as for `scan`."""
-    count = 0
+    stamps: list[int | None] = []
+    last = 0  # ticks that the last frame is shown
     for packet in container.demux(stream):
         if should_stop is not None and should_stop():
             raise Cancelled("stopped while the video's frames were counted")
         try:
-            count += len(packet.decode())
+            for frame in packet.decode():
+                stamps.append(frame.pts)
+                last = frame.duration
         except av.error.InvalidDataError:  # what cannot be decoded is not shown; the second pass skips it as well
             logger.warning("a damaged packet of the video was skipped")
-    count = _certain(count, stream, is_cut)
-    fps = float(stream.guessed_rate or stream.average_rate or _DEFAULT_FPS)
+    stamps = stamps[: _certain(len(stamps), stream, is_cut)]
+    rate = float(stream.guessed_rate or stream.average_rate or _DEFAULT_FPS)
+    seconds, fps, is_variable, duration = np.arange(len(stamps)) / rate, rate, False, len(stamps) / rate
+    known = [stamp for stamp in stamps if stamp is not None]
+    if len(known) == len(stamps) > 1 and container.format.name != "avi":
+        tick = float(stream.time_base)
+        times = mend_times(np.array(known) * tick, may_jump=may_jump(container))
+        if times is not None:
+            if not np.allclose(times, (np.array(known) - known[0]) * tick):
+                logger.warning("time stamps of the video jump: the jumps are closed, and times may be a little off")
+            if steady_rate(times, [rate]) is None:
+                seconds, fps, is_variable, duration = _clock(stream, times, (last or 0) * tick)
+    offset = start_offset(container, stream, known[0]) if known else 0.0
     none = np.empty(0, dtype=np.int64)
-    return Timeline(np.arange(count) / fps, fps, False, count / fps, False, none, none, none, none, none)
+    rates = stated_rates(stream)
+    return Timeline(seconds, fps, is_variable, duration, offset, rates, False, none, none, none, none, none)
+
+
+def stated_rates(stream: Any) -> tuple[float, ...]:
+    """Frames per second as the headers and FFmpeg's guesses state them, the likeliest first."""
+    return tuple(float(rate) for rate in (stream.average_rate, stream.guessed_rate, stream.base_rate) if rate)
 
 
 def _certain(count: int, stream: Any, is_cut: bool) -> int:
     """How many of `count` frames are certain to have their place."""
-    return max(0, count - _MAX_REORDERING) if is_cut and stream.codec_context.has_b_frames else count
+    return max(0, count - MAX_REORDERING) if is_cut and stream.codec_context.has_b_frames else count
 
 
-def _clock(stream: Any, times: np.ndarray, last: int) -> tuple[np.ndarray, float, bool, float]:
-    """(seconds of each frame, frames per second, whether the rate varies, duration) from real times in seconds."""
+def _clock(stream: Any, times: np.ndarray, last: float) -> tuple[np.ndarray, float, bool, float]:
+    """(seconds of each frame, frames per second, whether the rate varies, duration) from real times in seconds.
+
+    `last` is how long the last frame is shown, 0 if that is not known.
+    """
     count = len(times)
-    indices = np.arange(count)
     span = float(times[-1])
     measured = (count - 1) / span if span > 0 else 0.0
-    for rate in (stream.average_rate, stream.guessed_rate, stream.base_rate, measured):
-        if rate and np.all(np.abs(times * float(rate) - indices) < 0.5):
-            return indices / float(rate), float(rate), False, count / float(rate)
+    rate = steady_rate(times, (*stated_rates(stream), measured))
+    if rate is not None:
+        return np.arange(count) / rate, rate, False, count / rate
     if span == 0:
         fps = float(_DEFAULT_FPS)
         return times, fps, False, count / fps
-    duration = span + (last * float(stream.time_base) or span / (count - 1))
+    duration = span + (last or span / (count - 1))
     return times, count / duration, True, duration

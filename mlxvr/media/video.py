@@ -8,10 +8,15 @@ Three ways of reading, each slower and surer than the one before:
 
 A healthy mp4, mov, mkv or webm file takes the first. The others are for files that break a promise on the
 way; the log says which way was taken. What comes back is the same in all cases: frame k is the k-th frame of
-a full decode. Colours are those of the stream's own matrix and range, without tone mapping.
+a full decode. Of a range of a large file only the range is looked at, where that gives the same frames (`window`).
+
+Pictures are what the training code's readers give (qwen-vl-utils with torchcodec, decord or torchvision): colours of
+the stream's own matrix and range, no tone mapping of HDR, no deinterlacing, and pixels as they are stored, even if a
+player would stretch them. Rotation is followed, as decord does, and times are a player's.
 """
 
 import logging
+import os
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,20 +25,21 @@ from pathlib import Path
 from typing import Any
 
 import av
-import numpy as np
 
 from mlxvr.callbacks import Progress, ShouldStop
-from mlxvr.errors import MediaError
+from mlxvr.errors import ConfigError, MediaError
 from mlxvr.media import container as outline
 from mlxvr.media.crew import core_count, run_crew
 from mlxvr.media.decoding import Unreliable, decode_counted, decode_stretch
 from mlxvr.media.demux import open_video
 from mlxvr.media.frames import Frames
 from mlxvr.media.plan import Stretch, plan_stretches, whole_stretch
-from mlxvr.media.sampling import check_range, frame_count, frame_range, frame_size, spread
+from mlxvr.media.sampling import check_range, frame_size
+from mlxvr.media.selection import Selection, select
 from mlxvr.media.sink import FrameSink, Orientation
 from mlxvr.media.spec import VisionSpec
 from mlxvr.media.timeline import Timeline, count_frames, scan
+from mlxvr.media.window import scan_range
 from mlxvr.paths import local_path
 
 __all__ = ["VideoInfo", "probe", "read_video"]
@@ -42,6 +48,8 @@ logger = logging.getLogger(__name__)
 
 _PARTS_PER_CORE = 4  # stretches that a decoder gets in turn, so that all end at about the same time
 _DECODER_BYTES = 1 << 30  # for the frames of all decoders together
+_WORTHWHILE = 16 << 20  # bytes of a file from which a range is looked at alone; less is scanned in no time
+_MEMORY_SHARE = 0.5  # of the machine's memory, what frames and their patches may take
 _FRAMES_PER_DECODER = 16  # full-size frames that a decoder keeps for reference and reordering, at most
 
 
@@ -54,7 +62,7 @@ class VideoInfo:
     rotation: int  # degrees counter-clockwise that stored frames are turned for display: 0, 90, 180 or 270
     fps: float  # average
     frames: int
-    duration: float  # seconds
+    duration: float  # seconds on a player's clock, to the end of the last frame
     codec: str  # FFmpeg's name: h264, hevc, vp9, ...
     variable_rate: bool
 
@@ -97,7 +105,7 @@ def probe(path: str | Path) -> VideoInfo:
             rotation=frame.rotation % 360,
             fps=timeline.fps,
             frames=len(timeline),
-            duration=timeline.duration,
+            duration=timeline.offset + timeline.duration,
             codec=stream.codec_context.name,
             variable_rate=timeline.is_variable,
         )
@@ -119,7 +127,7 @@ def read_video(
         path: an mp4, mov, mkv, webm, avi, ts or other file that FFmpeg reads.
         spec: sampling rate, bounds and sizes.
         nframes: frames to sample in all, instead of `spec.fps` frames per second.
-        start, end: seconds; only frames shown in this range are sampled.
+        start, end: seconds on a player's clock; only frames shown in this range are sampled.
         progress: called with ("decoding", frames done, frames wanted).
         should_stop: asked several times a second; True ends the reading.
 
@@ -133,6 +141,14 @@ def read_video(
     check_range(start, end)
     missing = outline.missing_bytes(path)
     request = _Request(path, spec, nframes, start, end, progress, should_stop, missing)
+    if (start is not None or end is not None) and not missing and path.stat().st_size >= _WORTHWHILE:
+        with open_video(path) as (container, stream):
+            timeline = scan_range(container, stream, start=start, end=end, should_stop=should_stop)
+            if timeline is not None:
+                frames = _read_by_timeline(request, container, stream, timeline)
+                if frames is not None:
+                    return frames
+        logger.info("%s: its range cannot be told without the rest; reading all of its index", path)
     with open_video(path) as (container, stream):
         timeline = scan(container, stream, is_cut=missing > 0, should_stop=should_stop)
         if timeline is not None:
@@ -144,35 +160,45 @@ def read_video(
 
 def _read_by_timeline(request: _Request, container: Any, stream: Any, timeline: Timeline) -> Frames | None:
     """The first two ways of reading; None if the file does not keep to its timeline."""
-    indices, sampled_fps = _select(request, container, stream, timeline)
-    slots = {int(index): slot for slot, index in enumerate(indices)}
+    selection = _select(request, container, stream, timeline)
+    slots = _slots(selection)
     cores = core_count()
-    stretches = plan_stretches(timeline, indices, parts=_PARTS_PER_CORE * cores)
+    stretches = plan_stretches(timeline, selection.frames, parts=_PARTS_PER_CORE * cores)
     decoders = _decoder_count(stretches, cores, stream.width * stream.height)
     threads = 0 if decoders == 1 else cores // decoders  # 0: FFmpeg's choice
-    with _sink(request, len(indices)) as sink:
+    with _sink(request, len(selection)) as sink:
         try:
             queue = deque(sorted(stretches, key=lambda stretch: -stretch.cost))  # the longest first, to end together
             work = partial(_decode_queue, request.path, timeline, queue, slots, sink, threads=threads)
             _run(request, sink, [work] * decoders)
-            return _frames(timeline, indices, sampled_fps, sink)
+            return _frames(timeline, selection, sink)
         except Unreliable as reason:
             logger.info("%s: %s; decoding it from the start", request.path, reason)
             sink.reset()
+        if timeline.is_part:  # its start is not the file's
+            return None
         try:
-            queue = deque([whole_stretch(timeline, indices)])
+            queue = deque([whole_stretch(timeline, selection.frames)])
             _run(request, sink, [partial(_decode_queue, request.path, timeline, queue, slots, sink, tolerant=True)])
-            return _frames(timeline, indices, sampled_fps, sink)
+            return _frames(timeline, selection, sink)
         except Unreliable as reason:
             logger.info("%s: %s; counting its frames", request.path, reason)
     return None
+
+
+def _slots(selection: Selection) -> dict[int, list[int]]:
+    """Frame -> its places among the frames to return."""
+    slots: dict[int, list[int]] = {}
+    for place, frame in enumerate(selection.frames):
+        slots.setdefault(int(frame), []).append(place)
+    return slots
 
 
 def _decode_queue(
     path: Path,
     timeline: Timeline,
     queue: deque[Stretch],
-    slots: Mapping[int, int],
+    slots: Mapping[int, Sequence[int]],
     sink: FrameSink,
     should_stop: ShouldStop,
     *,
@@ -210,14 +236,14 @@ def _read_by_counting(request: _Request) -> Frames:
         if not len(timeline):
             found = f"is cut short ({request.missing:,} bytes are missing) and holds" if request.missing else "holds"
             raise MediaError(f"{request.path} {found} no frame that can be read: copy or download it again")
-        indices, sampled_fps = _select(request, container, stream, timeline)
-    slots = {int(index): slot for slot, index in enumerate(indices)}
-    with _sink(request, len(indices)) as sink, open_video(request.path) as (container, stream):
+        selection = _select(request, container, stream, timeline)
+    slots = _slots(selection)
+    with _sink(request, len(selection)) as sink, open_video(request.path) as (container, stream):
         try:
             _run(request, sink, [lambda stop: decode_counted(container, stream, slots, sink, should_stop=stop)])
         except Unreliable as reason:
             raise MediaError(f"{request.path} is damaged: {reason}; copy or download it again") from reason
-        return _frames(timeline, indices, sampled_fps, sink)
+        return _frames(timeline, selection, sink)
 
 
 def _run(request: _Request, sink: FrameSink, works: Sequence[Callable[[ShouldStop], None]]) -> None:
@@ -230,35 +256,36 @@ def _run(request: _Request, sink: FrameSink, works: Sequence[Callable[[ShouldSto
     report()
 
 
-def _select(request: _Request, container: Any, stream: Any, timeline: Timeline) -> tuple[np.ndarray, float]:
-    """(indices of the frames to read, frames per second that they amount to); refuses what a cut took away."""
+def _select(request: _Request, container: Any, stream: Any, timeline: Timeline) -> Selection:
+    """The frames to read; refuses what a cut took away, and more than fits in memory."""
     total = len(timeline)
     if request.missing:
         total = max(total, _stated_frames(container, stream, timeline))
-    fps = timeline.fps
-    if timeline.is_variable and total == len(timeline):
-        first, last = timeline.range(request.start, request.end)
-        if last > first and (request.start is not None or request.end is not None):
-            fps = (last - first) / float(timeline.seconds[last] - timeline.seconds[first])
-    else:
-        first, last = frame_range(total, fps, start=request.start, end=request.end)
-    available, spec = last - first + 1, request.spec
-    count = frame_count(
-        available,
-        fps,
-        fps=spec.fps,
-        nframes=request.nframes,
-        min_frames=spec.min_frames,
-        max_frames=spec.max_frames,
+    selection = select(
+        timeline, request.spec, nframes=request.nframes, start=request.start, end=request.end, total=total
     )
-    indices = spread(first, last, count)
-    if indices[-1] >= len(timeline):
+    if selection.frames[-1] >= len(timeline):
         raise MediaError(
             f"{request.path} is cut short ({request.missing:,} bytes are missing): "
-            f"{int((indices < len(timeline)).sum())} of the {count} wanted frames can be read, "
+            f"{int((selection.frames < len(timeline)).sum())} of the {len(selection)} wanted frames can be read, "
             f"up to {timeline.duration:.1f} s; copy or download it again, or end earlier"
         )
-    return indices, count / available * fps
+    _check_memory(request, len(selection), stream.height, stream.width)
+    return selection
+
+
+def _check_memory(request: _Request, count: int, height: int, width: int) -> None:
+    """Raise `ConfigError` if so many frames would not fit in memory, as pixels and as patches."""
+    if not height or not width:  # told by the first frame only
+        return
+    rows, columns = _choose_size(request, count, height, width)
+    needed = 2 * count * rows * columns * 3
+    there_is = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > _MEMORY_SHARE * there_is:
+        raise ConfigError(
+            f"{count:,} frames of {columns}x{rows} pixels need {needed / 1e9:,.1f} GB, and this machine has "
+            f"{there_is / 1e9:,.1f} GB: lower fps or max_frames, or give a range with start and end"
+        )
 
 
 def _stated_frames(container: Any, stream: Any, timeline: Timeline) -> int:
@@ -269,21 +296,22 @@ def _stated_frames(container: Any, stream: Any, timeline: Timeline) -> int:
 
 
 def _sink(request: _Request, count: int) -> FrameSink:
-    def choose_size(height: int, width: int) -> tuple[int, int]:
-        try:
-            return frame_size(height, width, count, request.spec)
-        except MediaError as error:
-            raise MediaError(f"{request.path}: {error}") from error
-
-    return FrameSink(count, choose_size)
+    return FrameSink(count, partial(_choose_size, request, count))
 
 
-def _frames(timeline: Timeline, indices: np.ndarray, sampled_fps: float, sink: FrameSink) -> Frames:
+def _choose_size(request: _Request, count: int, height: int, width: int) -> tuple[int, int]:
+    try:
+        return frame_size(height, width, count, request.spec)
+    except MediaError as error:
+        raise MediaError(f"{request.path}: {error}") from error
+
+
+def _frames(timeline: Timeline, selection: Selection, sink: FrameSink) -> Frames:
     return Frames(
         pixels=sink.finish(),
-        seconds=timeline.seconds[indices],
-        sampled_fps=sampled_fps,
-        indices=indices,
+        seconds=selection.seconds,
+        sampled_fps=selection.sampled_fps,
+        indices=selection.indices,
         source_size=sink.source_size,
-        duration=timeline.duration,
+        duration=timeline.offset + timeline.duration,
     )
