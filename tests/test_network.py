@@ -234,10 +234,48 @@ def test_vision_in_chunks_is_vision(model: VideoModel, family: str, patches_at_o
 
 def test_big_frames_go_one_by_one(model: VideoModel, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Attention that is not fused holds all scores of a chunk: 2 heads x 64 x 64 for each row here."""
-    monkeypatch.setattr("mlxvr.model.network._SCORES_AT_ONCE", 3 * 2 * 64 * 64)
+    monkeypatch.setattr("mlxvr.model.network.SCORES_AT_ONCE", 3 * 2 * 64 * 64)
     calls: list[int] = []
     model.encode([random_media(family, "video", (7, 8, 8))], progress=lambda stage, done, total: calls.append(done))
     assert calls == [3, 6, 7]
+
+
+@pytest.mark.parametrize("queries", [1020, 100, 1])
+def test_a_large_picture_is_seen_in_pieces(
+    model: VideoModel, family: str, queries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """1,020 patches, whose attention takes so many queries at a time: the same numbers as all at once."""
+    photo = random_media(family, "image", (1, 34, 30))
+    whole = model.encode([photo])
+    monkeypatch.setattr("mlxvr.model.network.SCORES_AT_ONCE", 2 * 1020 * queries)
+    pieces = model.encode([photo])
+    for ours, theirs in zip([pieces.embeds, *pieces.deepstack], [whole.embeds, *whole.deepstack], strict=True):
+        np.testing.assert_allclose(np.array(ours), np.array(theirs), atol=2e-6)
+
+
+def test_a_large_picture_needs_no_room_for_all_scores(
+    model: VideoModel, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """4,096 patches have 134 MB of scores in two heads; 128 queries at a time have 4."""
+    photo = random_media(family, "image", (1, 64, 64))
+    peaks = []
+    for queries in (4096, 128):
+        monkeypatch.setattr("mlxvr.model.network.SCORES_AT_ONCE", 2 * 4096 * queries)
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        model.encode([photo])
+        peaks.append(mx.get_peak_memory() - before)
+    assert peaks[1] < peaks[0] - 100e6 if mx.default_device() == mx.Device(mx.cpu) else peaks[1] <= peaks[0] * 1.1
+
+
+def test_a_large_picture_can_be_stopped_between_layers(
+    model: VideoModel, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mlxvr.model.network.SCORES_AT_ONCE", 2 * 1020 * 100)
+    answers = iter([False, False, True])  # before the picture, before its first layer, before its second
+    with pytest.raises(Cancelled):
+        model.encode([random_media(family, "image", (1, 34, 30))], should_stop=lambda: next(answers))
 
 
 def test_vision_can_be_stopped(model: VideoModel, family: str) -> None:

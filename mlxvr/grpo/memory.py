@@ -539,7 +539,7 @@ def _vision_pass(work: Workload) -> int:
     rows = max(1, min(_PATCHES_AT_ONCE // frame, _VISION_SCORES_AT_ONCE // (heads * frame**2)))
     patches = min(rows * frame, work.visual_tokens * merge)
     values = 3 * int(vision["temporal_patch_size"]) * int(vision["patch_size"]) ** 2
-    scores = heads * frame * work.itemsize if work.backend == "cpu" else 0
+    scores = min(heads * frame, _VISION_SCORES_AT_ONCE // patches) * work.itemsize if work.backend == "cpu" else 0
     attention = width * (5 * work.itemsize + 10 * 4) + scores
     mlp = width * 4 * work.itemsize + inner * 5 * work.itemsize
     return patches * (values * (4 + work.itemsize) + max(attention, mlp))

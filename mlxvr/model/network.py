@@ -25,15 +25,13 @@ from mlxvr.model.families import Family
 from mlxvr.model.head import Head
 from mlxvr.model.prompt import SYSTEM_PROMPT
 from mlxvr.model.tokenizer import ChatTokenizer
-from mlxvr.model.vision import FramePlan, plan_frame, run_tower
+from mlxvr.model.vision import SCORES_AT_ONCE, FramePlan, plan_frame, run_tower
 
 __all__ = ["VideoModel", "VisionFeatures"]
 
 
 # Patches that go through the vision tower at once. Rows are independent: this bounds memory and changes nothing else.
 _PATCHES_AT_ONCE = 16_384
-# Attention scores that may exist at once where attention is not fused (1 GiB in float32).
-_SCORES_AT_ONCE = 2**28
 _VISION_PAD = "<|vision_pad|>"  # config.json does not name it
 
 
@@ -178,14 +176,22 @@ class VideoModel:
             rows, height, width = one.grid
             per_row = height * width
             scores = self.config["vision_config"]["num_heads"] * per_row**2
-            step = max(1, min(patches_at_once // per_row, _SCORES_AT_ONCE // scores))
+            step = max(1, min(patches_at_once // per_row, SCORES_AT_ONCE // scores))
             plan, full_layers = self._plan(height, width)
             for first in range(0, rows, step):
                 if should_stop is not None and should_stop():
                     raise Cancelled("the clip was cancelled while the model looked at it")
                 last = min(first + step, rows)
                 pixels = mx.array(normalise(one.patches[first * per_row : last * per_row], self.spec))
-                embeds, deep = run_tower(self.network.vision_tower, pixels, last - first, plan, full_layers=full_layers)
+                embeds, deep = run_tower(
+                    self.network.vision_tower,
+                    pixels,
+                    last - first,
+                    plan,
+                    full_layers=full_layers,
+                    scores_at_once=SCORES_AT_ONCE,
+                    should_stop=should_stop,
+                )
                 mx.eval(embeds, deep)
                 chunks.append(VisionFeatures(embeds, deep))
                 done += last - first

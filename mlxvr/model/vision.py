@@ -8,6 +8,10 @@ Departures from mlx-vlm 0.7.10's own towers, which give the same numbers (tests 
 attention call a layer instead of one for each row; Qwen2.5-VL's windows are gathered once into at most four batches of
 equal windows instead of a call for each window (1,280 calls a layer for 64 frames of 448x252); no value is read back
 from the device between layers; the patch embedding is a matrix product, as is any convolution that strides its size.
+
+A large picture is one row that cannot be shared out: 12 megapixels are 47,376 patches, and the scores of 16 heads would
+be 144 GB. Queries do not depend on each other, so attention takes some of them at a time then, and layers are computed
+one by one, between which the work can be stopped.
 """
 
 import functools
@@ -18,7 +22,14 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-__all__ = ["FramePlan", "plan_frame", "run_tower"]
+from mlxvr.callbacks import ShouldStop
+from mlxvr.errors import Cancelled
+
+__all__ = ["SCORES_AT_ONCE", "FramePlan", "plan_frame", "run_tower"]
+
+# Attention scores that one call may make: 1 GiB in float32 where attention is not fused. Where it is, the bound keeps a
+# kernel short enough for the watchdog that macOS has for GPUs: about 0.1 s on the slowest chip.
+SCORES_AT_ONCE = 2**28
 
 _ROPE_THETA = 10_000.0
 _FUSED_HEAD_DIMS = (64, 80, 128)  # what MLX's fused attention kernel takes; others are padded up
@@ -81,7 +92,14 @@ def plan_frame(
 
 
 def run_tower(
-    tower: Any, pixels: mx.array, rows: int, plan: FramePlan, *, full_layers: frozenset[int] | None = None
+    tower: Any,
+    pixels: mx.array,
+    rows: int,
+    plan: FramePlan,
+    *,
+    full_layers: frozenset[int] | None = None,
+    scores_at_once: int = SCORES_AT_ONCE,
+    should_stop: ShouldStop | None = None,
 ) -> tuple[mx.array, list[mx.array]]:
     """Run a vision tower over `rows` temporal rows of one size.
 
@@ -91,9 +109,13 @@ def run_tower(
         rows: temporal rows in `pixels`.
         plan: of the frame's size.
         full_layers: the layers that see whole frames rather than windows; None: all of them.
+        scores_at_once: bounds the memory of attention; the result does not depend on it.
+        should_stop: asked between layers of pictures so large that their attention is cut.
 
     Returns:
         Features (rows * tokens, out) in the prompt's order, and those of each deepstack level (Qwen3-VL), same shape.
+
+    Raises `Cancelled` when `should_stop` says so.
     """
     weight = tower.patch_embed.proj.weight
     unit = tower.spatial_merge_size**2
@@ -116,9 +138,14 @@ def run_tower(
         return merged[:, restore].reshape(-1, merged.shape[-1])
 
     deep: list[mx.array] = []
+    is_cut = rows * tower.blocks[0].attn.num_heads * x.shape[1] ** 2 > scores_at_once
     for index, block in enumerate(tower.blocks):
+        if is_cut:
+            mx.eval(x, deep)
+            if should_stop is not None and should_stop():
+                raise Cancelled("stopped while the model looked at the picture")
         windows = whole if full_layers is None or index in full_layers else plan.windows
-        x = x + _attend(block.attn, block.norm1(x), cos, sin, windows)
+        x = x + _attend(block.attn, block.norm1(x), cos, sin, windows, scores_at_once)
         x = x + block.mlp(block.norm2(x))
         if index in levels:
             deep.append(in_prompt_order(tower.deepstack_merger_list[levels.index(index)](x)))
@@ -126,7 +153,12 @@ def run_tower(
 
 
 def _attend(
-    attention: Any, x: mx.array, cos: mx.array, sin: mx.array, windows: tuple[tuple[int, int], ...]
+    attention: Any,
+    x: mx.array,
+    cos: mx.array,
+    sin: mx.array,
+    windows: tuple[tuple[int, int], ...],
+    scores_at_once: int,
 ) -> mx.array:
     """Attention inside each window; `windows` partitions the patches of a row into runs of equal windows."""
     rows, patches, width = x.shape
@@ -138,7 +170,7 @@ def _attend(
         stop = start + count * size
         # (rows, count * size, heads, dim) -> (rows * count, heads, size, dim)
         parts = [part[:, start:stop].reshape(rows * count, size, heads, -1).transpose(0, 2, 1, 3) for part in (q, k, v)]
-        out = _fused_attention(*parts, scale=attention.scale)
+        out = _attention_in_pieces(*parts, scale=attention.scale, scores_at_once=scores_at_once)
         seen.append(out.transpose(0, 2, 1, 3).reshape(rows, count * size, width))
         start = stop
     return attention.proj(seen[0] if len(seen) == 1 else mx.concatenate(seen, axis=1))
@@ -150,6 +182,21 @@ def _rotate(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
     half = x.shape[-1] // 2
     turned = mx.concatenate([-full[..., half:], full[..., :half]], axis=-1)
     return (full * cos + turned * sin).astype(x.dtype)
+
+
+def _attention_in_pieces(q: mx.array, k: mx.array, v: mx.array, *, scale: float, scores_at_once: int) -> mx.array:
+    """Attention (batch, heads, length, dim), over so many queries at a time that their scores stay within the bound."""
+    batch, heads, length, _ = q.shape
+    step = max(1, scores_at_once // (batch * heads * length))
+    if step >= length:
+        return _fused_attention(q, k, v, scale=scale)
+    done: list[mx.array] = []
+    for start in range(0, length, step):
+        part = q[:, :, start : start + step]
+        if done:  # one after another: what waits in line has its memory already
+            (part,) = mx.depends([part], done[-1:])
+        done.append(_fused_attention(part, k, v, scale=scale))
+    return mx.concatenate(done, axis=2)
 
 
 def _fused_attention(q: mx.array, k: mx.array, v: mx.array, *, scale: float) -> mx.array:
