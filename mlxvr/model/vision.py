@@ -192,10 +192,8 @@ def _attention_in_pieces(q: mx.array, k: mx.array, v: mx.array, *, scale: float,
         return _fused_attention(q, k, v, scale=scale)
     done: list[mx.array] = []
     for start in range(0, length, step):
-        part = q[:, :, start : start + step]
-        if done:  # one after another: what waits in line has its memory already
-            (part,) = mx.depends([part], done[-1:])
-        done.append(_fused_attention(part, k, v, scale=scale))
+        done.append(_fused_attention(q[:, :, start : start + step], k, v, scale=scale))
+        mx.eval(done[-1])  # what waits in line has its memory already
     return mx.concatenate(done, axis=2)
 
 
