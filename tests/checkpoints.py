@@ -432,3 +432,19 @@ _SENTENCES = (
     "<0.5 seconds> <1.5 seconds> <12.5 seconds> system user assistant",
     "At 4.2 seconds the left cup and the middle cup change places; the ball stays under the middle cup.",
 )
+
+
+def change_small_module(folder: Path) -> Path:
+    """Change one number of a norm in a checkpoint, at a place that 64 samples of 1,024 bytes of the file miss."""
+    (file,) = folder.glob("*.safetensors")
+    content = bytearray(file.read_bytes())
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    sampled = [len(content) * part // 64 for part in range(64)]
+    for name, tensor in sorted(header.items()):
+        first = 8 + length + tensor["data_offsets"][0] if "norm" in name else 0
+        if first and not any(start <= first + 1 < start + 1024 for start in sampled):
+            content[first + 1] ^= 1  # the low byte of a float32's fraction, or the sign and exponent of a bfloat16
+            file.write_bytes(content)
+            return folder
+    raise ValueError(f"the samples hit every norm of {file}")

@@ -305,6 +305,38 @@ def test_fingerprint_tells_weights_apart(tmp_path: Path) -> None:
     assert ModelFolder.open(again).fingerprint() != prints[0]
 
 
+def test_the_fingerprint_reads_every_byte(tmp_path: Path) -> None:
+    folder = checkpoints.write_checkpoint(tmp_path / "a", seed=1)
+    before = ModelFolder.open(folder)
+    samples, fingerprint = before.sample(), before.fingerprint()
+    after = ModelFolder.open(checkpoints.change_small_module(folder))
+    assert after.sample() == samples  # what told checkpoints apart before
+    assert after.fingerprint() != fingerprint
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja", "preprocessor_config.json"])
+def test_the_fingerprint_covers_what_else_answers_depend_on(whole: Path, name: str) -> None:
+    before = ModelFolder.open(whole).fingerprint()
+    text = (whole / name).read_text(encoding="utf-8")
+    (whole / name).write_text(text.replace('"', ' "', 1) if name == "tokenizer.json" else text.replace("2", "3", 1))
+    if name == "chat_template.jinja":
+        (whole / name).write_text(text + "\n")
+    assert ModelFolder.open(whole).fingerprint() != before
+
+
+def test_weights_that_change_after_loading_have_no_fingerprint(whole: Path) -> None:
+    folder = ModelFolder.open(whole)
+    find = folder.identify_later()
+    assert find() == folder.fingerprint()
+    later = folder.identify_later()
+    checkpoints.change_small_module(whole)
+    with pytest.raises(CheckpointError, match="has changed since the model was loaded"):
+        later()
+    (whole / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="has changed since the model was loaded"):
+        later()
+
+
 def test_reading_a_folder_needs_no_mlx(whole: Path) -> None:
     import subprocess
     import sys

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from checkpoints import change_small_module
 from clips import write_clip
 
 import mlxvr
@@ -210,6 +211,7 @@ def test_what_does_not_belong_together_is_refused(folder, whole, tmp_path):
         ({"fps": 1.0}, "fps"),
         ({"live": True}, "live_at"),
         ({"dtype": "bfloat16"}, "weights"),
+        ({"model": change_small_module(shutil.copytree(demo_folder() / "checkpoint", tmp_path / "model"))}, "weights"),
     ):
         with pytest.raises(ConfigError, match=says):
             run(data, tmp_path / "run", **options)

@@ -6,12 +6,14 @@ one.
 
 import dataclasses
 import json
+import shutil
 import signal
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from checkpoints import change_small_module
 from small_runs import CLIPS, command, entries, exact, flags, make_settings, run
 
 import mlxvr
@@ -256,6 +258,9 @@ def test_another_run_is_not_gone_on_with(tmp_path, small_model):
         run(output, small_model, steps=2, resume=True, seed=1)
     with pytest.raises(CheckpointError, match="another model or adapter"):
         run(output, small_model, steps=2, resume=True, rank=8)
+    altered = change_small_module(shutil.copytree(small_model, tmp_path / "altered"))
+    with pytest.raises(ConfigError, match=r"begun with weights"):
+        run(output, altered, steps=2, resume=True)
     with pytest.raises(ConfigError, match="holds no state to resume from"):
         run(tmp_path / "none", small_model, resume=True)
     state_file(output).write_bytes(b"\x10" + bytes(40))

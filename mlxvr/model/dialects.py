@@ -3,10 +3,11 @@
 transformers 4.57 writes `rope_theta` and `rope_scaling`, transformers 5 writes `rope_parameters`. Qwen2.5-VL's text
 settings stand at the root (its first release), under `text_config` (transformers 5) or in both places (4.57), and a
 converted folder carries mlx-vlm's spelling. A `null` in a section says nothing: transformers 4.52 to 4.55 write the
-token ids of the root as null into `text_config`. `normalise` turns each of them into the one spelling that stock
-mlx-vlm 0.7.10 reads and that the rest of mlxvr relies on: every key present, `text_config` complete, `rope_scaling`
-with `type` and `mrope_section`. It is idempotent and leaves keys that it does not know as they are, nulls of sections
-aside. `tests/releases/configs` holds what the releases write.
+token ids of the root as null into `text_config`. `tests/releases/configs` holds what the releases write.
+
+`normalise` turns each of them into the one spelling that stock mlx-vlm 0.7.10 reads and that the rest of mlxvr relies
+on: every key present, `text_config` complete, `rope_scaling` with `type` and `mrope_section`. It is idempotent and
+leaves keys that it does not know as they are, nulls of sections aside.
 
 Values that a file leaves out are those of transformers' configuration classes, which is what its writer meant. Settings
 that the network code does not implement are refused here, since they would otherwise give wrong numbers silently.

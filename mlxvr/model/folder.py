@@ -10,13 +10,14 @@ Weights come from safetensors only. A pickle (`.bin`, `.pt`) can run any code wh
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from mlxvr.errors import CheckpointError
+from mlxvr.model.content_hash import FileStamp, hash_files, stamp_of
 from mlxvr.model.families import Family, family_of
 from mlxvr.model.safetensors import TensorInfo, read_header
 from mlxvr.paths import list_visible
@@ -176,10 +177,44 @@ class ModelFolder:
             "mode": settings.get("mode", "affine"),
         }
 
+    @property
+    def weights_files(self) -> list[Path]:
+        """The files that hold its tensors, sorted."""
+        return sorted({info.file for info in self.tensors.values()})
+
     def fingerprint(self) -> str:
-        """A short hash of config and weights that tells models apart; reads samples of the weights, not all of them."""
+        """A short hash of all that answers depend on: every byte of the weights, config, tokenizer and processors.
+
+        The first call reads weights that the Hub's cache does not vouch for, which takes about a second a gigabyte; see
+        `mlxvr.model.content_hash`. `mlxvr.json` is no part of it: a threshold may be measured and written later.
+        """
+        files: list[Any] = [self.config, self.generation_config, self.image_processor, self.video_processor]
+        described = [*files, self.chat_template, self.tokenizer_config]
+        digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
+        digest.update(self.tokenizer_path.read_bytes())
+        for file, content in hash_files(self.weights_files).items():
+            digest.update(f"{file.name} {content}".encode())
+        return digest.hexdigest()[:32]
+
+    def identify_later(self) -> Callable[[], str]:
+        """Remember the weights' files as they are now; the result gives the `fingerprint`, once, when it is asked.
+
+        It raises `CheckpointError` when a file has changed since: what was loaded is then no longer on disk.
+        """
+        stamps = [stamp_of(file) for file in self.weights_files]
+
+        def fingerprint() -> str:
+            changed = [stamp[0] for stamp in stamps if not _is_still(stamp)]
+            if changed:
+                raise CheckpointError(f"{changed[0]} has changed since the model was loaded: load it again")
+            return self.fingerprint()
+
+        return fingerprint
+
+    def sample(self) -> str:
+        """A short hash of config, sizes and samples of the weights: milliseconds, and blind to what lies between."""
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
-        for file in sorted({info.file for info in self.tensors.values()}):
+        for file in self.weights_files:
             size = file.stat().st_size
             digest.update(f"{file.name} {size}".encode())
             with file.open("rb") as data:
@@ -187,6 +222,14 @@ class ModelFolder:
                     data.seek(size * part // 64)
                     digest.update(data.read(1024))
         return digest.hexdigest()[:32]
+
+
+def _is_still(stamp: FileStamp) -> bool:
+    """Whether a file is there as it was."""
+    try:
+        return stamp_of(Path(stamp[0])) == stamp
+    except OSError:
+        return False
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

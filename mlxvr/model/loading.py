@@ -70,7 +70,7 @@ def load_model(
     weights = map_weights(found)
     _prepare_quantized(network, found, weights)
     network.load_weights(list(weights.items()), strict=True)
-    parts = {"model": found.fingerprint()}
+    find_model, parts = found.identify_later(), {}
     if adapter is not None:
         parts["adapter"] = apply_adapter(network, Path(adapter))
     if dtype is not None:
@@ -87,8 +87,7 @@ def load_model(
         spec=spec,
         tokenizer=tokenizer,
         settings=found.settings,
-        fingerprint="".join(parts.values()),
-        parts=parts,
+        identify=lambda: {"model": find_model(), **parts},
     )
 
 

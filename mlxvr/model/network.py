@@ -9,7 +9,8 @@ The weights and layers are mlx-vlm's. What is done here instead of there:
   part of them that is its own.
 """
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,8 +65,6 @@ class VideoModel:
         spec: what the checkpoint expects of its pictures.
         tokenizer: with the chat template.
         settings: `mlxvr.json` of a converted folder, else {}.
-        fingerprint: tells one set of weights from another.
-        parts: what the fingerprint is made of: "model", and "adapter" and "dtype" where they were asked for.
         network: mlx-vlm's module, for those who train or convert it.
         head: computes the logits.
     """
@@ -79,19 +78,30 @@ class VideoModel:
         spec: VisionSpec,
         tokenizer: ChatTokenizer,
         settings: dict[str, Any] | None = None,
-        fingerprint: str = "",
-        parts: Mapping[str, str] | None = None,
+        identify: Callable[[], Mapping[str, str]] | None = None,
     ):
-        """Put the parts together; `load_model` is the usual way."""
+        """Put the parts together; `load_model` is the usual way. `identify` finds `parts` when they are asked for."""
         self.network = network
         self.family = family
         self.config = config
         self.spec = spec
         self.tokenizer = tokenizer
         self.settings = settings or {}
-        self.fingerprint = fingerprint
-        self.parts = dict(parts or {"model": fingerprint})
         self.head = Head()
+        self._identify = identify
+
+    @functools.cached_property
+    def parts(self) -> dict[str, str]:
+        """What the fingerprint is made of: "model", and "adapter" and "dtype" where they were asked for.
+
+        Raises `CheckpointError` when a weights file cannot be read or has changed since it was loaded.
+        """
+        return dict(self._identify()) if self._identify is not None else {"model": ""}
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells one set of weights from another; found when it is first asked for (see `ModelFolder.fingerprint`)."""
+        return "".join(self.parts.values())
 
     @property
     def eos_ids(self) -> frozenset[int]:
