@@ -1,8 +1,12 @@
-"""Whether two formulas are equal, by the package `math-verify` (extra `math`), within a time limit.
+"""Whether two formulas are equal, by the package `math-verify` (extra `math`), within a limit of processor time.
 
 A formula can be anything that a model writes, and some of them are computed for ever, in code that no signal interrupts
 (`9^{9^{9^9}}`); signals reach the main thread alone besides, and training need not run there. So another Python process
 computes. It is stopped when the time is up, started anew when it is needed again, and ends with this one.
+
+The limit is one of processor time, which the operating system counts, not of the clock on the wall: what else the
+machine does makes no right answer wrong. What was cut off counts as unequal that once and is not remembered. So a
+formula is judged alike in each run, except for one that takes just about the limit, or on a machine of another speed.
 """
 
 import atexit
@@ -20,7 +24,8 @@ from mlxvr.errors import ConfigError
 
 __all__ = ["are_equal", "is_available", "require"]
 
-_LIMIT_SECONDS = 5.0  # what math-verify itself allows for one step
+_LIMIT_SECONDS = 5.0  # of the processor; what math-verify itself allows for one step
+_STALLED_SECONDS = 600.0  # of the clock; by then it is no formula that keeps the process from answering
 _START_SECONDS = 60.0  # it imports sympy, on a machine that may be busy
 _LONGEST = 2_000  # characters; a longer text is no formula that anybody compares
 _KEPT = 4_096  # results: a group's completions repeat the same few answers
@@ -43,15 +48,22 @@ def are_equal(said: str, truth: str, *, seconds: float = _LIMIT_SECONDS) -> bool
     Args:
         said, truth: as `math_verify.parse` takes them: numbers, fractions and percentages as they are, formulas in
             `$..$` or `\boxed{..}`. (Of other text it takes the last number.)
-        seconds: the limit for both and their comparison.
+        seconds: of the processor, the limit for both and their comparison.
 
-    Raises `ConfigError` where `math-verify` is not installed, or does not start.
+    Raises `ConfigError` where `math-verify` is not installed, does not start, or gets no processor for minutes.
     """
     require()
     if max(len(said), len(truth)) > _LONGEST:
         return False
     with _LOCK:
-        return _ask(said, truth, seconds)
+        try:
+            return _ask(said, truth, seconds)
+        except _CutOff:
+            return False
+
+
+class _CutOff(Exception):
+    """The process ended before it answered: its time was up, or the formula brought it down."""
 
 
 class _Worker:
@@ -70,11 +82,17 @@ class _Worker:
         try:
             process.stdin.write(json.dumps([said, truth, seconds]) + "\n")
             process.stdin.flush()
-            reply = self._lines.get(timeout=seconds)
-        except (OSError, queue.Empty):
+            reply = self._lines.get(timeout=_STALLED_SECONDS)
+        except queue.Empty:
+            self.stop()
+            raise ConfigError(
+                f"math-verify gave no answer in {_STALLED_SECONDS:.0f} s: is the machine suspended, or out of memory?"
+            ) from None
+        except OSError:
             reply = ""
         if not reply:
             self.stop()
+            raise _CutOff
         return reply == "True\n"
 
     def stop(self) -> None:
@@ -127,6 +145,7 @@ atexit.register(_WORKER.stop)
 def _serve() -> None:
     """What the other process does until its input ends."""
     import faulthandler
+    import signal
 
     import math_verify
 
@@ -135,13 +154,16 @@ def _serve() -> None:
     print("ready", file=replies, flush=True)
     for line in sys.stdin:
         said, truth, seconds = json.loads(line)
-        # Should nobody be left to stop this process: a thread of its own ends it, whatever is being computed.
-        faulthandler.dump_traceback_later(2 * seconds, exit=True)
+        # The system counts the processor time and ends the process by a signal that nobody handles, whatever is being
+        # computed. Should it stand still with nobody left to stop it, a thread of its own ends it.
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+        faulthandler.dump_traceback_later(_STALLED_SECONDS, exit=True)
         try:
             one, other = (math_verify.parse(text, parsing_timeout=None) for text in (truth, said))
             equal = bool(math_verify.verify(one, other, timeout_seconds=None))
         except Exception:  # a formula that it cannot handle: anything from SympifyError to RecursionError
             equal = False
+        signal.setitimer(signal.ITIMER_PROF, 0.0)
         faulthandler.cancel_dump_traceback_later()
         print(equal, file=replies, flush=True)
 

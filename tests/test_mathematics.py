@@ -1,4 +1,4 @@
-r"""Formulas: which are equal, what is cut off in time, and what happens to the process that computes.
+r"""Formulas: which are equal, what is cut off by its processor time, and what happens to the process that computes.
 
 Most tests put a stand-in for `math-verify` before it: a module that sleeps, fails or dies as its formula says. So they
 run where the package is not installed; what the real one finds equal is tried where it is.
@@ -28,6 +28,10 @@ def parse(text, parsing_timeout):
     assert parsing_timeout is None, "its own limit needs signals, which reach the main thread alone"
     if text.startswith("sleep "):
         time.sleep(float(text.split()[1]))
+    if text.startswith("spin "):
+        end = time.process_time() + float(text.split()[1])
+        while time.process_time() < end:
+            pass
     if text.startswith("say "):
         print("True")
     if text.startswith("fail"):
@@ -131,10 +135,34 @@ def test_answers_and_failures(fake):
 def test_the_limit_is_for_each_question(fake):
     fake.are_equal("1", "1")  # the process is there
     begin = time.monotonic()
-    assert fake.are_equal("sleep 60 7", "7", seconds=0.3) is False
-    assert 0.25 < time.monotonic() - begin < 10
+    assert fake.are_equal("spin 60 7", "7", seconds=0.3) is False
+    assert 0.25 < time.monotonic() - begin < 30
     assert fake.are_equal("7", "7") is True
-    assert fake.are_equal("sleep 0.3 7", "7", seconds=10) is True
+    assert [fake.are_equal("spin 0.2 7", "7", seconds=0.3) for _ in range(3)] == [True] * 3, "0.6 s in all"
+
+
+def test_the_clock_on_the_wall_does_not_count(fake):
+    """A machine that is busy with something else makes no right answer wrong; waiting stands for it here."""
+    assert fake.are_equal("sleep 0.6 7", "7", seconds=0.2) is True
+
+
+def test_what_was_cut_off_is_asked_again(stand_in):
+    """It is wrong that once; the answers around it are remembered."""
+    code = """
+    from mlxvr import mathematics
+    print(are_equal("spin 9 7", "7", seconds=0.1))
+    print(are_equal("spin 0.01 7", "7", seconds=0.1), are_equal("spin 9 7", "7", seconds=0.1))
+    print(mathematics._ask.cache_info().misses, mathematics._ask.cache_info().currsize)
+    """
+    assert run(stand_in, code) == "False\nTrue False\n3 1\n"
+
+
+def test_a_process_that_stands_still_is_no_wrong_answer(fake, monkeypatch):
+    monkeypatch.setattr(mathematics, "_STALLED_SECONDS", 0.2)
+    with pytest.raises(ConfigError, match="math-verify gave no answer in 0 s"):
+        fake.are_equal("sleep 60 7", "7", seconds=5)
+    monkeypatch.setattr(mathematics, "_STALLED_SECONDS", 60)
+    assert fake.are_equal("7", "7") is True
 
 
 def test_what_a_formula_prints_is_no_answer(fake):
@@ -206,7 +234,7 @@ def test_where_python_finds_modules_the_process_does_too(stand_in, tmp_path):
     [
         ("are_equal('1', '1')", "pass"),
         ("are_equal('1', '1')", "os._exit(0)"),  # as if killed: nothing is tidied up
-        ("are_equal('1', '1'); threading.Thread(target=are_equal, args=('sleep 60 7', '7'), kwargs={'seconds': 1}, "
+        ("are_equal('1', '1'); threading.Thread(target=are_equal, args=('spin 60 7', '7'), kwargs={'seconds': 1}, "
          "daemon=True).start(); time.sleep(0.3)", "os._exit(0)"),
     ],
 )  # fmt: skip

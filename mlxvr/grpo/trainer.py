@@ -8,7 +8,9 @@
       state/                                        what `--resume` needs
 
 A step decides everything from the seed, its number and the rows' ids; so a run that was killed and resumed ends with
-the same bits as one that was not. Several ranks go through the same steps, each with its share of the rows; rank 0
+the same bits as one that was not. Two things remain outside that: a formula that takes `math-verify` just about its
+limit of processor time (see `mlxvr.mathematics`), and a reward function of the user's own that is not a function of
+its arguments alone. Several ranks go through the same steps, each with its share of the rows; rank 0
 alone writes.
 """
 
