@@ -5,7 +5,8 @@ Two numbers with `,`, a dash, `to` or `and` between, in brackets or not. Swapped
 The training reward reads exactly as the public one does, quirks included, so that a run earns what it would have earned
 there: without brackets no interval stands straight before a full stop (`2.0 to 4.0.`), and the digits of clock times
 are numbers like others (`1:23 - 1:45` is 1 to 23). Evaluation, and truths that are given as text, are read as they are
-meant: a full stop ends a sentence, and clock times are no intervals.
+meant: a full stop ends a sentence, seconds may have their unit (`[3.0s, 4.0s]`, `3 sec to 4 sec`), and neither clock
+times nor minutes are intervals of seconds. Without brackets `3 s, 4` names no interval: the 4 may be of anything.
 """
 
 import math
@@ -28,7 +29,17 @@ _TWO_NUMBERS = rf"""(?<![\d.])(?:
       | ({_NUMBER}){_BETWEEN}({_NUMBER})
     )"""
 _STRICT = re.compile(rf"{_TWO_NUMBERS}(?![\d.])", re.VERBOSE | re.IGNORECASE)  # the public reward
-_MEANT = re.compile(rf"(?<!\d:){_TWO_NUMBERS}(?!\.?\d|:\d)", re.VERBOSE | re.IGNORECASE)
+_UNIT = r"(?:\s*(?:s|secs?|seconds?)\b\.?)"
+_MEANT = re.compile(
+    rf"""(?<!\d:)(?<![\d.])(?:
+        \[\s*({_NUMBER}){_UNIT}?{_BETWEEN}({_NUMBER}){_UNIT}?\s*\]
+      | \(\s*({_NUMBER}){_UNIT}?{_BETWEEN}({_NUMBER}){_UNIT}?\s*\)
+      | ({_NUMBER}){_UNIT}{_BETWEEN}({_NUMBER}){_UNIT}
+      | ({_NUMBER}){_UNIT}\s*(?:-|\u2013|\u2014|\bto\b)\s*({_NUMBER})
+      | ({_NUMBER}){_BETWEEN}({_NUMBER})
+    )(?!\.?\d|:\d)(?!\s*(?:m|mins?|minutes?|h|hours?)\b)""",
+    re.VERBOSE | re.IGNORECASE,
+)
 _NAMED_INTERVAL = re.compile(
     rf"\bstarts?(?:_time|\s+time)?\W+(?:at\s+)?({_NUMBER}).*?\bends?(?:_time|\s+time)?\W+(?:at\s+)?({_NUMBER})",
     re.IGNORECASE | re.DOTALL,

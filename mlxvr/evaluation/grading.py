@@ -11,12 +11,13 @@ the text of an option, then a declared letter, then the first capital that stand
 Departures from the public graders, each on answers that are not of those forms
 - A letter within a word is no choice: "Black dog" is not B, as it is for Video-MME's pattern.
 - The text of an option is that option. Their patterns see no letter in "red" and an A in "A red ball".
+- A word is no choice: the I of "I think C", the article of "A man runs", the letter of "X-ray".
 - Where nothing is found the answer is wrong; LongVideoBench's grader then draws a choice at random.
 - Open questions are judged by a language model in MMVU, and in VideoMMMU by substrings and numbers to two decimals.
   Here numbers and texts must be equal, or equal for `math-verify` where that is installed (extra `math`).
 
 Intervals are those of the training reward and the public evaluator: two numbers with `,`, a dash, `to` or `and`
-between, in brackets or not; swapped ends are put in order; a point, or no interval, scores 0; of several ground-truth
+between, in brackets or not, with `s` or `seconds` behind them or not; swapped ends are put in order; a point, or no interval, scores 0; of several ground-truth
 segments the best counts. Clock times (1:23) are none. Grounded QA is `answer <> [start, end]` and graded in its two
 parts; without `<>` both are read from the whole.
 """
@@ -43,7 +44,13 @@ _TWO_PARTS = "<>"
 _LAST_LETTER = "E"  # of the choices that the public patterns know, where the options stand in the question
 
 _WRAPPED = re.compile(r"\\(?:text|math)[a-z]*\s*\{(.*)\}|\$(.*)\$|\*\*(.*)\*\*|\{(.*)\}|\[(.*)\]", re.DOTALL)
-_DECLARED = re.compile(r"\b(?i:answer|option|choice)\s*(?:is\b)?\s*[:=]?\s*(?:option\s+)?[(*]*([A-Z])\b(?!['\u2019])")
+# What follows a letter that is the subject of a sentence, and neither the article A nor the pronoun I.
+_SUBJECT = r"\s+(?:is|because|since|seems|fits|matches|looks|appears|and|or)\b"
+_PRONOUN = rf"I(?=['\u2019])|I(?=\s+[a-z])(?!{_SUBJECT})"
+_ARTICLE = rf"A(?=\s+[a-z])(?!{_SUBJECT}|\s+(?:was|as|but|so|would|could|should|must|may|might|can|then|if)\b)"
+_DECLARED = re.compile(
+    rf"\b(?i:answer|option|choice)\s*(?:is\b)?\s*[:=]?\s*(?:option\s+)?[(*]*(?!{_PRONOUN})([A-Z])\b(?!['\u2019])"
+)
 _LABEL = re.compile(r"\s*\(?([A-Za-z])[.):]\s*")
 _YES = frozenset({"yes", "y", "true", "t", "ok", "okay"})
 _NO = frozenset({"no", "n", "false", "f"})
@@ -168,7 +175,7 @@ def _choice(text: str, letters: str, options: Sequence[str]) -> str | None:
     declared = [letter for letter in _DECLARED.findall(text) if letter in letters]
     if declared:
         return declared[-1]
-    alone = re.search(rf"(?<!\w)[{letters}](?!\w)", text)
+    alone = re.search(rf"(?<!\w)(?!{_PRONOUN}|{_ARTICLE})[{letters}](?!\w|-[a-z])", text)
     return alone.group() if alone else None
 
 
