@@ -25,7 +25,7 @@ if TYPE_CHECKING:
         RecipeError,
         VerificationError,
     )
-    from mlxvr.reasoner import Answer, Clip, FirstAnswer, Reasoner, ReasoningDelta, Usage, load
+    from mlxvr.reasoner import Answer, Clip, FirstAnswer, Option, Reasoner, ReasoningDelta, Usage, load
 
 __version__ = "0.1.0"
 
@@ -39,6 +39,7 @@ __all__ = [
     "FirstAnswer",
     "MediaError",
     "MlxvrError",
+    "Option",
     "OutOfMemoryError",
     "Reasoner",
     "ReasoningDelta",
@@ -48,7 +49,7 @@ __all__ = [
     "load",
 ]
 
-_FROM_REASONER = frozenset({"Answer", "Clip", "FirstAnswer", "Reasoner", "ReasoningDelta", "Usage", "load"})
+_FROM_REASONER = frozenset({"Answer", "Clip", "FirstAnswer", "Option", "Reasoner", "ReasoningDelta", "Usage", "load"})
 
 
 def __getattr__(name: str) -> object:

@@ -8,7 +8,22 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-__all__ = ["Answer", "Event", "FirstAnswer", "ReasoningDelta", "Usage"]
+__all__ = ["Answer", "Event", "FirstAnswer", "Option", "ReasoningDelta", "Usage"]
+
+
+@dataclass(frozen=True)
+class Option:
+    """A choice of a multiple-choice question.
+
+    Attributes:
+        index: from 0.
+        text: as it was given, without a letter.
+        letter: that the model was shown with it.
+    """
+
+    index: int
+    text: str
+    letter: str
 
 
 @dataclass(frozen=True)
@@ -21,12 +36,14 @@ class FirstAnswer:
             directly (the fallback sentence) or left the box empty.
         threshold: what the confidence was compared with.
         reasons: whether the model goes on to reason.
+        option: the choice that the text names; None: there are no choices, or it names none.
     """
 
     text: str
     confidence: float | None
     threshold: float
     reasons: bool
+    option: Option | None = None
 
 
 @dataclass(frozen=True)
@@ -101,6 +118,9 @@ class Answer:
         token_ids: everything that was generated.
         token_logprobs: natural log of each token's probability under the model's own (temperature 1) distribution.
         usage: what it cost.
+        option: the choice that `text` names, whether as `B`, `(B)`, `B. blue` or `blue`; None: there are no choices, or
+            it names none.
+        first_option, second_option: likewise of `first` and `second`.
     """
 
     text: str
@@ -114,6 +134,9 @@ class Answer:
     token_ids: tuple[int, ...] = field(default=(), repr=False)
     token_logprobs: tuple[float, ...] = field(default=(), repr=False)
     usage: Usage = field(default_factory=Usage)
+    option: Option | None = None
+    first_option: Option | None = None
+    second_option: Option | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON-ready values, nested dataclasses included; a number that is not finite becomes None."""

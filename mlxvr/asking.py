@@ -14,11 +14,14 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from string import ascii_uppercase
 from typing import Literal, Protocol, TypedDict, get_args
 
-from mlxvr.answer import Answer, Event, FirstAnswer, ReasoningDelta, Usage
+from mlxvr.answer import Answer, Event, FirstAnswer, Option, ReasoningDelta, Usage
+from mlxvr.choices import find_choice
 from mlxvr.confidence import FirstAnswer as ScoredAnswer
 from mlxvr.confidence import score_first_answer, should_exit
+from mlxvr.dataset import strip_letters
 from mlxvr.errors import ConfigError
 from mlxvr.protocol import DualAnswerParser, Transcript, is_fallback, parse
 
@@ -34,7 +37,8 @@ class Question:
 
     Attributes:
         text: the question, or for `grounding` the description of the segment to find.
-        options: the choices of a multiple-choice question, without letters; any sequence, kept as a tuple.
+        options: the choices of a multiple-choice question; any sequence of texts, kept as a tuple. The model is shown
+            them with letters; where each carries its letter already (`A. red`, `B. blue`), that is taken off.
         kind: which of the public prompts is used.
         mode: "auto" reasons only when the first answer is not sure enough; "direct" never; "think" always.
         threshold: confidence at which "auto" takes the first answer, in [0, 1]; None: the checkpoint's own.
@@ -45,6 +49,7 @@ class Question:
         answer_opening: text that the answer is begun with for the model, such as ``\boxed{Answer:``; "" leaves the
             beginning to the model. It is no part of the answer, and the last token of what follows it in the first box
             alone counts for confidence.
+        options_may_repeat: accept choices that are equal, as some rows of public benchmarks have them.
     """
 
     text: str
@@ -57,10 +62,11 @@ class Question:
     top_p: float = 1.0
     seed: int | None = None
     answer_opening: str = ""
+    options_may_repeat: bool = False
 
     def __post_init__(self) -> None:
         if self.options is not None and not isinstance(self.options, str):  # a text is refused with the prompt
-            object.__setattr__(self, "options", tuple(self.options) or None)
+            object.__setattr__(self, "options", self._checked_options(tuple(self.options)))
         if not isinstance(self.text, str) or not self.text.strip():
             raise ConfigError("the question is empty: ask something, for example 'What happens at the end?'")
         for name, value, allowed in (
@@ -81,6 +87,18 @@ class Question:
         if begun.first is not None or begun.reasoning is not None:
             raise ConfigError(f"answer_opening {self.answer_opening!r} leaves no direct answer to give: close no box")
 
+    def _checked_options(self, options: tuple[str, ...]) -> tuple[str, ...] | None:
+        for number, option in enumerate(options, 1):
+            if not isinstance(option, str):
+                raise ConfigError(f"option {number} is {option!r}, no text: give every choice as a text")
+        options = tuple(strip_letters(options))
+        places: dict[str, int] = {}
+        for number, option in enumerate(options, 1):
+            first = places.setdefault(option.strip(), number)
+            if first != number and not self.options_may_repeat:
+                raise ConfigError(f"options {first} and {number} are both {option.strip()!r}: give every choice once")
+        return options or None
+
 
 class AskOptions(TypedDict, total=False):
     """The optional arguments of `Clip.ask` and `Clip.stream`: those of `Question`, with any sequence as options."""
@@ -94,6 +112,7 @@ class AskOptions(TypedDict, total=False):
     top_p: float
     seed: int | None
     answer_opening: str
+    options_may_repeat: bool
 
 
 class TokenLike(Protocol):
@@ -139,6 +158,7 @@ def think_once(
     max_tokens: int,
     stop_ids: frozenset[int] = frozenset(),
     opening_ids: Sequence[int] = (),
+    options: Sequence[str] = (),
 ) -> Iterator[Event]:
     """Read tokens, yield `FirstAnswer` and `ReasoningDelta` events, and fill `outcome`.
 
@@ -151,6 +171,7 @@ def think_once(
         max_tokens: stop after this many.
         stop_ids: end-of-turn tokens: recorded, never part of the text.
         opening_ids: what the answer was begun with before `tokens`; neither recorded nor counted.
+        options: the choices, without letters; empty: there are none.
 
     Raises `ConfigError` when the confidence is not a number: that is no doubt of the model's.
     """
@@ -185,7 +206,8 @@ def think_once(
             outcome.exited = mode == "direct" or (mode == "auto" and should_exit(outcome.scored, threshold))
             confidence = None if outcome.scored is None else outcome.scored.confidence
             first = _first_from(parser.text, parser.first_span, opened)
-            yield FirstAnswer(first or "", confidence, threshold, reasons=not outcome.exited)
+            chosen = _option(first, options)
+            yield FirstAnswer(first or "", confidence, threshold, reasons=not outcome.exited, option=chosen)
             if outcome.exited:
                 break
         elif mode == "direct" and parser.stage == "reasoning":
@@ -203,11 +225,11 @@ def think_once(
         outcome.first_answer_tokens = len(outcome.token_ids)
 
 
-def make_answer(outcome: Outcome, threshold: float, usage: Usage) -> Answer:
+def make_answer(outcome: Outcome, threshold: float, usage: Usage, options: Sequence[str] = ()) -> Answer:
     """Sum a finished `Outcome` up.
 
     The answer that counts is the second box; without one the first box, unless it holds the fallback sentence; without
-    boxes the text outside `<think>`, as the public evaluation takes it.
+    boxes the text outside `<think>`, as the public evaluation takes it. `options` are the choices, without letters.
     """
     transcript = outcome.transcript
     assert transcript is not None, "the loop has not ended"
@@ -229,7 +251,16 @@ def make_answer(outcome: Outcome, threshold: float, usage: Usage) -> Answer:
         token_ids=tuple(outcome.token_ids),
         token_logprobs=tuple(outcome.token_logprobs),
         usage=usage,
+        option=_option(text, options),
+        first_option=_option(transcript.first, options),
+        second_option=_option(transcript.second, options),
     )
+
+
+def _option(text: str | None, options: Sequence[str]) -> Option | None:
+    """The choice that a text names, if any."""
+    index = find_choice(text, options)
+    return None if index is None else Option(index, options[index], ascii_uppercase[index])
 
 
 def _without_opening(transcript: Transcript, opened: int) -> Transcript:

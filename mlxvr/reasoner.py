@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 from weakref import WeakSet
 
-from mlxvr.answer import Answer, Event, FirstAnswer, ReasoningDelta, Usage
+from mlxvr.answer import Answer, Event, FirstAnswer, Option, ReasoningDelta, Usage
 from mlxvr.asking import AskOptions, Outcome, Question, TokenLike, make_answer, think_once
 from mlxvr.callbacks import Progress, ShouldStop
 from mlxvr.errors import Cancelled, CheckpointError, ConfigError
@@ -44,6 +44,7 @@ __all__ = [
     "Answer",
     "Clip",
     "FirstAnswer",
+    "Option",
     "Reasoner",
     "ReasoningDelta",
     "Usage",
@@ -406,6 +407,7 @@ class Clip:
                     max_tokens=max_tokens,
                     stop_ids=network.eos_ids,
                     opening_ids=prompt.opening_ids,
+                    options=question.options or (),
                 )
             usage = Usage(
                 prompt_tokens=len(prompt.ids),
@@ -420,7 +422,7 @@ class Clip:
                 reasoning_seconds=outcome.reasoning_seconds,
                 peak_memory_bytes=peak.bytes,
             )
-        yield make_answer(outcome, threshold, usage)
+        yield make_answer(outcome, threshold, usage, question.options or ())
 
     def _prompt(self, network: "VideoModel", question: Question) -> Prompt:
         return build_prompt(

@@ -9,9 +9,10 @@ import math
 
 import pytest
 
-from mlxvr.answer import FirstAnswer, ReasoningDelta, Usage
+from mlxvr.answer import FirstAnswer, Option, ReasoningDelta, Usage
 from mlxvr.asking import Outcome, Question, make_answer, think_once
 from mlxvr.errors import ConfigError
+from mlxvr.model.prompt import question_text
 
 END = "<|im_end|>"
 FULL = [
@@ -262,3 +263,90 @@ def test_an_opening_that_leaves_nothing_to_answer_is_refused():
         with pytest.raises(ConfigError, match="answer_opening"):
             Question("What?", answer_opening=opening)
     assert Question("What?", answer_opening=r"\boxed{Answer:").answer_opening == r"\boxed{Answer:"
+
+
+COLORS = ("red", "blue", "a green cup")
+
+
+@pytest.mark.parametrize(
+    ("content", "index"),
+    [
+        ("B", 1),
+        ("(B)", 1),
+        ("B.", 1),
+        ("B. blue", 1),
+        ("blue", 1),
+        ("Blue.", 1),
+        ("\\text{C}", 2),
+        ("a green cup", 2),
+        ("A green cup", 2),
+        ("I'd say A", 0),
+        ("B <> [1.0, 2.5]", 1),
+        ("D", None),
+        ("yellow", None),
+        ("", None),
+        ("Let's analyze the problem step by step.", None),
+    ],
+)
+def test_the_option_that_an_answer_names(content, index):
+    """However the box spells it; each of both answers has its own, and the event of the first too."""
+    option = None if index is None else Option(index, COLORS[index], "ABC"[index])
+    script = [("\\boxed{", 1.0), (content, 0.9), ("}", 1.0), (END, 1.0)]
+    scripted, outcome = Scripted(script), Outcome()
+    ends = frozenset({3})
+    options = {"mode": "think", "threshold": 0.5, "max_tokens": 9, "stop_ids": ends, "options": COLORS}
+    (first,) = think_once(scripted, scripted.detokenize, outcome, **options)
+    assert first.option == option
+    answer = make_answer(outcome, 0.5, Usage(), COLORS)
+    assert (answer.option, answer.first_option, answer.second_option) == (option, option, None)
+    told = answer.to_dict()["option"]
+    assert told == (None if index is None else {"index": index, "text": COLORS[index], "letter": "ABC"[index]})
+    assert make_answer(outcome, 0.5, Usage()).option is None
+
+
+def test_both_answers_have_an_option_of_their_own():
+    scripted, outcome = Scripted(FULL), Outcome()
+    list(think_once(scripted, scripted.detokenize, outcome, mode="think", threshold=0.5, max_tokens=99))
+    answer = make_answer(outcome, 0.5, Usage(), COLORS)
+    assert (answer.first_option.text, answer.second_option.text, answer.option.letter) == ("blue", "a green cup", "C")
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["A. red", "B. blue"], ("red", "blue")),
+        (["(A) red", "(B) blue"], ("red", "blue")),
+        (["A) red", "B) blue"], ("red", "blue")),
+        (["red", "B. blue"], ("red", "B. blue")),  # not each has one
+        (["B. red", "A. blue"], ("B. red", "A. blue")),  # nor its own
+        (["A.", "B."], ("A.", "B.")),
+        (["A red ball", "Blue"], ("A red ball", "Blue")),
+        ([], None),
+    ],
+)
+def test_options_are_lettered_once(options, expected):
+    assert Question("Which?", options).options == expected
+    if expected:
+        lettered = "\n".join(f"{letter}. {text}" for letter, text in zip("ABC", expected))
+        assert (
+            question_text("Which?", options) == f"Which?\nOptions:\n{lettered}\nPut your final answer in \\boxed{{}}."
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["a", "b", "a"], "options 1 and 3 are both 'a': give every choice once"),
+        (["A. red", "B. red "], "options 1 and 2 are both 'red'"),
+        ([1, 2], "option 1 is 1, no text: give every choice as a text"),
+        (["a", None], "option 2 is None, no text"),
+    ],
+)
+def test_options_that_cannot_be_told_apart_or_are_no_texts(options, told):
+    with pytest.raises(ConfigError, match=told):
+        Question("Which?", options)
+    if "are both" in told:
+        assert len(Question("Which?", options, options_may_repeat=True).options) == len(options)
+    else:
+        with pytest.raises(ConfigError, match="no text: give every choice as a text"):
+            question_text("Which?", options)

@@ -22,6 +22,7 @@ LAYERS = [
     (
         {
             "callbacks",
+            "choices",
             "confidence",
             "dataset",
             "detokenizer",

@@ -99,7 +99,7 @@ def test_all_letters_can_be_used() -> None:
         ("Why?", None, "chat", "kind 'chat' is unknown: use one of qa, grounding, grounded_qa"),
         ("Why?", [str(n) for n in range(27)], "qa", "27 options"),
         ("Why?", ["a", " "], "qa", "option B is empty"),
-        ("Why?", ["a", 3], "qa", "option B is empty"),
+        ("Why?", ["a", 3], "qa", "option B is 3, no text"),
         ("Why?", "abc", "qa", "give a list"),
         ("Why?", ["a", "b"], "grounding", "no options"),
     ],

@@ -26,6 +26,7 @@ PUBLIC = [
     "FirstAnswer",
     "MediaError",
     "MlxvrError",
+    "Option",
     "OutOfMemoryError",
     "Reasoner",
     "ReasoningDelta",

@@ -78,6 +78,7 @@ def _ask(reasoner: "Reasoner", clip: "Clip", row: Row, asking: Asking, decode_se
             threshold=asking.threshold,
             max_tokens=asking.max_tokens,
             answer_opening=row.answer_opening,
+            options_may_repeat=True,
         )
         with closing(events):
             for event in events:

@@ -17,21 +17,20 @@ Departures from the public graders, each on answers that are not of those forms
   Here numbers and texts must be equal, or equal for `math-verify` where that is installed (extra `math`).
 
 Intervals are those of the training reward and the public evaluator: two numbers with `,`, a dash, `to` or `and`
-between, in brackets or not, with `s` or `seconds` behind them or not; swapped ends are put in order; a point, or no interval, scores 0; of several ground-truth
-segments the best counts. Clock times (1:23) are none. Grounded QA is `answer <> [start, end]` and graded in its two
-parts; without `<>` both are read from the whole.
+between, in brackets or not, with `s` or `seconds` behind them or not; swapped ends are put in order; a point, or no
+interval, scores 0; of several ground-truth segments the best counts. Clock times (1:23) are none. Grounded QA is
+`answer <> [start, end]` and graded in its two parts; without `<>` both are read from the whole.
 """
 
 import math
 import re
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from string import ascii_uppercase
 from typing import Any
 
 from mlxvr import mathematics
-from mlxvr.confidence import answer_span
+from mlxvr.choices import find_letter, named_letter, normal, unwrap
 from mlxvr.errors import DataError
 from mlxvr.intervals import Interval, best_iou, find_named_interval, is_point, segments_of
 from mlxvr.protocol import is_fallback, parse
@@ -43,15 +42,6 @@ _RIGHT_IOU = 0.5  # an interval that overlaps this much is right where right or 
 _TWO_PARTS = "<>"
 _LAST_LETTER = "E"  # of the choices that the public patterns know, where the options stand in the question
 
-_WRAPPED = re.compile(r"\\(?:text|math)[a-z]*\s*\{(.*)\}|\$(.*)\$|\*\*(.*)\*\*|\{(.*)\}|\[(.*)\]", re.DOTALL)
-# What follows a letter that is the subject of a sentence, and neither the article A nor the pronoun I.
-_SUBJECT = r"\s+(?:is|because|since|seems|fits|matches|looks|appears|and|or)\b"
-_PRONOUN = rf"I(?=['\u2019])|I(?=\s+[a-z])(?!{_SUBJECT})"
-_ARTICLE = rf"A(?=\s+[a-z])(?!{_SUBJECT}|\s+(?:was|as|but|so|would|could|should|must|may|might|can|then|if)\b)"
-_DECLARED = re.compile(
-    rf"\b(?i:answer|option|choice)\s*(?:is\b)?\s*[:=]?\s*(?:option\s+)?[(*]*(?!{_PRONOUN})([A-Z])\b(?!['\u2019])"
-)
-_LABEL = re.compile(r"\s*\(?([A-Za-z])[.):]\s*")
 _YES = frozenset({"yes", "y", "true", "t", "ok", "okay"})
 _NO = frozenset({"no", "n", "false", "f"})
 _SAID = re.compile(r"(yes|no|true|false)\s*[,.;:!]")
@@ -157,73 +147,23 @@ def _accuracy(said: str, answer: str | Sequence[Any] | None, options: Sequence[s
 
 def _is_same(said: str, truth: str, options: Sequence[str], is_math: bool) -> bool:
     letters = ascii_uppercase[: len(options)]
-    wanted = _named_choice(truth, letters or ascii_uppercase, options)
+    wanted = named_letter(truth, letters or ascii_uppercase, options)
     if wanted is None:
         return _is_equal(said, truth) or (is_math and _is_equal_math(said, truth))
     if options:
-        return _choice(said, letters, options) == wanted
+        return find_letter(said, letters, options) == wanted
     offered = ascii_uppercase[: ascii_uppercase.index(max(wanted, _LAST_LETTER)) + 1]
-    found = _choice(said, offered, options)
+    found = find_letter(said, offered, options)
     return found == wanted if found else _is_equal(said, truth)
-
-
-def _choice(text: str, letters: str, options: Sequence[str]) -> str | None:
-    """The letter that an answer chooses, by whatever it says."""
-    named = _named_choice(text, letters, options)
-    if named is not None:
-        return named
-    declared = [letter for letter in _DECLARED.findall(text) if letter in letters]
-    if declared:
-        return declared[-1]
-    alone = re.search(rf"(?<!\w)(?!{_PRONOUN}|{_ARTICLE})[{letters}](?!\w|-[a-z])", text)
-    return alone.group() if alone else None
-
-
-def _named_choice(text: str, letters: str, options: Sequence[str]) -> str | None:
-    """The letter of an answer that is nothing but a choice: its letter, its text, or both."""
-    text = _unwrap(text)
-    letter = _letter(text, letters)
-    if letter is not None and len(_normal(text)) == 1:
-        return letter
-    matching = [index for index, option in enumerate(options) if _normal(text) in _spellings(option, index)]
-    return ascii_uppercase[matching[0]] if len(matching) == 1 else letter
-
-
-def _letter(text: str, letters: str) -> str | None:
-    """The letter of `A`, `(A)`, `A.`, `A) text` and the like."""
-    start, end = answer_span(text)
-    letter = text[start:end].upper()
-    return letter if end - start == 1 and letter in letters else None
-
-
-def _spellings(option: str, index: int) -> set[str]:
-    """An option as it is, and without the letter that it may carry."""
-    label = _LABEL.match(option)
-    if label and label[1].upper() == ascii_uppercase[index]:
-        return {_normal(option), _normal(option[label.end() :])}
-    return {_normal(option)}
-
-
-def _unwrap(text: str) -> str:
-    """Take off LaTeX, Markdown and brackets that stand around the whole text."""
-    text = text.strip()
-    while wrapped := _WRAPPED.fullmatch(text):
-        text = next(group for group in wrapped.groups() if group is not None).strip()
-    return text
-
-
-def _normal(text: str) -> str:
-    """NFKC, no case, single spaces, no brackets, quotes or stop at the ends."""
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split()).strip(" .!?\"'`()")
 
 
 def _is_equal(said: str, truth: str) -> bool:
     """Equal texts, equal numbers, or the same of yes and no."""
-    one, other = _normal(_unwrap(said)), _normal(_unwrap(truth))
+    one, other = normal(unwrap(said)), normal(unwrap(truth))
     if one == other:
         return bool(one) or said.strip() == truth.strip()
     if other in _YES | _NO:
-        spoken = _SAID.match(_unwrap(said).casefold())
+        spoken = _SAID.match(unwrap(said).casefold())
         one = spoken[1] if spoken else one
         return one in _YES if other in _YES else one in _NO
     numbers = _number(one), _number(other)
@@ -239,13 +179,13 @@ def _number(text: str) -> float | None:
 
 def _is_equal_math(said: str, truth: str) -> bool:
     """Equal as mathematics: without what only sets the formula, by value, or for `math-verify`."""
-    one, other = (_MATH_NOISE.sub("", _unwrap(text)).replace("\\%", "%").rstrip(".") for text in (said, truth))
+    one, other = (_MATH_NOISE.sub("", unwrap(text)).replace("\\%", "%").rstrip(".") for text in (said, truth))
     if one == other:
         return True
     values = _value(one), _value(other)
     if None not in values:
         return math.isclose(*values, rel_tol=1e-6) or _value(one.rstrip("%")) == _value(other.rstrip("%"))  # type: ignore[arg-type]
-    formulas = (f"${_unwrap(text).strip('$')}$" for text in (said, truth))
+    formulas = (f"${unwrap(text).strip('$')}$" for text in (said, truth))
     return mathematics.is_available() and mathematics.are_equal(*formulas)
 
 

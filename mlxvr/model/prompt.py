@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from mlxvr.dataset import strip_letters
 from mlxvr.errors import CheckpointError, ConfigError
 from mlxvr.media.patches import VisionInput
 from mlxvr.model.dialects import text_settings
@@ -84,7 +85,7 @@ def question_text(question: str, options: Sequence[str] | None = None, kind: str
 
     Args:
         question: the question, or for "grounding" the description of the segment to find.
-        options: up to 26 choices, without letters.
+        options: up to 26 choices; where each carries its letter already (`A. red`, `B. blue`), that is taken off.
         kind: "qa", "grounding" or "grounded_qa".
 
     Raises `ConfigError` for an empty question, an unknown kind, or options that cannot be lettered.
@@ -166,9 +167,11 @@ def _lettered(options: Sequence[str] | None) -> str:
     if len(options) > len(ascii_uppercase):
         raise ConfigError(f"{len(options)} options are more than there are letters: give at most 26")
     for letter, option in zip(ascii_uppercase, options):
-        if not isinstance(option, str) or not option.strip():
+        if not isinstance(option, str):
+            raise ConfigError(f"option {letter} is {option!r}, no text: give every choice as a text")
+        if not option.strip():
             raise ConfigError(f"option {letter} is empty: give every choice a text")
-    return "\n".join(f"{letter}. {option}" for letter, option in zip(ascii_uppercase, options))
+    return "\n".join(f"{letter}. {option}" for letter, option in zip(ascii_uppercase, strip_letters(options)))
 
 
 def _token_text(tokenizer: ChatTokenizer, config: Mapping[str, Any], kind: str) -> str:
