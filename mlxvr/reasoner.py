@@ -98,7 +98,7 @@ def load(
     worker = Worker(release=memory.give_back)
     try:
         network = worker.call(lambda _: loading.load_model(folder, adapter=adapter, dtype=dtype))
-        network.make_cache(kv_bits)  # refuses what this model cannot do, before a clip is read
+        worker.call(lambda _: network.make_cache(kv_bits))  # refuses what cannot be done here, before a clip is read
         return Reasoner(network, worker, kv_bits=kv_bits, prefill_step_size=prefill_step_size)
     except BaseException:
         worker.close()

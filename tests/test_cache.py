@@ -190,3 +190,20 @@ def test_a_failed_save_leaves_nothing(model: VideoModel, tmp_path: Path) -> None
     with pytest.raises(ConfigError, match="cannot be written"):
         kv.save(cache, tmp_path / "nowhere" / "a")
     assert os.listdir(tmp_path) == ["taken"]
+
+
+def test_a_backend_without_kernels_for_packed_keys_is_refused_in_one_line(monkeypatch):
+    """As MLX's CUDA backend raises where a head is one group."""
+
+    def missing(*_, **__):
+        raise RuntimeError("[quantized_matmul] No implementation for problem shape: 296x296x32x6, transpose: true")
+
+    kv._has_kernels.cache_clear()
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(mx, "quantized_matmul", missing)
+            with pytest.raises(ConfigError, match="no kernel for keys and values of 8 bits in heads of 32 numbers"):
+                kv.make(2, head_dim=32, kv_bits=8)
+    finally:
+        kv._has_kernels.cache_clear()
+    assert len(kv.make(2, head_dim=128, kv_bits=8)) == 2

@@ -7,6 +7,7 @@ import numpy as np
 
 from mlxvr.diagnosis import reference
 from mlxvr.diagnosis.findings import Finding, judge
+from mlxvr.errors import ConfigError
 from mlxvr.model.decode import prefill
 from mlxvr.model.network import VideoModel
 from mlxvr.model.prefix import Prefix
@@ -50,13 +51,13 @@ def check_logits() -> Iterator[Finding]:
                 answer = truth.arrays[f"{name}.{shown}.answer"]
                 try:
                     logits = answer_logits(model, reference.prompt(model, shown), answer, kv_bits=kv_bits)
-                except (RuntimeError, ValueError) as missing:
+                except ConfigError as missing:
                     if kv_bits is None:
                         raise
                     yield Finding(
                         check=check,
                         status="yellow",
-                        text=f"not available: {' '.join(str(missing).split())[:100]}",
+                        text=f"not available: {' '.join(str(missing).split())}",
                         advice=_NO_KERNEL[name],
                     )
                     continue

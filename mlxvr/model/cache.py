@@ -8,6 +8,7 @@ On disk a cache is one safetensors file: `0.keys.0`, `0.values.0`, .. (packed, s
 quantized layer), and the layout and the caller's own notes as metadata.
 """
 
+import functools
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -46,7 +47,31 @@ def make(layers: int, *, head_dim: int, kv_bits: int | None = None) -> list[Any]
         raise ConfigError(
             f"kv_bits cannot be used with this model: its heads have {head_dim} numbers, not a multiple of 32"
         )
+    if not _has_kernels(head_dim, group_size, kv_bits):
+        raise ConfigError(
+            f"this backend has no kernel for keys and values of {kv_bits} bits in heads of {head_dim} numbers: leave "
+            "kv_bits out"
+        )
     return [QuantizedKVCache(group_size=group_size, bits=kv_bits) for _ in range(layers)]
+
+
+@functools.cache
+def _has_kernels(head_dim: int, group_size: int, bits: int) -> bool:
+    """Whether the backend multiplies with packed keys and values that are part of a longer buffer, as a cache's are.
+
+    MLX's CUDA backend (0.32.4) has no kernel where a head is one group; it says so when the product is evaluated.
+    """
+    size = {"group_size": group_size, "bits": bits}
+    held = tuple(part[..., :40, :] for part in mx.quantize(mx.zeros((1, 1, 64, head_dim)), **size))
+    queries, scores = mx.zeros((1, 1, 40, head_dim)), mx.zeros((1, 1, 40, 40))
+    try:
+        mx.eval(
+            mx.quantized_matmul(queries, *held, transpose=True, **size),
+            mx.quantized_matmul(scores, *held, transpose=False, **size),
+        )
+    except (RuntimeError, ValueError):
+        return False
+    return True
 
 
 def length(cache: Sequence[Any]) -> int:
