@@ -62,12 +62,12 @@ def _has_kernels(head_dim: int, group_size: int, bits: int) -> bool:
     MLX's CUDA backend (0.32.4) has no kernel where a head is one group; it says so when the product is evaluated.
     """
     size: dict[str, Any] = {"group_size": group_size, "bits": bits}
-    held = tuple(part[..., :40, :] for part in mx.quantize(mx.zeros((1, 1, 64, head_dim)), **size))
-    queries, scores = mx.zeros((1, 1, 40, head_dim)), mx.zeros((1, 1, 40, 40))
+    packed, scales, biases = (part[..., :40, :] for part in mx.quantize(mx.zeros((1, 1, 64, head_dim)), **size))
+    queries, weights = mx.zeros((1, 1, 40, head_dim)), mx.zeros((1, 1, 40, 40))
     try:
         mx.eval(
-            mx.quantized_matmul(queries, *held, transpose=True, **size),
-            mx.quantized_matmul(scores, *held, transpose=False, **size),
+            mx.quantized_matmul(queries, packed, scales, biases, transpose=True, **size),
+            mx.quantized_matmul(weights, packed, scales, biases, transpose=False, **size),
         )
     except (RuntimeError, ValueError):
         return False
