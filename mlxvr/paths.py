@@ -94,13 +94,21 @@ def parse_location(location: str | os.PathLike[str]) -> Path:
 def local_path(location: str | os.PathLike[str]) -> Path:
     """The file that a location means: `parse_location`, in the spelling that the disk has.
 
-    A name that does not exist as it is written, but does in another Unicode normal form, is that file.
+    A name that does not exist as it is written, but does in another Unicode normal form, is that file; so is the only
+    one in the folder that differs from it in the kind of its spaces alone (macOS writes a narrow one before the PM in a
+    screenshot's name, and pasting makes it a plain one).
     """
     path = parse_location(location)
     if _exists(path):
         return path
     forms = (Path(unicodedata.normalize(form, str(path))) for form in ("NFC", "NFD"))
-    return next((form for form in forms if _exists(form)), path)
+    if form := next((form for form in forms if _exists(form)), None):
+        return form
+    if any(character.isspace() for character in path.name):
+        alike = [entry for entry in _siblings(path) if _plain_spaces(entry.name) == _plain_spaces(path.name)]
+        if len(alike) == 1:
+            return alike[0]
+    return path
 
 
 def explain_missing(path: Path) -> str:
@@ -133,13 +141,21 @@ def _from_file_url(text: str) -> Path:
 
 def _near_name(path: Path) -> str:
     """The name in the path's folder that is most like its own; "" if none is."""
-    try:
-        names = [entry.name for entry in list_visible(path.parent)]
-    except OSError:
-        return ""
-    folded = {_fold(name): name for name in names}
+    folded = {_fold(entry.name): entry.name for entry in _siblings(path)}
     near = difflib.get_close_matches(_fold(path.name), folded, 1, cutoff=0.85)
     return folded[near[0]] if near else ""
+
+
+def _siblings(path: Path) -> list[Path]:
+    try:
+        return list_visible(path.parent)
+    except OSError:
+        return []
+
+
+def _plain_spaces(name: str) -> str:
+    """A name in one normal form, each of its spaces as a plain one."""
+    return "".join(" " if character.isspace() else character for character in unicodedata.normalize("NFC", name))
 
 
 def _fold(name: str) -> str:

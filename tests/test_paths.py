@@ -13,10 +13,12 @@ import mlxvr
 from mlxvr.convert import convert
 from mlxvr.dataset import load_rows, make_locator
 from mlxvr.errors import DataError, MediaError
+from mlxvr.media import probe
 from mlxvr.media.container import check_file
 from mlxvr.model.folder import ModelFolder
 from mlxvr.paths import list_all, list_frames, list_visible, local_path, natural_key, parse_location
 from tests import checkpoints
+from tests.clips import write_clip
 
 PACKAGE = Path(mlxvr.__file__).parent
 LISTINGS = {"glob", "iterdir", "listdir", "rglob", "scandir"}
@@ -157,6 +159,23 @@ class TestLocations:
         name = "Prüfung é.mp4"
         (tmp_path / unicodedata.normalize(stored, name)).touch()
         assert local_path(tmp_path / unicodedata.normalize(written, name)).exists()
+
+    def test_spaces_of_another_kind(self, tmp_path):
+        """macOS writes a narrow one before PM, in Czech a fixed one; pasting makes them plain."""
+        stored = tmp_path / "Screenshot at 3.05.12\u202fPM.png"
+        stored.touch()
+        asked = tmp_path / "Screenshot at 3.05.12 PM.png"
+        assert local_path(asked) == stored
+        (tmp_path / "Screenshot at\u00a03.05.12 PM.png").touch()
+        assert local_path(asked) == asked  # two are alike: none is chosen
+        asked.touch()
+        assert local_path(asked) == asked
+
+    @pytest.mark.parametrize("name", ["04.23:50.mp4", "pipe:0.mp4", "concat:a.mp4", "a%03d.mp4", b"caf\xe9.mp4", "-"])
+    def test_ffmpeg_opens_them_too(self, tmp_path, monkeypatch, name):
+        monkeypatch.chdir(tmp_path)
+        write_clip(tmp_path / "clip.mp4", frames=6).rename(os.fsdecode(name))
+        assert probe(os.fsdecode(name)).frames == 6
 
     def test_a_name_that_is_not_utf8(self, tmp_path):
         raw = os.fsencode(tmp_path) + b"/caf\xe9.mp4"

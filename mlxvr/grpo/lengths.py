@@ -5,7 +5,6 @@ the time allows it. Otherwise those come first that are likely to be the longest
 and the one with the longest text. A mix that begins with questions about text is then not taken for one of them.
 """
 
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from mlxvr.media.patches import VisionInput
 from mlxvr.media.rows import load_row
 from mlxvr.media.spec import VisionSpec
 from mlxvr.model.network import VideoModel
+from mlxvr.paths import list_frames
 
 __all__ = ["PromptLengths", "first_too_long", "measure_prompts"]
 
@@ -140,6 +140,6 @@ def _file_size(row: Row) -> int:
     if path is None:
         return 0
     try:
-        return len(os.listdir(path)) * 100_000 if path.is_dir() else path.stat().st_size
+        return len(list_frames(path)) * 100_000 if path.is_dir() else path.stat().st_size
     except OSError:
         return 0

@@ -69,6 +69,7 @@ from mlxvr.media.spec import VisionSpec
 from mlxvr.model import memory
 from mlxvr.model.device import hand_over, use_device
 from mlxvr.model.network import VideoModel
+from mlxvr.paths import list_all
 from mlxvr.plotting import check_plot
 from mlxvr.ranks import Ranks
 from mlxvr.reasoner import default_threshold
@@ -235,7 +236,7 @@ class _Run:
             if self.ranks.rank == 0 and self.state.step == 0 and not state_file(output).exists():
                 for path in made:
                     path.unlink(missing_ok=True)
-                if made_folder and output.is_dir() and not any(output.iterdir()):
+                if made_folder and output.is_dir() and not list_all(output):
                     output.rmdir()
 
     def _go(self, *, progress: Bar | None, on_entry: OnEntry | None, should_stop: ShouldStop | None) -> TrainReport:

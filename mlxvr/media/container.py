@@ -19,7 +19,21 @@ __all__ = ["check_file", "is_heic", "is_image", "missing_bytes", "unreadable"]
 _HEIC_BRANDS = {b"heic", b"heim", b"heis", b"heix", b"hevc", b"hevm", b"hevs", b"hevx"}  # ISO/IEC 23008-12, annex B
 _AVIF_BRANDS = {b"avif", b"avis"}
 _IMAGE_BRANDS = _HEIC_BRANDS | _AVIF_BRANDS | {b"mif1", b"msf1"}
-_APPLE_DOUBLE = b"\x00\x05\x16\x07"  # RFC 1740, appendix B
+_IMAGE_BEGINNINGS = (
+    *(b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"BM", b"II*\0", b"MM\0*"),  # JPEG, PNG, GIF, BMP, TIFF
+    *(b"\0\0\1\0", b"icns", b"8BPS", b"qoif", b"DDS "),  # icons, Photoshop, QOI, DDS
+    *(b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51"),  # JPEG 2000
+)
+RAW_PHOTO = "a raw photo, of which only a small preview can be read: export it as HEIC or JPEG"
+_JPEG_XL = "a JPEG XL picture, which Pillow cannot read: convert it to PNG or JPEG"
+_FOREIGN = {
+    b"\x00\x05\x16\x07": "what macOS keeps beside a file on foreign drives: give the file without `._`",  # RFC 1740
+    b"%PDF-": "a PDF document: export the page as an image",
+    b"\xff\x0a": _JPEG_XL,
+    b"\0\0\0\x0cJXL ": _JPEG_XL,
+    b"version https://git-lfs.github.com/spec/": "a pointer of Git LFS, not the file itself: run `git lfs pull`",
+}
+_RAW_SUFFIXES = {".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".pef", ".raf", ".rw2", ".srw"}
 _SHOWN_CHARACTERS = 200  # of a path in a message
 _UNKNOWN_SIZE = -1
 
@@ -48,14 +62,14 @@ def check_file(path: Path) -> None:
         ) from None
     except OSError as error:  # such as a file of iCloud while the Mac is offline
         raise MediaError(f"{path} cannot be read ({error.strerror}): copy or download it again") from None
-    if head.startswith(_APPLE_DOUBLE):
-        raise MediaError(f"{path} is what macOS keeps beside a file on foreign drives: give the file without `._`")
+    if nature := _foreign(path, head):
+        raise MediaError(f"{path} is {nature}")
 
 
 def is_image(path: Path) -> bool:
     """Whether the file's first bytes are those of a still or animated picture (not of a video)."""
     head = _head(path)
-    if head.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"\xff\x0a")):
+    if head.startswith(_IMAGE_BEGINNINGS):
         return True
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
         return True
@@ -101,6 +115,21 @@ def unreadable(path: Path) -> MediaError:
         return MediaError(f"{path} is cut short: its index (moov) is missing; copy or download it again")
     kind = "text" if _is_text(head) else "an unknown or damaged format"
     return MediaError(f"{path} is not a video: it holds {kind}; give an mp4, mov, mkv, webm, avi or ts file")
+
+
+def _foreign(path: Path, head: bytes) -> str:
+    """What a file is that is often given for a video or an image, and what to do; "" if it may be one."""
+    for beginning, nature in _FOREIGN.items():
+        if head.startswith(beginning):
+            return nature
+    if path.suffix.lower() in _RAW_SUFFIXES:
+        return RAW_PHOTO
+    start = head.lstrip(b"\xef\xbb\xbf \r\n\t").lower()
+    if start.startswith((b"<!doctype html", b"<html")):
+        return "a web page: what was to be downloaded is not there, download it again"
+    if start.startswith((b"<svg", b"<?xml", b"<!doctype svg")) and b"<svg" in start:
+        return "an SVG drawing: export it as PNG"
+    return ""
 
 
 def _head(path: Path) -> bytes:

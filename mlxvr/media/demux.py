@@ -41,7 +41,8 @@ def open_video(path: Path, *, threads: int = 0) -> Iterator[tuple[Any, Any]]:
 
 
 def _video_stream(container: Any, path: Path) -> Any:
-    if container.format.name == "tty":  # FFmpeg takes any .txt for ANSI art
+    name = container.format.name
+    if name in ("tty", "image2", "ico") or name.endswith("_pipe"):  # any .txt is ANSI art to FFmpeg; or a still picture
         raise unreadable(path)
     streams = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
     if not streams:

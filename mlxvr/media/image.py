@@ -7,13 +7,25 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from mlxvr.errors import MediaError
-from mlxvr.media.container import check_file, is_heic, is_image
+from mlxvr.media.container import RAW_PHOTO, check_file, is_heic, is_image
 from mlxvr.paths import local_path
 
 __all__ = ["ImageSource", "open_image", "read_image", "to_rgb"]
+
+_ORIENTATION = 0x0112  # EXIF 2.32, tag of the place where row 0 and column 0 lie
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_DNG_VERSION = 0xC612  # a TIFF with this tag is a raw photo, and its first picture a small preview
 
 ImageSource: TypeAlias = "str | os.PathLike[str] | Image.Image | np.ndarray"
 
@@ -49,6 +61,8 @@ def open_image(path: Path) -> Iterator[Image.Image]:
     check_file(path)
     try:
         with _open_heic(path) if is_heic(path) else Image.open(path) as image:
+            if _DNG_VERSION in getattr(image, "tag_v2", ()):
+                raise MediaError(f"{path} is {RAW_PHOTO}")
             yield image
     except UnidentifiedImageError as error:
         if is_image(path):
@@ -64,7 +78,7 @@ def open_image(path: Path) -> Iterator[Image.Image]:
 
 def to_rgb(image: Image.Image) -> np.ndarray:
     """The pixels of a Pillow image as a person sees them: uint8 (h, w, 3)."""
-    image = ImageOps.exif_transpose(image)
+    image = _upright(image)
     if image.mode.startswith("I") or image.mode == "F":
         return _from_array(_to_8_bits(np.asarray(image)))
     if image.has_transparency_data:
@@ -73,6 +87,15 @@ def to_rgb(image: Image.Image) -> np.ndarray:
         paper.paste(image, mask=image.getchannel("A"))
         return np.asarray(paper)
     return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The picture turned as its EXIF data says; damaged data says nothing, as in browsers."""
+    try:
+        orientation = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # SyntaxError, TypeError, struct.error and more: what is damaged has no bounds
+        return image
+    return image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
 
 
 def _open_heic(path: Path) -> Image.Image:
