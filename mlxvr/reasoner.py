@@ -23,14 +23,15 @@ from inspect import signature
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
-from weakref import WeakSet
 
 from mlxvr.answer import Answer, Event, FirstAnswer, Option, ReasoningDelta, Usage
 from mlxvr.asking import AskOptions, Outcome, Question, TokenLike, make_answer, think_once
 from mlxvr.callbacks import Progress, ShouldStop
+from mlxvr.clip_cache import ClipCache
 from mlxvr.errors import Cancelled, CheckpointError, ConfigError
 from mlxvr.media import VisionInput, load_vision
 from mlxvr.model import decode, loading, memory
+from mlxvr.model.folder import ModelFolder
 from mlxvr.model.prefix import Prefix, PrefixCost
 from mlxvr.model.prompt import Prompt, build_prompt
 from mlxvr.porting import hub, recipe
@@ -67,6 +68,7 @@ def load(
     dtype: str | None = None,
     kv_bits: int | None = None,
     prefill_step_size: int = 2048,
+    memory_limit: float | None = None,
     progress: Progress | None = None,
 ) -> "Reasoner":
     """Load a model and start the thread that runs it.
@@ -83,10 +85,13 @@ def load(
         kv_bits: keep keys and values in 2, 3, 4, 6 or 8 bits to save memory; None keeps them as computed. The fewer
             bits, the further confidences move.
         prefill_step_size: how many prompt tokens go through the model at once; less takes less memory.
+        memory_limit: gigabytes (10**9 bytes) that MLX may use in this process; None: what the system recommends on
+            Metal, all memory elsewhere.
         progress: called with (stage, done, total) while a Hub id is downloaded.
 
     Raises:
         CheckpointError: the model cannot be found, is damaged, incomplete, unsupported or unsafe.
+        OutOfMemoryError: its weights do not fit.
         ConfigError: an option has a value that cannot be used.
     """
     if prefill_step_size < 1:
@@ -97,12 +102,22 @@ def load(
         folder = hub.resolve(model if isinstance(model, str) else Path(model), revision=revision, progress=progress)
     worker = Worker(release=memory.give_back)
     try:
-        network = worker.call(lambda _: loading.load_model(folder, adapter=adapter, dtype=dtype))
+        limit = memory.usable_memory() if memory_limit is None else int(memory_limit * 1e9)
+        network = worker.call(lambda _: _load_within(limit, folder, adapter=adapter, dtype=dtype))
         worker.call(lambda _: network.make_cache(kv_bits))  # refuses what cannot be done here, before a clip is read
-        return Reasoner(network, worker, kv_bits=kv_bits, prefill_step_size=prefill_step_size)
+        return Reasoner(network, worker, kv_bits=kv_bits, prefill_step_size=prefill_step_size, memory_limit=limit)
     except BaseException:
         worker.close()
         raise
+
+
+def _load_within(
+    limit: int, path: str | PathLike[str], *, adapter: str | PathLike[str] | None, dtype: str | None
+) -> "VideoModel":
+    """Load a model if its weights fit, on the thread of all reasoners."""
+    folder = ModelFolder.open(path)
+    memory.refuse_over(limit, loading.weight_bytes(folder, dtype=dtype))
+    return loading.load_model(folder, adapter=adapter, dtype=dtype)
 
 
 class Reasoner:
@@ -114,6 +129,9 @@ class Reasoner:
         spec: how frames are sampled and sized.
         system_prompt: what the model is told first; the checkpoint's own, unless another is set before a clip is asked.
         kv_bits, prefill_step_size: see `load`.
+        cache_budget: bytes that keys and values of all open clips may take together; those of clips that were not asked
+            for longest are given back, and computed anew when they are asked again. At first half of what the weights
+            leave.
     """
 
     def __init__(
@@ -123,17 +141,31 @@ class Reasoner:
         *,
         kv_bits: int | None = None,
         prefill_step_size: int = 2048,
+        memory_limit: int | None = None,
     ):
-        """Take over a network that was loaded on the worker's thread; `load` is the usual way in."""
+        """Take over a network that was loaded on the worker's thread; `load` is the usual way in.
+
+        `memory_limit`: bytes that MLX may use.
+        """
         self._network: VideoModel | None = network
         self._worker = worker
-        self._clips: WeakSet[Clip] = WeakSet()
+        limit = memory.usable_memory() if memory_limit is None else memory_limit
+        self._cache = ClipCache(limit, max(0, limit - memory.active_memory()) // 2)
         self.kv_bits = kv_bits
         self.prefill_step_size = prefill_step_size
         self.threshold = default_threshold(network)
         self.task_thresholds = _task_thresholds(network)
         self.spec = network.spec.with_overrides(**network.settings.get("budgets", {}))
         self.system_prompt = network.system_prompt
+
+    @property
+    def cache_budget(self) -> int:
+        """Bytes for keys and values of all open clips."""
+        return self._cache.budget
+
+    @cache_budget.setter
+    def cache_budget(self, budget: int) -> None:
+        self._cache.budget = budget
 
     def open(
         self,
@@ -202,9 +234,7 @@ class Reasoner:
                 )
             )
         )
-        clip = Clip(self, vision, decode_seconds=time.perf_counter() - started, progress=progress)
-        self._clips.add(clip)
-        return clip
+        return Clip(self, vision, decode_seconds=time.perf_counter() - started, progress=progress)
 
     def ask(self, source: "VisionSource", question: str, **options: Any) -> Answer:
         """Open a clip, ask one question and close the clip; takes the options of `open` and of `Clip.ask`."""
@@ -223,11 +253,15 @@ class Reasoner:
         """
         self._alive()
         file = Path(path).absolute()
-        prefix = self._worker.call(lambda _: self._load_prefix(file))
-        clip = Clip(self, prefix.media[0] if prefix.media else None, decode_seconds=0.0, file=file)
-        clip._prefix = prefix
-        self._clips.add(clip)
-        return clip
+
+        def work(_: ShouldStop) -> Clip:
+            prefix = self._load_prefix(file)
+            clip = Clip(self, prefix.media[0] if prefix.media else None, decode_seconds=0.0, file=file)
+            clip._prefix = prefix
+            self._cache.touch(clip)
+            return clip
+
+        return self._worker.call(work)
 
     def detokenize(self, token_ids: Sequence[int]) -> str:
         """The text of tokens, such as `Answer.token_ids`, special ones included."""
@@ -249,13 +283,7 @@ class Reasoner:
     def close(self) -> None:
         """Stop all work, give the memory back and end the thread. Clips of this reasoner can no longer be asked."""
         self._network = None
-        clips = self._clips
-
-        def drop() -> None:
-            for clip in list(clips):
-                clip._prefix = None
-
-        self._worker.close(drop)
+        self._worker.close(self._cache.clear)
 
     def __enter__(self) -> "Reasoner":
         return self
@@ -340,7 +368,7 @@ class Clip:
 
         def work(should_stop: ShouldStop) -> None:
             prompt = self._prompt(network, Question("?"))
-            prefix, _ = self._prepare(network, prompt, should_stop)
+            prefix, _ = self._prepare(network, prompt, self._make_room(network, prompt, 0), should_stop)
             prefix.save(Path(path), network, self._reasoner._prefix_settings())
 
         self._reasoner._worker.call(work)
@@ -380,9 +408,10 @@ class Clip:
             prompt = self._prompt(network, question)
             max_tokens = min(question.max_tokens, network.context_length - len(prompt.ids))
             fresh = self._prefix is None and self._file is None
-            prefix, cost = self._prepare(network, prompt, should_stop)
+            step_size = self._make_room(network, prompt, max_tokens)
+            prefix, cost = self._prepare(network, prompt, step_size, should_stop)
             started = time.perf_counter()
-            logits = prefix.extend(network, prompt, step_size=self._reasoner.prefill_step_size, should_stop=should_stop)
+            logits = prefix.extend(network, prompt, step_size=step_size, should_stop=should_stop)
             prefill_seconds = cost.prefill_seconds + time.perf_counter() - started
             sampler = None
             if question.temperature > 0:
@@ -422,6 +451,7 @@ class Clip:
                 reasoning_seconds=outcome.reasoning_seconds,
                 peak_memory_bytes=peak.bytes,
             )
+        self._reasoner._cache.touch(self)
         yield make_answer(outcome, threshold, usage, question.options or ())
 
     def _prompt(self, network: "VideoModel", question: Question) -> Prompt:
@@ -437,7 +467,21 @@ class Clip:
             system=self._reasoner.system_prompt,
         )
 
-    def _prepare(self, network: "VideoModel", prompt: Prompt, should_stop: ShouldStop) -> tuple[Prefix, PrefixCost]:
+    def _make_room(self, network: "VideoModel", prompt: Prompt, answer_tokens: int) -> int:
+        """Make room for a question; the step size with which its prompt is read."""
+        reasoner = self._reasoner
+        return reasoner._cache.make_room(
+            self,
+            network,
+            prompt,
+            answer_tokens=answer_tokens,
+            step_size=reasoner.prefill_step_size,
+            kv_bits=reasoner.kv_bits,
+        )
+
+    def _prepare(
+        self, network: "VideoModel", prompt: Prompt, step_size: int, should_stop: ShouldStop
+    ) -> tuple[Prefix, PrefixCost]:
         """The clip's prefix, computed now if it was not before."""
         if self._prefix is None and self._file is not None:  # its patches are gone
             self._prefix = self._reasoner._load_prefix(self._file)
@@ -447,11 +491,12 @@ class Clip:
             network,
             prompt,
             kv_bits=self._reasoner.kv_bits,
-            step_size=self._reasoner.prefill_step_size,
+            step_size=step_size,
             progress=self._progress,
             should_stop=should_stop,
         )
         self._prefix = prefix
+        self._reasoner._cache.touch(self)
         return prefix, cost
 
 

@@ -44,7 +44,7 @@ LAYERS = [
     ({"media"}, False),
     ({"model"}, False),
     ({"porting"}, False),
-    ({"answer", "asking", "ranks", "reasoner", "worker"}, True),
+    ({"answer", "asking", "clip_cache", "ranks", "reasoner", "worker"}, True),
     ({"evaluation", "grpo"}, False),
     ({"diagnosis"}, False),
     ({"bars", "cli"}, False),

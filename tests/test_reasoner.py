@@ -19,6 +19,7 @@ from PIL import Image
 
 import mlxvr
 from mlxvr.errors import Cancelled, CheckpointError, ConfigError, MediaError, OutOfMemoryError
+from mlxvr.media import load_vision
 from mlxvr.model.loading import load_model
 from mlxvr.model.network import VideoModel
 from tests.checkpoints import overflow_float16, write_checkpoint
@@ -391,6 +392,159 @@ def test_a_failed_evaluation_does_not_poison_a_clip(folders, clip_path, saved_cl
                 clip.ask("What?", **asked)
         assert mx.get_active_memory() < held  # though the error is still held
         del kept
+
+
+def test_the_vision_tower_and_the_prefill_can_be_stopped(folders, clip_path, monkeypatch):
+    """Through a reasoner, between chunks; what the stop leaves half done is not used."""
+    asked = {"mode": "think", "max_tokens": 8}
+    with mlxvr.load(folders["qwen3_vl"], prefill_step_size=16) as loaded:
+        expected = loaded.ask(clip_path, "What?", **MODEST, **asked)
+        monkeypatch.setitem(VideoModel.encode.__kwdefaults__, "patches_at_once", 1)  # a temporal row at a time
+        for stage in ("vision", "prefill"):
+            seen = []
+
+            def stop(name, done, total, stage=stage, seen=seen):
+                seen.append((name, done, total))
+                if name == stage and done < total:
+                    loaded.cancel()
+
+            clip = loaded.open(clip_path, **MODEST, progress=stop)
+            with pytest.raises(Cancelled):
+                clip.ask("What?", **asked)
+            name, done, total = seen[-1]
+            assert name == stage
+            assert 0 < done < total  # it went no further
+            if stage == "prefill":
+                assert done == 16  # the step size reached it
+            seen.clear()
+            clip._progress = None
+            assert_same(clip.ask("What?", **asked), expected)
+
+
+def test_the_question_after_the_clip_can_be_stopped(folders, clip_path):
+    """A follow-up question is read in steps as well."""
+    with mlxvr.load(folders["qwen3_vl"], prefill_step_size=16) as loaded:
+        clip = loaded.open(clip_path, **MODEST)
+        expected = clip.ask("What?", max_tokens=4)
+        calls = []
+        hidden = VideoModel.hidden
+
+        def counted(model, ids, *args, **kwargs):
+            calls.append(ids.shape[1])
+            if len(calls) == 2:
+                loaded.cancel()
+            return hidden(model, ids, *args, **kwargs)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(VideoModel, "hidden", counted)
+            with pytest.raises(Cancelled):
+                clip.ask("And what else is there to be seen? " * 10, max_tokens=4)
+        assert calls == [16, 16]
+        assert_same(clip.ask("What?", max_tokens=4), expected)
+
+
+def test_reading_a_clips_frames_can_be_stopped(qwen3, clip_path, monkeypatch):
+    def stopped_as_it_begins(*args, **kwargs):
+        qwen3.cancel()
+        return load_vision(*args, **kwargs)
+
+    monkeypatch.setattr("mlxvr.reasoner.load_vision", stopped_as_it_begins)
+    with pytest.raises(Cancelled):
+        qwen3.open(clip_path, **MODEST)
+    monkeypatch.undo()
+    assert qwen3.open(clip_path, **MODEST).grid
+
+
+def test_open_clips_keep_their_keys_within_a_budget(folders, clip_path):
+    """The clip that was asked longest ago gives its own back, and is read anew when it is asked again."""
+    import mlx.core as mx
+
+    asked = {"mode": "think", "max_tokens": 4}
+    with mlxvr.load(folders["qwen3_vl"]) as loaded:
+        clips = [loaded.open(clip_path, **MODEST) for _ in range(5)]
+        before = mx.get_active_memory()
+        expected = clips[0].ask("What?", **asked)
+        one = mx.get_active_memory() - before
+        loaded.cache_budget = int(2.5 * one)
+        held = []
+        for turn in range(2):
+            for number, clip in enumerate(clips):
+                answer = clip.ask("What?", **asked)
+                assert_same(answer, expected)
+                assert (answer.usage.cached_tokens > 0) == (turn == 0 and number == 0)
+                held.append(mx.get_active_memory() - before)
+        assert max(held) < 2.5 * one
+        assert min(held[1:]) > 1.5 * one
+        # the two that were asked last still have theirs; the one before is gone
+        assert clips[4].ask("What?", **asked).usage.cached_tokens > 0
+        assert clips[3].ask("What?", **asked).usage.cached_tokens > 0
+        assert clips[2].ask("What?", **asked).usage.cached_tokens == 0
+        loaded.cache_budget = 0  # one clip may always be asked
+        assert_same(clips[0].ask("What?", **asked), expected)
+        assert mx.get_active_memory() - before < 1.5 * one
+
+
+def test_an_evicted_clip_that_was_restored_is_read_from_its_file_again(folders, clip_path, tmp_path):
+    file = tmp_path / "clip.safetensors"
+    asked = {"mode": "think", "max_tokens": 4}
+    with mlxvr.load(folders["qwen3_vl"]) as loaded:
+        clip = loaded.open(clip_path, **MODEST)
+        expected = clip.ask("What?", **asked)
+        clip.save(file)
+        restored = loaded.restore(file)
+        loaded.cache_budget = 0
+        for asking in (clip, restored, clip, restored):
+            assert_same(asking.ask("What?", **asked), expected)
+
+
+def test_what_does_not_fit_is_refused_before_it_is_tried(folders, clip_path):
+    import mlx.core as mx
+
+    with pytest.raises(OutOfMemoryError, match=r"weights take 0\.\d GB.*fewer bits"):
+        mlxvr.load(folders["qwen3_vl"], memory_limit=0.0001)
+    asked = {"mode": "think", "max_tokens": 4}
+    with mlxvr.load(folders["qwen3_vl"]) as loaded:
+        clip = loaded.open(clip_path, **MODEST)
+        gc.collect()
+        expected = clip.ask("What?", **asked)
+        clip.close()
+        free = mx.get_active_memory()
+        for limit, advice in (
+            (free + 5_500_000, r"use max_tokens=1024"),
+            (free + 50_000, r"kv_bits|video_tokens|fewer bits per weight"),
+        ):
+            loaded._cache.limit = limit
+            mx.reset_peak_memory()
+            with pytest.raises(
+                OutOfMemoryError, match=rf"needs about .* MB beside what is loaded .* are free: .*{advice}"
+            ):
+                clip.ask("What?", max_tokens=3000, mode="think")
+            assert mx.get_peak_memory() <= free  # nothing was tried
+        loaded._cache.limit = free + 50_000_000
+        assert_same(clip.ask("What?", **asked), expected)
+
+
+def test_a_prompt_is_read_in_smaller_steps_where_memory_is_short(folders, clip_path):
+    import mlx.core as mx
+
+    asked = {"mode": "think", "max_tokens": 4}
+    with mlxvr.load(folders["qwen3_vl"]) as loaded:
+        steps = []
+        hidden = VideoModel.hidden
+
+        def counted(model, ids, *args, **kwargs):
+            steps.append(ids.shape[1])
+            return hidden(model, ids, *args, **kwargs)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(VideoModel, "hidden", counted)
+            expected = loaded.ask(clip_path, "What?", **MODEST, **asked)
+            roomy = max(steps)
+            steps.clear()
+            clip = loaded.open(clip_path, **MODEST)
+            loaded._cache.limit = mx.get_active_memory() + 2_000_000
+            assert_same(clip.ask("What?", **asked), expected)
+        assert max(steps) < roomy
 
 
 def test_quantized_keys_and_values(folders, clip_path):

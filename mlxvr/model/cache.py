@@ -19,7 +19,7 @@ import mlx.core as mx
 
 from mlxvr.errors import ConfigError
 
-__all__ = ["KV_BITS", "length", "load", "make", "nbytes", "save", "trim"]
+__all__ = ["KV_BITS", "group_size", "is_quantized", "length", "load", "make", "nbytes", "save", "trim"]
 
 KV_BITS = (2, 3, 4, 6, 8)
 _GROUP_SIZES = (64, 32)
@@ -42,17 +42,26 @@ def make(layers: int, *, head_dim: int, kv_bits: int | None = None) -> list[Any]
         return [KVCache() for _ in range(layers)]
     if kv_bits not in KV_BITS:
         raise ConfigError(f"kv_bits {kv_bits!r} is not supported: use {', '.join(map(str, KV_BITS))}, or leave it out")
-    group_size = next((size for size in _GROUP_SIZES if head_dim % size == 0), None)
-    if group_size is None or head_dim * kv_bits % 32:
-        raise ConfigError(
-            f"kv_bits cannot be used with this model: its heads have {head_dim} numbers, not a multiple of 32"
-        )
-    if not _has_kernels(head_dim, group_size, kv_bits):
+    size = group_size(head_dim, kv_bits)
+    if not _has_kernels(head_dim, size, kv_bits):
         raise ConfigError(
             f"this backend has no kernel for keys and values of {kv_bits} bits in heads of {head_dim} numbers: leave "
             "kv_bits out"
         )
-    return [QuantizedKVCache(group_size=group_size, bits=kv_bits) for _ in range(layers)]
+    return [QuantizedKVCache(group_size=size, bits=kv_bits) for _ in range(layers)]
+
+
+def group_size(head_dim: int, kv_bits: int) -> int:
+    """Numbers of a key or value that share a scale and a bias.
+
+    Raises `ConfigError` when heads of this size cannot be kept in `kv_bits`.
+    """
+    size = next((size for size in _GROUP_SIZES if head_dim % size == 0), None)
+    if size is None or head_dim * kv_bits % 32:
+        raise ConfigError(
+            f"kv_bits cannot be used with this model: its heads have {head_dim} numbers, not a multiple of 32"
+        )
+    return size
 
 
 @functools.cache
@@ -77,6 +86,11 @@ def _has_kernels(head_dim: int, group_size: int, bits: int) -> bool:
 def length(cache: Sequence[Any]) -> int:
     """How many tokens a cache holds."""
     return int(cache[0].offset)
+
+
+def is_quantized(cache: Sequence[Any]) -> bool:
+    """Whether keys and values are kept in fewer bits than they are computed in."""
+    return _is_quantized(cache[0])
 
 
 def trim(cache: Sequence[Any], to_length: int) -> None:

@@ -17,7 +17,7 @@ and neither would be a confidence. float16 ends at 65,504, and activations of Qw
 """
 
 import math
-from collections.abc import Collection, Generator
+from collections.abc import Callable, Collection, Generator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -28,6 +28,8 @@ import numpy as np
 from mlxvr.callbacks import Progress, ShouldStop
 from mlxvr.errors import Cancelled, CheckpointError, ConfigError, MlxvrError
 from mlxvr.model import cache as kv
+from mlxvr.model.memory import backend
+from mlxvr.model.memory_plan import step_limit
 from mlxvr.model.network import VideoModel, VisionFeatures
 
 __all__ = ["Decoder", "Sampler", "Token", "decode", "not_finite", "prefill", "suppression"]
@@ -109,7 +111,8 @@ def prefill(
         cache: is extended by n tokens; when the work is cancelled, it holds what was read until then.
         features: of the visual tokens among `prompt_ids`, in order.
         media_mask: bool (n,), where they stand.
-        step_size: tokens that go through the network at once; bounds the memory.
+        step_size: the most tokens that go through the network at once; bounds the memory. Fewer go after a long
+            context, see `memory_plan.step_limit`.
         progress: called with ("prefill", tokens done, n).
         should_stop: asked before each step.
 
@@ -129,7 +132,12 @@ def prefill(
     seen = np.concatenate([[0], np.cumsum(mask)])  # visual tokens before each place
     if features is not None and len(features) != seen[-1]:
         raise ValueError(f"{len(features)} rows of visual features for {seen[-1]} visual tokens")
-    for start, end in pairwise(_steps(total, step_size)):
+    held, is_fused = kv.length(cache), backend() != "cpu" and not kv.is_quantized(cache)
+
+    def size_at(start: int) -> int:
+        return min(step_size, step_limit(model.config, held + start, is_fused=is_fused))
+
+    for start, end in pairwise(_steps(total, size_at)):
         if should_stop is not None and should_stop():
             raise Cancelled("the prompt was cancelled while the model read it")
         own = features[int(seen[start]) : int(seen[end])] if features is not None and seen[end] > seen[start] else None
@@ -170,13 +178,17 @@ def not_finite(model: VideoModel) -> MlxvrError:
     )
 
 
-def _steps(total: int, step_size: int) -> list[int]:
-    """Where steps begin and end. The last token of a long last step goes alone.
+def _steps(total: int, size_at: Callable[[int], int]) -> list[int]:
+    """Where steps begin and end; `size_at` says how long one may be that begins at a place.
+
+    The last token of a long last step goes alone.
 
     A step is evaluated through its keys and values, which the last layer's attention output and MLP are no part of.
     Only a step whose hidden states are used computes them: better for one token than for all.
     """
-    edges = [*range(0, total, step_size), total]
+    edges = [0]
+    while edges[-1] < total:
+        edges.append(min(total, edges[-1] + size_at(edges[-1])))
     if edges[-1] - edges[-2] > _LONG_STEP:
         edges.insert(-1, total - 1)
     return edges

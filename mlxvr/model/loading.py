@@ -7,6 +7,7 @@ Quantized folders say in `config.json` how each module is packed (`quantization`
 """
 
 import logging
+import math
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -25,9 +26,11 @@ from mlxvr.model.memory import avoid_cpu_compiler
 from mlxvr.model.network import VideoModel
 from mlxvr.model.tokenizer import ChatTokenizer
 
-__all__ = ["DTYPES", "load_model", "map_weights"]
+__all__ = ["DTYPES", "load_model", "map_weights", "weight_bytes"]
 
 DTYPES = ("float32", "float16", "bfloat16")
+# Bytes of a number in memory, by how safetensors spells its type; fp8 is unpacked to bfloat16. Others are packed.
+_LOADED_AS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 2, "F8_E4M3FN": 2}
 
 _log = logging.getLogger(__name__)
 
@@ -53,8 +56,7 @@ def load_model(
         CheckpointError: a file is missing, damaged, unsupported, unsafe or does not fit the others.
         ConfigError: `dtype` is unknown.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise ConfigError(f"dtype {dtype!r} is unknown: use one of {', '.join(DTYPES)}")
+    _check_dtype(dtype)
     found = folder if isinstance(folder, ModelFolder) else ModelFolder.open(folder)
     found.check_shapes()
     if found.chat_template is None:
@@ -91,6 +93,22 @@ def load_model(
     )
 
 
+def weight_bytes(folder: ModelFolder, *, dtype: str | None = None) -> int:
+    """Bytes that the weights take once they are loaded; `dtype` as for `load_model`, with its error."""
+    _check_dtype(dtype)
+    total = 0
+    modules = {key.rpartition(".")[0] for key in folder.family.expected_shapes(folder.config)}
+    for key, tensor in folder.mlx_tensors().items():
+        if key.rpartition(".")[0] not in modules or key.endswith(".weight_scale_inv"):
+            continue
+        size = _LOADED_AS.get(tensor.dtype)
+        if size is not None and dtype is not None:
+            size = getattr(mx, dtype).size
+        begin, end = tensor.offsets
+        total += end - begin if size is None else math.prod(tensor.shape) * size
+    return total
+
+
 def map_weights(folder: ModelFolder) -> dict[str, mx.array]:
     """Every tensor that the network uses, under its MLX name, in MLX's layout; read when it is first needed."""
     names = folder.mlx_names()
@@ -108,6 +126,11 @@ def map_weights(folder: ModelFolder) -> dict[str, mx.array]:
         arrays[weight] = unpack_fp8(arrays[weight], scales, folder.fp8_block).astype(mx.bfloat16)
     modules = {key.rpartition(".")[0] for key in folder.family.expected_shapes(folder.config)}
     return {key: array for key, array in arrays.items() if key.rpartition(".")[0] in modules}
+
+
+def _check_dtype(dtype: str | None) -> None:
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"dtype {dtype!r} is unknown: use one of {', '.join(DTYPES)}")
 
 
 def _prepare_quantized(network: nn.Module, folder: ModelFolder, weights: Mapping[str, mx.array]) -> None:

@@ -16,12 +16,14 @@ import mlx.core as mx
 from mlxvr.errors import OutOfMemoryError
 
 __all__ = [
+    "active_memory",
     "avoid_cpu_compiler",
     "backend",
     "fast_dtype",
     "give_back",
     "limited",
     "physical_memory",
+    "refuse_over",
     "release_thread",
     "track_peak",
     "usable_memory",
@@ -166,6 +168,25 @@ def usable_memory() -> int:
     """
     info = mx.device_info()
     return int(info.get("max_recommended_working_set_size") or 0) or physical_memory()
+
+
+def active_memory() -> int:
+    """How many bytes MLX's arrays of this process take."""
+    return int(mx.get_active_memory())
+
+
+def refuse_over(limit: int, weights: int) -> None:
+    """Raise `OutOfMemoryError` when a model's weights do not fit beside what this process holds."""
+    held = active_memory()
+    if held + weights > limit:
+        give_back()
+        held = active_memory()
+    if held + weights > limit:
+        beside = f" beside the {held / 1e9:.1f} GB that are in use" if held > limit / 100 else ""
+        raise OutOfMemoryError(
+            f"the model's weights take {weights / 1e9:.1f} GB{beside}, and MLX may use {limit / 1e9:.1f} GB here: "
+            "convert it to fewer bits (4 bits take about a quarter of bfloat16), or use a smaller model"
+        )
 
 
 def give_back() -> None:

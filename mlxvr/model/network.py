@@ -28,11 +28,11 @@ from mlxvr.model.prompt import SYSTEM_PROMPT
 from mlxvr.model.tokenizer import ChatTokenizer
 from mlxvr.model.vision import SCORES_AT_ONCE, FramePlan, plan_frame, run_tower
 
-__all__ = ["VideoModel", "VisionFeatures"]
+__all__ = ["PATCHES_AT_ONCE", "VideoModel", "VisionFeatures"]
 
 
 # Patches that go through the vision tower at once. Rows are independent: this bounds memory and changes nothing else.
-_PATCHES_AT_ONCE = 16_384
+PATCHES_AT_ONCE = 16_384
 _VISION_PAD = "<|vision_pad|>"  # config.json does not name it
 
 
@@ -165,7 +165,7 @@ class VideoModel:
         *,
         progress: Progress | None = None,
         should_stop: ShouldStop | None = None,
-        patches_at_once: int = _PATCHES_AT_ONCE,
+        patches_at_once: int = PATCHES_AT_ONCE,
     ) -> VisionFeatures:
         """Run the vision tower over media, some temporal rows at a time.
 

@@ -9,7 +9,7 @@ A prefix can be saved and loaded. A loaded one knows the shape of its media, not
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -120,7 +120,7 @@ class Prefix:
         kv.trim(self.cache, self.length)
         notes = {
             "model": network.parts,
-            "settings": {**_computed_with(network, self.cache), **settings},
+            "settings": {**_computed_with(network, getattr(self.cache[0], "bits", None)), **settings},
             "ids": self.ids.tolist(),
             "media": [_described(medium) for medium in self.media],
         }
@@ -141,7 +141,7 @@ class Prefix:
             restored = cls(tuple(_undescribed(medium) for medium in media), cache, np.array(ids, np.int32))
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"{path} is no saved clip, or an older version's: write one with Clip.save") from error
-        here = {**_computed_with(network, network.make_cache(kv_bits)), **json.loads(json.dumps(settings))}
+        here = {**_computed_with(network, kv_bits), **json.loads(json.dumps(settings))}
         differing = [name for name in ("model", "adapter") if model.get(name, "") != network.parts.get(name, "")]
         differing += [
             f"{name} ({_short(saved.get(name))} in the file, {_short(here.get(name))} here)"
@@ -161,12 +161,9 @@ class Prefix:
         return restored
 
 
-def _computed_with(network: VideoModel, cache: Sequence[Any]) -> dict[str, Any]:
+def _computed_with(network: VideoModel, kv_bits: int | None) -> dict[str, Any]:
     """What keys and values depend on beside weights and prompt."""
-    return {
-        "dtype": str(network.layers[0].input_layernorm.weight.dtype).removeprefix("mlx.core."),
-        "kv_bits": getattr(cache[0], "bits", None),
-    }
+    return {"dtype": str(network.dtype).removeprefix("mlx.core."), "kv_bits": kv_bits}
 
 
 def _heads(layer: Any) -> tuple[int, int]:
