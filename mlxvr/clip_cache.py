@@ -132,7 +132,7 @@ class _Need:
         kv_bits: int | None,
     ) -> "_Need":
         prefix = clip._prefix
-        options = {
+        options: dict[str, Any] = {
             "prompt_tokens": len(prompt.ids),
             "answer_tokens": answer_tokens,
             "grids": [medium.grid for medium in prompt.media] if prefix is None else [],
