@@ -276,6 +276,9 @@ def test_adapters_on_disk_are_what_the_fields_say(tmp_path):
         for layer in range(3)
         for name in ("mlp.down_proj", "self_attn.q_proj")
     ]
+    base = written.pop("base")
+    assert sorted(base) == ["bits", "dtype", "fingerprint", "sample"]
+    assert base["fingerprint"] == tiny_model(tmp_path / "same", "qwen3_vl").fingerprint
     assert written == {
         "fine_tune_type": "lora",
         "num_layers": -1,

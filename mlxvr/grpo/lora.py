@@ -24,6 +24,7 @@ import numpy as np
 from mlxvr.errors import CheckpointError, ConfigError
 from mlxvr.grpo.config import PROJECTIONS
 from mlxvr.model.adapter import LORA_PARTS, Adapter, add_layers, apply_adapter, find_layers, swap_modules
+from mlxvr.model.adapter_base import warn_of_another_base
 from mlxvr.model.network import VideoModel
 
 __all__ = [
@@ -104,6 +105,7 @@ def attach_saved(model: VideoModel, folder: Path) -> LoraConfig:
     """
     _check_bare(model)
     adapter = Adapter.open(folder)
+    warn_of_another_base(folder, adapter.config, model.base)
     apply_adapter(model.network, folder)
     names = sorted(find_layers(model.network))
     last = {name.rpartition(".")[2] for name in names}
@@ -157,6 +159,8 @@ def adapter_digest(model: VideoModel) -> str:
 def save_adapter(folder: Path, model: VideoModel, config: LoraConfig) -> None:
     """Write the trained weights as an adapter folder in mlx-vlm's layout, each file atomically.
 
+    Beside what mlx-vlm reads, `adapter_config.json` says under "base" which weights it was trained on.
+
     Args:
         folder: is made if it does not exist; other files in it stay.
         model: with LoRA layers.
@@ -176,6 +180,7 @@ def save_adapter(folder: Path, model: VideoModel, config: LoraConfig) -> None:
             "dropout": config.dropout,
             "keys": sorted(find_layers(model.network)),
         },
+        "base": {"fingerprint": model.parts["model"], **model.base},
     }
     temporary = [folder / f".adapter.{os.getpid()}.json", folder / f".adapter.{os.getpid()}.safetensors"]
     try:

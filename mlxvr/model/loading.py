@@ -18,7 +18,8 @@ import mlx.nn as nn
 
 from mlxvr.errors import CheckpointError, ConfigError
 from mlxvr.media.spec import VisionSpec
-from mlxvr.model.adapter import apply_adapter
+from mlxvr.model.adapter import Adapter, apply_adapter
+from mlxvr.model.adapter_base import describe_base, warn_of_another_base
 from mlxvr.model.device import use_device
 from mlxvr.model.folder import ModelFolder
 from mlxvr.model.fp8 import unpack_fp8
@@ -73,7 +74,9 @@ def load_model(
     _prepare_quantized(network, found, weights)
     network.load_weights(list(weights.items()), strict=True)
     find_model, parts = found.identify_later(), {}
+    base = describe_base(found)
     if adapter is not None:
+        warn_of_another_base(Path(adapter), Adapter.open(Path(adapter)).config, base)
         parts["adapter"] = apply_adapter(network, Path(adapter))
     if dtype is not None:
         network.set_dtype(getattr(mx, dtype))
@@ -90,6 +93,7 @@ def load_model(
         tokenizer=tokenizer,
         settings=found.settings,
         identify=lambda: {"model": find_model(), **parts},
+        base=base,
     )
 
 

@@ -66,6 +66,7 @@ class VideoModel:
         tokenizer: with the chat template.
         settings: `mlxvr.json` of a converted folder, else {}.
         network: mlx-vlm's module, for those who train or convert it.
+        base: what tells its weights from others (`adapter_base.describe_base`); {} where it is not known.
         head: computes the logits.
     """
 
@@ -79,6 +80,7 @@ class VideoModel:
         tokenizer: ChatTokenizer,
         settings: dict[str, Any] | None = None,
         identify: Callable[[], Mapping[str, str]] | None = None,
+        base: Mapping[str, Any] | None = None,
     ):
         """Put the parts together; `load_model` is the usual way. `identify` finds `parts` when they are asked for."""
         self.network = network
@@ -87,6 +89,7 @@ class VideoModel:
         self.spec = spec
         self.tokenizer = tokenizer
         self.settings = settings or {}
+        self.base = dict(base or {})
         self.head = Head()
         self._identify = identify
 

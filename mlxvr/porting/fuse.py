@@ -21,6 +21,7 @@ import mlx.core as mx
 from mlxvr.callbacks import Progress
 from mlxvr.errors import CheckpointError
 from mlxvr.model.adapter import Adapter
+from mlxvr.model.adapter_base import describe_base, warn_of_another_base
 from mlxvr.porting import card, hub
 from mlxvr.porting.checkpoint import Checkpoint
 from mlxvr.porting.plan import DTYPE_CODES, Update, make_plan
@@ -66,6 +67,7 @@ def fuse(
     modules = {key.rpartition(".")[0] for key in given.tensors}
     checkpoint = Checkpoint.open(folder, unpack=lambda module: dequantize or module in modules)
     updates = _updates(given, checkpoint)
+    warn_of_another_base(given.folder, given.config, describe_base(checkpoint.folder))
     recipe = _as_it_is(checkpoint, dequantize=dequantize)
     origin = card.origin(checkpoint.folder, model)
 
