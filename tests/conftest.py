@@ -48,3 +48,11 @@ def small_model(tmp_path_factory):
     from small_runs import write_small_model
 
     return write_small_model(tmp_path_factory.mktemp("small") / "model")
+
+
+def pytest_xdist_auto_num_workers(config):
+    """A process for each core, four at most; files and tests that are named run in one, without the start of others."""
+    if config.args_source is config.ArgsSource.ARGS:
+        config.option.dist = "no"
+        return 0
+    return min(4, os.cpu_count() or 1)

@@ -89,6 +89,7 @@ def test_completions_of_a_model(demo, monkeypatch):
     assert asked["rollout"] == (demo, "prompt", drawn)
 
 
+@pytest.mark.slow
 def test_the_bundled_model(demo, tmp_path):
     """The default sampler with the real rollout: clips of the bundled world, twice the same."""
     rows = load_rows(demo_folder() / "clips.jsonl")[:4]

@@ -289,6 +289,7 @@ print(layerwise.nbytes, mx.get_peak_memory(), int(held) * 1024)
 """
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_one_layer(tmp_path: Path) -> None:
     """Eight wide layers: what the allocator holds at most, and (where the system tells) what the process does."""
     wide = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8}

@@ -155,6 +155,7 @@ def test_a_live_run_does_what_the_threshold_decides(folder, whole, tmp_path):
     assert decisions == {True, False}
 
 
+@pytest.mark.slow
 def test_neither_order_nor_grouping_changes_anything(folder, whole, tmp_path, monkeypatch):
     lines = (folder / "rows.jsonl").read_text().splitlines()
     other = folder / "reversed.jsonl"
@@ -430,6 +431,7 @@ def test_killed_and_gone_on(folder, whole, tmp_path, how):
     assert samples_of(report) == samples_of(whole)
 
 
+@pytest.mark.slow
 def test_two_ranks_are_as_one(folder, whole, tmp_path):
     with socket.socket() as one, socket.socket() as other:
         one.bind(("127.0.0.1", 0))

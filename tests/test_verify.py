@@ -212,6 +212,7 @@ def test_confidence_is_the_product_s(
         assert any(probe.converted_answer != probe.source_answer for probe in found.values())
 
 
+@pytest.mark.slow
 def test_layer_by_layer_finds_the_same(
     converted: dict[int, Path], reports: dict[int, VerificationReport], probes: list[Probe]
 ) -> None:
@@ -299,6 +300,7 @@ def test_probes_write_what_the_product_would(tmp_path: Path, probes: list[Probe]
     assert not never & set(draft.tokens)
 
 
+@pytest.mark.slow
 def test_the_source_goes_before_the_converted_model_comes(tmp_path: Path, probes: list[Probe]) -> None:
     wide = {"hidden_size": 256, "intermediate_size": 2048, "num_hidden_layers": 6}
     path = checkpoints.write_checkpoint(tmp_path / "wide", "qwen3_vl", text=wide)
