@@ -133,6 +133,8 @@ class Row:
         Raises `DataError` if a folder of frames holds none.
         """
         if self.video is None or self.frames_fps is None:
+            if self.video is not None and self.video.is_dir():
+                raise DataError(f"{self.line}: {self.video} is a folder: say its frames' rate with 'frames_fps'")
             return self.video or self.image
         frames = list_frames(self.video) if self.video.is_dir() else []
         if not frames:

@@ -20,10 +20,19 @@ from urllib.parse import unquote_to_bytes
 
 from mlxvr.errors import MediaError
 
-__all__ = ["explain_missing", "list_all", "list_frames", "list_visible", "local_path", "natural_key", "parse_location"]
+__all__ = [
+    "PICTURE_SUFFIXES",
+    "explain_missing",
+    "list_all",
+    "list_frames",
+    "list_visible",
+    "local_path",
+    "natural_key",
+    "parse_location",
+]
 
 _SYSTEM_NAMES = frozenset({"__macosx", "desktop.ini", "ehthumbs.db", "icon\r", "thumbs.db"})
-_FRAME_SUFFIXES = frozenset(
+PICTURE_SUFFIXES = frozenset(
     {".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 )
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/{1,2}")  # one letter would be a drive of Windows
@@ -46,7 +55,7 @@ def list_all(folder: Path) -> list[Path]:
 
 def list_frames(folder: Path) -> list[Path]:
     """The pictures in a folder, by their suffix, in natural order: 1, 2, .., 10."""
-    pictures = (path for path in list_visible(folder) if path.suffix.lower() in _FRAME_SUFFIXES and not path.is_dir())
+    pictures = (path for path in list_visible(folder) if path.suffix.lower() in PICTURE_SUFFIXES and not path.is_dir())
     return sorted(pictures, key=lambda path: natural_key(path.name))
 
 

@@ -168,14 +168,20 @@ def test_times_are_the_delays(tmp_path, kind):
         pixels = rng.integers(0, 256, (6, HEIGHT, WIDTH, 4)).astype(np.uint8)
         ratios = [(delay, 100 if place % 2 else 0) for place, delay in enumerate(delays)]  # 0 stands for 100
         path.write_bytes(write_apng([(0, 0, part, ratio, 0, 0) for part, ratio in zip(pixels, ratios)]))
-    frames = read_animation(path, SPEC, nframes=6)
+    spec = SPEC.with_overrides(sample_by="index")
+    frames = read_animation(path, spec, nframes=6)
     assert frames.seconds == pytest.approx([0, 0.2, 0.3, 0.4, 0.9, 1.2])
     assert frames.duration == pytest.approx(1.6)
     assert frames.sampled_fps == pytest.approx(6 / 1.6)
-    part = read_animation(path, SPEC, start=0.25, end=0.95)
+    part = read_animation(path, spec, start=0.25, end=0.95)
     assert part.indices.tolist() == [2, 4]  # of frames 2 to 4, an even number
     with pytest.raises(MediaError, match=r"no frame is shown between 1\.3 s"):
-        read_animation(path, SPEC, start=1.3)
+        read_animation(path, spec, start=1.3)
+    # at even distances from 0 to 1.56 s (0.04 s before the end): 0, 0.312, 0.624, 0.936, 1.248 and 1.56 s
+    by_time = read_animation(path, SPEC, nframes=6)
+    assert by_time.indices.tolist() == [0, 2, 3, 4, 5, 5]
+    assert by_time.seconds == pytest.approx(np.arange(6) * 0.312)
+    assert np.array_equal(by_time.pixels[4], by_time.pixels[5])
 
 
 def ramp(path, count: int, **options) -> None:

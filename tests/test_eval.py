@@ -23,6 +23,7 @@ from mlxvr.evaluation import plots, runner
 from mlxvr.evaluation.config import EvalConfig
 from mlxvr.evaluation.generation import digest
 from mlxvr.evaluation.samples import Sample, read_samples, write_samples
+from mlxvr.media import VisionSpec
 from mlxvr.reasoner import demo_folder
 
 ROWS = 40
@@ -315,3 +316,9 @@ def test_evaluate_is_the_modules_own():
     assert verb.evaluate is runner.evaluate
     with pytest.raises(ConfigError):
         verb.EvalConfig(output=Path("o"), limit=0)
+
+
+def test_what_is_asked_of_frames_has_the_names_of_the_spec():
+    config = EvalConfig(output=Path("o"), fps=1.0, max_frames=8, video_tokens=500, image_tokens=300)
+    spec = VisionSpec.from_files({"model_type": "qwen3_vl"}).with_overrides(**config.frame_budgets)
+    assert (spec.fps, spec.max_frames, spec.video_tokens, spec.image_max_tokens) == (1.0, 8, 500, 300)

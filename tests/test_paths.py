@@ -277,6 +277,13 @@ class TestRows:
             with pytest.raises(DataError, match="is an absolute path"):
                 make_locator(tmp_path, None)(text)
 
+    def test_a_folder_without_a_rate(self, tmp_path):
+        """Its times would be those of frames that were sampled as the checkpoint samples them."""
+        (tmp_path / "frames").mkdir()
+        self.row(tmp_path, "frames")
+        with pytest.raises(DataError, match=r"frames is a folder: say its frames' rate with 'frames_fps'"):
+            load_rows(tmp_path / "rows.jsonl")[0].source()
+
     def test_frames_of_a_folder(self, tmp_path):
         folder = tmp_path / "frames"
         folder.mkdir()

@@ -68,6 +68,9 @@ class EvalConfig:
     video_tokens: int | None = field(
         default=None, metadata=flag("frames", "the most tokens that a clip may take", metavar="N")
     )
+    image_tokens: int | None = field(
+        default=None, metadata=flag("frames", "the most tokens that an image may take", metavar="N")
+    )
 
     output: Path = field(metadata=flag("run", "folder for samples and report", metavar="DIR"))
     max_tokens: int = field(default=4096, metadata=flag("run", "the most tokens of an answer", metavar="N"))
@@ -210,5 +213,10 @@ class EvalConfig:
     @property
     def frame_budgets(self) -> Mapping[str, int | float]:
         """What is asked of frames, for `VisionSpec.with_overrides`."""
-        asked = {"fps": self.fps, "max_frames": self.max_frames, "video_tokens": self.video_tokens}
+        asked = {
+            "fps": self.fps,
+            "max_frames": self.max_frames,
+            "video_tokens": self.video_tokens,
+            "image_max_tokens": self.image_tokens,
+        }
         return {name: value for name, value in asked.items() if value is not None}

@@ -102,6 +102,7 @@ def read_thumbnails(path: Path, *, start: float | None = None, end: float | None
     from PIL import Image
 
     from mlxvr.media import VisionSpec, read_image, read_video
+    from mlxvr.media.animation import is_animation, read_animation
     from mlxvr.media.container import check_file, is_image
 
     def jpeg(pixels: Any, seconds: float | None) -> dict[str, Any]:
@@ -121,7 +122,8 @@ def read_thumbnails(path: Path, *, start: float | None = None, end: float | None
         places = sorted({round(last * place / (_FRAMES - 1)) for place in range(_FRAMES)})
         return [jpeg(read_image(pictures[place]), None) for place in places]
     check_file(path)
-    if is_image(path):
+    moves = is_image(path) and is_animation(path)
+    if is_image(path) and not moves:
         return [jpeg(read_image(path), None)]
     spec = VisionSpec(
         patch_size=2,
@@ -134,7 +136,7 @@ def read_thumbnails(path: Path, *, start: float | None = None, end: float | None
         frame_min_tokens=16,
         frame_max_tokens=_PIXELS // 4,
     )
-    frames = read_video(path, spec, start=start, end=end)
+    frames = (read_animation if moves else read_video)(path, spec, start=start, end=end)
     return [jpeg(pixels, round(float(at), 2)) for pixels, at in zip(frames.pixels, frames.seconds)]
 
 

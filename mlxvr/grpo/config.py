@@ -63,6 +63,9 @@ class TrainConfig:
     video_tokens: int | None = field(
         default=None, metadata=flag("frames", "the most tokens that a clip may take", metavar="N")
     )
+    image_tokens: int | None = field(
+        default=None, metadata=flag("frames", "the most tokens that an image may take", metavar="N")
+    )
 
     output: Path = field(metadata=flag("run", "folder for adapter, metrics and state", metavar="DIR"))
     resume: bool = field(default=False, metadata=flag("run", "go on where the run in --output was last saved"))
@@ -169,7 +172,7 @@ class TrainConfig:
             self._at_least(name, 1)
         for name in ("max_prompt_tokens", "prefill_step_size"):
             self._at_least(name, 1)
-        for name in ("limit", "steps", "valid_limit", "max_frames", "video_tokens"):
+        for name in ("limit", "steps", "valid_limit", "max_frames", "video_tokens", "image_tokens"):
             self._at_least(name, 1, optional=True)
         for name in ("filter_samples", "group_size"):
             self._at_least(name, 2)

@@ -54,7 +54,12 @@ _FREE = {
 def frame_spec(config: TrainConfig, model: VideoModel) -> VisionSpec:
     """How frames are sampled and sized: the flags, then the model's own budgets."""
     own = model.spec.with_overrides(**model.settings.get("budgets", {}))
-    return own.with_overrides(fps=config.fps, max_frames=config.max_frames, video_tokens=config.video_tokens)
+    return own.with_overrides(
+        fps=config.fps,
+        max_frames=config.max_frames,
+        video_tokens=config.video_tokens,
+        image_max_tokens=config.image_tokens,
+    )
 
 
 def reward_weights(config: TrainConfig) -> Weights:

@@ -24,8 +24,10 @@ from mlxvr.media.frames import Frames
 from mlxvr.media.gif import read_gif
 from mlxvr.media.image import open_image, to_rgb
 from mlxvr.media.resize import resize
-from mlxvr.media.sampling import frame_count, frame_size, spread, time_range
+from mlxvr.media.sampling import frame_size
+from mlxvr.media.selection import select
 from mlxvr.media.spec import VisionSpec
+from mlxvr.media.timeline import Timeline
 
 __all__ = ["is_animation", "read_animation"]
 
@@ -65,32 +67,43 @@ def read_animation(
     WebP and AVIF are decoded twice: once for the delays, which Pillow knows with each frame, once for the frames.
     """
     delays = np.array([delay if delay > _HARDLY_ANY else _USUAL for delay in _delays(path, should_stop)]) / 1000
-    seconds = np.concatenate([[0.0], np.cumsum(delays)[:-1]])
-    duration = float(delays.sum())
-    first, last = time_range(seconds, duration, start=start, end=end)
-    rate = len(seconds) / duration
-    if last > first and (start is not None or end is not None):
-        rate = (last - first) / float(seconds[last] - seconds[first])
-    available = last - first + 1
-    count = frame_count(
-        available, rate, fps=spec.fps, nframes=nframes, min_frames=spec.min_frames, max_frames=spec.max_frames
-    )
-    indices = spread(first, last, count)
+    chosen = select(_timeline(delays), spec, nframes=nframes, start=start, end=end)
     pixels, shape, slot = np.empty((0, 0, 0, 3), dtype=np.uint8), (0, 0), 0
     for index, frame in enumerate(_frames(path, should_stop)):
-        if index != indices[slot]:
+        if index != chosen.frames[slot]:
             continue
         picture = to_rgb(frame)
         if slot == 0:
             shape = picture.shape[:2]
-            pixels = np.empty((count, *frame_size(*shape, count, spec), 3), dtype=np.uint8)
-        pixels[slot] = resize(picture, pixels.shape[1:3])
-        slot += 1
+            pixels = np.empty((len(chosen), *frame_size(*shape, len(chosen), spec), 3), dtype=np.uint8)
+        again = int((chosen.frames == index).sum())  # sampled by time, a frame is seen as often as it is long
+        pixels[slot : slot + again] = resize(picture, pixels.shape[1:3])
+        slot += again
         if progress is not None:
-            progress("decoding", slot, count)
-        if slot == count:
+            progress("decoding", slot, len(chosen))
+        if slot == len(chosen):
             break
-    return Frames(pixels, seconds[indices], count / available * rate, indices, shape, duration)
+    return Frames(pixels, chosen.seconds, chosen.sampled_fps, chosen.indices, shape, float(delays.sum()))
+
+
+def _timeline(delays: np.ndarray) -> Timeline:
+    """The timeline of frames that are shown for so many seconds each."""
+    rates = (1 / float(delays[0]),) if np.all(delays == delays[0]) else ()
+    none = np.empty(0, dtype=np.int64)
+    return Timeline(
+        seconds=np.concatenate([[0.0], np.cumsum(delays)[:-1]]),
+        fps=rates[0] if rates else len(delays) / float(delays.sum()),
+        is_variable=not rates,
+        duration=float(delays.sum()),
+        offset=0.0,
+        rates=rates,
+        can_skip=False,
+        pts=none,
+        positions=none,
+        packet_pts=none,
+        key_positions=none,
+        key_pts=none,
+    )
 
 
 def _delays(path: Path, should_stop: ShouldStop | None) -> Iterator[float]:

@@ -23,6 +23,7 @@ from mlxvr.errors import Cancelled, ConfigError, MediaError, MlxvrError
 from mlxvr.evaluation.lmms.options import LmmsOptions
 from mlxvr.evaluation.samples import Sample, SampleWriter
 from mlxvr.model.prompt import KINDS, question_text
+from mlxvr.paths import PICTURE_SUFFIXES
 
 if TYPE_CHECKING:
     from mlxvr.reasoner import Clip, Reasoner
@@ -32,7 +33,6 @@ __all__ = ["Asked", "Response", "answer_all", "open_log", "read_context", "read_
 _log = logging.getLogger(__name__)
 
 _PLACEHOLDER = re.compile(r"<(?:image|video)>[ \n]?")
-_PICTURE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 _WHERE = {"pretrained", "adapter", "revision", "log_file"}  # the model's identity says what these lead to
 _GRADED_AS = {"qa": "exact_match", "grounding": "iou", "grounded_qa": "gqa"}
 
@@ -175,6 +175,7 @@ class _Clips:
                 fps=options.frames_fps or options.fps if several else options.fps,
                 max_frames=options.max_frames,
                 video_tokens=options.video_tokens,
+                image_tokens=options.image_tokens,
             )
         except (MlxvrError, MemoryError):
             raise
@@ -195,7 +196,7 @@ def _are_paths(source: list[Any]) -> bool:
 
 
 def _is_picture(path: str | os.PathLike[str]) -> bool:
-    return Path(path).suffix.lower() in _PICTURE_SUFFIXES
+    return Path(path).suffix.lower() in PICTURE_SUFFIXES
 
 
 def _sampling(generation: Mapping[str, Any]) -> AskOptions:

@@ -25,6 +25,8 @@ class LmmsOptions:
         fps: frames to sample per second; None: the checkpoint's.
         max_frames: the most frames to sample; None: the checkpoint's.
         video_tokens: the most tokens that a video may take; None: the checkpoint's.
+        image_tokens: the most tokens that an image may take; None: the checkpoint's, at most 4,096 (the public
+            evaluation allows 16,384).
         frames_fps: how far apart the pictures are of which a task hands over several for one question, per second;
             None: as far as frames that we sample ourselves.
         dtype: what to compute in; None: the checkpoint's.
@@ -42,6 +44,7 @@ class LmmsOptions:
     fps: float | None = None
     max_frames: int | None = None
     video_tokens: int | None = None
+    image_tokens: int | None = None
     frames_fps: float | None = None
     dtype: str | None = None
     kv_bits: int | None = None

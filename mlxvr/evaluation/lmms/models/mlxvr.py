@@ -105,7 +105,10 @@ class Mlxvr(lmms):
             try:  # what the first video would find wrong is found before the data is read
                 for fps in (options.fps, options.frames_fps):
                     reasoner.spec.with_overrides(
-                        fps=fps, max_frames=options.max_frames, video_tokens=options.video_tokens
+                        fps=fps,
+                        max_frames=options.max_frames,
+                        video_tokens=options.video_tokens,
+                        image_max_tokens=options.image_tokens,
                     )
                 if options.log_file is not None:
                     self._samples = open_log(options.log_file, reasoner, options)
