@@ -138,9 +138,19 @@ class Answer:
     first_option: Option | None = None
     second_option: Option | None = None
 
+    @property
+    def hit_limit(self) -> bool:
+        """Whether the model was stopped by the limit of tokens, or by the end of its context, while it wrote."""
+        return "token_limit" in self.problems
+
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON-ready values, nested dataclasses included; a number that is not finite becomes None."""
-        fields = asdict(self)
+        """The fields as JSON-ready values, nested, with `hit_limit` and the sums of `usage`.
+
+        A number that is not finite becomes None.
+        """
+        fields = asdict(self) | {"hit_limit": self.hit_limit}
+        sums = {"generated_tokens": self.usage.generated_tokens, "total_seconds": self.usage.total_seconds}
+        fields["usage"] = fields["usage"] | sums
         fields["confidence"] = _finite(self.confidence)
         fields["token_logprobs"] = [_finite(logprob) for logprob in self.token_logprobs]
         return fields

@@ -12,8 +12,10 @@ The loop knows tokens, log-probabilities and text, and nothing of MLX, so that i
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
+from numbers import Integral, Real
 from string import ascii_uppercase
 from typing import Literal, Protocol, TypedDict, get_args
 
@@ -25,7 +27,19 @@ from mlxvr.dataset import strip_letters
 from mlxvr.errors import ConfigError
 from mlxvr.protocol import DualAnswerParser, Transcript, is_fallback, parse
 
-__all__ = ["AskOptions", "Kind", "Mode", "Outcome", "Question", "TokenLike", "make_answer", "think_once"]
+__all__ = [
+    "AskOptions",
+    "Kind",
+    "Mode",
+    "Outcome",
+    "Question",
+    "TokenLike",
+    "check_names",
+    "is_number",
+    "is_whole",
+    "make_answer",
+    "think_once",
+]
 
 Kind = Literal["qa", "grounding", "grounded_qa"]
 Mode = Literal["auto", "direct", "think"]
@@ -65,8 +79,7 @@ class Question:
     options_may_repeat: bool = False
 
     def __post_init__(self) -> None:
-        if self.options is not None and not isinstance(self.options, str):  # a text is refused with the prompt
-            object.__setattr__(self, "options", self._checked_options(tuple(self.options)))
+        object.__setattr__(self, "options", self._checked_options(_choices(self.options)))
         if not isinstance(self.text, str) or not self.text.strip():
             raise ConfigError("the question is empty: ask something, for example 'What happens at the end?'")
         for name, value, allowed in (
@@ -75,6 +88,15 @@ class Question:
         ):
             if value not in allowed:
                 raise ConfigError(f"{name} {value!r} is unknown: use one of {', '.join(allowed)}")
+        for name, number in (("threshold", self.threshold), ("temperature", self.temperature), ("top_p", self.top_p)):
+            if not (name == "threshold" and number is None) and not is_number(number):
+                raise ConfigError(f"{name} {number!r} is no number: give one such as 0.97")
+        if not is_whole(self.max_tokens):
+            raise ConfigError(f"max_tokens {self.max_tokens!r} is no whole number: give one such as 4096")
+        if self.seed is not None and not (is_whole(self.seed) and 0 <= self.seed < 2**64):
+            raise ConfigError(f"seed {self.seed!r} cannot be used: give a whole number from 0 on")
+        if not isinstance(self.answer_opening, str):
+            raise ConfigError(f"answer_opening {self.answer_opening!r} is no text: give one, or leave it out")
         if self.threshold is not None and not 0.0 <= self.threshold <= 1.0:
             raise ConfigError(f"threshold {self.threshold} is outside [0, 1]: it is compared with a probability")
         if self.max_tokens < 1:
@@ -88,9 +110,6 @@ class Question:
             raise ConfigError(f"answer_opening {self.answer_opening!r} leaves no direct answer to give: close no box")
 
     def _checked_options(self, options: tuple[str, ...]) -> tuple[str, ...] | None:
-        for number, option in enumerate(options, 1):
-            if not isinstance(option, str):
-                raise ConfigError(f"option {number} is {option!r}, no text: give every choice as a text")
         options = tuple(strip_letters(options))
         places: dict[str, int] = {}
         for number, option in enumerate(options, 1):
@@ -98,6 +117,41 @@ class Question:
             if first != number and not self.options_may_repeat:
                 raise ConfigError(f"options {first} and {number} are both {option.strip()!r}: give every choice once")
         return options or None
+
+
+def is_whole(value: object) -> bool:
+    """Whether a value is a whole number, and no bool."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is a real number, and no bool."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def check_names(options: Mapping[str, object], also: Iterable[str] = ()) -> None:
+    """Refuse names that are no options of `Clip.ask`, nor among `also`: raises `ConfigError`."""
+    known = [*AskOptions.__annotations__, *sorted(also)]
+    for name in options:
+        if name not in known:
+            close = get_close_matches(name, known, n=1)
+            advice = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"
+            raise ConfigError(f"there is no option {name!r}: {advice}")
+
+
+def _choices(options: object) -> tuple[str, ...]:
+    """The options of a question as a tuple; raises `ConfigError` where they are no texts, or empty."""
+    if options is None:
+        return ()
+    if isinstance(options, str) or not isinstance(options, Iterable):
+        raise ConfigError(f"options {options!r} are no list of texts: give one such as ['left', 'right']")
+    choices = tuple(options)
+    for number, choice in enumerate(choices, 1):
+        if not isinstance(choice, str):
+            raise ConfigError(f"option {number} is {choice!r}, no text: give every choice as a text")
+        if not choice.strip():
+            raise ConfigError(f"option {number} is empty: give every choice a text")
+    return choices
 
 
 class AskOptions(TypedDict, total=False):

@@ -13,6 +13,7 @@ Each failure is one line on stderr, `error: ...`; `--debug` adds the traceback. 
 import argparse
 import dataclasses
 import logging
+import math
 import os
 import sys
 import traceback
@@ -22,7 +23,7 @@ from typing import Any, NoReturn
 from mlxvr.errors import MlxvrError
 from mlxvr.settings import Setting, settings_of
 
-__all__ = ["VerbParser", "add_settings", "run_verb", "told_settings"]
+__all__ = ["VerbParser", "add_settings", "clock_time", "run_verb", "told_settings"]
 
 Body = Callable[[argparse.Namespace], int | None]
 
@@ -87,13 +88,28 @@ def _how(setting: Setting, sparse: bool, options: dict[str, Any]) -> dict[str, A
     return {"type": kind, **({"required": True} if missing else {"default": setting.default})}
 
 
+def clock_time(text: str) -> float:
+    """Seconds from seconds (`65`, `65.5`) or from a time of a player (`1:05`, `1:02:05.5`); for argparse."""
+    parts = text.split(":")
+    try:
+        numbers = [float(part) if part.strip() == part else math.nan for part in parts]
+    except ValueError:
+        numbers = [math.nan]
+    is_clock = len(parts) == 1 or all(0 <= number < 60 for number in numbers[1:])
+    whole = all(number == int(number) for number in numbers[:-1] if math.isfinite(number))
+    if not all(map(math.isfinite, numbers)) or len(parts) > 3 or not is_clock or not whole:
+        raise argparse.ArgumentTypeError(f"{text!r} is no time: give seconds, such as 65.5, or a time such as 1:05")
+    return math.fsum(number * 60**place for place, number in enumerate(reversed(numbers)))
+
+
 def run_verb(parser: VerbParser, body: Body, argv: Sequence[str] | None = None) -> int:
     """Parse `argv` (None: the process's own arguments), run `body`, and return the exit code."""
     args = argparse.Namespace(debug=False)
     try:
         parser.parse_args(argv, args)
         level = logging.DEBUG if args.debug else logging.WARNING
-        logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
+        form = "%(levelname)s %(name)s: %(message)s" if args.debug else "warning: %(message)s"
+        logging.basicConfig(level=level, format=form)
         code = body(args) or 0
         sys.stdout.flush()
     except SystemExit as stop:  # argparse, or a body through `parser.error`, has printed what there is to say

@@ -63,13 +63,13 @@ def make_parser() -> VerbParser:
     )
     parser.add_argument("--q-mode", choices=MODES, metavar="M", help=f"format of the weights: {_listed(MODES)}")
     parser.add_argument("--dequantize", action="store_true", help="unpack quantized MLX weights instead")
-    parser.add_argument("--dtype", choices=DTYPES, metavar="T", help=f"of all that is not quantized: {_listed(DTYPES)}")
+    parser.add_argument("--dtype", choices=DTYPES, metavar="T", help=f"of the unquantized tensors: {_listed(DTYPES)}")
     parser.add_argument("--revision", metavar="R", help="branch, tag or commit of the Hub repository")
     parser.add_argument("--verify", action="store_true", help="compare the result with its source before it is kept")
     parser.add_argument("--upload-repo", metavar="ID", help="Hub repository to send the result to")
     parser.add_argument("--private", action="store_true", help="make that repository private if it is new")
     parser.add_argument(
-        "--force", action="store_true", help="replace a model folder in the way; keep what --verify finds too far off"
+        "--force", action="store_true", help="replace a model folder in the way; also keep a result that fails --verify"
     )
     parser.add_argument("--list-recipes", action="store_true", help="print the recipes that come along, and stop")
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object")

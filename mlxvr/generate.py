@@ -16,7 +16,8 @@ from mlxvr import reasoner
 from mlxvr.answer import Answer, Event, FirstAnswer, ReasoningDelta
 from mlxvr.asking import Kind, Mode, Question
 from mlxvr.bars import Bars
-from mlxvr.cli import VerbParser, run_verb
+from mlxvr.bundled import demo_folder, is_demo_model
+from mlxvr.cli import VerbParser, clock_time, run_verb
 from mlxvr.errors import ConfigError
 from mlxvr.media.container import check_file
 from mlxvr.media.sequence import folder_frames
@@ -27,6 +28,20 @@ from mlxvr.paths import local_path
 __all__ = ["main", "make_parser"]
 
 _BAR_WIDTH = 20
+_PROBLEMS = {  # `mlxvr.protocol.Transcript.problems` for people
+    "no_box": "no answer box",
+    "no_first_box": "it reasoned before it gave a first answer",
+    "unterminated_box": "an answer box is not closed",
+    "empty_box": "an answer box is empty",
+    "repeated_box": "more boxes than answers",
+    "no_think": "no reasoning",
+    "unterminated_think": "the reasoning does not end",
+    "empty_think": "the reasoning is empty",
+    "repeated_think": "more than one piece of reasoning",
+    "no_second_box": "no second answer",
+    "extra_text": "text beside answers and reasoning",
+    "token_limit": "cut off at the limit of tokens (--max-tokens)",
+}
 
 
 def make_parser() -> VerbParser:
@@ -44,7 +59,7 @@ def make_parser() -> VerbParser:
         "--video",
         metavar="F",
         action="append",
-        help="a video, an image or a folder of frames (default: a bundled clip)",
+        help="a video, an image or a folder of frames (default, for the demo model only: a bundled clip)",
     )
     ask.add_argument(
         "--prompt",
@@ -71,15 +86,17 @@ def make_parser() -> VerbParser:
     frames = parser.add_argument_group("which frames", "defaults come from the checkpoint")
     frames.add_argument("--fps", metavar="F", type=float, help="frames to sample per second; of a folder: its own rate")
     frames.add_argument("--max-frames", metavar="N", type=int, help="the most frames to sample")
-    frames.add_argument("--video-tokens", metavar="N", type=int, help="the most tokens that the clip may take")
+    frames.add_argument(
+        "--video-tokens", metavar="N", type=int, help="the most tokens of the clip; a frame keeps its minimum"
+    )
     frames.add_argument("--image-tokens", metavar="N", type=int, help="the most tokens that an image may take")
     frames.add_argument(
         "--sample-by",
         choices=SAMPLE_BY,
         help="where the rate varies: frames at even distances in time (default), or every so many frames",
     )
-    frames.add_argument("--start", metavar="S", type=float, help="seconds")
-    frames.add_argument("--end", metavar="S", type=float, help="seconds")
+    frames.add_argument("--start", metavar="T", type=clock_time, help="begin here: seconds, or a time such as 1:05")
+    frames.add_argument("--end", metavar="T", type=clock_time, help="end here: seconds, or a time such as 1:05")
 
     run = parser.add_argument_group("memory and output")
     run.add_argument("--dtype", choices=DTYPES, help="what to compute in (default: the checkpoint's)")
@@ -144,9 +161,13 @@ def _generate(args: argparse.Namespace) -> int:
                 continue
             if number:
                 print()
-            _tell(one, clip.stream(one.prompt, **asking), progress, sys.stdout)
+            _tell(one, args.mode, clip.stream(one.prompt, **asking), progress, sys.stdout)
+        asked_of = {"model": args.model, "video": str(video), "grid": clip.grid, "seconds": clip.seconds}
     if args.json:
-        fields = [answer.to_dict() for answer in answers]
+        fields = [
+            {**asked_of, "question": one.prompt, "options": one.options, "kind": one.kind, **answer.to_dict()}
+            for one, answer in zip(asked, answers)
+        ]
         print(json.dumps(fields[0] if len(fields) == 1 else {"answers": fields}, ensure_ascii=False))
     return 0
 
@@ -161,15 +182,15 @@ def _what_to_ask(args: argparse.Namespace) -> tuple[Path, list[_Asked]]:
         if len(args.video) > 1:
             raise ConfigError(f"--video is given {len(args.video)} times: one clip is asked about at a time, keep one")
         return local_path(args.video[0]), [_Asked(prompt, args.option, args.kind) for prompt in args.prompt]
-    if args.model is not None:
+    if not is_demo_model(args.model):
         raise ConfigError("no clip and no question for this model: add --video FILE --prompt 'What happens?'")
-    folder = reasoner.demo_folder()
+    folder = demo_folder()
     rows = [json.loads(line) for line in (folder / "clips.jsonl").read_text(encoding="utf-8").splitlines()]
     shown = [row for row in rows if row["video"] == rows[0]["video"]][:2]
     return folder / shown[0]["video"], [_Asked(row["question"], row["options"], row["kind"]) for row in shown]
 
 
-def _tell(asked: _Asked, events: Iterator[Event], progress: Bars, out: TextIO) -> None:
+def _tell(asked: _Asked, mode: Mode, events: Iterator[Event], progress: Bars, out: TextIO) -> None:
     """Print a question and its answer as they come."""
     print(f"question    {asked.prompt}", file=out)
     for letter, option in zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", asked.options or ()):
@@ -179,7 +200,7 @@ def _tell(asked: _Asked, events: Iterator[Event], progress: Bars, out: TextIO) -
         progress.clear()
         if isinstance(event, FirstAnswer):
             print(f"first       {event.text}", file=out)
-            print(f"confidence  {_gauge(event)}", file=out, flush=True)
+            print(f"confidence  {_gauge(event, mode)}", file=out, flush=True)
         elif isinstance(event, ReasoningDelta):
             text = event.text if reasoning else "reasoning   " + event.text.lstrip()
             print(text, end="", file=out, flush=True)
@@ -191,16 +212,20 @@ def _tell(asked: _Asked, events: Iterator[Event], progress: Bars, out: TextIO) -
             print(f"            {_cost(event)}", file=out, flush=True)
 
 
-def _gauge(first: FirstAnswer) -> str:
+def _gauge(first: FirstAnswer, mode: Mode) -> str:
     """Confidence against the threshold, so that a person sees at a glance why it did or did not think."""
-    verdict = "so it thinks" if first.reasons else "no need to think"
+    sure = first.confidence is not None and first.confidence >= first.threshold
+    verdict = ", no need to think" if sure else ", so it thinks"
+    if mode == "direct":
+        verdict = "" if sure else "; --mode direct takes it all the same"
+    elif mode == "think" and sure:
+        verdict = "; --mode think goes on all the same"
     if first.confidence is None:
-        return f"none: it would not answer directly, {verdict}"
+        return f"none: it would not answer directly{verdict}"
     filled = round(first.confidence * _BAR_WIDTH)
     bar = "█" * filled + "░" * (_BAR_WIDTH - filled)
-    sure = first.confidence >= first.threshold
     sign = "≥" if sure else "<"
-    return f"{first.confidence:.3f} {bar} {sign} {first.threshold:.3f}: {'sure' if sure else 'not sure'}, {verdict}"
+    return f"{first.confidence:.3f} {bar} {sign} {first.threshold:.3f}: {'sure' if sure else 'not sure'}{verdict}"
 
 
 def _cost(answer: Answer) -> str:
@@ -213,7 +238,7 @@ def _cost(answer: Answer) -> str:
         f"peak memory {usage.peak_memory_bytes / 2**20:,.0f} MiB",
     ]
     if answer.problems:
-        parts.append("output format: " + ", ".join(answer.problems))
+        parts.append("output format: " + ", ".join(_PROBLEMS[problem] for problem in answer.problems))
     return "; ".join(parts)
 
 

@@ -15,17 +15,28 @@ Code of an app that evaluates MLX arrays itself does so inside `mlxvr.model.devi
 """
 
 import dataclasses
+import logging
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
-from importlib.resources import files
 from inspect import signature
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from mlxvr.answer import Answer, Event, FirstAnswer, Option, ReasoningDelta, Usage
-from mlxvr.asking import AskOptions, Outcome, Question, TokenLike, make_answer, think_once
+from mlxvr.asking import (
+    AskOptions,
+    Outcome,
+    Question,
+    TokenLike,
+    check_names,
+    is_number,
+    is_whole,
+    make_answer,
+    think_once,
+)
+from mlxvr.bundled import NOT_OF_THE_DEMO, demo_folder, is_bundled, is_demo
 from mlxvr.callbacks import Progress, ShouldStop
 from mlxvr.clip_cache import ClipCache
 from mlxvr.errors import Cancelled, CheckpointError, ConfigError
@@ -54,10 +65,7 @@ __all__ = [
     "load",
 ]
 
-
-def demo_folder() -> Path:
-    """Where the package keeps its bundled checkpoint (`checkpoint/`) and clips (`clips/`, `clips.jsonl`)."""
-    return Path(str(files("mlxvr"))) / "demo"
+logger = logging.getLogger(__name__)
 
 
 def load(
@@ -94,9 +102,14 @@ def load(
         OutOfMemoryError: its weights do not fit.
         ConfigError: an option has a value that cannot be used.
     """
-    if prefill_step_size < 1:
-        raise ConfigError(f"prefill_step_size {prefill_step_size} is not positive: 2048 is the default")
+    if not is_whole(prefill_step_size) or prefill_step_size < 1:
+        raise ConfigError(f"prefill_step_size {prefill_step_size!r} is no whole number above 0: 2048 is the default")
+    for name, value in (("model", model), ("adapter", adapter)):
+        if value is not None and not isinstance(value, str | PathLike):
+            raise ConfigError(f"{name} is {value!r}: give the path of a folder" + " or a Hub id" * (name == "model"))
     if model is None:
+        if revision is not None:
+            raise ConfigError(f"revision {revision!r} is of a Hub id, and no model is named: name one, or leave it out")
         folder = demo_folder() / "checkpoint"
     else:
         folder = hub.resolve(model if isinstance(model, str) else Path(model), revision=revision, progress=progress)
@@ -157,6 +170,7 @@ class Reasoner:
         self.task_thresholds = _task_thresholds(network)
         self.spec = network.spec.with_overrides(**network.settings.get("budgets", {}))
         self.system_prompt = network.system_prompt
+        self._warns_of_demo = is_demo(network.settings)
 
     @property
     def cache_budget(self) -> int:
@@ -208,6 +222,11 @@ class Reasoner:
             ConfigError: an option has a value that cannot be used.
         """
         self._alive()
+        if frames is not None and not is_whole(frames):
+            raise ConfigError(f"frames is {frames!r}: give a whole number of frames")
+        for name, seconds in (("start", start), ("end", end)):
+            if seconds is not None and not is_number(seconds):
+                raise ConfigError(f"{name} is {seconds!r}: give seconds, such as 65.5")
         if fps is not None and timestamps is not None:
             raise ConfigError("fps and timestamps both say when frames were taken: give one of them")
         spec = self.spec.with_overrides(
@@ -217,6 +236,7 @@ class Reasoner:
             image_max_tokens=image_tokens,
             sample_by=sample_by,
         )
+        self._warn_of_demo(source)
         started = time.perf_counter()
         vision = (
             source
@@ -238,6 +258,7 @@ class Reasoner:
 
     def ask(self, source: "VisionSource", question: str, **options: Any) -> Answer:
         """Open a clip, ask one question and close the clip; takes the options of `open` and of `Clip.ask`."""
+        check_names(options, also=_OPENING)
         opening = {name: options.pop(name) for name in _OPENING & options.keys()}
         with self.open(source, **opening) as clip:
             return clip.ask(question, **options)
@@ -290,6 +311,12 @@ class Reasoner:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _warn_of_demo(self, source: object) -> None:
+        """Say once that the demo model knows no real videos, where it is shown a file that may be one."""
+        if self._warns_of_demo and isinstance(source, str | PathLike) and not is_bundled(source):
+            self._warns_of_demo = False
+            logger.warning(NOT_OF_THE_DEMO)
 
     def _load_prefix(self, file: Path) -> Prefix:
         """Read a saved prefix, on the thread of all reasoners."""
@@ -353,6 +380,7 @@ class Clip:
         stays usable. A generator that is dropped (such as by leaving its loop) stops its work too. Options and errors
         are those of `ask`.
         """
+        check_names(options)
         asked = Question(question, **options)
         self._reasoner._alive()
         return self._reasoner._worker.stream(lambda should_stop: self._answer(asked, should_stop))

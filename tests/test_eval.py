@@ -22,6 +22,7 @@ from mlxvr.errors import ConfigError
 from mlxvr.evaluation import plots, runner
 from mlxvr.evaluation.config import EvalConfig
 from mlxvr.evaluation.generation import digest
+from mlxvr.evaluation.runner import read_questions
 from mlxvr.evaluation.samples import Sample, read_samples, write_samples
 from mlxvr.media import VisionSpec
 from mlxvr.reasoner import demo_folder
@@ -178,14 +179,87 @@ def test_a_calibration_is_written_into_a_file_of_its_own(capfd, tmp_path, model,
 
 
 def test_a_calibration_that_fails_leaves_the_report(capfd, tmp_path, model, data, header):
-    output = made(data, tmp_path / "run", header, sure=30)
+    output = made(data, tmp_path / "run", header, sure=ROWS)  # all right: no temperature can be fitted
     asked = ("--model", model, "--data", data, "--output", output)
-    code, out, err = call(capfd, *asked, "--calibrate", "no_loss", "--limit", 10)
+    code, out, err = call(capfd, *asked, "--calibrate", "no_loss", "--temperature-scaling")
     assert (code, out) == (2, "")
-    assert err.startswith("error: ")
-    assert "rows" in err
+    assert "error: a temperature needs right and wrong first answers" in err
     assert (output / "report.html").is_file()
-    assert json.loads((output / "report.json").read_text())["summary"]["count"] == 10
+    assert json.loads((output / "report.json").read_text())["summary"]["count"] == ROWS
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--calibrate", "no_loss", "--limit", "3"], "3 rows are too few to choose a threshold; at least 20"),
+        (["--calibrate", "ratio=0.5", "--limit", "19"], "19 rows are too few"),
+        (["--calibrate", "no_loss", "--folds", "41"], "40 independent clips cannot fill 41 folds"),
+        (["--calibrate", "no_loss", "--threshold-file", "no.json"], "no.json cannot be read"),
+        (["--calibrate", "no_loss", "--threshold-file", "file/in/it.json"], "it.json cannot be read"),
+        (["--compare", "other"], "the two runs have no row in common"),
+        (["--compare", "changed"], "row 'r0' is another question"),
+        (["--output", "M"], "is the folder of a model or an adapter, for it has config.json: give --output a folder"),
+        (["--output", "adapter"], "for it has adapter_config.json"),
+    ],
+)
+def test_what_would_fail_at_the_end_is_refused_before_the_beginning(
+    capfd, tmp_path, model, data, monkeypatch, arguments, says
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(runner, "_load", lambda *_: pytest.fail("a model was loaded"))
+    Path("no.json").write_text("{")
+    Path("file").touch()
+    Path("adapter").mkdir()
+    Path("adapter/adapter_config.json").write_text("{}")
+    for name, row in (("other", {"id": "elsewhere"}), ("changed", {"id": "r0", "question": "What else?"})):
+        Path(name).mkdir()
+        write_samples(Path(name) / "samples.jsonl", {}, [Sample(kind="exact_match", answer="A", first="A", **row)])
+    before = sorted(path.name for path in model.iterdir())
+    typed = ["--model", model, "--data", data, "--output", "run", *(model if a == "M" else a for a in arguments)]
+    code, out, err = call(capfd, *typed)
+    assert (code, out) == (2, "")
+    assert re.fullmatch(f"error: .*{re.escape(says)}.*\n", err)
+    assert not Path("run").exists()
+    assert sorted(path.name for path in model.iterdir()) == before
+
+
+def test_what_was_made_from_the_demo_has_its_clips(model, tmp_path):
+    """A folder whose mlxvr.json names the demo's recipe, by name or in full as a conversion writes it; no other."""
+    bundled = read_questions(EvalConfig(output=tmp_path / "run"))
+    assert len(bundled.rows) == len((demo_folder() / "clips.jsonl").read_text().splitlines())
+    assert read_questions(EvalConfig(model=model, output=tmp_path / "run")) == bundled
+    converted = tmp_path / "converted"
+    converted.mkdir()
+    for recipe, is_demo in (
+        ({"name": "shellgame", "bits": 4}, True),
+        ({"name": "qwen3_vl"}, False),
+        (3, False),
+    ):
+        (converted / "mlxvr.json").write_text(json.dumps({"recipe": recipe}))
+        if is_demo:
+            assert read_questions(EvalConfig(model=converted, output=tmp_path / "run")) == bundled
+        else:
+            with pytest.raises(ConfigError, match="no questions for this model"):
+                EvalConfig(model=converted, output=tmp_path / "run")
+
+
+def test_the_demo_model_is_said_to_know_no_real_clips(monkeypatch, caplog, tmp_path, data):
+    class Loaded(Exception):
+        pass
+
+    def load(*_):
+        raise Loaded
+
+    monkeypatch.setattr(runner, "_load", load)
+    for config, warns in (
+        (EvalConfig(data=data, output=tmp_path / "run"), True),
+        (EvalConfig(output=tmp_path / "run"), False),
+        (EvalConfig(model=tmp_path, data=data, output=tmp_path / "run"), False),
+    ):
+        caplog.clear()
+        with pytest.raises(Loaded):
+            runner.evaluate(config)
+        assert ["demo model" in message for message in caplog.messages] == [True] * warns
 
 
 def test_a_run_is_held_against_an_earlier_one(capfd, tmp_path, model, data, header):
@@ -249,7 +323,7 @@ def test_rows_that_are_left_out_are_named(capfd, tmp_path, model, data, header):
     ("arguments", "says"),
     [
         ([], "required: --output"),
-        (["--output", "O", "--model", "M"], "no questions for this model"),
+        (["--output", "O", "--model", "some/model"], "no questions for this model"),
         (["--output", "O", "--data", "no/such.jsonl"], "no/such.jsonl does not exist"),
         (["--output", "O", "--data", "D", "--task", "mvbench", "--data-root", "x"], "choose --data or --task"),
         (["--output", "O", "--task", "mvbench"], "--data-root go together"),

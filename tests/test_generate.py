@@ -8,10 +8,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
+import mlxvr
 from mlxvr import generate
+from mlxvr.answer import Answer, FirstAnswer, Usage
+from mlxvr.bundled import demo_folder
+from mlxvr.cli import clock_time
+from mlxvr.protocol import Transcript
 from tests.checkpoints import write_checkpoint
 from tests.clips import write_clip, write_sound
 
@@ -50,6 +56,11 @@ def test_json_is_one_object_with_the_fields_of_the_answer(capfd, model, video):
     assert {"text", "confidence", "reasoned", "first", "second", "threshold", "usage", "token_ids"} <= set(answer)
     assert len(answer["token_ids"]) == 6
     assert answer["usage"]["prompt_tokens"] > 0
+    assert (answer["model"], answer["video"], answer["question"]) == (model, video, "What?")
+    assert (answer["kind"], answer["options"], answer["hit_limit"]) == ("qa", None, True)
+    assert answer["seconds"] == pytest.approx([0.33, 1.65], abs=0.1)  # 4 frames of two seconds, in pairs
+    assert len(answer["grid"]) == 3
+    assert answer["usage"]["generated_tokens"] == 6
 
 
 def test_several_questions_share_one_clip(capfd, model, video):
@@ -102,6 +113,73 @@ def test_a_folder_of_frames(capfd, model, tmp_path):
     assert "--fps says another rate" not in err
     _, _, err = run(capfd, "--model", model, "--video", str(tmp_path), *ASK)
     assert "frames of a folder: read as 2 a second; --fps says another rate" in err
+
+
+@pytest.mark.parametrize(
+    ("confidence", "mode", "reasons", "says"),
+    [
+        (0.985, "auto", False, "0.985 ████████████████████ ≥ 0.970: sure, no need to think"),
+        (0.414, "auto", True, "0.414 ████████░░░░░░░░░░░░ < 0.970: not sure, so it thinks"),
+        (None, "auto", True, "none: it would not answer directly, so it thinks"),
+        (0.985, "direct", False, "0.985 ████████████████████ ≥ 0.970: sure"),
+        (0.414, "direct", False, "0.414 ████████░░░░░░░░░░░░ < 0.970: not sure; --mode direct takes it all the same"),
+        (None, "direct", False, "none: it would not answer directly; --mode direct takes it all the same"),
+        (0.985, "think", True, "0.985 ████████████████████ ≥ 0.970: sure; --mode think goes on all the same"),
+        (0.414, "think", True, "0.414 ████████░░░░░░░░░░░░ < 0.970: not sure, so it thinks"),
+    ],
+)
+def test_the_gauge_says_why_it_thinks_or_not(confidence, mode, reasons, says):
+    assert generate._gauge(FirstAnswer("A", confidence, 0.97, reasons), mode) == says
+
+
+def test_departures_from_the_format_are_told_in_words():
+    usage = Usage(prompt_tokens=9, first_answer_tokens=2, reasoning_tokens=3, peak_memory_bytes=3 * 2**20)
+    answer = Answer("A", 0.5, False, "A", None, None, 0.97, problems=("no_second_box", "token_limit"), usage=usage)
+    told = generate._cost(answer)
+    assert told.startswith("directly: 5 tokens in 0.00 s; prompt 9 tokens (0 of video, 0 reused); peak memory 3 MiB; ")
+    assert told.endswith("; output format: no second answer, cut off at the limit of tokens (--max-tokens)")
+    named = re.findall(r"^            (\w+): ", Transcript.__doc__, re.MULTILINE)
+    assert list(generate._PROBLEMS) == named
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("5", 5), ("65.5", 65.5), ("0:05", 5), ("1:05.5", 65.5), ("1:02:03", 3723), ("90:00", 5400), ("0", 0)],
+)
+def test_times_of_the_command_line(text, seconds):
+    assert clock_time(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "one", "1:60", "1:-5", "1:2:3:4", "1.5:00", "1: 5", "inf", "nan", "1:", ":5"])
+def test_times_that_are_none(capfd, video, text):
+    assert_one_line(*run(capfd, "--video", video, "--prompt", "x", f"--start={text}"), "is no time: give seconds")
+
+
+def test_the_demo_model_is_said_to_know_no_real_videos(capfd, tmp_path, video, caplog):
+    """Once, however many clips; and not about its own."""
+    with mlxvr.load() as loaded:
+        loaded.open(demo_folder() / "clips" / "clip00.mp4")
+        loaded.open(np.zeros((4, 56, 56, 3), np.uint8))
+        assert caplog.messages == []
+        loaded.open(video)
+        loaded.open(video)
+        [message] = caplog.messages
+        assert re.match("this is the demo model, which knows only its own .*; name another model", message)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--revision", "v1"], "revision 'v1' is of a Hub id, and no model is named"),
+        (["--temperature", "1", "--seed", "-1"], "seed -1 cannot be used"),
+        (["--max-tokens", "0.5"], "invalid int value"),
+        (["--option", "left", "--option", ""], "option 2 is empty"),
+    ],
+)
+def test_mistakes_with_the_demo_model(capfd, video, arguments, says):
+    assert_one_line(
+        *run(capfd, "--video", str(demo_folder() / "clips" / "clip00.mp4"), "--prompt", "x", *arguments), says
+    )
 
 
 @pytest.mark.parametrize(

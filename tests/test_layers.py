@@ -21,6 +21,7 @@ PACKAGE = Path(mlxvr.__file__).parent
 LAYERS = [
     (
         {
+            "bundled",
             "callbacks",
             "choices",
             "confidence",

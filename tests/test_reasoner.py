@@ -682,9 +682,82 @@ def test_wrong_values_are_refused(qwen3, clip_path, tmp_path):
         mlxvr.load(prefill_step_size=0)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"threshold": "high"}, "threshold 'high' is no number"),
+        ({"threshold": True}, "threshold True is no number"),
+        ({"max_tokens": 2.5}, "max_tokens 2.5 is no whole number"),
+        ({"max_tokens": True}, "max_tokens True is no whole number"),
+        ({"temperature": "1"}, "temperature '1' is no number"),
+        ({"temperature": None}, "temperature None is no number"),
+        ({"top_p": None}, "top_p None is no number"),
+        ({"seed": -1, "temperature": 1.0}, "seed -1 cannot be used"),
+        ({"seed": 1.0}, "seed 1.0 cannot be used"),
+        ({"seed": 2**64}, "seed 18446744073709551616 cannot be used"),
+        ({"options": [1, 2]}, "option 1 is 1, no text"),
+        ({"options": ["a", None]}, "option 2 is None, no text"),
+        ({"options": 7}, "options 7 are no list of texts"),
+        ({"options": "ab"}, "options 'ab' are no list of texts"),
+        ({"answer_opening": 3}, "answer_opening 3 is no text"),
+        ({"mode": 3}, "mode 3 is unknown"),
+        ({"kind": ["qa"]}, r"kind \['qa'\] is unknown"),
+        ({"optons": ["a"]}, "there is no option 'optons': did you mean 'options'?"),
+        ({"xyz": 1}, "there is no option 'xyz': there are options, kind, mode"),
+    ],
+)
+def test_wrong_types_are_config_errors_that_name_the_argument(qwen3, clip_path, wrong, says):
+    clip = qwen3.open(None)
+    for ask in (clip.ask, clip.stream, lambda question, **options: qwen3.ask(None, question, **options)):
+        with pytest.raises(ConfigError, match=says):
+            ask("What?", **wrong)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"frames": "8"}, "frames is '8'"),
+        ({"frames": 2.5}, "frames is 2.5"),
+        ({"start": "0:05"}, "start is '0:05': give seconds"),
+        ({"end": [1]}, r"end is \[1\]: give seconds"),
+        ({"fps": "2"}, "fps is '2'"),
+        ({"max_frames": 2.5}, "max_frames is 2.5"),
+        ({"video_tokens": True}, "video_tokens is True"),
+    ],
+)
+def test_wrong_types_of_a_clip_are_config_errors(qwen3, clip_path, wrong, says):
+    for read in (qwen3.open, lambda source, **options: qwen3.ask(source, "What?", **options)):
+        with pytest.raises(ConfigError, match=says):
+            read(clip_path, **wrong)
+
+
+def test_misspelt_options_of_opening_and_asking_are_told_apart(qwen3, clip_path):
+    with pytest.raises(ConfigError, match=r"there is no option 'fsp': did you mean 'fps'"):
+        qwen3.ask(clip_path, "What?", fsp=3)
+    for wrong, says in (
+        ({"model": 3}, "model is 3: give the path of a folder or a Hub id"),
+        ({"adapter": 3}, "adapter is 3: give the path of a folder"),
+        ({"kv_bits": "4"}, "kv_bits '4' is not supported"),
+        ({"dtype": 3}, "dtype 3 is unknown"),
+        ({"prefill_step_size": "7"}, "prefill_step_size '7' is no whole number"),
+        ({"revision": "v1"}, "revision 'v1' is of a Hub id"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            mlxvr.load(**wrong)
+
+
+def test_numbers_of_numpy_are_numbers(qwen3):
+    options = {"threshold": np.float32(0.5), "max_tokens": np.int64(2), "seed": np.uint32(3), "top_p": np.float64(1)}
+    assert len(qwen3.open(None).ask("What?", **options).token_ids) == 2
+
+
 def test_an_answer_is_plain_data(qwen3, clip_path):
     answer = qwen3.ask(clip_path, "What?", max_tokens=4, **MODEST)
-    assert set(answer.to_dict()) == {field.name for field in dataclasses.fields(mlxvr.Answer)}
+    fields = answer.to_dict()
+    assert set(fields) == {field.name for field in dataclasses.fields(mlxvr.Answer)} | {"hit_limit"}
+    assert fields["hit_limit"] is True
+    assert fields["usage"]["generated_tokens"] == 4
+    assert fields["usage"]["total_seconds"] == answer.usage.total_seconds > 0
     assert {"text", "confidence", "reasoned", "first", "reasoning", "second", "threshold", "usage"} <= set(
         answer.to_dict()
     )

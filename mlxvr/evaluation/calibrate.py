@@ -26,7 +26,7 @@ the mapped threshold are the same, and thresholds here are always of the raw con
 
 import contextlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
@@ -35,7 +35,7 @@ import numpy as np
 from mlxvr.errors import ConfigError, DataError
 from mlxvr.evaluation.calibration import brier, expected_calibration_error, fit_temperature, reliability, scale
 from mlxvr.evaluation.metrics import direct_grade, mode_grade, usable
-from mlxvr.evaluation.resampling import Bootstrap, Estimate, clusters_of
+from mlxvr.evaluation.resampling import Bootstrap, Clustered, Estimate, clusters_of
 from mlxvr.evaluation.samples import Sample, ordered
 
 __all__ = [
@@ -45,6 +45,7 @@ __all__ = [
     "TaskThreshold",
     "TemperatureFit",
     "calibrate",
+    "check_enough",
 ]
 
 Goal = Literal["no_loss", "ratio", "tokens", "accuracy"]
@@ -287,8 +288,7 @@ def _eligible(samples: Iterable[Sample], plan: _Plan) -> list[Sample]:
 
 def _fit(samples: list[Sample], plan: _Plan) -> tuple[float, list[float], Outcome, Outcome]:
     """The threshold from all rows, those of the folds, and the outcomes on held-out rows and on all."""
-    if len(samples) < _LEAST_ROWS:
-        raise DataError(f"{len(samples)} rows are too few to choose a threshold; at least {_LEAST_ROWS} are needed")
+    check_enough(samples, plan.folds)
     rows = _Rows.of(samples)
     folds = _folds(rows.clusters, plan)
     threshold = _choose(rows, plan)
@@ -299,11 +299,18 @@ def _fit(samples: list[Sample], plan: _Plan) -> tuple[float, list[float], Outcom
     return threshold, chosen, held_out, _outcome(rows, np.full(len(rows), threshold), plan)
 
 
+def check_enough(rows: Sequence[Clustered], folds: int) -> None:
+    """Refuse rows, generated or still to be asked, that are too few to choose a threshold: raises `DataError`."""
+    if len(rows) < _LEAST_ROWS:
+        raise DataError(f"{len(rows)} rows are too few to choose a threshold; at least {_LEAST_ROWS} are needed")
+    clips = int(clusters_of(rows).max()) + 1
+    if clips < folds:
+        raise DataError(f"{clips} independent clips cannot fill {folds} folds; use more clips, or fewer folds")
+
+
 def _folds(clusters: np.ndarray, plan: _Plan) -> np.ndarray:
     """The fold of each row; a cluster is never divided."""
     count = int(clusters.max()) + 1
-    if count < plan.folds:
-        raise DataError(f"{count} independent clips cannot fill {plan.folds} folds; use more clips, or fewer folds")
     dealt = np.empty(count, dtype=np.int64)
     dealt[np.random.default_rng(plan.seed).permutation(count)] = np.arange(count) % plan.folds
     return dealt[clusters]

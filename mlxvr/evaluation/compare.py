@@ -4,19 +4,20 @@ Rows are paired by id, and every difference is taken row by row before it is ave
 runs find hard cancels. Rows that only one run has, or that failed in one, are counted and left out.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
+from mlxvr.dataset import Row
 from mlxvr.errors import DataError
 from mlxvr.evaluation.grading import Grade
 from mlxvr.evaluation.metrics import mode_grade, usable
 from mlxvr.evaluation.resampling import Bootstrap, Estimate, clusters_of
 from mlxvr.evaluation.samples import Sample, decide, ordered
 
-__all__ = ["Change", "Comparison", "compare"]
+__all__ = ["Change", "Comparison", "check_comparable", "compare"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,18 +100,8 @@ def compare(
     is there twice.
     """
     ones, others = ({sample.id: sample for sample in usable(ordered(run))} for run in (a, b))
-    ids = [name for name in ones if name in others]
-    if not ids:
-        raise DataError("the two runs have no row in common; compare runs over the same data")
+    ids = check_comparable(ones, others)
     first, second = [ones[name] for name in ids], [others[name] for name in ids]
-    for one, other in zip(first, second):
-        if (one.kind, one.question, one.options, one.answer) != (
-            other.kind,
-            other.question,
-            other.options,
-            other.answer,
-        ):
-            raise DataError(f"row {one.id!r} is another question in the second run; compare runs over the same data")
     thresholds = (threshold, threshold if other_threshold is None else other_threshold)
     clusters = clusters_of(first)
     resamples = Bootstrap(clusters, count=bootstrap, seed=seed)
@@ -146,6 +137,21 @@ def compare(
         ),
         answers_changed=sum(one.first != other.first for one, other in zip(first, second)),
     )
+
+
+def check_comparable(first: Mapping[str, Sample | Row], second: Mapping[str, Sample | Row]) -> list[str]:
+    """The ids that two runs share, in the order of the first; rows that are still to be asked may stand for samples.
+
+    Raises `DataError` when there are none, or one is another question in the second run.
+    """
+    ids = [name for name in first if name in second]
+    if not ids:
+        raise DataError("the two runs have no row in common; compare runs over the same data")
+    for name in ids:
+        before, after = ((row.kind, row.question, row.options, row.answer) for row in (first[name], second[name]))
+        if before != after:
+            raise DataError(f"row {name!r} is another question in the second run; compare runs over the same data")
+    return ids
 
 
 def _change(ids: list[str], old: list[Grade | None], new: list[Grade | None], resamples: Bootstrap) -> Change | None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import get_args
 
+from mlxvr.bundled import is_demo_model
 from mlxvr.errors import ConfigError, DataError
 from mlxvr.evaluation.calibrate import Calibration, Goal, calibrate
 from mlxvr.evaluation.samples import Sample
@@ -18,6 +19,7 @@ from mlxvr.settings import flag
 __all__ = ["EvalConfig"]
 
 _BUDGETS = ("ratio", "tokens")
+_OF_MODELS = ("config.json", "adapter_config.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +27,7 @@ class EvalConfig:
     """What to evaluate, on what, and what to make of it; refuses values that cannot be used.
 
     Each field is a flag of `python -m mlxvr.eval`, whose help describes it. With neither `model` nor data it is the
-    bundled checkpoint on the bundled clips.
+    bundled checkpoint on the bundled clips, which are also the data of a checkpoint that was made from it.
     """
 
     model: str | Path | None = field(
@@ -46,7 +48,10 @@ class EvalConfig:
     )
 
     data: Path | None = field(
-        default=None, metadata=flag("data", "JSONL, one question a line (default: the bundled clips)", metavar="FILE")
+        default=None,
+        metadata=flag(
+            "data", "JSONL, one question a line (default, for the demo model only: the bundled clips)", metavar="FILE"
+        ),
     )
     media_root: Path | None = field(
         default=None, metadata=flag("data", "folder that holds the media (default: the file's)", metavar="DIR")
@@ -91,7 +96,7 @@ class EvalConfig:
         default=None,
         metadata=flag("figures", "choose the threshold: no_loss, accuracy, ratio=X or tokens=X", metavar="GOAL"),
     )
-    margin: float = field(default=0.01, metadata=flag("figures", "the score that no_loss may lose", metavar="X"))
+    margin: float = field(default=0.01, metadata=flag("figures", "drop in score that no_loss tolerates", metavar="X"))
     folds: int = field(
         default=5, metadata=flag("figures", "folds of held-out clips behind the calibration's figures", metavar="N")
     )
@@ -110,7 +115,7 @@ class EvalConfig:
         default=(),
         metadata=flag(
             "figures",
-            "an earlier run's output folder to hold this one against; two: hold the second against the first",
+            "one output folder: compare this run with it; two: compare the second with the first, and run nothing",
             metavar="DIR",
             nargs="+",
             type=Path,
@@ -130,7 +135,7 @@ class EvalConfig:
             raise ConfigError("--task and --data-root go together: name the benchmark and the folder of its files")
         if self.subtitles and self.task is None:
             raise ConfigError("--subtitles is for benchmarks: rows of a data file carry their own")
-        if self.model is not None and self.data is None and self.task is None:
+        if self.data is None and self.task is None and not is_demo_model(self.model):
             raise ConfigError("no questions for this model: add --data FILE, or --task NAME --data-root DIR")
         for name, value, least in (
             ("limit", self.limit, 1),
@@ -143,7 +148,16 @@ class EvalConfig:
                 raise ConfigError(f"{name} {value} cannot be used: give a whole number of at least {least}")
         if self.threshold is not None and not 0.0 <= self.threshold <= 1.0:
             raise ConfigError(f"threshold {self.threshold} is outside [0, 1]: it is compared with a probability")
+        self._check_output()
         self._check_calibration()
+
+    def _check_output(self) -> None:
+        for name in _OF_MODELS:
+            if (self.output / name).is_file():
+                raise ConfigError(
+                    f"{self.output} is the folder of a model or an adapter, for it has {name}: give --output a folder "
+                    "of its own"
+                )
 
     def _check_comparison(self) -> None:
         if len(self.compare) > 2:

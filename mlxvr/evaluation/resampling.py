@@ -15,12 +15,11 @@ therefore gets Wilson's interval over the clusters (`Bootstrap.share`); any othe
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
-from mlxvr.evaluation.samples import Sample
-
-__all__ = ["Bootstrap", "Estimate", "clusters_of", "wilson"]
+__all__ = ["Bootstrap", "Clustered", "Estimate", "clusters_of", "wilson"]
 
 _PERCENTILES = (2.5, 97.5)
 
@@ -32,6 +31,18 @@ class Estimate:
     value: float
     low: float | None = None
     high: float | None = None
+
+
+class Clustered(Protocol):
+    """What tells rows that belong together: a row of a dataset, or its sample."""
+
+    @property
+    def media(self) -> str:
+        """Path of the video or image; "" without one."""
+
+    @property
+    def pair(self) -> str:
+        """Name of the minimal pair; "" is no pair."""
 
 
 class Bootstrap:
@@ -95,7 +106,7 @@ def wilson(successes: float, count: int) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def clusters_of(samples: Sequence[Sample]) -> np.ndarray:
+def clusters_of(samples: Sequence[Clustered]) -> np.ndarray:
     """The cluster of each sample, int (n,): samples of one clip or of one pair have the same."""
     parents = list(range(len(samples)))
 

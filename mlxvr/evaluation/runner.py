@@ -11,6 +11,7 @@ whatever else the file may hold.
 """
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,15 +19,20 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlxvr.bundled import NOT_OF_THE_DEMO, demo_folder, is_bundled, is_demo_model
 from mlxvr.callbacks import Progress
 from mlxvr.dataset import Row, load_rows
 from mlxvr.errors import ConfigError, DataError
 from mlxvr.evaluation import sharding
 from mlxvr.evaluation.benchmarks import read_benchmark
+from mlxvr.evaluation.calibrate import check_enough
+from mlxvr.evaluation.compare import check_comparable
 from mlxvr.evaluation.config import EvalConfig
-from mlxvr.evaluation.finishing import EvalReport, compare_finished, read_other, relabelled, work_out
+from mlxvr.evaluation.finishing import EvalReport, Other, compare_finished, read_other, relabelled, work_out
 from mlxvr.evaluation.generation import Asking, digest, generate, group_rows
+from mlxvr.evaluation.metrics import usable
 from mlxvr.evaluation.samples import Sample, SampleWriter, read_samples, write_samples
+from mlxvr.evaluation.thresholds import check_writable
 from mlxvr.media import VisionSpec
 from mlxvr.model.prompt import evaluation_copy
 from mlxvr.ranks import Ranks
@@ -35,6 +41,8 @@ if TYPE_CHECKING:
     from mlxvr.reasoner import Reasoner
 
 __all__ = ["EvalReport", "Questions", "evaluate", "read_questions"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,12 +80,14 @@ def evaluate(config: EvalConfig, *, progress: Progress | None = None) -> EvalRep
         return compare_finished(config, progress)
     questions = read_questions(config)
     other = read_other(config.compare[0], questions.rows) if config.compare else None
-    _check_written(config)
+    _check_in_time(config, questions.rows, other)
     ranks = Ranks()
     if ranks.size > 1 and config.workers > 1:
         raise ConfigError(
             f"{ranks.size} ranks were launched already: leave --workers out, or start it without launcher"
         )
+    if is_demo_model(config.model) and not is_bundled(questions.folder):
+        logger.warning(NOT_OF_THE_DEMO)
     with _load(config, progress) as reasoner:
         preset = questions.budgets.get(reasoner.identity()["family"], {})
         reasoner.spec = reasoner.spec.with_overrides(**{**preset, **config.frame_budgets})
@@ -111,8 +121,6 @@ def read_questions(config: EvalConfig) -> Questions:
         )
     path = config.data
     if path is None:
-        from mlxvr.reasoner import demo_folder
-
         path = demo_folder() / "clips.jsonl"
     bad: list[DataError] | None = [] if config.skip_bad_rows else None
     rows = load_rows(path, media_root=config.media_root, labelled=config.needs_answers, bad_rows=bad)
@@ -300,10 +308,19 @@ def _bring_together(output: Path, run: dict[str, Any], ranks: Ranks, rows: Seque
     return known
 
 
-def _check_written(config: EvalConfig) -> None:
-    """Refuse a threshold that could not be written, before hours of work."""
+def _check_in_time(config: EvalConfig, rows: Sequence[Row], other: Other | None) -> None:
+    """Refuse, before hours of work, what could only fail after them: a calibration, a comparison, a file."""
     if config.write_threshold and (config.model is None or not Path(config.model).is_dir()):
         raise ConfigError(
             "the threshold is written into a model folder: give --model the folder of a converted model, or "
             "--threshold-file a file"
         )
+    if config.calibrate is not None:
+        counted = [row for row in rows if row.answer not in (None, "", []) or not config.needs_answers]
+        check_enough(counted, config.folds)
+        if config.write_threshold:
+            check_writable(Path(str(config.model)) / "mlxvr.json")
+        if config.threshold_file is not None:
+            check_writable(config.threshold_file)
+    if other is not None:
+        check_comparable({sample.id: sample for sample in usable(other.samples)}, {row.id: row for row in rows})

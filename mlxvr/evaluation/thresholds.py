@@ -13,7 +13,7 @@ from mlxvr.evaluation.calibrate import Calibration
 from mlxvr.porting.card import with_threshold
 from mlxvr.writing import replace_file
 
-__all__ = ["save_threshold", "write_threshold"]
+__all__ = ["check_writable", "save_threshold", "write_threshold"]
 
 _EVIDENCE = ("goal", "margin", "budget", "folds", "seed", "held_out")
 
@@ -60,6 +60,15 @@ def save_threshold(path: str | os.PathLike[str], calibration: Calibration) -> Pa
         settings["previous_thresholds"] = [*settings.get("previous_thresholds", []), old]
     _replace(path, json.dumps(settings | new, indent=2, ensure_ascii=False) + "\n")
     return path
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Refuse a file that `save_threshold` could not write, before there is a threshold; errors are its."""
+    path = Path(path)
+    _settings(path)
+    folder = next(folder for folder in path.absolute().parents if folder.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise ConfigError(f"{path} cannot be written; make its folder writable")
 
 
 def _replace(path: Path, text: str) -> None:
