@@ -102,9 +102,15 @@ def _train(args: argparse.Namespace) -> int | None:
 
     def show(entry: Mapping[str, Any], total: int) -> None:
         nonlocal view
-        view = view or LiveView(total, history=_history(config, entry))
+        view = view or LiveView(total, history=_history(config, entry), refresh_seconds=1.0)
         bars.clear()
         view.update(entry)
+
+    def progress(stage: str, done: int, total: int) -> None:
+        if view is None:
+            bars(stage, done, total)
+        else:
+            view.work(stage, done, total)
 
     def note(text: str) -> None:
         bars.clear()
@@ -112,7 +118,7 @@ def _train(args: argparse.Namespace) -> int | None:
 
     with Bars() as bars, _interruptible(note) as should_stop:
         try:
-            report = train(config, progress=bars, on_entry=show, on_note=note, should_stop=should_stop)
+            report = train(config, progress=progress, on_entry=show, on_note=note, should_stop=should_stop)
         finally:
             if view is not None:
                 view.close()

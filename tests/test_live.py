@@ -3,6 +3,7 @@
 import io
 import os
 import re
+import threading
 import time
 
 import numpy as np
@@ -332,3 +333,58 @@ def test_sparkline():
 )
 def test_duration(seconds, text):
     assert duration(seconds) == text
+
+
+def test_time_goes_on_between_entries(clock):
+    """What was left after the last step counts down, and what the run is doing now is said."""
+    screen = Screen()
+    view = LiveView(10, screen)
+    view.update({**STEP, "rollout_seconds": 15.0, "update_seconds": 5.0})
+    clock[0] += 61
+    view.work("sample", 1, 4)
+    head = screen.lines(100)[0]
+    assert "elapsed 1:21  left 1:59  sampling 2 of 4" in head  # 20 s a step, 9 of them left, 61 s gone by
+    view.work("learn", 0, 1)
+    assert screen.lines(100)[0].endswith("learning")
+    view.work("validate", 3, 3)
+    assert screen.lines(100)[0].endswith("validating 3 of 3")
+    clock[0] += 19
+    view.update({**STEP, "step": 2})
+    assert "elapsed 1:40  left 6:40" in screen.lines(100)[0]
+    assert "validating" not in screen.lines(100)[0]
+    view.close()
+    assert len(screen.lines(100)) == 5
+
+
+def test_a_thread_draws_the_view_anew(clock):
+    """It ends with the view; elsewhere than on a terminal there is none."""
+    before = threading.active_count()
+    plain = io.StringIO()
+    assert LiveView(10, plain, refresh_seconds=0.01) is not None
+    assert threading.active_count() == before
+    screen = Screen()
+    view = LiveView(10, screen, refresh_seconds=0.01)
+    view.update(STEP)
+    clock[0] += 3600
+    ends = time.perf_counter() + 10
+    while "elapsed 1:00:00" not in screen.getvalue() and time.perf_counter() < ends:
+        threading.Event().wait(0.01)
+    assert "elapsed 1:00:00" in screen.lines(100)[0]
+    view.close()
+    ends = time.perf_counter() + 10
+    while threading.active_count() > before and time.perf_counter() < ends:
+        threading.Event().wait(0.01)
+    assert threading.active_count() == before
+
+
+def test_completions_that_were_cut_off_are_shown():
+    """With a limit of 16 tokens all were, and nothing said so."""
+    screen, plain = Screen(), io.StringIO()
+    LiveView(10, screen).update({**STEP, "truncated": 1.0})
+    assert "cut off 100.0%" in " ".join(screen.lines(100))
+    view = LiveView(10, plain)
+    view.update({**STEP, "truncated": 0.25})
+    view.update({**STEP, "step": 2, "truncated": 0.0})
+    first, second = plain.getvalue().splitlines()
+    assert "cut off 25.0%" in first
+    assert "cut off" not in second

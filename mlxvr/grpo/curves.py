@@ -2,7 +2,9 @@
 
 Six panels over the steps: the reward with its parts, the accuracies of both answers, the shares (confidence, think
 ratio, format), lengths, loss and KL, gradient norm and learning rate. Validations are marked by dots. Groups are few in
-a step, so figures jump about: they are drawn faintly, with a mean over neighbouring steps on top.
+a step, so figures jump about: they are drawn faintly, with a mean over neighbouring steps on top. Lines that coincide
+stay visible by their dashes, and legends stand below their panels. A loss that is 0, as it is by construction with one
+update of a batch, and a KL that is as good as 0 are drawn as such instead of filling their axes with rounding.
 
 Of a long run a point is the mean of several steps, which the axis then says, since a thousand points are more than a
 picture can show. Figures that are null are passed over; a panel without any says so.
@@ -31,11 +33,12 @@ _SMOOTH = {"learning_rate"}  # figures that do not jump about
 _PARTS = (
     ("first answer", "first", ORANGE, "-"),
     ("reviewed answer", "second", GREEN, "-"),
-    ("format", "format", GRAY, "-"),
-    ("fallback", "fallback", VIOLET, "-"),
+    ("format", "format", GRAY, ":"),
+    ("fallback", "fallback", VIOLET, "-."),
     ("agreement", "agreement", ORANGE, "--"),
     ("coherence", "coherence", GREEN, "--"),
 )
+_LEAST_SPAN = {"loss": 1e-3, "kl": 1e-4}  # of an axis: less is rounding
 
 Line = tuple[list[float], list[float]]  # steps and figures
 
@@ -94,8 +97,9 @@ def _draw(figure: "Figure", entries: Sequence[Mapping[str, Any]], title: str) ->
     for axes in panels[-1]:
         axes.set_xlabel("step" if size == 1 else f"step (means of {size:,} steps)")
     first, last = float(entries[0]["step"]), float(entries[-1]["step"])
-    margin = max(1.0, 0.02 * (last - first))
-    panels[0][0].set_xlim(first - margin, last + margin)
+    margin = max(0.5, 0.02 * (last - first))
+    edge = 0.01 * max(1.0, last - first)  # so that a mark at step 0 is whole
+    panels[0][0].set_xlim(max(-edge, first - margin), last + margin)
     panels[0][0].xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     if title:
         figure.suptitle(title)
@@ -113,7 +117,7 @@ def _draw_reward(axes: "Axes", entries: Sequence[Mapping[str, Any]]) -> None:
 def _draw_accuracies(axes: "Axes", entries: Sequence[Mapping[str, Any]]) -> None:
     axes.set_title("accuracy")
     _draw_curve(axes, entries, "first_accuracy", "first answer", ORANGE)
-    _draw_curve(axes, entries, "second_accuracy", "reviewed answer", GREEN)
+    _draw_curve(axes, entries, "second_accuracy", "reviewed answer", GREEN, style="--")
     _draw_validation(axes, entries, "valid_first_accuracy", "first, validation", ORANGE)
     _draw_validation(axes, entries, "valid_second_accuracy", "reviewed, validation", GREEN)
     _draw_validation(axes, entries, "valid_auto_accuracy", "auto, validation", RED)
@@ -123,7 +127,7 @@ def _draw_accuracies(axes: "Axes", entries: Sequence[Mapping[str, Any]]) -> None
 def _draw_shares(axes: "Axes", entries: Sequence[Mapping[str, Any]]) -> None:
     axes.set_title("confidence, think ratio, format")
     _draw_curve(axes, entries, "think_ratio", "think ratio", VIOLET)
-    _draw_curve(axes, entries, "format", "format", GRAY)
+    _draw_curve(axes, entries, "format", "format", GRAY, style=":")
     _draw_validation(axes, entries, "valid_confidence", "confidence, validation", BLUE)
     _draw_validation(axes, entries, "valid_think_ratio", "think ratio, validation", VIOLET)
     _draw_validation(axes, entries, "valid_format", "format, validation", GRAY)
@@ -154,6 +158,12 @@ def _draw_two(
         here.ticklabel_format(axis="y", scilimits=(-3, 4))
         if not here.lines:
             here.set_yticks([])
+        elif name in _LEAST_SPAN:
+            _widen(here, _line(entries, name)[1], _LEAST_SPAN[name])
+    if left[1] == "loss" and axes.lines:
+        note = "0 on policy, whatever is learned: look at the reward" if _is_flat(_line(entries, "loss")[1]) else ""
+        note += ("; " if note else "") + "steps that taught nothing have no KL" if _has_gaps(entries) else ""
+        axes.text(0.02, 0.04, note, transform=axes.transAxes, fontsize=7.5, color=GRAY)
     if not axes.lines and not other.lines:
         _say_nothing(axes)
 
@@ -191,9 +201,27 @@ def _finish(axes: "Axes", *, percent: bool = False) -> None:
         axes.set_ylim(-0.03, 1.03)
         axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f}%")
     if axes.lines:
-        axes.legend(fontsize=7.5, framealpha=0.8, edgecolor="none", ncols=2)
+        axes.legend(fontsize=7.5, frameon=False, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.02))
     else:
         _say_nothing(axes)
+
+
+def _widen(axes: "Axes", figures: Sequence[float], least: float) -> None:
+    """Give an axis a span that does not magnify what is as good as 0; a KL is never below it."""
+    low, high = min([*figures, 0.0]), max([*figures, 0.0])
+    if high - low < least:
+        axes.set_ylim(-least if low < 0.0 else -0.05 * least, least)
+
+
+def _is_flat(figures: Sequence[float]) -> bool:
+    return all(abs(figure) < _LEAST_SPAN["loss"] for figure in figures)
+
+
+def _has_gaps(entries: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a step has no KL though others have one."""
+    steps = [entry for entry in entries if _number(entry, "reward") is not None]
+    known = sum(_number(entry, "kl") is not None for entry in steps)
+    return 0 < known < len(steps)
 
 
 def _say_nothing(axes: "Axes") -> None:

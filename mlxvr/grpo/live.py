@@ -8,6 +8,9 @@ goes on in the next one, and lines at the end that find no room are left out.
 
 The reward's history is drawn over the whole run, each column the mean of as many steps as it takes.
 
+Between entries the view is drawn anew once a second where that is asked for: the time goes on, and the view says what
+the run is doing now, so that a step of minutes does not look like a run that hangs.
+
 The view never ends a run. Where its terminal is gone (a connection was lost), it is silent.
 """
 
@@ -16,6 +19,7 @@ import math
 import os
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
@@ -30,6 +34,7 @@ _BAR, _ASCII_BAR = "█░", "#-"
 _BAR_WIDTH, _SPARK_WIDTH = 24, 32
 _LEAST = 6  # characters: a bar or a history of fewer says nothing
 _GAP = "  "
+_STAGES = {"sample": "sampling {done} of {total}", "learn": "learning", "validate": "validating {done} of {total}"}
 _LARGEST = 1e30  # no figure of a training is larger, and its digits would fill the screen
 
 
@@ -52,10 +57,17 @@ class LiveView:
         total_steps: of the whole run.
         out: where to write; None: stderr.
         history: entries of steps that were made before, by a run that is gone on with; they are not timed.
+        refresh_seconds: after which a terminal is drawn anew between entries, by a thread that ends with `close`; None:
+            never.
     """
 
     def __init__(
-        self, total_steps: int, out: TextIO | None = None, *, history: Iterable[Mapping[str, Any]] = ()
+        self,
+        total_steps: int,
+        out: TextIO | None = None,
+        *,
+        history: Iterable[Mapping[str, Any]] = (),
+        refresh_seconds: float | None = None,
     ) -> None:
         self._total = total_steps
         self._out: TextIO = out if out is not None else sys.stderr
@@ -67,43 +79,71 @@ class LiveView:
         self._drawn: list[int] = []  # widths of the lines on the screen
         self._step = 0
         self._steps_here = 0
-        self._start = time.monotonic()
+        self._start = self._step_ended = time.monotonic()
+        self._doing = ""
+        self._lock = threading.RLock()  # a signal's handler may write a note while its own thread draws
+        self._ended = threading.Event()
         self._last: dict[str, Any] = {}
         self._valid: dict[str, Any] = {}
         self._rewards: list[float] = []
         for entry in history:
             self._take(entry)
         self._steps_here = 0
+        if refresh_seconds is not None and self._is_live:
+            threading.Thread(target=self._keep_fresh, args=(refresh_seconds,), daemon=True).start()
 
     def update(self, entry: Mapping[str, Any]) -> None:
         """Show an entry: of a step, of a validation, or of both."""
-        if not self._has_begun:  # whoever makes a view with its first entry has made that step already
-            self._has_begun = True
-            self._start -= sum(_number(entry, name) or 0.0 for name in ("rollout_seconds", "update_seconds"))
-        self._take(entry)
-        if self._is_closed:
-            return
-        if self._is_live:
-            self._draw()
-        else:
-            self._write(f"{self._line(entry)}\n")
+        with self._lock:
+            if not self._has_begun:  # whoever makes a view with its first entry has made that step already
+                self._has_begun = True
+                self._start -= sum(_number(entry, name) or 0.0 for name in ("rollout_seconds", "update_seconds"))
+            self._take(entry)
+            self._doing = ""
+            if self._is_closed:
+                return
+            if self._is_live:
+                self._draw()
+            else:
+                self._write(f"{self._line(entry)}\n")
+
+    def work(self, stage: str, done: int, total: int) -> None:
+        """Say what the run is doing now, as its `progress` tells it; shown on a terminal alone."""
+        with self._lock:
+            words = _STAGES.get(stage, f"{stage} {{done}} of {{total}}")
+            self._doing = words.format(done=min(done + 1, total), total=total)
+            self.refresh()
+
+    def refresh(self) -> None:
+        """Draw a terminal anew: the time goes on between entries."""
+        with self._lock:
+            if self._is_live and not self._is_closed and (self._last or self._valid):
+                self._draw()
 
     def note(self, text: str) -> None:
         """Say something that stays: above the lines of the view, or as a line of its own."""
-        if self._is_closed:
-            return
-        lines = [_printable(line) for line in text.splitlines()] or [""]
-        if self._is_live:
-            self._write(self._clearing() + "".join(f"{line}\n" for line in lines))
-            self._drawn = []
-            if self._last or self._valid:
-                self._draw()
-        else:
-            self._write("".join(f"{line}\n" for line in lines))
+        with self._lock:
+            if self._is_closed:
+                return
+            lines = [_printable(line) for line in text.splitlines()] or [""]
+            if self._is_live:
+                self._write(self._clearing() + "".join(f"{line}\n" for line in lines))
+                self._drawn = []
+                self.refresh()
+            else:
+                self._write("".join(f"{line}\n" for line in lines))
 
     def close(self) -> None:
         """Leave the last lines where they are; nothing is shown after. May be called twice."""
-        self._is_closed = True
+        with self._lock:
+            self._doing = ""
+            self.refresh()
+            self._is_closed = True
+        self._ended.set()
+
+    def _keep_fresh(self, seconds: float) -> None:
+        while not self._ended.wait(seconds):
+            self.refresh()
 
     def __enter__(self) -> Self:
         return self
@@ -120,6 +160,7 @@ class LiveView:
         if step is not None and any(name != "step" and not str(name).startswith("valid_") for name in entry):
             self._steps_here += max(0, int(step) - self._step) if self._steps_here else 1
             self._step = int(step)
+            self._step_ended = time.monotonic()
             self._last = dict(entry)
             reward = _number(entry, "reward")
             if reward is not None:
@@ -127,10 +168,11 @@ class LiveView:
 
     def _times(self) -> tuple[float, float | None]:
         """Seconds so far, and those that are left at the pace so far."""
-        elapsed = time.monotonic() - self._start
+        now = time.monotonic()
         if not self._steps_here:
-            return elapsed, None
-        return elapsed, elapsed / self._steps_here * max(0, self._total - self._step)
+            return now - self._start, None
+        left = (self._step_ended - self._start) / self._steps_here * max(0, self._total - self._step)
+        return now - self._start, max(0.0, left - (now - self._step_ended))
 
     def _draw(self) -> None:
         columns, rows = _size(self._out)
@@ -158,6 +200,7 @@ class LiveView:
             ("", f"{100 * share:3.0f}%"),
             ("elapsed", duration(elapsed)),
             ("left", "" if left is None else duration(left)),
+            ("", self._doing),
         )
         bar = _BAR if self._has_blocks else _ASCII_BAR
         room = _room(head, width, _BAR_WIDTH)
@@ -180,6 +223,7 @@ class LiveView:
         cost = _known(
             ("tokens", _whole(last, "tokens_mean", 6)),
             ("longest", _whole(last, "tokens_max", 6)),
+            ("cut off", _percent(last, "truncated", 6)),
             ("tokens/s", _whole(last, "tokens_per_second", 6)),
             ("memory", _memory(last)),
         )
@@ -198,6 +242,7 @@ class LiveView:
                 ("think", _percent(entry, "think_ratio")),
                 ("format", _percent(entry, "format")),
                 ("tokens", _whole(entry, "tokens_mean")),
+                ("cut off", _percent(entry, "truncated") if _number(entry, "truncated") else ""),
                 ("kl", _small(entry, "kl")),
                 ("grad", _small(entry, "grad_norm")),
                 ("lr", _small(entry, "learning_rate")),

@@ -96,7 +96,8 @@ def train(
 
     Args:
         config: what to do.
-        progress: called with (stage, done, total): "download", "check", "filter" and "validate".
+        progress: called with (stage, done, total): "download", "check", "filter", "sample" (rows of a step), "learn"
+            (0 of 1: a step is learned from) and "validate".
         on_entry: called with each entry of `metrics.jsonl` and the number of steps in all, on rank 0.
         on_note: called with what is worth a line for people, on rank 0.
         should_stop: asked between steps and between validation rows; the run then saves its state and returns.
@@ -278,7 +279,7 @@ class _Run:
             while state.step < self.total and not stopped:
                 number = state.step + 1
                 try:
-                    figures, stopping = self._take_step(number, next(shares), should_stop)
+                    figures, stopping = self._take_step(number, next(shares), should_stop, progress)
                 except BaseException:
                     if self.learner.is_whole and state.step:
                         self._save()
@@ -317,13 +318,17 @@ class _Run:
             rank=self.ranks.rank,
         )
 
-    def _take_step(self, number: int, share: "_Share", should_stop: ShouldStop | None) -> tuple[dict[str, Any], bool]:
+    def _take_step(
+        self, number: int, share: "_Share", should_stop: ShouldStop | None, progress: Bar | None
+    ) -> tuple[dict[str, Any], bool]:
         """One step over all ranks: its figures, and whether some rank wants to stop."""
         config, clock = self.config, time.perf_counter
         hand_over()  # a reasoner of this process answers between steps
         mx.reset_peak_memory()
         begun = clock()
-        groups, skipped = self._sample(share, number)
+        progress = progress or _unseen
+        groups, skipped = self._sample(share, number, progress)
+        progress("learn", 0, 1)
         sampled = clock()
         rate = learning_rate(
             number, highest=config.learning_rate, kind=config.schedule, warmup=config.warmup_steps, total=self.total
@@ -363,10 +368,11 @@ class _Run:
         }
         return figures, any(one["stop"] for one in every)
 
-    def _sample(self, share: "_Share", number: int) -> tuple[list[Group], dict[str, str]]:
+    def _sample(self, share: "_Share", number: int, progress: Bar) -> tuple[list[Group], dict[str, str]]:
         """This rank's groups, and its rows that could not be used."""
         groups, skipped = [], {}
-        for row, vision in share.rows:
+        for done, (row, vision) in enumerate(share.rows):
+            progress("sample", done, share.count)
             try:
                 if isinstance(vision, Exception):
                     raise vision
@@ -394,7 +400,7 @@ class _Run:
         with closing(read_ahead(order, self.spec)) as media:
             places = iter(zip(order, media))
             for count in counts:
-                yield _Share((row, vision) for row, (vision, _) in islice(places, count))
+                yield _Share(((row, vision) for row, (vision, _) in islice(places, count)), count)
 
     def validate(self, progress: Bar | None, should_stop: ShouldStop | None) -> Mapping[str, Any] | None:
         """Figures on the validation rows, brought together from all ranks; None: some rank was asked to stop."""
@@ -490,6 +496,7 @@ class _Share:
     """A rank's rows of a step with what they show, or why that cannot be read."""
 
     rows: Iterator[tuple[Row, Any]] = field(repr=False)
+    count: int
 
 
 def _batches(config: TrainConfig, count: int, ranks: Ranks | None) -> Iterator[tuple[int, ...]]:
@@ -559,4 +566,8 @@ def _filter(
 
 
 def _silent(_: str) -> None:
+    pass
+
+
+def _unseen(stage: str, done: int, total: int) -> None:
     pass
