@@ -84,7 +84,7 @@ def load(
     Args:
         model: a converted folder, a folder as transformers writes it, or a Hub id; None is the bundled demo checkpoint.
             A folder is loaded without touching the network.
-        adapter: folder of LoRA weights to put on top.
+        adapter: folder of LoRA weights to put on top, of mlxvr, mlx-vlm, mlx-lm or PEFT.
         revision: branch, tag or commit of a Hub id.
         dtype: "float32", "float16" or "bfloat16", what to compute in; None: the checkpoint's. CPUs with a good BLAS are
             fastest in float32. float16 is faster than bfloat16 on M1 and M2, which have no bfloat16 in hardware, but

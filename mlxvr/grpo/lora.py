@@ -115,12 +115,19 @@ def attach_saved(model: VideoModel, folder: Path) -> LoraConfig:
             "fused model"
         )
     _freeze_the_rest(model)
-    settings = adapter.config["lora_parameters"]
+    shared = {(layer.rank, layer.scale) for layer in adapter.layers.values()}
+    if len(shared) > 1:
+        raise CheckpointError(
+            f"the adapter {folder} has modules of several ranks or scales, and a training has one of each: fuse it, "
+            "and train the fused model"
+        )
+    ((rank, scale),) = shared
+    dropout = adapter.config.get("lora_dropout") or adapter.config.get("lora_parameters", {}).get("dropout", 0.0)
     try:
         return LoraConfig(
-            rank=int(settings["rank"]),
-            scale=adapter.scale,
-            dropout=float(settings.get("dropout", 0.0)),
+            rank=rank,
+            scale=scale,
+            dropout=float(dropout),
             dora=adapter.is_dora,
             keys=tuple(key for key in PROJECTIONS if key in last),
         )

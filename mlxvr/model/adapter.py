@@ -1,10 +1,12 @@
 """LoRA weights on top of a loaded network.
 
-An adapter folder has mlx-vlm 0.7.10's layout: `adapters.safetensors`, whose tensors are `<module>.lora_a` and
-`<module>.lora_b` (and `.m` for DoRA), and `adapter_config.json` with `lora_parameters` {"rank", "scale", "dropout",
-"keys"}. mlx-vlm's own function puts the layers in, but then loads the weights without looking: a folder made for
-another model would leave them untrained and say nothing. So names and shapes are compared here. It also builds DoRA
-layers of the wrong width around weights of 3, 5 or 6 bits; `add_layers` builds them right.
+An adapter folder is one of PEFT (`adapter_model.safetensors`), of mlx-vlm or mlxvr, or of mlx-lm
+(`adapters.safetensors`), each with `adapter_config.json`; `mlxvr.model.adapter_layouts` reads the three as one. In the
+network they are mlx-vlm 0.7.10's layers: `<module>.lora_a`, `<module>.lora_b` and, for DoRA, `.m`.
+
+mlx-vlm's own function puts the layers in, but then loads the weights without looking: a folder made for another model
+would leave them untrained and say nothing. So names and shapes are compared here. It also builds DoRA layers of the
+wrong width around weights of 3, 5 or 6 bits; `add_layers` builds them right.
 """
 
 import hashlib
@@ -14,16 +16,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlxvr.errors import CheckpointError
+from mlxvr.model.adapter_layouts import AdapterLayer, read_mlx, read_peft
 from mlxvr.model.safetensors import TensorInfo, read_header
 
 __all__ = ["LORA_PARTS", "Adapter", "add_layers", "apply_adapter", "find_layers", "swap_modules"]
 
 LORA_PARTS = ("lora_a", "lora_b", "m")
 
+_PEFT_WEIGHTS = "adapter_model.safetensors"
+_MLX_WEIGHTS = "adapters.safetensors"
+_LAYERS = "language_model.model.layers."
 _LORA_ENDINGS = (".lora_a", ".lora_b", ".m", ".A", ".B")
 
 
@@ -34,51 +41,58 @@ class Adapter:
     Attributes:
         folder: where it lies.
         config: `adapter_config.json`.
-        tensors: what `adapters.safetensors` holds.
+        weights_file: the file with its tensors.
+        tensors: what that file holds, by the names on disk.
+        layers: MLX path of each adapted module -> what is added to it.
     """
 
     folder: Path
     config: dict[str, Any]
+    weights_file: Path
     tensors: dict[str, TensorInfo]
+    layers: dict[str, AdapterLayer]
 
     @classmethod
     def open(cls, folder: Path) -> "Adapter":
-        """Read config and header; raises `CheckpointError` when a file is missing, damaged or of another kind."""
-        weights, config_file = folder / "adapters.safetensors", folder / "adapter_config.json"
-        for file in (weights, config_file):
-            if not file.is_file():
-                raise CheckpointError(
-                    f"{folder} has no {file.name}: give the folder of an adapter, with adapters.safetensors and "
-                    "adapter_config.json"
-                )
+        """Read config and header.
+
+        Raises `CheckpointError` when a file is missing or damaged, or the adapter is of another kind or has a setting
+        that MLX's LoRA layers cannot express.
+        """
+        config_file = folder / "adapter_config.json"
+        weights = _find_weights(folder)
+        if not config_file.is_file():
+            raise _no_file(folder, config_file.name)
         try:
             config = json.loads(config_file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{config_file} cannot be read as JSON ({error}): copy the adapter again") from error
         tensors = read_header(weights)
+        if weights.name == _PEFT_WEIGHTS:
+            if not isinstance(config, dict):
+                raise CheckpointError(f"{config_file} holds no JSON object: copy the adapter again")
+            return cls(folder, config, weights, tensors, read_peft(config, tensors, folder))
         _check_config(config, config_file)
-        return cls(folder, config, tensors)
+        return cls(folder, config, weights, tensors, read_mlx(config, tensors, folder))
 
     @property
-    def weights_file(self) -> Path:
-        """The file with its tensors."""
-        return self.folder / "adapters.safetensors"
+    def is_peft(self) -> bool:
+        """Whether PEFT saved it."""
+        return self.weights_file.name == _PEFT_WEIGHTS
 
     @property
     def is_dora(self) -> bool:
         """Whether each row of an adapted weight is scaled to a learned length (arXiv 2402.09353)."""
-        return self.config.get("fine_tune_type", "lora") == "dora"
+        return bool(self.config.get("use_dora")) or self.config.get("fine_tune_type", "lora") == "dora"
 
-    @property
-    def scale(self) -> float:
-        """What the product of the two LoRA matrices is multiplied with.
-
-        Raises `CheckpointError` when the config does not say.
-        """
-        scale = self.config["lora_parameters"].get("scale")
-        if isinstance(scale, bool) or not isinstance(scale, int | float):
-            raise CheckpointError(f"{self.folder / 'adapter_config.json'} has no number as scale: copy it again")
-        return float(scale)
+    def load(self) -> dict[str, mx.array]:
+        """Its weights by the names that they have in the network, each `lora_a` (inputs, rank)."""
+        arrays = cast("dict[str, mx.array]", mx.load(str(self.weights_file)))
+        return {
+            f"{module}.{part}": arrays[name].T if self.is_peft and part != "m" else arrays[name]
+            for module, layer in self.layers.items()
+            for part, name in layer.parts.items()
+        }
 
     def fingerprint(self) -> str:
         """A short hash of its files."""
@@ -94,9 +108,13 @@ def apply_adapter(network: Any, folder: Path) -> str:
     Raises `CheckpointError` when a file is missing or damaged, or the adapter was made for another model.
     """
     adapter = Adapter.open(folder)
-    _attach(network, folder, adapter.config)
-    _check_fit(network, adapter.tensors, folder)
-    network.load_weights(str(adapter.weights_file), strict=False)
+    if adapter.is_peft or _is_mlx_lm(adapter):
+        _attach_by_name(network, adapter)
+    else:
+        _attach(network, folder, adapter.config)
+    weights = adapter.load()
+    _check_fit(network, {name: tuple(array.shape) for name, array in weights.items()}, folder)
+    network.load_weights(list(weights.items()), strict=False)
     return adapter.fingerprint()
 
 
@@ -146,7 +164,7 @@ def swap_modules(network: Any, modules: Mapping[str, Any]) -> None:
         parent = network
         for part in path:
             parent = parent[int(part)] if part.isdigit() else parent[part]
-        parent[last] = module
+        parent[int(last) if last.isdigit() else last] = module
 
 
 def _check_config(config: Any, file: Path) -> None:
@@ -155,9 +173,74 @@ def _check_config(config: Any, file: Path) -> None:
         raise CheckpointError(f"{file} describes a fully fine-tuned model, not an adapter: load that model itself")
     if kind not in ("lora", "dora") or not isinstance(config.get("lora_parameters"), dict):
         raise CheckpointError(
-            f"{file} does not describe a LoRA adapter as mlx-vlm or mlxvr writes it (lora_parameters with rank, scale, "
-            "dropout and keys): convert the adapter, or fuse it into its model first"
+            f"{file} does not describe a LoRA adapter as mlx-vlm, mlx-lm or mlxvr writes it (lora_parameters with "
+            "rank, scale, dropout and keys): convert the adapter, or fuse it into its model first"
         )
+
+
+def _find_weights(folder: Path) -> Path:
+    """The file with the tensors; raises `CheckpointError` when there is none that is safe to read."""
+    present = [folder / name for name in (_PEFT_WEIGHTS, _MLX_WEIGHTS) if (folder / name).is_file()]
+    if len(present) == 2:
+        raise CheckpointError(f"{folder} holds both {_PEFT_WEIGHTS} and {_MLX_WEIGHTS}: give each a folder of its own")
+    if present:
+        return present[0]
+    if (folder / "adapter_model.bin").is_file():
+        raise CheckpointError(
+            f"{folder} has its weights as a pickle only (adapter_model.bin), which can run code when it is read and is "
+            "never loaded: save the adapter again with safe_serialization=True"
+        )
+    raise _no_file(folder, _MLX_WEIGHTS)
+
+
+def _no_file(folder: Path, name: str) -> CheckpointError:
+    return CheckpointError(
+        f"{folder} has no {name}: give the folder of an adapter, with adapters.safetensors (of MLX) or "
+        "adapter_model.safetensors (of PEFT) and adapter_config.json"
+    )
+
+
+def _is_mlx_lm(adapter: Adapter) -> bool:
+    """Whether its modules are counted from a text model, or its keys from a layer."""
+    keys = adapter.config["lora_parameters"].get("keys") or []
+    return any(name.startswith("model.layers.") for name in adapter.tensors) or any(
+        str(key).startswith(("self_attn.", "mlp.")) for key in keys
+    )
+
+
+def _attach_by_name(network: Any, adapter: Adapter) -> None:
+    """Put layers around the modules that the adapter has weights for, each with its own rank and scale."""
+    linear = {
+        name: tuple(module.weight.shape)
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Linear | nn.QuantizedLinear)
+    }
+    wanted = set(adapter.layers)
+    if not adapter.is_peft:
+        wanted |= _mlx_lm_targets(adapter.config, linear)
+    for name in sorted(wanted):
+        if name not in linear:
+            raise CheckpointError(
+                f"the adapter {adapter.folder} adapts {name}, and this model has no linear module of that name: it was "
+                "made for another model"
+            )
+        if name not in adapter.layers:
+            raise CheckpointError(f"the adapter {adapter.folder} lacks {name}, which its config names: copy it again")
+    groups: dict[tuple[int, float], list[str]] = {}
+    for name, layer in adapter.layers.items():
+        groups.setdefault((layer.rank, layer.scale), []).append(name)
+    for (rank, scale), names in groups.items():
+        add_layers(network, names, rank=rank, scale=scale, dora=adapter.is_dora)
+
+
+def _mlx_lm_targets(config: Mapping[str, Any], linear: Iterable[str]) -> set[str]:
+    """The modules that an mlx-lm config names: `keys` in each of the last `num_layers` layers."""
+    layers = [name.removeprefix(_LAYERS).split(".", 1) for name in linear if name.startswith(_LAYERS)]
+    count = 1 + max((int(index) for index, _ in layers), default=-1)
+    keys = config["lora_parameters"].get("keys")
+    last = config.get("num_layers", config.get("lora_layers", -1))
+    first = count - last if isinstance(last, int) and 0 < last <= count else 0
+    return {f"{_LAYERS}{index}.{key}" for index, key in layers if int(index) >= first and key in (keys or ())}
 
 
 def _attach(network: Any, folder: Path, config: dict[str, Any]) -> None:
@@ -177,17 +260,17 @@ def _attach(network: Any, folder: Path, config: dict[str, Any]) -> None:
         raise CheckpointError(f"the adapter {folder} does not fit this model: {error}") from error
 
 
-def _check_fit(network: Any, tensors: dict[str, TensorInfo], folder: Path) -> None:
+def _check_fit(network: Any, shapes: Mapping[str, tuple[int, ...]], folder: Path) -> None:
     """Every LoRA weight of the network is in the file in its shape, and the file holds nothing else."""
     present = {key: tuple(array.shape) for key, array in cast("list[Any]", tree_flatten(network.parameters()))}
     wanted = {key for key in present if key.endswith(_LORA_ENDINGS)}
-    if missing := sorted(wanted - tensors.keys()):
+    if missing := sorted(wanted - shapes.keys()):
         raise CheckpointError(f"the adapter {folder} lacks {missing[0]}: it was made for another model")
-    for key, info in tensors.items():
+    for key, shape in shapes.items():
         if key not in present:
             raise CheckpointError(f"the adapter {folder} holds {key}, which this model does not have")
-        if present[key] != info.shape:
+        if present[key] != shape:
             raise CheckpointError(
-                f"the adapter {folder}: {key} has the shape {list(info.shape)}, expected {list(present[key])}: it was "
+                f"the adapter {folder}: {key} has the shape {list(shape)}, expected {list(present[key])}: it was "
                 "made for another model"
             )

@@ -49,7 +49,7 @@ def load_model(
     Args:
         folder: as transformers writes it, as mlxvr converts it or as mlx-vlm converts it; quantized or not (blocks of
             8-bit floats are unpacked to bfloat16).
-        adapter: folder of LoRA weights to put on top (`adapters.safetensors` and `adapter_config.json`).
+        adapter: folder of LoRA weights to put on top, of mlxvr, mlx-vlm, mlx-lm or PEFT (see `adapter_layouts`).
         dtype: one of `DTYPES`, what to compute in and keep unpacked weights in; None: as they are on disk.
         lazy: leave each weight on disk until it is first used, for those who never use all at once.
 

@@ -14,7 +14,6 @@ unquantized ones; with `dequantize` nothing is rounded but to the weights' own f
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import cast
 
 import mlx.core as mx
 
@@ -48,7 +47,7 @@ def fuse(
 
     Args:
         model: a model folder or Hub id, quantized or not.
-        adapter: a folder with `adapters.safetensors` and `adapter_config.json`.
+        adapter: a folder with an adapter of mlxvr, mlx-vlm, mlx-lm or PEFT.
         out: the folder to write; it appears when it is complete, or not at all.
         dequantize: leave nothing quantized.
         revision: branch, tag or commit of a Hub id.
@@ -64,8 +63,7 @@ def fuse(
     check_target(Path(out), force=force)
     folder = hub.resolve(model, revision=revision, progress=progress)
     target = check_target(Path(out), folder, force=force)
-    modules = {key.rpartition(".")[0] for key in given.tensors}
-    checkpoint = Checkpoint.open(folder, unpack=lambda module: dequantize or module in modules)
+    checkpoint = Checkpoint.open(folder, unpack=lambda module: dequantize or module in given.layers)
     updates = _updates(given, checkpoint)
     warn_of_another_base(given.folder, given.config, describe_base(checkpoint.folder))
     recipe = _as_it_is(checkpoint, dequantize=dequantize)
@@ -101,10 +99,10 @@ def _updates(adapter: Adapter, checkpoint: Checkpoint) -> dict[str, Update]:
 
     Raises `CheckpointError` when the adapter was made for another model.
     """
-    weights = cast("dict[str, mx.array]", mx.load(str(adapter.weights_file)))
+    weights = adapter.load()
     shapes = {tensor.module: tensor.shape for tensor in checkpoint.tensors if tensor.is_matrix}
     updates: dict[str, Update] = {}
-    for module in sorted({key.rpartition(".")[0] for key in weights}):
+    for module, layer in sorted(adapter.layers.items()):
         parts = {part: weights.get(f"{module}.{part}") for part in ("lora_a", "lora_b", "m")}
         first, second, lengths = parts["lora_a"], parts["lora_b"], parts["m"]
         if first is None or second is None or (lengths is None) == adapter.is_dora:
@@ -115,7 +113,7 @@ def _updates(adapter: Adapter, checkpoint: Checkpoint) -> dict[str, Update]:
                 f"the adapter {adapter.folder} changes {module} {list(found)}, which this model does not have in that "
                 "shape: it was made for another model"
             )
-        updates[module] = _update(first, second, lengths, adapter.scale)
+        updates[module] = _update(first, second, lengths, layer.scale)
     return updates
 
 
