@@ -8,6 +8,7 @@ import dataclasses
 import logging
 import math
 import os
+import socketserver
 import threading
 from fractions import Fraction
 from pathlib import Path
@@ -547,15 +548,47 @@ class TestBadFiles:
         assert "\n" not in str(caught.value)
 
     def test_damaged_packets(self, clip, tmp_path):
-        data = bytearray(clip("h264.mp4").read_bytes())
-        with av.open(str(clip("h264.mp4"))) as container:
-            places = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
-        for position, size in places[13:17]:
-            data[position : position + size] = bytes(size)
-        path = tmp_path / "damaged.mp4"
-        path.write_bytes(data)
-        frames = read_video(path, SPEC, end=0.2)  # before the damage
+        frames = read_video(damage(clip("h264.mp4"), tmp_path), SPEC, end=0.2)  # before the damage
         assert clips.read_codes(frames.pixels) == frames.indices.tolist()
+
+    @pytest.mark.parametrize("name", ["h264.mp4", "h264.mkv", "hevc.mp4", "vp9.webm"])
+    def test_into_the_damage_and_after_it(self, clip, tmp_path, name, caplog):
+        """What a decoder that leaves bad packets out still gives, at the times at which it would have been shown."""
+        path = damage(clip(name), tmp_path)
+        pixels, stamps = [], []
+        with av.open(str(path)) as container:
+            for packet in container.demux(video=0):
+                try:
+                    for frame in packet.decode():
+                        pixels.append(frame.to_ndarray(format="rgb24"))
+                        stamps.append(float(frame.pts * frame.time_base))
+                except av.error.InvalidDataError:
+                    continue
+        assert 40 < len(pixels) < FRAMES
+        frames = read_video(path, BY_INDEX, nframes=len(pixels))
+        assert frames.seconds == pytest.approx(np.array(stamps)[frames.indices] - stamps[0], abs=1e-6)
+        codes = clips.read_codes(np.stack(pixels)[frames.indices])
+        # What is shown of a damaged group of pictures depends on the threads; before and after it, pictures are whole.
+        whole = [place for place, code in enumerate(codes) if code in {*range(12), *range(40, 60)}]
+        assert len(whole) > 25
+        for place in whole:
+            assert np.array_equal(frames.pixels[place], pixels[frames.indices[place]])
+            assert frames.seconds[place] == pytest.approx(codes[place] / 30, abs=0.002)
+        assert "damaged" in caplog.text
+        assert len(caplog.records) < 5  # not one for every packet
+
+    def test_a_packet_that_a_cut_went_through_is_no_frame(self, tmp_path):
+        path = clips.write_clip(
+            tmp_path / "whole.mp4", bframes=0, gop=1000, container_options={"movflags": "faststart"}
+        )
+        with av.open(str(path)) as container:
+            ends = [packet.pos + packet.size for packet in container.demux(video=0) if packet.size]
+        cut_at = ends[30] + (ends[31] - ends[30]) // 2
+        (tmp_path / "cut.mp4").write_bytes(path.read_bytes()[:cut_at])
+        with av.open(str(tmp_path / "cut.mp4")) as container:
+            assert len(scan(container, container.streams.video[0], is_cut=True)) == 31
+        frames = read_video(tmp_path / "cut.mp4", SPEC, end=1.0)
+        assert clips.read_codes(frames.pixels) == [0, 10, 20, 30]
 
     def test_a_hopeless_ratio(self, tmp_path):
         path = clips.write_clip(tmp_path / "thin.mp4", frames=4, size=(2410, 12), codec="mpeg4")
@@ -566,11 +599,40 @@ class TestBadFiles:
             with pytest.raises(MediaError):
                 probe(path)
 
-    def test_a_playlist_fetches_nothing(self, tmp_path):
-        path = tmp_path / "list.m3u8"
-        path.write_text("#EXTM3U\n#EXT-X-TARGETDURATION:5\n#EXTINF:5,\nhttp://127.0.0.1:9/a.ts\n#EXT-X-ENDLIST\n")
-        with pytest.raises(MediaError):
-            read_video(path, SPEC)
+    @pytest.mark.parametrize("name", ["list.m3u8", "list.mp4"])
+    def test_a_playlist_fetches_nothing(self, tmp_path, name):
+        visitors = []
+
+        class Visited(socketserver.BaseRequestHandler):
+            def handle(self) -> None:
+                visitors.append(self.client_address)
+
+        with socketserver.TCPServer(("127.0.0.1", 0), Visited) as server:
+            thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+            thread.start()
+            try:
+                path = tmp_path / name
+                url = f"http://127.0.0.1:{server.server_address[1]}/a.ts"
+                path.write_text(f"#EXTM3U\n#EXT-X-TARGETDURATION:5\n#EXTINF:5,\n{url}\n#EXT-X-ENDLIST\n")
+                with pytest.raises(MediaError):
+                    read_video(path, SPEC)
+            finally:
+                server.shutdown()
+                thread.join()
+        assert not visitors
+
+
+def damage(source: Path, folder: Path) -> Path:
+    """A copy of a clip in which four packets in a row, the 14th to the 17th, are zeros."""
+    data = bytearray(source.read_bytes())
+    with av.open(str(source)) as container:
+        packets = [(packet.pos, packet.size, bytes(packet)) for packet in container.demux(video=0) if packet.size]
+    for position, size, content in packets[13:17]:
+        begin = data.index(content, max(0, position))  # Matroska's positions are those of blocks
+        data[begin : begin + size] = bytes(size)
+    path = folder / f"damaged{source.suffix}"
+    path.write_bytes(data)
+    return path
 
 
 class TestBadOptions:

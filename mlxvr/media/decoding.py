@@ -167,7 +167,7 @@ def _decode(packet: av.Packet, *, tolerant: bool) -> list[Any]:
     except av.error.InvalidDataError as error:
         if not tolerant:
             raise Unreliable(f"a packet cannot be decoded: {error}") from error
-        logger.warning("a damaged packet of the video was left out")
+        logger.info("a damaged packet of the video was left out")
         return []
 
 

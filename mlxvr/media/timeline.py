@@ -93,7 +93,7 @@ def scan(
         logger.info("the video's time stamps are at odds with the order of its frames; counting them")
         return None
     last = table.durations[positions[-1]] * tick
-    seconds, fps, is_variable, length = _clock(stream, (pts - pts[0]) * tick, last)
+    seconds, fps, is_variable, length = _clock(stream, (table.believed(positions) - pts[0]) * tick, last)
     offset = start_offset(container, stream, int(pts[0]))
     return table.timeline(positions, seconds, fps, is_variable, length, offset)
 
@@ -106,6 +106,7 @@ class PacketTable:
         self.shown: list[bool] = []
         self.keys: list[int] = []  # positions of keyframes
         self.durations: list[int] = []
+        self._dts: list[int | None] = []
         self._stream = stream
         self._made_up = container.format.name == "avi"
         self._codec = stream.codec_context.name
@@ -127,6 +128,7 @@ class PacketTable:
         self.shown.append(not (packet.is_discard or packet.is_corrupt or hidden))
         self.pts.append(packet.pts)
         self.durations.append(packet.duration or 0)
+        self._dts.append(packet.dts)
         return True
 
     def shown_positions(self) -> np.ndarray:
@@ -138,6 +140,25 @@ class PacketTable:
         """Whether no two frames have one stamp, and keyframes are stored in the order in which they are shown."""
         pts = np.array(self.pts, dtype=np.int64)
         return bool(self.keys) and bool(np.all(np.diff(pts[positions]) > 0) and np.all(np.diff(pts[self.keys]) > 0))
+
+    def believed(self, positions: np.ndarray) -> np.ndarray:
+        """int64 (n,): stamps of frames, without those that decoding stamps refute.
+
+        Where frames are stored in the order in which they are shown, both stamps of a packet keep one distance. This
+        tells a fault of the last frame's stamp from a pause before it.
+        """
+        pts = np.array(self.pts, dtype=np.int64)[positions]
+        known = [dts for dts in self._dts if dts is not None]
+        if self._stream.codec_context.has_b_frames or len(known) < len(self._dts):
+            return pts
+        dts = np.array(known, dtype=np.int64)[positions]
+        distance = int(np.median(pts - dts))
+        is_wrong = np.abs(pts - dts - distance) * float(self._stream.time_base) > FAR_SECONDS
+        mended = np.where(is_wrong, dts + distance, pts)
+        if not np.any(is_wrong) or np.any(np.diff(mended) <= 0):
+            return pts
+        logger.warning("%d of the video's time stamps are far out: its decoding stamps count there", is_wrong.sum())
+        return mended
 
     def timeline(
         self,
@@ -175,6 +196,7 @@ def count_frames(
     """Find the frames by decoding all of them, for streams whose packets do not tell; arguments as for `scan`."""
     stamps: list[int | None] = []
     last = 0  # ticks that the last frame is shown
+    damaged = 0
     for packet in container.demux(stream):
         if should_stop is not None and should_stop():
             raise Cancelled("stopped while the video's frames were counted")
@@ -183,7 +205,9 @@ def count_frames(
                 stamps.append(frame.pts)
                 last = frame.duration
         except av.error.InvalidDataError:  # what cannot be decoded is not shown; the second pass skips it as well
-            logger.warning("a damaged packet of the video was skipped")
+            damaged += 1
+    if damaged:
+        logger.warning("%d packets of the video are damaged and were skipped", damaged)
     stamps = stamps[: _certain(len(stamps), stream, is_cut)]
     rate = float(stream.guessed_rate or stream.average_rate or _DEFAULT_FPS)
     seconds, fps, is_variable, duration = np.arange(len(stamps)) / rate, rate, False, len(stamps) / rate

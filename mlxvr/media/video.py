@@ -180,6 +180,7 @@ def _read_by_timeline(request: _Request, container: Any, stream: Any, timeline: 
         try:
             queue = deque([whole_stretch(timeline, selection.frames)])
             _run(request, sink, [partial(_decode_queue, request.path, timeline, queue, slots, sink, tolerant=True)])
+            logger.warning("%s may be damaged: some of its pictures may not be as they were recorded", request.path)
             return _frames(timeline, selection, sink)
         except Unreliable as reason:
             logger.info("%s: %s; counting its frames", request.path, reason)
