@@ -6,6 +6,7 @@ tones. So do we. Our frames are held against a filter graph that does the same a
 what a player would show (scaled by the aspect ratio, deinterlaced, tone mapped) is shown to be something else.
 """
 
+import itertools
 from fractions import Fraction
 
 import av
@@ -72,7 +73,7 @@ def filtered(path, *filters):
         chain = [graph.add_buffer(template=stream, time_base=stream.time_base)]
         chain += [graph.add(name, arguments) for name, arguments in (*filters, ("format", "rgb24"))]
         chain.append(graph.add("buffersink"))
-        for left, right in zip(chain, chain[1:]):
+        for left, right in itertools.pairwise(chain):
             left.link_to(right)
         graph.configure()
         graph.push(frame)
