@@ -15,6 +15,7 @@ from mlxvr.errors import Cancelled
 from mlxvr.media.patches import normalise
 from mlxvr.model.decode import decode, prefill
 from mlxvr.model.loading import load_model
+from mlxvr.model.memory import backend
 from mlxvr.model.network import VideoModel
 from mlxvr.model.prompt import Prompt, build_prompt
 from mlxvr.porting.layerwise import Layer, LayerwiseModel, Piece
@@ -306,5 +307,5 @@ def test_memory_is_that_of_one_layer(tmp_path: Path) -> None:
     assert weights > 100e6
     assert allocated > weights
     assert allocated_streamed < 0.45 * weights
-    if held:
+    if held and backend() == "cpu":  # a GPU's weights are no part of the process
         assert held - held_streamed > 0.5 * weights

@@ -319,7 +319,8 @@ def test_quantized_as_mlx_does_it(model: VideoModel, path: Path, family: str, tm
 
     other = load_model(path)
     how = {"group_size": 32, "bits": 8}
-    chosen = {"language_model.model.layers.1.mlp.up_proj": {"group_size": 64, "bits": 4}}
+    # Groups are shorter than rows, as in real models: MLX's CUDA backend (0.32.4) is wrong where they are as long.
+    chosen = {"language_model.model.layers.1.mlp.down_proj": {"group_size": 64, "bits": 4}}
 
     def predicate(name: str, module: nn.Module) -> bool | dict:
         if not name.startswith("language_model") or not hasattr(module, "to_quantized"):

@@ -418,3 +418,17 @@ print("left open")
     for _ in range(3):
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
         assert (done.returncode, done.stdout, done.stderr) == (0, "left open\n", "")
+
+
+def test_a_thread_that_gave_its_streams_back_may_end_its_turn(monkeypatch):
+    """What MLX says then on a GPU."""
+
+    def gone():
+        raise RuntimeError("There is no Stream(gpu, 0) in current thread.")
+
+    assert device.acquire()
+    with monkeypatch.context() as patch:
+        patch.setattr(device.mx, "synchronize", gone)
+        device.release()
+    assert device.acquire(0.1), "the turn was passed on"
+    device.release()

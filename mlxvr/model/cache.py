@@ -26,13 +26,14 @@ _GROUP_SIZES = (64, 32)
 _LAYOUT = "mlxvr_cache"
 
 
-def make(layers: int, *, head_dim: int, kv_bits: int | None = None) -> list[Any]:
+def make(layers: int, *, head_dim: int, kv_bits: int | None = None, dtype: mx.Dtype = mx.float32) -> list[Any]:
     """An empty cache for a network of `layers` layers.
 
     Args:
         layers: how many.
         head_dim: of keys and values; a quantized cache scales groups of at most 64 of them.
         kv_bits: bits of each stored number, None: as computed.
+        dtype: that the network computes in; backends have kernels for some.
 
     Raises `ConfigError` when keys and values cannot be kept in `kv_bits`.
     """
@@ -43,7 +44,7 @@ def make(layers: int, *, head_dim: int, kv_bits: int | None = None) -> list[Any]
     if kv_bits not in KV_BITS:
         raise ConfigError(f"kv_bits {kv_bits!r} is not supported: use {', '.join(map(str, KV_BITS))}, or leave it out")
     size = group_size(head_dim, kv_bits)
-    if not _has_kernels(head_dim, size, kv_bits):
+    if not _has_kernels(head_dim, size, kv_bits, dtype):
         raise ConfigError(
             f"this backend has no kernel for keys and values of {kv_bits} bits in heads of {head_dim} numbers: leave "
             "kv_bits out"
@@ -65,19 +66,20 @@ def group_size(head_dim: int, kv_bits: int) -> int:
 
 
 @functools.cache
-def _has_kernels(head_dim: int, group_size: int, bits: int) -> bool:
+def _has_kernels(head_dim: int, group_size: int, bits: int, dtype: mx.Dtype) -> bool:
     """Whether the backend multiplies with packed keys and values that are part of a longer buffer, as a cache's are.
 
-    MLX's CUDA backend (0.32.4) has no kernel where a head is one group; it says so when the product is evaluated.
+    MLX's CUDA backend (0.32.4) has no kernel for many queries where a head is one group; it says so when the product is
+    evaluated. So a product of a prompt's size is tried, with two heads that three queries share, and one of a token.
     """
     size: dict[str, Any] = {"group_size": group_size, "bits": bits}
-    packed, scales, biases = (part[..., :40, :] for part in mx.quantize(mx.zeros((1, 1, 64, head_dim)), **size))
-    queries, weights = mx.zeros((1, 1, 40, head_dim)), mx.zeros((1, 1, 40, 40))
+    stored = mx.quantize(mx.zeros((1, 2, 1, 512, head_dim), dtype=dtype), **size)
+    packed, scales, biases = (part[..., :384, :] for part in stored)
     try:
-        mx.eval(
-            mx.quantized_matmul(queries, packed, scales, biases, transpose=True, **size),
-            mx.quantized_matmul(weights, packed, scales, biases, transpose=False, **size),
-        )
+        for queries in (384, 1):
+            asked = mx.zeros((1, 2, 3, queries, head_dim), dtype=dtype)
+            scores = mx.quantized_matmul(asked, packed, scales, biases, transpose=True, **size)
+            mx.eval(mx.quantized_matmul(scores, packed, scales, biases, transpose=False, **size))
     except (RuntimeError, ValueError):
         return False
     return True

@@ -160,7 +160,8 @@ class VideoModel:
 
     def make_cache(self, kv_bits: int | None = None) -> list[Any]:
         """An empty KV cache; see `mlxvr.model.cache.make`."""
-        return kv.make(len(self.layers), head_dim=self.key_shape[1], kv_bits=kv_bits)
+        dtype = self.layers[0].input_layernorm.weight.dtype
+        return kv.make(len(self.layers), head_dim=self.key_shape[1], kv_bits=kv_bits, dtype=dtype)
 
     def encode(
         self,
