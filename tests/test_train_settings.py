@@ -1,0 +1,139 @@
+"""The settings of a run decide what they say: each is shown by what a small run does, or by what its parts get."""
+
+import json
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from small_runs import CLIPS, entries, exact, run
+
+from mlxvr.grpo import learning, trainer
+from mlxvr.reasoner import demo_folder
+
+SHORT = {"steps": 1, "batch_size": 1, "group_size": 2, "max_completion_tokens": 4}
+
+
+def noted(monkeypatch, module, name):
+    """Keyword arguments of every call of a function, which goes on as it was."""
+    calls, function = [], getattr(module, name)
+
+    def noting(*given, **options):
+        calls.append(options)
+        return function(*given, **options)
+
+    monkeypatch.setattr(module, name, noting)
+    return calls
+
+
+def test_the_adapter(tmp_path, small_model):
+    how = {"rank": 3, "scale": 5.0, "dropout": 0.25, "dora": True, "modules": ("q_proj", "down_proj")}
+    run(tmp_path, small_model, **SHORT, **how)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    parameters = config["lora_parameters"]
+    assert (parameters["rank"], parameters["scale"], parameters["dropout"]) == (3, 5.0, 0.25)
+    weights = load_file(tmp_path / "adapters.safetensors")
+    assert {name.split(".")[-2] for name in weights} == {"q_proj", "down_proj"}
+    assert all(3 in array.shape for name, array in weights.items() if name.endswith(("lora_a", "lora_b")))
+    assert any(name.endswith(".m") for name in weights), "DoRA's lengths"
+
+
+def test_the_learning_rate(tmp_path, small_model):
+    """Two steps of three up to the highest; then half a cosine down, of which the next step is the middle."""
+    how = {"steps": 4, "warmup_steps": 2, "schedule": "cosine", "learning_rate": 1e-3}
+    run(tmp_path, small_model, **{**SHORT, **how})
+    rates = [entry["learning_rate"] for entry in entries(tmp_path)]
+    assert rates == pytest.approx([1e-3 / 3, 2e-3 / 3, 1e-3, 0.5e-3])
+
+
+@pytest.mark.parametrize(
+    ("how", "rows", "most"),
+    [
+        ({"max_frames": 6}, 3, 1000),
+        ({"max_frames": 2, "video_tokens": 16}, 1, 16),
+        ({"max_frames": None, "fps": 0.5, "video_tokens": 64}, None, 64),
+    ],
+)
+def test_frames(tmp_path, small_model, monkeypatch, how, rows, most):
+    """Two frames are a row of patches, four patches a token; the clip's length and the rate give the number."""
+    record = json.loads(CLIPS.read_text().splitlines()[0])
+    if rows is None:
+        rows = int(record["frames"] / Fraction(record["fps"]) * how["fps"]) // 2
+        assert rows > 2, "more than the fewest frames that are sampled"
+    seen = noted(monkeypatch, trainer, "encode_row")
+    run(tmp_path, small_model, **{**SHORT, "video_tokens": None, "limit": 1, **how})
+    ((time, height, width),) = [call["vision"].grid for call in seen]
+    assert time == rows
+    assert 0 < time * height * width // 4 <= most
+
+
+def test_sampling(tmp_path, small_model, monkeypatch):
+    """What rollouts are given; validation takes the most probable token, whatever training samples with."""
+    drawn = noted(monkeypatch, learning, "rollout")
+    measured = noted(monkeypatch, trainer, "rollout")
+    how = {"temperature": 0.7, "top_p": 0.9, "prefill_step_size": 33, "valid": CLIPS, "valid_limit": 1}
+    run(tmp_path, small_model, **SHORT, **how)
+    assert {
+        name: drawn[0][name] for name in ("temperature", "top_p", "prefill_step_size", "max_tokens", "group_size")
+    } == {
+        "temperature": 0.7,
+        "top_p": 0.9,
+        "prefill_step_size": 33,
+        "max_tokens": 4,
+        "group_size": 2,
+    }
+    assert len(measured) == 2, "before the first step and after the last"
+    assert {(call["temperature"], call["group_size"], call["prefill_step_size"]) for call in measured} == {(0.0, 1, 33)}
+
+
+def test_the_share_of_probability_that_is_drawn_from(tmp_path, small_model):
+    """Nearly none of it leaves the most probable token alone, so that completions of a row are the same."""
+    for top_p, equal in ((1e-6, 1.0), (1.0, 0.0)):
+        run(tmp_path / str(top_p), small_model, **SHORT, top_p=top_p)
+        assert entries(tmp_path / str(top_p))[0]["zero_variance"] == equal
+
+
+def test_scaled_advantages(tmp_path, small_model):
+    """A gradient is linear in the advantages, and they are divided by the rewards' standard deviation or not."""
+    lengths = {}
+    for scale in (True, False):
+        run(tmp_path / str(scale), small_model, **{**SHORT, "group_size": 4}, beta=0.0, scale_advantages=scale)
+        (entry,) = entries(tmp_path / str(scale))
+        lengths[scale] = entry["grad_norm"]
+    assert lengths[False] / lengths[True] == pytest.approx(entry["reward_std"], rel=1e-3)
+    assert abs(entry["reward_std"] - 1.0) > 0.2, "scaling changes something"
+
+
+def test_curves_and_reports(tmp_path, small_model):
+    run(tmp_path / "run", small_model, **SHORT, plot=tmp_path / "curves.svg", report_to=("tensorboard",))
+    assert "<svg" in (tmp_path / "curves.svg").read_text()
+    assert list((tmp_path / "run").rglob("events.out.tfevents.*"))
+
+
+def test_the_best_adapter_is_that_of_the_best_measurement(tmp_path, small_model, monkeypatch):
+    rewards = iter([0.9, 0.2, 0.7, 0.4])  # the first before training, of which there is no adapter
+    summarise = trainer.summarise
+    monkeypatch.setattr(trainer, "summarise", lambda judged: {**summarise(judged), "valid_reward": next(rewards)})
+    how = {"valid": CLIPS, "valid_limit": 1, "valid_every": 1}
+    report = run(tmp_path / "run", small_model, **{**SHORT, "steps": 3}, **how)
+    assert report.best_step == 2
+    run(tmp_path / "two", small_model, **{**SHORT, "steps": 2})
+    best = (tmp_path / "run" / "best" / "adapters.safetensors").read_bytes()
+    assert best == (tmp_path / "two" / "adapters.safetensors").read_bytes()
+    assert best != (tmp_path / "run" / "adapters.safetensors").read_bytes()
+
+
+def test_what_watches_training_without_labels_goes_on_as_well(tmp_path, small_model):
+    records = [json.loads(line) for line in CLIPS.read_text().splitlines()[:2]]
+    for record in records:
+        del record["answer"]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("\n".join(map(json.dumps, records)))
+    how = {**SHORT, "data": data, "media_root": demo_folder(), "reward": ("agreement",), "save_every": 1, "epochs": 4}
+    run(tmp_path / "whole", small_model, **{**how, "steps": 4})
+    run(tmp_path / "cut", small_model, **{**how, "steps": 2})
+    run(tmp_path / "cut", small_model, **{**how, "steps": 4}, resume=True)
+    _, notes, _ = whole = exact(tmp_path / "whole")
+    assert json.loads(notes)["guard"], "it has seen something"
+    assert exact(tmp_path / "cut") == whole
+    assert np.isfinite([entry["agreement"] for entry in entries(tmp_path / "cut")]).all()
