@@ -240,6 +240,18 @@ def test_log_probs_whatever_the_head_computes_at_once(model, group, tokens_at_on
     assert difference(gradient, naive_gradient(model, group, naive, temperature)) < TOLERANCE
 
 
+def test_the_reference_is_at_the_temperature_of_the_samples(model, group) -> None:
+    """The reference is the policy itself here, so that there is no distance at any temperature."""
+    config = LossConfig(beta=0.1)
+    reference = snapshot(model)
+    gradient, stats = group_gradient(model, group, ADVANTAGES, config=config, temperature=0.6, reference=reference)
+    assert stats.kl == pytest.approx(0.0, abs=1e-9)
+    for index, completion in enumerate(group.completions):
+        expected = np.array(naive_logprobs(model, group, index, 0.6))
+        np.testing.assert_allclose(stats.reference_logprobs[index, : len(completion.ids)], expected, atol=2e-5)
+    assert difference(flat(gradient), policy_gradient(model, group, 0.6)) < TOLERANCE
+
+
 def test_temperature_zero_means_the_models_own_distribution(model, group) -> None:
     np.testing.assert_array_equal(group_logprobs(model, group, temperature=0.0), group_logprobs(model, group))
 

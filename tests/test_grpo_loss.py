@@ -132,6 +132,24 @@ def test_how_losses_weigh_lengths():
         assert float(loss) == pytest.approx(expected), loss_type
 
 
+def test_a_completion_without_tokens_counts_in_the_mean():
+    """A1 = 2 and A2 = -1, of which only the first has tokens: -(2 + 0) / 2."""
+    logprobs, mask = mx.full((2, 3), -1.0), mx.array([[True, True, False], [False, False, False]])
+    config = LossConfig(loss_type="grpo", beta=0.0)
+    loss, _ = objective(logprobs, logprobs, None, mx.array([2.0, -1.0]), mask, config)
+    assert float(loss) == pytest.approx(-1.0)
+
+
+@pytest.mark.parametrize(("low", "high", "share"), [(0.1, 0.5, 1 / 4), (0.5, 0.1, 1 / 4), (0.1, 0.1, 2 / 4)])
+def test_each_clip_cuts_on_its_own_side(low, high, share):
+    """Ratios of 0.8 and 1.3 under both signs: a clip cuts 0.8 where A < 0 and 1.3 where A > 0, if it is narrow."""
+    ratios, gains = np.array([0.8, 0.8, 1.3, 1.3]), mx.array([-1.0, 1.0, -1.0, 1.0])
+    config = LossConfig(clip_low=low, clip_high=high, beta=0.0)
+    now, old = mx.array(np.log(ratios), dtype=mx.float32)[:, None], mx.zeros((4, 1))
+    _, stats = objective(now, old, None, gains, mx.ones((4, 1), mx.bool_), config)
+    assert float(stats["clip_share"]) == pytest.approx(share)
+
+
 def test_no_step_no_distance(group):
     same = {**group, "old": group["logprobs"], "reference": group["logprobs"]}
     _, stats, gradient = run(same, LossConfig(beta=0.5))
@@ -183,6 +201,8 @@ def test_the_reference_is_needed(group):
         ([0.1] * 7, False, [0.0] * 7),
         ([1.3], True, [0.0]),
         ([0.0, 0.0, 0.0, 2.0], True, [-0.49995, -0.49995, -0.49995, 1.49985]),
+        ([0.501, 0.500], False, [0.0005, -0.0005]),  # intervals that differ by little
+        ([0.501, 0.500], True, [0.619497, -0.619497]),  # 0.0005 / (0.001 / sqrt(2) + 0.0001)
     ],
 )
 def test_advantages_by_hand(rewards, scale, expected):

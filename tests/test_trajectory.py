@@ -4,13 +4,20 @@
 
 The early snapshot of the bundled world, on the bundled clips. Other BLAS libraries round differently, and a token whose
 draw is that close may come out differently; a seed was chosen with which OpenBLAS and MLX's own library agree.
+
+On Metal and CUDA sums are added up in other orders, so that some draw among 12,000 tokens falls to the other side, and
+all after it are others. There the means over the steps are compared, to what separates two seeds: another seed on the
+CPU had mean rewards of 1.951 against 1.976, formats of 0.844 against 0.875, 72.1 tokens against 73.2 and an entropy of
+0.0280 against 0.0268.
 """
 
 import json
 import sys
 from pathlib import Path
+from statistics import fmean
 from tempfile import TemporaryDirectory
 
+import mlx.core as mx
 import pytest
 
 from mlxvr.grpo.config import TrainConfig
@@ -19,6 +26,8 @@ from mlxvr.reasoner import demo_folder
 
 GOLDEN = Path(__file__).parent / "golden" / "trajectory.json"
 EARLY = Path(__file__).parents[1] / "examples" / "shellgame" / "early"
+# How far the mean of a figure may be on other backends than the CPU, about three times what two seeds differ by.
+SPREAD = {"reward": 0.1, "format": 0.1, "tokens_mean": 5.0, "entropy": 0.005}
 FIGURES = ("reward", "first", "second", "format", "tokens_mean", "entropy", "kl", "grad_norm", "zero_variance")
 
 
@@ -44,18 +53,29 @@ def walk(output: Path) -> list[dict[str, float | None]]:
     return steps
 
 
+def mean(steps: list[dict[str, float | None]], name: str) -> float:
+    return fmean(step[name] for step in steps if step[name] is not None)
+
+
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_twenty_steps(tmp_path):
     golden, found = json.loads(GOLDEN.read_text()), walk(tmp_path / "run")
     assert len(found) == len(golden) == 20
-    for step, (now, before) in enumerate(zip(found, golden), start=1):
+    assert found[0]["kl"] == 0.0, "before the first update there is no distance"
+    assert found[-1]["kl"] > 0.0
+    assert sum(step["grad_norm"] > 0 for step in found) >= 14, "most steps teach something"
+    if mx.default_device() != mx.Device(mx.cpu):
+        for name, spread in SPREAD.items():
+            assert mean(found, name) == pytest.approx(mean(golden, name), abs=spread), name
+        return
+    for number, (now, before) in enumerate(zip(found, golden), start=1):
         for name in FIGURES:
-            told = f"step {step}: {name}"
+            at = f"step {number}: {name}"
             if before[name] is None:
-                assert now[name] is None, told
+                assert now[name] is None, at
             else:
-                assert now[name] == pytest.approx(before[name], rel=1e-2, abs=1e-4), told
-    assert sum(entry["grad_norm"] > 0 for entry in golden) >= 15, "most steps teach something"
+                assert now[name] == pytest.approx(before[name], rel=1e-2, abs=1e-4), at
 
 
 if __name__ == "__main__":
