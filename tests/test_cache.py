@@ -207,3 +207,9 @@ def test_a_backend_without_kernels_for_packed_keys_is_refused_in_one_line(monkey
     finally:
         kv._has_kernels.cache_clear()
     assert len(kv.make(2, head_dim=128, kv_bits=8)) == 2
+
+
+def test_a_cache_grows_by_the_step_that_estimates_count_with():
+    for kv_bits in (None, 8):
+        (layer,) = kv.make(1, head_dim=64, kv_bits=kv_bits)
+        assert layer.step == kv.CACHE_STEP

@@ -103,7 +103,7 @@ def spread(group: SimpleNamespace, seed: int, wide: float) -> np.ndarray:
 @pytest.mark.parametrize("checkpoint", [False, True])
 @pytest.mark.parametrize("scores_at_once", [2**25, 2**10])
 def test_the_packed_gradient_is_the_naive_one(model, group, expected, checkpoint, scores_at_once, monkeypatch) -> None:
-    monkeypatch.setattr(forward, "_SCORES_AT_ONCE", scores_at_once)
+    monkeypatch.setattr(forward, "SCORES_AT_ONCE", scores_at_once)
     weights = lora_weights(model)
     gradient, stats = group_gradient(model, group, ADVANTAGES, config=LossConfig(beta=0.0), checkpoint=checkpoint)
     assert [name for name, _ in tree_flatten(gradient)] == [
@@ -260,7 +260,7 @@ def test_all_logits_never_exist_at_once(model, group, monkeypatch) -> None:
     rows: list[int] = []
     whole = model.logits
     monkeypatch.setattr(model, "logits", lambda hidden: (rows.append(hidden.shape[0]), whole(hidden))[1])
-    monkeypatch.setattr(forward, "_LOGITS_AT_ONCE", 4 * 512)
+    monkeypatch.setattr(forward, "LOGITS_AT_ONCE", 4 * 512)
     group_gradient(model, group, ADVANTAGES, config=LossConfig(beta=0.0))
     assert rows == [4, 4, 4, 4, 2] * 2  # forward, and again backward: the tokens of the completions and no others
 

@@ -213,6 +213,15 @@ def test_advantages_by_hand(rewards, scale, expected):
         assert not found.any()
 
 
+def test_rewards_that_differ_by_little_teach():
+    """Two intervals whose overlaps differ by half a percent are not equal: IoU rewards come as close as that."""
+    for scale in (True, False):
+        found = advantages(np.array([0.700, 0.705, 0.700]), scale=scale)
+        assert found[1] > 0 > found[0]
+    expected = np.array([-1, 2, -1]) * 0.005 / 3 / (np.std([0.700, 0.705, 0.700], ddof=1) + 1e-4)
+    np.testing.assert_allclose(advantages(np.array([0.700, 0.705, 0.700])), expected, rtol=1e-4)
+
+
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
 def test_rewards_that_are_no_numbers(wrong):
     with pytest.raises(ValueError, match="not all finite"):

@@ -67,8 +67,8 @@ def test_what_cannot_be_packed(completions):
 @pytest.mark.parametrize("lengths", [[1], [1, 1, 1], [6, 1, 9, 2, 2], [3, 3, 3, 3], [1, 20, 1], [2]])
 @pytest.mark.parametrize("prompt", [1, 7])
 def test_blocks_show_each_query_what_the_tree_shows_it(prompt, lengths, scores_at_once, queries_at_once, monkeypatch):
-    monkeypatch.setattr(forward, "_SCORES_AT_ONCE", 2 * scores_at_once)
-    monkeypatch.setattr(forward, "_QUERIES_AT_ONCE", queries_at_once)
+    monkeypatch.setattr(forward, "SCORES_AT_ONCE", 2 * scores_at_once)
+    monkeypatch.setattr(forward, "QUERIES_AT_ONCE", queries_at_once)
     packed = pack_lengths(prompt, lengths)
     count = len(packed.ids)
     seen = np.zeros((count, count), dtype=int)
@@ -94,8 +94,8 @@ def test_short_completions_share_a_block_and_long_ones_do_not(monkeypatch):
     packed = pack_lengths(10, [4, 4, 4, 30])
 
     def cut(scores: int, queries: int) -> list[tuple[int, int]]:
-        monkeypatch.setattr(forward, "_SCORES_AT_ONCE", scores)
-        monkeypatch.setattr(forward, "_QUERIES_AT_ONCE", queries)
+        monkeypatch.setattr(forward, "SCORES_AT_ONCE", scores)
+        monkeypatch.setattr(forward, "QUERIES_AT_ONCE", queries)
         return [(block.start, block.stop) for block in forward._blocks(packed, 1)]
 
     assert cut(10**9, 99) == [(0, 10), (10, 48)]

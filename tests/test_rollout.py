@@ -1,6 +1,7 @@
 """Rollouts: against decoding one by one, and against the training pass over the same tokens."""
 
 import dataclasses
+import sys
 
 import checkpoints
 import groups
@@ -217,3 +218,29 @@ def test_text_alone(tmp_path):
     assert not prompt.media_mask.any()
     made = rollout(model, prompt, group_size=2, max_tokens=5, seed=0)
     np.testing.assert_allclose(made.completions[0].logprobs, group_logprobs(model, made)[0, :5], atol=2e-5)
+
+
+def test_top_p_of_almost_nothing_is_greedy(group):
+    """The smallest set that holds a billionth of the probability is the likeliest token alone; 1 leaves all of them."""
+    model, prompt = group
+    options = {"group_size": 3, "max_tokens": 12, "seed": 4}
+    (greedy,) = rollout(model, prompt, **{**options, "group_size": 1}, temperature=0.0).completions
+    for one in rollout(model, prompt, **options, temperature=3.0, top_p=1e-9).completions:
+        np.testing.assert_array_equal(one.ids, greedy.ids)
+    free = rollout(model, prompt, **options, temperature=3.0, top_p=1.0).completions
+    assert any(one.ids.tolist() != greedy.ids.tolist() for one in free)
+
+
+def test_it_is_asked_between_tokens_whether_to_stop(group):
+    """Not only while the prompt is read: a rollout of thousands of tokens ends after the third here."""
+    model, prompt = group
+    asked = []
+
+    def should_stop():
+        if sys._getframe(1).f_code.co_name == "rollout":
+            asked.append(1)
+        return len(asked) == 3
+
+    with pytest.raises(Cancelled, match="the rollout was stopped"):
+        rollout(model, prompt, group_size=2, max_tokens=500, seed=0, should_stop=should_stop)
+    assert len(asked) == 3

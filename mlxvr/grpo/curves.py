@@ -152,7 +152,8 @@ def _draw_two(
     other.spines["right"].set_visible(True)
     other.grid(False)
     for here, (label, name, color) in ((axes, left), (other, right)):
-        _draw_curve(here, entries, name, label, color, marker="." if here is axes else "x")
+        style, marker = ("-", ".") if here is axes else ("--", "x")
+        _draw_curve(here, entries, name, label, color, style=style, marker=marker)
         here.set_ylabel(label if here.lines else f"{label}: not recorded", color=color)
         here.tick_params(axis="y", labelcolor=color)
         here.ticklabel_format(axis="y", scilimits=(-3, 4))
@@ -163,7 +164,7 @@ def _draw_two(
     if left[1] == "loss" and axes.lines:
         note = "0 on policy, whatever is learned: look at the reward" if _is_flat(_line(entries, "loss")[1]) else ""
         note += ("; " if note else "") + "steps that taught nothing have no KL" if _has_gaps(entries) else ""
-        axes.text(0.02, 0.04, note, transform=axes.transAxes, fontsize=7.5, color=GRAY)
+        axes.text(0.02, 0.96, note, transform=axes.transAxes, va="top", fontsize=7.5, color=GRAY)
     if not axes.lines and not other.lines:
         _say_nothing(axes)
 

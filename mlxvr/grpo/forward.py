@@ -32,14 +32,14 @@ import numpy as np
 from mlxvr.grpo.packing import Packed
 from mlxvr.model.network import VideoModel
 
-__all__ = ["completion_logprobs"]
+__all__ = ["LOGITS_AT_ONCE", "QUERIES_AT_ONCE", "SCORES_AT_ONCE", "completion_logprobs"]
 
 # Attention scores of one layer that may exist at once where attention is not fused (64 MiB in bfloat16).
-_SCORES_AT_ONCE = 2**25
+SCORES_AT_ONCE = 2**25
 # Queries of a block: fewer compute less of the upper triangle. 128 to 256 are fastest on a CPU, 1.5x faster than 1,024.
-_QUERIES_AT_ONCE = 256
+QUERIES_AT_ONCE = 256
 # Logits that may exist at once (128 MiB in float32).
-_LOGITS_AT_ONCE = 2**25
+LOGITS_AT_ONCE = 2**25
 
 
 def completion_logprobs(
@@ -75,7 +75,7 @@ def completion_logprobs(
         if index < len(levels):  # features are constants, so this gather has no gradient
             hidden = hidden + mx.where(is_media, levels[index][row], 0.0).astype(hidden.dtype)[None]
     if tokens_at_once is None:
-        tokens_at_once = max(1, _LOGITS_AT_ONCE // int(model.config["text_config"]["vocab_size"]))
+        tokens_at_once = max(1, LOGITS_AT_ONCE // int(model.config["text_config"]["vocab_size"]))
     score = _make_head(model, packed.targets[packed.mask], temperature or 1.0, tokens_at_once)
     return _pad(score(_predicting(hidden.squeeze(0), packed)), packed.mask.sum(axis=1))
 
@@ -170,7 +170,7 @@ def _pieces(start: int, stop: int, before: int, heads: int) -> list[tuple[int, i
 
 def _queries(keys: int, heads: int) -> int:
     """How many queries may look at so many keys at once; one at least."""
-    return max(1, min(_QUERIES_AT_ONCE, _SCORES_AT_ONCE // (heads * keys)))
+    return max(1, min(QUERIES_AT_ONCE, SCORES_AT_ONCE // (heads * keys)))
 
 
 Attention = Callable[[mx.array, mx.array, mx.array, float], mx.array]

@@ -69,7 +69,7 @@ class LoraConfig:
         unknown = sorted(set(self.keys) - set(PROJECTIONS))
         if unknown or not self.keys:
             named = repr(unknown[0]) if unknown else "no module"
-            raise ConfigError(f"keys name {named}: use some of {', '.join(PROJECTIONS)}")
+            raise ConfigError(f"modules name {named}: use some of {', '.join(PROJECTIONS)}")
 
 
 def attach(model: VideoModel, config: LoraConfig, *, seed: int) -> None:

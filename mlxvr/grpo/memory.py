@@ -26,18 +26,18 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from mlxvr.errors import OutOfMemoryError
+from mlxvr.grpo.forward import LOGITS_AT_ONCE, QUERIES_AT_ONCE, SCORES_AT_ONCE
 from mlxvr.grpo.lora import PROJECTIONS, lora_weights
 from mlxvr.model.adapter import find_layers
+from mlxvr.model.cache import CACHE_STEP
 from mlxvr.model.families import family_of
 from mlxvr.model.memory import backend
-from mlxvr.model.network import VideoModel
+from mlxvr.model.network import PATCHES_AT_ONCE, VideoModel
+from mlxvr.model.vision import SCORES_AT_ONCE as VISION_SCORES_AT_ONCE
 
 __all__ = ["MemoryEstimate", "Workload", "estimate", "estimate_training"]
 
 _LORA = 4  # LoRA matrices and what they multiply are float32
-_QUERIES_AT_ONCE, _SCORES_AT_ONCE, _LOGITS_AT_ONCE = 256, 2**25, 2**25  # of `forward`
-_PATCHES_AT_ONCE, _VISION_SCORES_AT_ONCE = 16_384, 2**28  # of `network`
-_CACHE_STEP = 256
 _IN_LINE = 10  # pieces of work that MLX hands to a device before it waits for one
 
 
@@ -463,7 +463,7 @@ def _largest_block(work: Workload, heads: int) -> int:
     The prompt goes in blocks of queries, which see what came before; short completions share a block.
     """
     prompt, own = work.prompt_tokens, work.completion_tokens - 1
-    size = max(1, min(_QUERIES_AT_ONCE, _SCORES_AT_ONCE // (heads * (prompt + max(own, 1)))))
+    size = max(1, min(QUERIES_AT_ONCE, SCORES_AT_ONCE // (heads * (prompt + max(own, 1)))))
     block = min(size, prompt) * prompt
     if own * 2 > size:  # each completion alone
         return max(block, min(size, own) * (prompt + own))
@@ -477,7 +477,7 @@ def _head_pass(work: Workload, sizes: _Sizes) -> int:
     What the last layer's forward pass made has not been given back yet.
     """
     targets = work.group_size * work.completion_tokens
-    chunk = min(targets, max(1, _LOGITS_AT_ONCE // sizes.vocabulary))
+    chunk = min(targets, max(1, LOGITS_AT_ONCE // sizes.vocabulary))
     chunks = math.ceil(targets / chunk)
     arrays = (2 if chunks < 4 else 3) * _LORA + (0 if work.itemsize == _LORA else work.itemsize)
     unpacked = _unpacked(work, sizes.vocabulary * sizes.hidden, chunks)
@@ -499,7 +499,7 @@ def _columns(work: Workload) -> int:
 def _cache(work: Workload, sizes: _Sizes) -> int:
     """Bytes of keys and values of a group's tree; the layer that grows has its old arrays too."""
     tokens = work.prompt_tokens + work.group_size * work.completion_tokens
-    tokens = math.ceil(tokens / _CACHE_STEP) * _CACHE_STEP
+    tokens = math.ceil(tokens / CACHE_STEP) * CACHE_STEP
     return (sizes.layers + 1) * tokens * 2 * sizes.keys * work.itemsize
 
 
@@ -536,10 +536,10 @@ def _vision_pass(work: Workload) -> int:
     width, inner, heads = int(vision["hidden_size"]), int(vision["intermediate_size"]), int(vision["num_heads"])
     merge = int(vision["spatial_merge_size"]) ** 2
     frame = min(work.frame_tokens, work.visual_tokens) * merge
-    rows = max(1, min(_PATCHES_AT_ONCE // frame, _VISION_SCORES_AT_ONCE // (heads * frame**2)))
+    rows = max(1, min(PATCHES_AT_ONCE // frame, VISION_SCORES_AT_ONCE // (heads * frame**2)))
     patches = min(rows * frame, work.visual_tokens * merge)
     values = 3 * int(vision["temporal_patch_size"]) * int(vision["patch_size"]) ** 2
-    scores = min(heads * frame, _VISION_SCORES_AT_ONCE // patches) * work.itemsize if work.backend == "cpu" else 0
+    scores = min(heads * frame, VISION_SCORES_AT_ONCE // patches) * work.itemsize if work.backend == "cpu" else 0
     attention = width * (5 * work.itemsize + 10 * 4) + scores
     mlp = width * 4 * work.itemsize + inner * 5 * work.itemsize
     return patches * (values * (4 + work.itemsize) + max(attention, mlp))

@@ -19,8 +19,9 @@ import mlx.core as mx
 
 from mlxvr.errors import ConfigError
 
-__all__ = ["KV_BITS", "group_size", "is_quantized", "length", "load", "make", "nbytes", "save", "trim"]
+__all__ = ["CACHE_STEP", "KV_BITS", "group_size", "is_quantized", "length", "load", "make", "nbytes", "save", "trim"]
 
+CACHE_STEP = 256  # tokens by which mlx-vlm's caches grow
 KV_BITS = (2, 3, 4, 6, 8)
 _GROUP_SIZES = (64, 32)
 _LAYOUT = "mlxvr_cache"

@@ -16,13 +16,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mlxvr.model.cache import group_size
+from mlxvr.model.cache import CACHE_STEP, group_size
 from mlxvr.model.network import PATCHES_AT_ONCE
 from mlxvr.model.vision import SCORES_AT_ONCE
 
 __all__ = ["PromptMemory", "cache_bytes", "plan_prompt", "prefill_bytes", "step_limit", "vision_bytes"]
 
-_CACHE_STEP = 256  # tokens by which a cache grows
 # Pairs of a query and a key in one step's attention. Each costs a layer of an 8B model 16,384 operations: half a second
 # for all of them on the slowest Macs, whose watchdog ends a kernel that keeps the screen waiting for some seconds.
 _PAIRS_AT_ONCE = 2**25
@@ -99,7 +98,7 @@ def cache_bytes(config: Mapping[str, Any], tokens: int, *, itemsize: int = 2, kv
     """Bytes of the keys and values of so many tokens, in the steps by which a cache grows."""
     text = config["text_config"]
     width = text["num_key_value_heads"] * _head_dim(text)
-    reserved = math.ceil(tokens / _CACHE_STEP) * _CACHE_STEP
+    reserved = math.ceil(tokens / CACHE_STEP) * CACHE_STEP
     if kv_bits is None:
         token = width * itemsize
     else:  # packed numbers, and a scale and a bias for each group of them
