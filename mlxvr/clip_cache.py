@@ -82,7 +82,7 @@ class ClipCache:
             if mx.get_active_memory() - own + need.plan.peak <= self.limit:
                 break
             evicted._prefix = None
-            memory.give_back()
+            memory.clear_cache()
         free = self.limit - mx.get_active_memory() + own
         while need.plan.peak > free and need.options["step_size"] > _LEAST_STEP:
             need = need.changed(step_size=max(_LEAST_STEP, need.options["step_size"] // 2))
@@ -101,7 +101,7 @@ class ClipCache:
             total -= _held(evicted)
             evicted._prefix = None
         if is_above:
-            memory.give_back()
+            memory.clear_cache()
 
     def _others(self, clip: Holder) -> Iterator[Holder]:
         return (known for known in list(self._holding()) if known is not clip)

@@ -9,6 +9,8 @@ import dataclasses
 import gc
 import json
 import shutil
+import subprocess
+import sys
 import threading
 import time
 
@@ -22,6 +24,7 @@ from mlxvr.errors import Cancelled, CheckpointError, ConfigError, MediaError, Ou
 from mlxvr.media import load_vision
 from mlxvr.model.loading import load_model
 from mlxvr.model.network import VideoModel
+from mlxvr.reasoner import demo_folder
 from tests.checkpoints import overflow_float16, write_checkpoint
 from tests.clips import write_clip
 from tests.test_network import write_adapter
@@ -44,6 +47,12 @@ def folders(tmp_path_factory):
 @pytest.fixture(scope="module", params=FAMILIES)
 def reasoner(request, folders):
     with mlxvr.load(folders[request.param]) as loaded:
+        yield loaded
+
+
+@pytest.fixture(scope="module")
+def demo():
+    with mlxvr.load() as loaded:
         yield loaded
 
 
@@ -84,12 +93,19 @@ def test_a_small_prefill_step_gives_the_same_answer(folders, clip_path):
     assert_same(*answers)
 
 
-def test_the_modes_generate_one_sequence(reasoner, clip_path):
-    clip = reasoner.open(clip_path, **MODEST)
-    long = clip.ask("What?", mode="think", max_tokens=32)
-    for mode in ("direct", "auto"):
-        short = clip.ask("What?", mode=mode, max_tokens=32, threshold=0.0)
-        assert long.token_ids[: len(short.token_ids)] == short.token_ids
+def test_the_modes_generate_one_sequence(demo):
+    """With a model that closes its boxes: each mode stops where it should, in the same tokens."""
+    clip = demo.open(demo_folder() / "clips" / "clip00.mp4")
+    question = {"question": "After all swaps, where is the ball?", "options": ["left", "right", "middle"]}
+    long = clip.ask(**question, mode="think")
+    assert long.reasoned
+    assert long.second is not None
+    direct = clip.ask(**question, mode="direct")
+    sure, unsure = clip.ask(**question, threshold=0.0), clip.ask(**question, threshold=1.0)
+    assert direct.token_ids == sure.token_ids == long.token_ids[: direct.usage.first_answer_tokens]
+    assert len(direct.token_ids) < len(long.token_ids)
+    assert unsure.token_ids == long.token_ids
+    assert (direct.reasoned, sure.reasoned, unsure.reasoned) == (False, False, True)
 
 
 def test_usage_counts_what_was_done(qwen3, clip_path):
@@ -176,6 +192,77 @@ def test_an_event_loop_asks_on_a_thread_and_stops_one_question(qwen3, clip_path)
         return await asking
 
     assert_same(asyncio.run(asyncio.wait_for(run(), 60)), expected)
+
+
+def test_two_models_on_two_threads_answer_as_each_does_alone(folders, clip_path):
+    """200 questions; two threads that evaluate at once would crash the process on Metal and CUDA."""
+    questions = [f"What is number {number}?" for number in range(10)]
+    asked = {"mode": "think", "max_tokens": 3}
+    expected, together = {}, {}
+    for family in FAMILIES:
+        with mlxvr.load(folders[family]) as loaded:
+            clip = loaded.open(clip_path, **MODEST)
+            expected[family] = [clip.ask(question, **asked).token_ids for question in questions]
+
+    def work(loaded, family):
+        clip = loaded.open(clip_path, **MODEST)
+        together[family] = [[clip.ask(question, **asked).token_ids for question in questions] for _ in range(10)]
+
+    with mlxvr.load(folders[FAMILIES[0]]) as first, mlxvr.load(folders[FAMILIES[1]]) as second:
+        threads = [threading.Thread(target=work, args=pair) for pair in zip((first, second), FAMILIES)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    for family in FAMILIES:
+        assert together[family] == [expected[family]] * 10
+
+
+def test_closing_one_reasoner_leaves_the_other_at_work(folders, clip_path):
+    asked = {"mode": "think", "max_tokens": 60, "temperature": 5.0, "seed": 1}
+    with mlxvr.load(folders["qwen3_vl"]) as first:
+        clip = first.open(clip_path, **MODEST)
+        expected = clip.ask("What?", **asked)
+        for end in (mlxvr.Reasoner.cancel, mlxvr.Reasoner.close):
+            with mlxvr.load(folders["qwen2_5_vl"]) as second:
+                theirs = second.open(clip_path, **MODEST).stream("What?", **{**asked, "max_tokens": 100_000})
+                mine = clip.stream("What?", **asked)
+                end(second)
+                with pytest.raises(Cancelled):
+                    list(theirs)
+                *_, answer = mine
+                assert_same(answer, expected)
+
+
+@pytest.mark.slow
+def test_loading_asking_and_closing_a_hundred_times_leaves_nothing():
+    """Memory is flat and no thread is left: MLX's streams and compiled functions belong to threads."""
+    script = """
+import gc, json, sys, threading
+import mlx.core as mx
+import mlxvr
+import numpy as np
+
+picture = np.full((64, 64, 3), 100, np.uint8)
+figures = []
+for cycle in range(100):
+    with mlxvr.load(dtype="float32") as reasoner:
+        answer = reasoner.open(picture).ask("What is the colour?", mode="direct", max_tokens=8)
+    del reasoner
+    gc.collect()
+    pages = int(open("/proc/self/statm").read().split()[1]) if sys.platform == "linux" else 0
+    figures.append((mx.get_active_memory(), mx.get_cache_memory(), threading.active_count(), answer.text, pages * 4096))
+print(json.dumps(figures))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=600)
+    assert (done.returncode, done.stderr) == (0, "")
+    figures = json.loads(done.stdout)
+    active, cached, threads, texts, resident = zip(*figures)
+    assert set(threads) == {1}
+    assert max(cached) < 1024
+    assert len(set(texts)) == 1
+    assert max(active) == active[0] < 10_000
+    assert resident[-1] - resident[19] < 20 * 2**20  # the weights are 8 MB; a leak of one cycle in thirty would show
 
 
 def test_sampling_is_repeatable_and_confidence_untempered(qwen3, clip_path):

@@ -19,6 +19,7 @@ __all__ = [
     "active_memory",
     "avoid_cpu_compiler",
     "backend",
+    "clear_cache",
     "fast_dtype",
     "give_back",
     "limited",
@@ -36,15 +37,16 @@ class Peak:
 
     def __init__(self) -> None:
         self._before = 0  # the highest before another tracker reset the allocator's mark
+        self._is_over = False
 
     @property
     def bytes(self) -> int:
         """The peak so far."""
-        return max(self._before, int(mx.get_peak_memory()))
+        return self._before if self._is_over else max(self._before, int(mx.get_peak_memory()))
 
-    def keep(self) -> None:
-        """Note the allocator's mark, which is about to be reset."""
-        self._before = self.bytes
+    def keep(self, *, is_over: bool = False) -> None:
+        """Note the allocator's mark, which is about to be reset; `is_over`: nothing later counts."""
+        self._before, self._is_over = self.bytes, is_over
 
 
 _lock = threading.Lock()
@@ -76,7 +78,7 @@ def track_peak() -> Iterator[Peak]:
         ) from error
     finally:
         with _lock:
-            peak.keep()
+            peak.keep(is_over=True)
             _peaks.remove(peak)
 
 
@@ -189,13 +191,18 @@ def refuse_over(limit: int, weights: int) -> None:
         )
 
 
-def give_back() -> None:
-    """Free what is no longer used, and the allocator's cache."""
-    gc.collect()  # modules hold each other in cycles
+def clear_cache() -> None:
+    """Free the buffers that the allocator keeps for later."""
     mx.clear_cache()
+
+
+def give_back() -> None:
+    """Free all that is no longer used; looks for cycles, which takes a good part of a second in a large process."""
+    gc.collect()  # modules hold each other in cycles
+    clear_cache()
 
 
 def release_thread() -> None:
     """Free the allocator's cache and the calling thread's streams; the last MLX call that a thread makes."""
-    give_back()
+    clear_cache()
     mx.clear_streams()
