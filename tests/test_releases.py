@@ -108,6 +108,49 @@ def test_every_release_means_the_same_network(name: str) -> None:
     assert found["transformers_version"] == release
 
 
+@pytest.mark.parity
+@pytest.mark.parametrize("family", checkpoints.FAMILIES)
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_head_that_differs_from_the_embedding_is_used_whatever_the_config_says(
+    family: str, nested: bool, tmp_path: Path
+) -> None:
+    """As transformers 5 does; 4.57 writes such folders where the root alone ties them."""
+    pytest.importorskip("torch")
+    from reference import Reference, relative_error
+
+    path = checkpoints.write_checkpoint(tmp_path / "m", family, shards=3)
+    config = json.loads((path / "config.json").read_text())
+    config["tie_word_embeddings"] = True
+    config["text_config"] |= {"tie_word_embeddings": True} if nested else {}
+    (path / "config.json").write_text(json.dumps(config))
+    model = load_model(path)
+    prompt = ask(model)
+    reference = Reference(path, family)
+    pixels = [normalise(item.patches, model.spec) for item in prompt.media]
+    expected = reference.logits(reference.inputs(prompt.ids, prompt.media, pixels))
+    assert relative_error(logits_of(model, prompt), expected) <= 1e-4
+    convert(path, tmp_path / "out", bits=0, dtype="float32")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+    assert relative_error(logits_of(load_model(tmp_path / "out"), prompt), expected) <= 1e-4
+
+
+@pytest.mark.parametrize("family", checkpoints.FAMILIES)
+def test_a_copy_of_the_embedding_as_head_is_left_out(family: str, tmp_path: Path) -> None:
+    embedding = {}
+
+    def copy(name: str, array: np.ndarray) -> np.ndarray:
+        if name.endswith("embed_tokens.weight"):
+            embedding["weight"] = array
+        return embedding["weight"] if name == "lm_head.weight" else array
+
+    path = checkpoints.write_checkpoint(tmp_path / "m", family, weights=copy)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    convert(path, tmp_path / "out", bits=0, dtype="float32")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is True
+    assert "lm_head" not in load_model(tmp_path / "out").network.language_model
+
+
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name.endswith("saved-again")])
 def test_a_conversion_keeps_the_meaning_and_writes_no_null_token(name: str, tmp_path: Path) -> None:
     source = write_model(tmp_path / "source", name)

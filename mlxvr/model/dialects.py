@@ -18,7 +18,7 @@ from typing import Any
 
 from mlxvr.errors import CheckpointError
 
-__all__ = ["normalise", "text_settings"]
+__all__ = ["is_tied", "normalise", "text_settings", "untie"]
 
 _TOKEN_IDS = {
     "image_token_id": 151655,
@@ -115,6 +115,19 @@ def text_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in merged.items() if key not in _NOT_TEXT and key not in _TOKEN_IDS}
 
 
+def is_tied(config: Mapping[str, Any]) -> bool:
+    """Whether the embedding serves as the output head: the root says so, or `text_config` does."""
+    nested = (config.get("text_config") or {}).get("tie_word_embeddings")
+    return bool(config.get("tie_word_embeddings", nested)) or bool(nested)
+
+
+def untie(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of the same network with an output head of its own."""
+    text = config.get("text_config")
+    nested = {"text_config": {**text, "tie_word_embeddings": False}} if text else {}
+    return {**config, "tie_word_embeddings": False, **nested}
+
+
 def _section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     """A section of the config without its nulls; {} if there is none."""
     return {key: value for key, value in (config.get(name) or {}).items() if value is not None}
@@ -139,8 +152,7 @@ def _text_section(config: Mapping[str, Any], family: str) -> dict[str, Any]:
     if family == "qwen3_vl" and text.get("head_dim") is None:
         text["head_dim"] = 128
     text.setdefault("hidden_act", "silu")
-    nested = (config.get("text_config") or {}).get("tie_word_embeddings")
-    text["tie_word_embeddings"] = bool(config.get("tie_word_embeddings", nested)) or bool(nested)
+    text["tie_word_embeddings"] = is_tied(config)
     text["model_type"] = "qwen3_vl_text" if family == "qwen3_vl" else family
     theta, section = _rope(text, family)
     text.pop("rope_parameters", None)

@@ -7,6 +7,7 @@ folder alike: as transformers writes it, as mlxvr converts it, as mlx-vlm conver
 Weights come from safetensors only. A pickle (`.bin`, `.pt`) can run any code while it is read, so it is never opened.
 """
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -17,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from mlxvr.errors import CheckpointError
+from mlxvr.model import dialects
 from mlxvr.model.content_hash import FileStamp, hash_files, stamp_of
 from mlxvr.model.families import Family, family_of
-from mlxvr.model.safetensors import TensorInfo, read_header
+from mlxvr.model.safetensors import TensorInfo, holds_the_same, read_header
 from mlxvr.paths import list_visible
 
 __all__ = ["ModelFolder", "TensorInfo"]
@@ -84,7 +86,7 @@ class ModelFolder:
         tensors = _read_weights(folder)
         nested = _read_json(folder / "processor_config.json")
         tokenizer_config = _read_json(folder / "tokenizer_config.json") or {}
-        return cls(
+        opened = cls(
             path=folder,
             config=config,
             family=family,
@@ -98,6 +100,25 @@ class ModelFolder:
             settings=_read_json(folder / "mlxvr.json") or {},
             prefixes=tuple(prefixes),
         )
+        return opened._with_its_own_head()
+
+    def _with_its_own_head(self) -> "ModelFolder":
+        """The folder read as untied, if its head differs from the embedding that config.json says serves as one.
+
+        transformers 4.57 ignores `tie_word_embeddings` at the root, so a model that it saves may have such a folder;
+        transformers 5 reads it in this way too.
+        """
+        if not dialects.is_tied(self.config):
+            return self
+        named = {self.mlx_key(name, tied=False): info for name, info in self.tensors.items()}
+        head, embedding = (
+            named.get("language_model.lm_head.weight"),
+            named.get("language_model.model.embed_tokens.weight"),
+        )
+        if head is None or embedding is None or holds_the_same(head, embedding):
+            return self
+        _log.warning("%s: config.json ties the output head to the embedding, and they differ: each is used", self.path)
+        return dataclasses.replace(self, config=dialects.untie(self.config))
 
     def mlx_key(self, name: str, *, tied: bool) -> str | None:
         """MLX's name of the tensor `name`, see `Family.mlx_key`."""

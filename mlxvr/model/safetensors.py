@@ -13,7 +13,7 @@ from typing import Any
 
 from mlxvr.errors import CheckpointError
 
-__all__ = ["DTYPE_BYTES", "TensorInfo", "read_header"]
+__all__ = ["DTYPE_BYTES", "TensorInfo", "holds_the_same", "read_header"]
 
 DTYPE_BYTES = {
     "BOOL": 1,
@@ -31,6 +31,7 @@ DTYPE_BYTES = {
     "I64": 8,
     "F64": 8,
 }
+_PIECE = 1 << 22  # bytes
 _LONGEST_HEADER = 100_000_000  # the reference implementation's own limit
 
 
@@ -80,6 +81,22 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     if size > end:
         raise _damaged(path, f"it has {size - end} bytes more than its header describes")
     return tensors
+
+
+def holds_the_same(first: TensorInfo, second: TensorInfo) -> bool:
+    """Whether two tensors have the same type, shape and bytes; reads up to the first difference, a piece at a time."""
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    with first.file.open("rb") as left, second.file.open("rb") as right:
+        left.seek(first.offsets[0])
+        right.seek(second.offsets[0])
+        remaining = first.offsets[1] - first.offsets[0]
+        while remaining > 0:
+            size = min(_PIECE, remaining)
+            if left.read(size) != right.read(size):
+                return False
+            remaining -= size
+    return True
 
 
 def _tensor(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
