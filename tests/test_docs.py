@@ -84,6 +84,18 @@ def test_links_between_pages_lead_somewhere(page):
         assert ((ROOT / page).parent / target).exists(), target
 
 
+def test_the_field_log_names_tests_that_exist():
+    text, module, named = (ROOT / "tests" / "FIELD.md").read_text(encoding="utf-8"), "", 0
+    for name in re.findall(r"`((?:test_\w+)?(?:::\w+)*)`", text):
+        first, *parts = name.split("::")
+        module = first or module  # a name that begins with :: is of the module before it
+        source = (ROOT / "tests" / f"{module}.py").read_text(encoding="utf-8")
+        for part in parts:
+            assert re.search(rf"(def|class) {part}\b", source), name
+        named += 1
+    assert named > 40
+
+
 def test_the_readmes_python_parses_and_names_what_exists():
     import mlxvr
 
