@@ -246,9 +246,10 @@ def make_locator(folder: Path, media_root: Path | None) -> Callable[[str], Path]
             return local_path(path)
         if path.is_absolute():
             raise DataError(f"{text!r} is an absolute path: make it relative to the file, or give a media root")
-        if not (folder / path).resolve().is_relative_to(folder.resolve()):
+        found = local_path(folder / path)  # perhaps another spelling, and that one a link
+        if not found.resolve().is_relative_to(folder.resolve()):
             raise DataError(f"{text!r} leaves the folder of the file: move the media there, or give a media root")
-        return local_path(folder / path)
+        return found
 
     return locate
 

@@ -237,6 +237,20 @@ def test_a_file_cut_short_is_refused(tmp_path, kind):
     assert "\n" not in str(caught.value)
 
 
+def test_rectangles_that_stick_out(tmp_path):
+    """What lies outside of the animation is not drawn."""
+    rng = np.random.default_rng(0)
+    boxes = [
+        (0, 0, rng.integers(0, 4, (HEIGHT, WIDTH))),
+        (5, 4, rng.integers(0, 4, (HEIGHT, WIDTH))),
+        (9, 9, np.zeros((2, 2), int)),
+    ]
+    frames = [(x, y, colours, 10, 2, None) for x, y, colours in boxes]
+    inside = [(x, y, colours[: max(0, HEIGHT - y), : max(0, WIDTH - x)], 10, 2, None) for x, y, colours in boxes]
+    shown = [to_rgb(image) for image in composite(read_gif(write_gif(frames)))]
+    assert all(np.array_equal(mine, truth) for mine, truth in zip(shown, show_gif(inside), strict=True))
+
+
 def test_it_can_be_stopped_and_says_how_far_it_is(tmp_path):
     path = tmp_path / "moving.webp"
     ramp(path, 10, duration=100)

@@ -60,9 +60,10 @@ class TestListing:
         assert sorted(names, key=natural_key) == ["9", "10", "a", "v1", "V1.2", "v1.9", "v1.10"]
 
     def test_no_module_lists_a_folder_by_itself(self):
+        sources = [*PACKAGE.rglob("*.py"), *(PACKAGE.parent / "examples").rglob("*.py")]
         found = {
-            f"{path.relative_to(PACKAGE)}: {call}"
-            for path in PACKAGE.rglob("*.py")
+            f"{path.relative_to(PACKAGE.parent)}: {call}"
+            for path in sources
             if path.name != "paths.py"
             for call in bare_listings(path.read_text(encoding="utf-8"))
         }
@@ -260,6 +261,15 @@ class TestRows:
 
     def test_a_colon(self, tmp_path):
         assert self.row(tmp_path, "04.23:50.mp4") == tmp_path / "04.23:50.mp4"
+
+    @pytest.mark.parametrize("name", [unicodedata.normalize("NFD", "é.mp4"), "a\u202fb.mp4"])
+    def test_another_spelling_is_no_way_out_of_the_folder(self, tmp_path, name):
+        inner = tmp_path / "inner"
+        inner.mkdir()
+        (tmp_path / "secret.mp4").touch()
+        (inner / name).symlink_to(tmp_path / "secret.mp4")
+        with pytest.raises(DataError, match="leaves the folder of the file"):
+            make_locator(inner, None)(unicodedata.normalize("NFC", name).replace("\u202f", " "))
 
     @pytest.mark.parametrize("url", ["https://example.com/a.mp4", "data:video/mp4;base64,AAAA"])
     def test_urls(self, tmp_path, url):

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from mlxvr.callbacks import Progress, ShouldStop
-from mlxvr.errors import Cancelled
+from mlxvr.errors import Cancelled, MediaError
 from mlxvr.media.apng import read_apng
 from mlxvr.media.canvas import composite
 from mlxvr.media.container import is_heic
@@ -68,7 +68,8 @@ def read_animation(
     """
     delays = np.array([delay if delay > _HARDLY_ANY else _USUAL for delay in _delays(path, should_stop)]) / 1000
     chosen = select(_timeline(delays), spec, nframes=nframes, start=start, end=end)
-    pixels, shape, slot = np.empty((0, 0, 0, 3), dtype=np.uint8), (0, 0), 0
+    pixels, shape = np.empty((0, 0, 0, 3), dtype=np.uint8), (0, 0)
+    slot, index = 0, -1
     for index, frame in enumerate(_frames(path, should_stop)):
         if index != chosen.frames[slot]:
             continue
@@ -83,6 +84,8 @@ def read_animation(
             progress("decoding", slot, len(chosen))
         if slot == len(chosen):
             break
+    if slot < len(chosen):
+        raise MediaError(f"{path} is a damaged animation: it holds {index + 1} of {len(delays)} frames; copy it again")
     return Frames(pixels, chosen.seconds, chosen.sampled_fps, chosen.indices, shape, float(delays.sum()))
 
 

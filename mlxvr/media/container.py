@@ -113,7 +113,7 @@ def unreadable(path: Path) -> MediaError:
         return MediaError(f"{path} is cut short: {missing:,} bytes are missing{index}; copy or download it again")
     if boxes and b"moov" not in boxes:
         return MediaError(f"{path} is cut short: its index (moov) is missing; copy or download it again")
-    kind = "text" if _is_text(head) else "an unknown or damaged format"
+    kind = "text" if _is_text(head) else "an image" if is_image(path) else "an unknown or damaged format"
     return MediaError(f"{path} is not a video: it holds {kind}; give an mp4, mov, mkv, webm, avi or ts file")
 
 
