@@ -63,7 +63,6 @@ OPTIONAL = {  # extras, imported when they are needed
 MEDIA_NEEDS = {"PIL", "av", "numpy", "pillow_heif"}
 NEVER = {"cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve", "torch", "torchvision"}
 MLX_VLM = {f"mlxvr.model.{name}" for name in ("adapter", "cache", "families")}
-MLX_VLM |= {"mlxvr.diagnosis.speed"}
 TOKENS_ONLY = {"mlxvr.model.cache", "mlxvr.model.decode"}
 
 

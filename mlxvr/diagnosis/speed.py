@@ -20,8 +20,10 @@ import mlx.nn as nn
 import numpy as np
 
 from mlxvr.diagnosis.findings import Finding
+from mlxvr.model import cache as kv
 from mlxvr.model.families import family_of
-from mlxvr.model.memory import avoid_cpu_compiler, backend, physical_memory
+from mlxvr.model.memory import avoid_cpu_compiler, backend, usable_memory
+from mlxvr.model.memory_plan import plan_prompt
 from mlxvr.model.vision import plan_frame, run_tower
 
 __all__ = ["Prediction", "check_speed", "measure", "predict"]
@@ -51,9 +53,8 @@ _VISION = {
 }
 _MEASURED = 2  # layers of the language model
 _BLOCKS = 3  # of the vision tower; one alone tells what the rest of the tower takes
-_KV_BYTES = 2 * 8 * 128 * 2 * LAYERS  # a token: keys and values, heads, numbers, bytes
 _WEIGHT_BYTES = 5.76e9  # of the whole model at 4 bits in groups of 64, vision tower in 16 bits
-_STEP = 2048  # tokens that go through the model at once
+_STEP = 2048  # tokens that go through the model at once, at most
 _FRAMES, _ROW = 64, (20, 36)  # frames; patches of a temporal patch of two frames: 180 tokens
 _TEXT_TOKENS, _ANSWER = 340, 8
 _LOOKS = ((1, 4, 4), (1, 8, 8), (1, *_ROW), (8, *_ROW), (22, *_ROW))  # rows, height and width; the last is a chunk
@@ -75,7 +76,7 @@ class Prediction:
         prefill_seconds: of the prompt.
         token_seconds: of one decoded token.
         direct_seconds: until the direct answer.
-        peak_bytes: of memory: weights, keys and values, and what a step of the prompt takes.
+        peak_bytes: of memory: the weights and what `mlxvr.model.memory_plan` says of the rest.
     """
 
     prompt_tokens: int
@@ -97,7 +98,6 @@ class Timings:
         head: of the output head for one token.
         patch: of a patch in a block of the vision tower.
         around: of a patch in the rest of the vision tower.
-        step_bytes: memory of a prompt's token while it goes through.
     """
 
     token: float
@@ -106,13 +106,12 @@ class Timings:
     head: float
     patch: float
     around: float
-    step_bytes: float
 
 
 def check_speed() -> Iterator[Finding]:
     """Measure, predict, and hold the prediction against this machine's memory."""
     prediction = predict(measure())
-    allowed = int(mx.device_info().get("max_recommended_working_set_size") or physical_memory())
+    allowed = usable_memory()
     fits, quick = prediction.peak_bytes <= allowed, prediction.direct_seconds <= _PATIENCE
     text = (
         f"{_FRAMES} frames of Qwen3-VL-8B at 4 bits: about {_seconds(prediction.direct_seconds)} to the direct answer "
@@ -143,13 +142,21 @@ def predict(timings: Timings) -> Prediction:
     vision = (DEPTH * timings.patch + timings.around) * patches
     prefill = LAYERS * tokens * (timings.token + timings.context * tokens / 2) + timings.head
     token = LAYERS * timings.step + timings.head
+    memory = plan_prompt(
+        _config(layers=LAYERS, blocks=DEPTH, levels=[8, 16, 24]),
+        prompt_tokens=tokens,
+        answer_tokens=_ANSWER,
+        grids=[(rows, *_ROW)],
+        step_size=_STEP,
+        is_fused=backend() != "cpu",
+    )
     return Prediction(
         prompt_tokens=tokens,
         vision_seconds=vision,
         prefill_seconds=prefill,
         token_seconds=token,
         direct_seconds=vision + prefill + _ANSWER * token,
-        peak_bytes=_WEIGHT_BYTES + _KV_BYTES * tokens + timings.step_bytes * min(_STEP, tokens),
+        peak_bytes=_WEIGHT_BYTES + memory.peak,
     )
 
 
@@ -159,7 +166,7 @@ def measure() -> Timings:
     network = _network()
     language = network.language_model.model
     dtype = language.layers[0].input_layernorm.weight.dtype
-    size, seconds, used = _largest((8, 32, 128, 512, _STEP), lambda n: _read(language, n, dtype))
+    size, seconds = _largest((8, 32, 128, 512, _STEP), lambda n: _read(language, n, dtype))
     cache = _filled(language, _CONTEXT, dtype)
     later = min(_timed(lambda: _step(language, size, _CONTEXT, cache, dtype)) for _ in range(2))
     step = min(_timed(lambda: _step(language, 1, _CONTEXT, cache, dtype)) for _ in range(3))
@@ -167,7 +174,7 @@ def measure() -> Timings:
     hidden = mx.random.normal((1, HIDDEN)).astype(dtype)
     mx.eval(head.parameters(), hidden)
     logits = min(_timed(lambda: [head(hidden)]) for _ in range(3))
-    (rows, height, width), looked, _ = _largest(_LOOKS, lambda size: _look(network.vision_tower, size, _BLOCKS))
+    (rows, height, width), looked = _largest(_LOOKS, lambda size: _look(network.vision_tower, size, _BLOCKS))
     patches = rows * height * width
     alone = min(_timed(_look(network.vision_tower, (rows, height, width), 1)) for _ in range(2))
     block = max(0.0, looked - alone) / (_BLOCKS - 1) / patches
@@ -178,23 +185,17 @@ def measure() -> Timings:
         head=logits,
         patch=block,
         around=max(0.0, alone / patches - block),
-        step_bytes=used / size,
     )
 
 
-def _largest(sizes: Sequence[_Size], work: Callable[[_Size], _Work]) -> tuple[_Size, float, float]:
-    """The largest size that is tried, its seconds, and the memory that it took; a smaller one warms up."""
-    chosen, seconds, used = sizes[0], 0.0, 0.0
+def _largest(sizes: Sequence[_Size], work: Callable[[_Size], _Work]) -> tuple[_Size, float]:
+    """The largest size that the machine is fast enough for, and its seconds; a first run compiles kernels."""
     for size, larger in zip(sizes, (*sizes[1:], None)):
         run = work(size)
-        first = _timed(run)  # compiles kernels
-        held = mx.get_active_memory()
-        mx.reset_peak_memory()
-        chosen, seconds = size, min(first, _timed(run))
-        used = max(0.0, float(mx.get_peak_memory() - held))
-        if larger is not None and seconds * float(np.prod(larger) / np.prod(size)) > _ENOUGH:
-            break
-    return chosen, seconds, used
+        seconds = min(_timed(run), _timed(run))
+        if larger is None or seconds * float(np.prod(larger) / np.prod(size)) > _ENOUGH:
+            return size, seconds
+    raise ValueError("there are no sizes to try")
 
 
 def _timed(work: _Work) -> float:
@@ -206,16 +207,12 @@ def _timed(work: _Work) -> float:
 
 
 def _read(language: Any, tokens: int, dtype: mx.Dtype) -> _Work:
-    from mlx_vlm.models.cache import KVCache
-
-    return lambda: _step(language, tokens, 0, [KVCache() for _ in language.layers], dtype)
+    return lambda: _step(language, tokens, 0, kv.make(_MEASURED, head_dim=128), dtype)
 
 
 def _filled(language: Any, tokens: int, dtype: mx.Dtype) -> list[Any]:
     """A cache that holds `tokens` random tokens."""
-    from mlx_vlm.models.cache import KVCache
-
-    cache = [KVCache() for _ in language.layers]
+    cache = kv.make(_MEASURED, head_dim=128)
     for layer in cache:
         layer.update_and_fetch(*(mx.random.normal((1, 8, tokens, 128)).astype(dtype) for _ in range(2)))
     mx.eval([layer.state for layer in cache])
@@ -253,17 +250,22 @@ def _look(tower: Any, size: tuple[int, int, int], blocks: int) -> _Work:
     return work
 
 
-def _network() -> Any:
-    """The network with two layers and three blocks; what the language model multiplies with is packed to 4 bits."""
-    vision = {**_VISION, "depth": _BLOCKS, "deepstack_visual_indexes": [0]}
-    config = {
+def _config(*, layers: int, blocks: int, levels: list[int]) -> dict[str, Any]:
+    """Qwen3-VL-8B's config with so many layers and blocks; `levels` are those whose features early layers take."""
+    raw = {
         "model_type": "qwen3_vl",
-        "text_config": {**_TEXT, "num_hidden_layers": _MEASURED},
-        "vision_config": vision,
+        "text_config": {**_TEXT, "num_hidden_layers": layers},
+        "vision_config": {**_VISION, "depth": blocks, "deepstack_visual_indexes": levels},
         "tie_word_embeddings": True,
     }
+    return family_of(raw).mlx_config(raw)
+
+
+def _network() -> Any:
+    """The network with two layers and three blocks; what the language model multiplies with is packed to 4 bits."""
+    config = _config(layers=_MEASURED, blocks=_BLOCKS, levels=[0])
     family = family_of(config)
-    network = family.build(family.mlx_config(config))
+    network = family.build(config)
     dtype = mx.float32 if backend() == "cpu" else mx.bfloat16  # as the product does
     network.set_dtype(dtype)
     for layer in network.language_model.model.layers:
