@@ -109,6 +109,13 @@ class Question:
         if begun.first is not None or begun.reasoning is not None:
             raise ConfigError(f"answer_opening {self.answer_opening!r} leaves no direct answer to give: close no box")
 
+    def without_effect(self) -> str:
+        """One line that names the options that change nothing beside the others; empty if there are none."""
+        idle = [name for name, is_set in (("top_p", self.top_p < 1.0), ("seed", self.seed is not None)) if is_set]
+        if self.temperature > 0 or not idle:
+            return ""
+        return f"without effect: {', '.join(idle)}, as temperature 0 decodes greedily"
+
     def _checked_options(self, options: tuple[str, ...]) -> tuple[str, ...] | None:
         options = tuple(strip_letters(options))
         places: dict[str, int] = {}

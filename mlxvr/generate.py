@@ -22,8 +22,10 @@ from mlxvr.errors import ConfigError
 from mlxvr.media.container import check_file
 from mlxvr.media.sequence import folder_frames
 from mlxvr.media.spec import SAMPLE_BY
+from mlxvr.model.folder import ModelFolder
 from mlxvr.model.loading import DTYPES
 from mlxvr.paths import local_path
+from mlxvr.porting.defaults import Defaults
 
 __all__ = ["main", "make_parser"]
 
@@ -102,6 +104,11 @@ def make_parser() -> VerbParser:
     run.add_argument("--dtype", choices=DTYPES, help="what to compute in (default: the checkpoint's)")
     run.add_argument("--kv-bits", metavar="N", type=int, help="quantize keys and values to 2, 3, 4, 6 or 8 bits")
     run.add_argument("--prefill-step-size", metavar="N", type=int, default=2048, help="default: %(default)s")
+    run.add_argument(
+        "--show-settings",
+        action="store_true",
+        help="print each effective value and where it comes from, and ask nothing",
+    )
     run.add_argument("--json", action="store_true", help="print one JSON object: the answer, or {answers: [..]}")
     return parser
 
@@ -121,6 +128,10 @@ class _Asked:
 
 
 def _generate(args: argparse.Namespace) -> int:
+    if args.show_settings:
+        return _show_settings(args)
+    if args.threshold is not None and args.mode != "auto":
+        print(f"without effect: --threshold, as --mode {args.mode} does not ask how sure it is", file=sys.stderr)
     video, asked = _what_to_ask(args)
     sampling: dict[str, Any] = {
         name: getattr(args, name) for name in ("mode", "threshold", "max_tokens", "temperature", "top_p", "seed")
@@ -169,6 +180,30 @@ def _generate(args: argparse.Namespace) -> int:
             for one, answer in zip(asked, answers)
         ]
         print(json.dumps(fields[0] if len(fields) == 1 else {"answers": fields}, ensure_ascii=False))
+    return 0
+
+
+def _show_settings(args: argparse.Namespace) -> int:
+    """Print what would hold for a question, without loading weights."""
+    with Bars() as progress:
+        folder = ModelFolder.open(reasoner.find_folder(args.model, revision=args.revision, progress=progress))
+    limits = {name: getattr(args, name) for name in ("threshold", "fps", "max_frames", "video_tokens")}
+    defaults = Defaults.of(folder).with_flags(**limits, image_max_tokens=args.image_tokens)
+    rows = [(one.name, one.value, one.source) for one in defaults.settings()]
+    usual = make_parser().parse_args([])
+    for name in ("mode", "max_tokens", "temperature", "top_p", "seed", "kv_bits", "prefill_step_size", "dtype"):
+        value = getattr(args, name)
+        source = "flag" if value != getattr(usual, name) else "built-in"
+        rows.append((name, value, source) if name != "dtype" or value else (name, "as on disk", "checkpoint"))
+    if args.json:
+        settings = {name: {"value": value, "source": source} for name, value, source in rows}
+        print(json.dumps({"model": str(folder.path), "settings": settings}, ensure_ascii=False))
+        return 0
+    shown = [(name, str(value).splitlines() or ["(empty)"], source) for name, value, source in rows]
+    wide = min(40, max(len(line) for _, lines, _ in shown for line in lines[:1]))
+    for name, lines, source in shown:
+        first = lines[0] if len(lines) == 1 and len(lines[0]) <= wide else f"{lines[0][: wide - 2]} .."
+        print(f"{name:18} {first:{wide}}  {source}")
     return 0
 
 

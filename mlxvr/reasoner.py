@@ -39,13 +39,14 @@ from mlxvr.asking import (
 from mlxvr.bundled import NOT_OF_THE_DEMO, demo_folder, is_bundled, is_demo
 from mlxvr.callbacks import Progress, ShouldStop
 from mlxvr.clip_cache import ClipCache
-from mlxvr.errors import Cancelled, CheckpointError, ConfigError
+from mlxvr.errors import Cancelled, ConfigError
 from mlxvr.media import VisionInput, load_vision
 from mlxvr.model import decode, loading, memory
 from mlxvr.model.folder import ModelFolder
 from mlxvr.model.prefix import Prefix, PrefixCost
 from mlxvr.model.prompt import Prompt, build_prompt
-from mlxvr.porting import hub, recipe
+from mlxvr.porting import hub
+from mlxvr.porting.defaults import Defaults, EffectiveSetting
 from mlxvr.worker import Worker
 
 if TYPE_CHECKING:
@@ -60,12 +61,23 @@ __all__ = [
     "Reasoner",
     "ReasoningDelta",
     "Usage",
-    "default_threshold",
     "demo_folder",
+    "find_folder",
     "load",
 ]
 
 logger = logging.getLogger(__name__)
+
+
+def find_folder(
+    model: str | PathLike[str] | None = None, *, revision: str | None = None, progress: Progress | None = None
+) -> Path:
+    """The folder that `load` would load; downloads a Hub id that is not there yet. Arguments and errors as `load`."""
+    if model is not None:
+        return hub.resolve(model if isinstance(model, str) else Path(model), revision=revision, progress=progress)
+    if revision is not None:
+        raise ConfigError(f"revision {revision!r} is of a Hub id, and no model is named: name one, or leave it out")
+    return demo_folder() / "checkpoint"
 
 
 def load(
@@ -107,12 +119,7 @@ def load(
     for name, value in (("model", model), ("adapter", adapter)):
         if value is not None and not isinstance(value, str | PathLike):
             raise ConfigError(f"{name} is {value!r}: give the path of a folder" + " or a Hub id" * (name == "model"))
-    if model is None:
-        if revision is not None:
-            raise ConfigError(f"revision {revision!r} is of a Hub id, and no model is named: name one, or leave it out")
-        folder = demo_folder() / "checkpoint"
-    else:
-        folder = hub.resolve(model if isinstance(model, str) else Path(model), revision=revision, progress=progress)
+    folder = find_folder(model, revision=revision, progress=progress)
     worker = Worker(release=memory.give_back)
     try:
         limit = memory.usable_memory() if memory_limit is None else int(memory_limit * 1e9)
@@ -166,11 +173,14 @@ class Reasoner:
         self._cache = ClipCache(limit, max(0, limit - memory.active_memory()) // 2)
         self.kv_bits = kv_bits
         self.prefill_step_size = prefill_step_size
-        self.threshold = default_threshold(network)
-        self.task_thresholds = _task_thresholds(network)
-        self.spec = network.spec.with_overrides(**network.settings.get("budgets", {}))
-        self.system_prompt = network.system_prompt
-        self._warns_of_demo = is_demo(network.settings)
+        assert network.folder is not None, "made by load_model"
+        self._warned: set[str] = set()
+        self._defaults = Defaults.of(network.folder)
+        self.threshold = self._defaults.threshold
+        self.task_thresholds = dict(self._defaults.task_thresholds)
+        self.spec = self._defaults.spec
+        self.system_prompt = self._defaults.system_prompt
+        self._warns_of_demo = is_demo(network.folder.settings)
 
     @property
     def cache_budget(self) -> int:
@@ -284,6 +294,20 @@ class Reasoner:
 
         return self._worker.call(work)
 
+    @property
+    def settings(self) -> tuple[EffectiveSetting, ...]:
+        """What holds where a question asks for nothing else, and where each value comes from.
+
+        The names are "threshold", "task_thresholds", "system_prompt" and the limits of frames and tokens; `source` of
+        what was set on this reasoner is "caller".
+        """
+        return self._defaults.settings(
+            threshold=self.threshold,
+            task_thresholds=self.task_thresholds,
+            system_prompt=self.system_prompt,
+            spec=self.spec,
+        )
+
     def detokenize(self, token_ids: Sequence[int]) -> str:
         """The text of tokens, such as `Answer.token_ids`, special ones included."""
         return self._alive().tokenizer.decode(token_ids)
@@ -317,6 +341,11 @@ class Reasoner:
         if self._warns_of_demo and isinstance(source, str | PathLike) and not is_bundled(source):
             self._warns_of_demo = False
             logger.warning(NOT_OF_THE_DEMO)
+
+    def _warn_once(self, line: str) -> None:
+        if line and line not in self._warned:
+            self._warned.add(line)
+            logger.warning("%s", line)
 
     def _load_prefix(self, file: Path) -> Prefix:
         """Read a saved prefix, on the thread of all reasoners."""
@@ -382,6 +411,7 @@ class Clip:
         """
         check_names(options)
         asked = Question(question, **options)
+        self._reasoner._warn_once(asked.without_effect())
         self._reasoner._alive()
         return self._reasoner._worker.stream(lambda should_stop: self._answer(asked, should_stop))
 
@@ -529,28 +559,6 @@ class Clip:
 
 
 _OPENING = frozenset(signature(Reasoner.open).parameters) - {"self", "source"}
-
-
-def default_threshold(network: "VideoModel") -> float:
-    """The checkpoint's own threshold: what `mlxvr.json` says, else what the recipe of its family says."""
-    own = network.settings.get("threshold")
-    if own is None:
-        return recipe.for_config(network.config).threshold
-    return _threshold("threshold", own)
-
-
-def _task_thresholds(network: "VideoModel") -> dict[str, float]:
-    """What a calibration wrote for single tasks into `mlxvr.json`."""
-    own = network.settings.get("task_thresholds", {})
-    if not isinstance(own, dict):
-        raise CheckpointError(f"mlxvr.json says task_thresholds {own!r}; expected a table of numbers: correct the file")
-    return {task: _threshold(f"task_thresholds.{task}", value) for task, value in own.items()}
-
-
-def _threshold(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
-        raise CheckpointError(f"mlxvr.json says {name} {value!r}; expected a number from 0 to 1: correct the file")
-    return float(value)
 
 
 def _until(tokens: Iterator[TokenLike], should_stop: ShouldStop) -> Iterator[TokenLike]:

@@ -78,6 +78,40 @@ def test_the_result_is_for_people_without_json(capfd, model, video):
     assert "answer" in out
 
 
+def test_settings_and_where_they_come_from(capfd, model):
+    """As a table and as JSON; without a question, and without loading weights."""
+    flags = ("--threshold", "0.5", "--image-tokens", "300", "--max-tokens", "9")
+    code, out, err = run(capfd, "--model", model, "--show-settings", *flags)
+    assert (code, err) == (0, "")
+    table = {line.split()[0]: line.split(maxsplit=1)[1] for line in out.splitlines()}
+    assert re.fullmatch(r"0\.5 +flag", table["threshold"])
+    assert re.fullmatch(r"300 +flag", table["image_max_tokens"])
+    assert re.fullmatch(r"9 +flag", table["max_tokens"])
+    assert re.fullmatch(r"2\.0 +processor files", table["fps"])
+    assert re.fullmatch(r"You are .* \.\. +built-in", table["system_prompt"])
+    assert re.fullmatch(r"2048 +built-in", table["prefill_step_size"])
+    code, out, err = run(capfd, "--model", model, "--show-settings", "--json")
+    settings = json.loads(out)["settings"]
+    assert settings["threshold"] == {"value": 0.98, "source": "recipe qwen3_vl (the family's)"}
+    assert settings["system_prompt"]["value"].startswith("You are a helpful assistant.\nFIRST: ")
+    assert settings.keys() == table.keys()
+    assert_one_line(*run(capfd, "--model", model, "--show-settings", "--max-frames", "1"), "max_frames is 1")
+
+
+def test_options_without_effect_are_told_once(capfd, model, video, caplog):
+    with caplog.at_level("WARNING"):
+        idle = ("--seed", "1", "--top-p", "0.5", "--mode", "think", "--threshold", "0.5")
+        code, _, err = run(capfd, "--model", model, "--video", video, *ASK, "--prompt", "Why?", *idle)
+    assert code == 0
+    told = [record.getMessage() for record in caplog.records if "without effect" in record.getMessage()]
+    assert told == ["without effect: top_p, seed, as temperature 0 decodes greedily"]
+    assert err.count("without effect: --threshold, as --mode think does not ask how sure it is") == 1
+    caplog.clear()
+    code, _, err = run(capfd, "--model", model, "--video", video, *ASK, "--seed", "1", "--temperature", "1")
+    assert code == 0
+    assert "without effect" not in err + caplog.text
+
+
 def test_a_second_video_is_refused(capfd, video):
     """argparse would take the last one, without a word."""
     code, out, err = run(capfd, "--video", video, "--video", "b.mp4", *ASK)

@@ -60,9 +60,9 @@ def test_a_family_finds_its_recipe_and_a_known_checkpoint_its_own():
     assert recipe.for_source("") is None
 
 
-def test_the_family_recipes_agree_with_the_adapters():
+def test_every_family_has_a_recipe():
     for family in FAMILIES:
-        assert recipe.for_config({"model_type": family.name}).threshold == family.default_threshold
+        assert recipe.for_config({"model_type": family.name}).family == family.name
 
 
 @pytest.mark.parametrize("config", [{}, {"model_type": "llama"}, {"model_type": "shellgame"}, {"model_type": None}])

@@ -23,14 +23,15 @@ from mlxvr.media.spec import VisionSpec
 from mlxvr.model import memory
 from mlxvr.model.loading import load_model
 from mlxvr.model.network import VideoModel
-from mlxvr.porting import hub
-from mlxvr.reasoner import demo_folder
+from mlxvr.porting.defaults import Defaults
+from mlxvr.reasoner import find_folder
 from mlxvr.rewards import Weights
 
 __all__ = [
     "check_lengths",
     "check_output",
     "check_rows",
+    "default_threshold",
     "estimate_memory",
     "frame_spec",
     "identity",
@@ -52,8 +53,8 @@ _FREE = {
 
 
 def frame_spec(config: TrainConfig, model: VideoModel) -> VisionSpec:
-    """How frames are sampled and sized: the flags, then the model's own budgets."""
-    own = model.spec.with_overrides(**model.settings.get("budgets", {}))
+    """How frames are sampled and sized: the flags, then the checkpoint's own limits."""
+    own = _defaults(model).spec
     return own.with_overrides(
         fps=config.fps,
         max_frames=config.max_frames,
@@ -72,12 +73,19 @@ def reward_weights(config: TrainConfig) -> Weights:
     )
 
 
-def identity(config: TrainConfig, fingerprint: str, rows: Sequence[Row], total: int) -> dict[str, Any]:
-    """What decides the steps of a run, JSON-ready."""
+def identity(
+    config: TrainConfig, model: VideoModel, fingerprint: str, rows: Sequence[Row], total: int
+) -> dict[str, Any]:
+    """What decides the steps of a run, JSON-ready; what settings leave to the checkpoint is resolved."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(json.dumps(to_record(row, media=row.media), sort_keys=True).encode())
     told = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.name not in _FREE}
+    spec = frame_spec(config, model)
+    told |= {name: getattr(spec, name) for name in ("fps", "max_frames", "video_tokens")}
+    told["threshold"] = default_threshold(model) if config.threshold is None else config.threshold
+    told["frames"] = hashlib.sha256(repr(spec).encode()).hexdigest()[:16]
+    told["system_prompt"] = hashlib.sha256(model.system_prompt.encode()).hexdigest()[:16]
     told |= {"weights": fingerprint, "rows": digest.hexdigest()[:16]}
     if config.schedule != "constant":
         told["steps"] = total
@@ -220,13 +228,20 @@ def _is_unbegun(output: Path) -> bool:
 
 def load(config: TrainConfig, progress: Progress | None) -> VideoModel:
     """Load the model without an adapter; raises `CheckpointError`, or `ConfigError` for a revision of what has none."""
-    if config.model is None:
-        if config.revision is not None:
-            raise ConfigError(f"revision {config.revision!r} is of a Hub id: give --model, or leave it out")
-        folder = demo_folder() / "checkpoint"
-    else:
-        folder = hub.resolve(config.model, revision=config.revision, progress=progress)
-    return load_model(folder, dtype=config.dtype)
+    folder = find_folder(config.model, revision=config.revision, progress=progress)
+    model = load_model(folder, dtype=config.dtype)
+    model.system_prompt = _defaults(model).system_prompt
+    return model
+
+
+def default_threshold(model: VideoModel) -> float:
+    """The checkpoint's own threshold."""
+    return _defaults(model).threshold
+
+
+def _defaults(model: VideoModel) -> Defaults:
+    assert model.folder is not None, "made by load_model"
+    return Defaults.of(model.folder)
 
 
 def loss_config(config: TrainConfig) -> LossConfig:

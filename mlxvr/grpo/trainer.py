@@ -51,6 +51,7 @@ from mlxvr.grpo.setup import (
     check_lengths,
     check_output,
     check_rows,
+    default_threshold,
     estimate_memory,
     frame_spec,
     identity,
@@ -72,7 +73,6 @@ from mlxvr.model.network import VideoModel
 from mlxvr.paths import list_all
 from mlxvr.plotting import check_plot
 from mlxvr.ranks import Ranks
-from mlxvr.reasoner import default_threshold
 from mlxvr.rewards import RewardFunction, load_reward
 from mlxvr.settings import settings_of, write_settings
 from mlxvr.writing import replace_file
@@ -178,7 +178,7 @@ class _Run:
         per_epoch = len(batches(len(rows), batch_size=config.batch_size, seed=0, epoch=0))
         self.total = config.steps or per_epoch * config.epochs
         self._check_memory()
-        self.state = Progress(run=identity(config, fingerprint, rows, self.total))
+        self.state = Progress(run=identity(config, model, fingerprint, rows, self.total))
         check_same(ranks, {**self.state.run, **self._pace()})
         self.goes_on = config.resume and self._resume()
         if self.valid and own is not None:

@@ -9,7 +9,6 @@ network reads) and no state. A third architecture is one more adapter here, its 
     temporal position       floor(row * seconds * rate), mrope  the text order of the blocks
     vision attention        windows, and whole frames in some   whole frames, with features handed to early layers
     pictures                patch 14, CLIP's mean and std       patch 16, 0.5 and 0.5
-    direct answer stands    from confidence 0.97                from confidence 0.98
 """
 
 import logging
@@ -55,7 +54,6 @@ class Family(ABC):
     """An architecture; use `family_of(config)` to get the one that a checkpoint belongs to."""
 
     name: ClassVar[str]
-    default_threshold: ClassVar[float]
 
     def mlx_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """`config.json` in the spelling of stock mlx-vlm, from any dialect (see `mlxvr.model.dialects`).
@@ -115,7 +113,6 @@ class Qwen25VL(Family):
     """Qwen2.5-VL (arXiv 2502.13923)."""
 
     name = "qwen2_5_vl"
-    default_threshold = 0.97
 
     def expected_shapes(self, config: Mapping[str, Any]) -> Shapes:
         """MLX name -> shape of every tensor of the unquantized network."""
@@ -151,7 +148,6 @@ class Qwen3VL(Family):
     """Qwen3-VL, the dense sizes."""
 
     name = "qwen3_vl"
-    default_threshold = 0.98
 
     def expected_shapes(self, config: Mapping[str, Any]) -> Shapes:
         """MLX name -> shape of every tensor of the unquantized network."""

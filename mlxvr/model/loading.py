@@ -91,7 +91,7 @@ def load_model(
         config,
         spec=spec,
         tokenizer=tokenizer,
-        settings=found.settings,
+        folder=found,
         identify=lambda: {"model": find_model(), **parts},
         base=base,
     )

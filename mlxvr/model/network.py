@@ -18,11 +18,12 @@ import mlx.core as mx
 import numpy as np
 
 from mlxvr.callbacks import Progress, ShouldStop
-from mlxvr.errors import Cancelled, CheckpointError
+from mlxvr.errors import Cancelled
 from mlxvr.media.patches import VisionInput, normalise
 from mlxvr.media.spec import VisionSpec
 from mlxvr.model import cache as kv
 from mlxvr.model.families import Family
+from mlxvr.model.folder import ModelFolder
 from mlxvr.model.head import Head
 from mlxvr.model.prompt import SYSTEM_PROMPT
 from mlxvr.model.tokenizer import ChatTokenizer
@@ -62,9 +63,11 @@ class VideoModel:
     Attributes:
         family: what is particular to the architecture.
         config: `config.json`, normalised.
-        spec: what the checkpoint expects of its pictures.
+        spec: what the checkpoint's processor files expect of its pictures.
+        system_prompt: what the model is told first: VideoAuto-R1's, until it is set to the checkpoint's own, which
+            `mlxvr.porting.defaults` knows.
         tokenizer: with the chat template.
-        settings: `mlxvr.json` of a converted folder, else {}.
+        folder: that it was loaded from; None for parts of a model.
         network: mlx-vlm's module, for those who train or convert it.
         base: what tells its weights from others (`adapter_base.describe_base`); {} where it is not known.
         head: computes the logits.
@@ -78,7 +81,7 @@ class VideoModel:
         *,
         spec: VisionSpec,
         tokenizer: ChatTokenizer,
-        settings: dict[str, Any] | None = None,
+        folder: ModelFolder | None = None,
         identify: Callable[[], Mapping[str, str]] | None = None,
         base: Mapping[str, Any] | None = None,
     ):
@@ -88,7 +91,8 @@ class VideoModel:
         self.config = config
         self.spec = spec
         self.tokenizer = tokenizer
-        self.settings = settings or {}
+        self.system_prompt = SYSTEM_PROMPT
+        self.folder = folder
         self.base = dict(base or {})
         self.head = Head()
         self._identify = identify
@@ -110,17 +114,6 @@ class VideoModel:
     def eos_ids(self) -> frozenset[int]:
         """Tokens that end a turn."""
         return self.tokenizer.eos_ids
-
-    @property
-    def system_prompt(self) -> str:
-        """What the checkpoint was trained to be told first: VideoAuto-R1's, unless `mlxvr.json` says otherwise.
-
-        Raises `CheckpointError` when what it says is no text.
-        """
-        own = self.settings.get("system_prompt", "")
-        if not isinstance(own, str):
-            raise CheckpointError(f"mlxvr.json says system_prompt {own!r}; expected a text: correct the file")
-        return own or SYSTEM_PROMPT
 
     @property
     def context_length(self) -> int:

@@ -52,7 +52,7 @@ def origin(folder: ModelFolder, source: str | Path) -> Origin:
 def settings(folder: ModelFolder, origin: Origin, recipe: Recipe, *, keep_measured: bool) -> dict[str, Any]:
     """Return the content of `mlxvr.json`.
 
-    `keep_measured`: a threshold and budgets in the source's own `mlxvr.json` stand above the recipe's.
+    `keep_measured`: thresholds, budgets and a system prompt in the source's own `mlxvr.json` stand above the recipe's.
     Raises `CheckpointError` when they make no sense.
     """
     own = folder.settings if keep_measured else {}
@@ -61,6 +61,7 @@ def settings(folder: ModelFolder, origin: Origin, recipe: Recipe, *, keep_measur
         raise _unusable(folder, "threshold", threshold, "a number from 0 to 1")
     if not isinstance(budgets, dict):
         raise _unusable(folder, "budgets", budgets, "an object")
+    system_prompt = own.get("system_prompt") or recipe.system_prompt
     resolved = recipe.to_dict()
     quantization = recipe.quantization
     return {
@@ -75,7 +76,8 @@ def settings(folder: ModelFolder, origin: Origin, recipe: Recipe, *, keep_measur
             "mode": quantization.mode,
             "dtype": quantization.dtype,
         },
-        **({"system_prompt": recipe.system_prompt} if recipe.system_prompt else {}),
+        **({"system_prompt": system_prompt} if system_prompt else {}),
+        **({"task_thresholds": own["task_thresholds"]} if own.get("task_thresholds") else {}),
         "recipe": resolved,
         "versions": {name: version(name) for name in _VERSIONED},
     }

@@ -98,8 +98,13 @@ def load_media(
     return shown
 
 
-def build_prompts(model: VideoModel, probes: Sequence[Probe], media: Sequence[Sequence[VisionInput]]) -> list[Prompt]:
-    """The probes in the words of a model; `media` as `load_media` gives them. Raises as `build_prompt`."""
+def build_prompts(
+    model: VideoModel, probes: Sequence[Probe], media: Sequence[Sequence[VisionInput]], *, system: str | None = None
+) -> list[Prompt]:
+    """The probes in the words of a model; `media` as `load_media` gives them.
+
+    `system`: what the model is told first; None: `model.system_prompt`. Raises as `build_prompt`.
+    """
     return [
         build_prompt(
             model.tokenizer,
@@ -109,7 +114,7 @@ def build_prompts(model: VideoModel, probes: Sequence[Probe], media: Sequence[Se
             probe.question,
             options=probe.options,
             kind=probe.kind,
-            system=model.system_prompt,
+            system=model.system_prompt if system is None else system,
         )
         for probe, shown in zip(probes, media, strict=True)
     ]

@@ -22,6 +22,7 @@ from mlxvr.model.device import use_device
 from mlxvr.porting import card, hub
 from mlxvr.porting import recipe as recipes
 from mlxvr.porting.checkpoint import Checkpoint
+from mlxvr.porting.defaults import find_recipe
 from mlxvr.porting.plan import Plan, make_plan
 from mlxvr.porting.recipe import Precision, Quantization, Recipe
 from mlxvr.porting.report import ConversionReport, peak_memory
@@ -252,19 +253,17 @@ def _pinned(source: str | Path, recipe: Recipe | None) -> str | None:
     """Return the revision that a recipe pins for the Hub id `source`; None for a local folder."""
     if not hub.is_hub_id(source):
         return None
-    known = recipe or recipes.for_source(str(source))
-    matches = known is not None and known.source.casefold() == str(source).casefold()
+    repo = hub.repo_id(str(source))
+    known = recipe or recipes.for_source(repo)
+    matches = known is not None and known.source.casefold() == repo.casefold()
     return (known.revision or None) if known is not None and matches else None
 
 
 def choose_recipe(checkpoint: Checkpoint, origin: card.Origin) -> Recipe:
-    """Return the recipe that the folder's own mlxvr.json names, else its source's, else its family's."""
-    folder = checkpoint.folder
-    named: Any = folder.settings.get("recipe")
-    name = named.get("name") if isinstance(named, dict) else named
-    if isinstance(name, str) and name in recipes.available():
-        return recipes.load(name)
-    return recipes.for_source(origin.name) or recipes.for_config(folder.config)
+    """Return the recipe that holds for the unconverted checkpoint too, see `defaults.find_recipe`."""
+    recipe, how = find_recipe(checkpoint.folder, origin.name if origin.is_hub else "")
+    _log.info("recipe %s (%s)", recipe.name, how)
+    return recipe
 
 
 def _check_disk(stage: Path, plan: Plan) -> None:

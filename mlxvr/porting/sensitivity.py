@@ -60,6 +60,7 @@ from mlxvr.model.device import use_device
 from mlxvr.model.folder import ModelFolder
 from mlxvr.model.prompt import Prompt
 from mlxvr.porting.checkpoint import Checkpoint
+from mlxvr.porting.defaults import Defaults
 from mlxvr.porting.first_answers import Draft, opening, write_answers
 from mlxvr.porting.layerwise import Layer, LayerwiseModel, Track
 from mlxvr.porting.plan import DTYPE_CODES, make_plan, packed_tensors
@@ -248,9 +249,10 @@ def measure(
     """
     limit = int(_MEMORY_SHARE * memory.physical_memory()) if memory_limit is None else memory_limit
     model = LayerwiseModel.open(folder, dtype="float32", memory_limit=limit)
-    spec = model.model.spec.with_overrides(**model.model.settings.get("budgets", {}))
-    media = load_media(probes, budgeted(spec), should_stop=should_stop)
-    prompts = build_prompts(model.model, probes, media)
+    assert model.model.folder is not None, "made by load_model"
+    defaults = Defaults.of(model.model.folder)
+    media = load_media(probes, budgeted(defaults.spec), should_stop=should_stop)
+    prompts = build_prompts(model.model, probes, media, system=defaults.system_prompt)
     answered = _answer(model, prompts, should_stop)
     backward = _Backward(model, answered, limit // 4, progress=progress, should_stop=should_stop)
     costs: dict[str, list[float]] = {}

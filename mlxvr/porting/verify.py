@@ -37,7 +37,7 @@ from mlxvr.model.folder import ModelFolder
 from mlxvr.model.network import VideoModel
 from mlxvr.model.prompt import Prompt
 from mlxvr.porting import hub
-from mlxvr.porting import recipe as recipes
+from mlxvr.porting.defaults import Defaults
 from mlxvr.porting.first_answers import MOST_TOKENS, Draft, choose_greedily, opening, write_answers
 from mlxvr.porting.layerwise import LayerwiseModel
 from mlxvr.porting.probes import Probe, budgeted, build_prompts, bundled, load_media
@@ -90,8 +90,10 @@ def verify(
         original = _open(source, dtype, limit)
         ours = _open(converted, dtype, limit)
         _check_pair(original.model, ours.model, named, str(converted))
-        at = _threshold(ours.model) if threshold is None else threshold
-        prompts = _ask_both(original.model, ours.model, asked, f"{converted} was not converted from {named}")
+        assert ours.model.folder is not None, "made by load_model"
+        defaults = Defaults.of(ours.model.folder)
+        at = defaults.threshold if threshold is None else threshold
+        prompts = _ask_both(original.model, ours.model, defaults, asked, f"{converted} was not converted from {named}")
         counter = _Counter(progress, 2 * MOST_TOKENS + len(original.model.layers) + len(ours.model.layers))
         source_run = _how(original)
         expected = _read_and_write(original, prompts, counter, should_stop)
@@ -218,24 +220,20 @@ def _check_pair(source: VideoModel, converted: VideoModel, source_name: str, con
         raise CheckpointError(f"{wrong}: its tokenizer is another one; {advice}")
 
 
-def _ask_both(source: VideoModel, converted: VideoModel, probes: Sequence[Probe], wrong: str) -> list[Prompt]:
-    """The prompts, which must be the same for both models; media are shown as the converted model sees them."""
+def _ask_both(
+    source: VideoModel, converted: VideoModel, defaults: Defaults, probes: Sequence[Probe], wrong: str
+) -> list[Prompt]:
+    """The prompts, which must be the same for both models: in the words of the converted one, with its frames."""
     geometry = ("patch_size", "merge_size", "temporal_patch_size", "mean", "std")
     for name in geometry:
         if getattr(source.spec, name) != getattr(converted.spec, name):
             raise CheckpointError(f"{wrong}: its processor files differ in {name}; copy them from the source")
-    spec = converted.spec.with_overrides(**converted.settings.get("budgets", {}))
-    media = load_media(probes, budgeted(spec))
-    prompts = build_prompts(converted, probes, media)
-    for ours, theirs in zip(prompts, build_prompts(source, probes, media)):
+    media = load_media(probes, budgeted(defaults.spec))
+    prompts = build_prompts(converted, probes, media, system=defaults.system_prompt)
+    for ours, theirs in zip(prompts, build_prompts(source, probes, media, system=defaults.system_prompt)):
         if not np.array_equal(ours.ids, theirs.ids) or not np.array_equal(ours.positions, theirs.positions):
             raise CheckpointError(f"{wrong}: its tokenizer, chat template or positions are others; convert it again")
     return prompts
-
-
-def _threshold(model: VideoModel) -> float:
-    own = model.settings.get("threshold")
-    return float(recipes.for_config(model.config).threshold if own is None else own)
 
 
 def _how(model: LayerwiseModel) -> str:

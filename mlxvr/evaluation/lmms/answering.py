@@ -141,7 +141,10 @@ def open_log(path: str | os.PathLike[str], reasoner: "Reasoner", options: LmmsOp
     settings = {name: value for name, value in asdict(options).items() if name not in _WHERE}
     if options.threshold is None:
         settings["threshold"] = reasoner.threshold
-    return SampleWriter(path, {"harness": "lmms-eval", **reasoner.identity(), **settings})
+    spec = reasoner.spec.with_overrides(
+        fps=options.fps, max_frames=options.max_frames, video_tokens=options.video_tokens
+    )
+    return SampleWriter(path, {"harness": "lmms-eval", **reasoner.identity(), **settings, **asdict(spec)})
 
 
 class _Clips:

@@ -1,0 +1,237 @@
+"""What a checkpoint wants where nobody asks for something else, and who says so: the only place that knows.
+
+    flag > mlxvr.json > recipe > processor files > built-in
+
+holds for the confidence threshold, the limits of frames and tokens, and the system prompt. So weights answer alike
+under each of their names: as a Hub id, as a folder that transformers wrote, and converted.
+
+A converted folder carries the recipe that it was made with in its `mlxvr.json`. For any other checkpoint a recipe that
+was written for it is looked for: under the Hub id that it was downloaded by, under what it says of itself (`source` in
+`mlxvr.json`, `_name_or_path` in `config.json`), under its folder's name, under the `base_model` of its model card. The
+last three are names that people give, so a recipe of another family is passed over. Else its family's recipe holds.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Self
+
+from mlxvr.errors import CheckpointError, ConfigError
+from mlxvr.media.spec import VisionSpec
+from mlxvr.model.folder import ModelFolder
+from mlxvr.model.prompt import SYSTEM_PROMPT
+from mlxvr.porting import hub
+from mlxvr.porting import recipe as recipes
+from mlxvr.porting.recipe import Budgets, Recipe
+
+__all__ = ["Defaults", "EffectiveSetting", "find_recipe"]
+
+_VALUES = ("threshold", "task_thresholds", "system_prompt")
+_LIMITS = tuple(field.name for field in fields(Budgets))
+_FLAG, _FILE, _PROCESSOR, _BUILT_IN = "flag", "mlxvr.json", "processor files", "built-in"
+_STATED = ("fps", "min_frames", "max_frames")  # processor files say these as they are
+
+
+@dataclass(frozen=True, kw_only=True)
+class EffectiveSetting:
+    """An effective value and where it comes from.
+
+    Attributes:
+        name: such as "threshold" or "max_frames".
+        value: JSON-ready.
+        source: "flag", "mlxvr.json", "recipe NAME (how it was found)", "processor files", "built-in", or "caller" for
+            what an app has set.
+    """
+
+    name: str
+    value: Any
+    source: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Defaults:
+    """The effective values of a checkpoint.
+
+    Attributes:
+        threshold: confidence from which a direct answer is taken, in [0, 1].
+        task_thresholds: thresholds that were calibrated for tasks of their own, by name.
+        spec: how frames are sampled and sized.
+        system_prompt: what the model is told first.
+        sources: by the name of a value ("threshold", "system_prompt", "task_thresholds", a limit); they are those of
+            `EffectiveSetting`.
+    """
+
+    threshold: float
+    task_thresholds: Mapping[str, float]
+    spec: VisionSpec
+    system_prompt: str
+    sources: Mapping[str, str]
+
+    @classmethod
+    def of(cls, folder: ModelFolder) -> Self:
+        """Resolve the values of a checkpoint.
+
+        Raises `CheckpointError` when `mlxvr.json` or the processor files hold what cannot be used.
+        """
+        own = folder.settings
+        known = _known(folder)
+        threshold, budgets = own.get("threshold"), _budgets(folder)
+        values: dict[str, Any] = {
+            "threshold": known.threshold if threshold is None else _probability("threshold", threshold),
+            "system_prompt": _text(own.get("system_prompt")) or known.system_prompt or SYSTEM_PROMPT,
+            "task_thresholds": _task_thresholds(own.get("task_thresholds", {})),
+        }
+        sources = {
+            "threshold": known.source if threshold is None else _FILE,
+            "system_prompt": _FILE if own.get("system_prompt") else known.source if known.system_prompt else _BUILT_IN,
+            "task_thresholds": _FILE if values["task_thresholds"] else _BUILT_IN,
+        }
+        config = folder.family.mlx_config(folder.config)
+        files = VisionSpec.from_files(config, folder.image_processor, folder.video_processor)
+        built_in = VisionSpec.from_files(config)
+        limits = {**known.limits, **budgets}
+        for name in _LIMITS:
+            in_recipe = known.source if name in known.limits else _processor_source(folder, files, built_in, name)
+            sources[name] = _FILE if name in budgets else in_recipe
+        try:
+            spec = files.with_overrides(**limits)
+        except ConfigError as error:
+            raise CheckpointError(f"{folder.path / _FILE} or its recipe cannot be used: {error}") from error
+        return cls(spec=spec, sources=sources, **values)
+
+    def settings(self, **current: Any) -> tuple[EffectiveSetting, ...]:
+        """The values with their sources.
+
+        Args:
+            current: `threshold`, `task_thresholds`, `system_prompt` and `spec` as an app has set them; a value that
+                differs has the source "caller".
+        """
+        spec = current.get("spec", self.spec)
+        found = []
+        for name in (*_VALUES, *_LIMITS):
+            default = getattr(self.spec if name in _LIMITS else self, name)
+            value = getattr(spec, name) if name in _LIMITS else current.get(name, default)
+            source = self.sources[name] if value == default else "caller"
+            plain = dict(value) if isinstance(value, Mapping) else value
+            found.append(EffectiveSetting(name=name, value=plain, source=source))
+        return tuple(found)
+
+    def with_flags(self, **flags: Any) -> Self:
+        """Copy with the values that a command line gives, by the names of `EffectiveSetting`; None keeps a value.
+
+        Raises `ConfigError` for a value that cannot be used.
+        """
+        asked = {name: value for name, value in flags.items() if value is not None}
+        limits = {name: asked.pop(name) for name in _LIMITS if name in asked}
+        values: dict[str, Any] = {
+            name: getattr(self, name) for name in ("threshold", "task_thresholds", "system_prompt")
+        }
+        sources = {**self.sources, **dict.fromkeys((*asked, *limits), _FLAG)}
+        return type(self)(spec=self.spec.with_overrides(**limits), sources=sources, **{**values, **asked})
+
+
+def find_recipe(folder: ModelFolder, source: str = "") -> tuple[Recipe, str]:
+    """The shipped recipe for a checkpoint, and how it was found, for people.
+
+    `source` is the Hub id or name that the caller knows the checkpoint by. Raises `CheckpointError` when not even its
+    family has a recipe.
+    """
+    named: Any = folder.settings.get("recipe")
+    name = named.get("name") if isinstance(named, dict) else named
+    if isinstance(name, str) and name in recipes.available():
+        return recipes.load(name), "named in mlxvr.json"
+    for how, candidate in _names(folder, source):
+        known = recipes.for_source(candidate)
+        if known is not None and known.family == folder.family.name:
+            return known, how
+    return recipes.for_config(folder.config), "the family's"
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What a recipe says, as far as it concerns answering."""
+
+    source: str
+    threshold: float
+    system_prompt: str
+    limits: Mapping[str, Any]
+
+
+def _known(folder: ModelFolder) -> _Known:
+    """The recipe that a conversion wrote down in `mlxvr.json`, else the one that is found for the checkpoint."""
+    recorded = folder.settings.get("recipe")
+    if isinstance(recorded, dict) and isinstance(recorded.get("budgets", {}), dict):
+        threshold = recorded.get("threshold")
+        if threshold is None:
+            threshold = recipes.for_config(folder.config).threshold
+        limits = {name: value for name, value in recorded.get("budgets", {}).items() if name in _LIMITS}
+        prompt = _text(recorded.get("system_prompt"))
+        source = f"recipe {recorded.get('name', '?')} (recorded in mlxvr.json)"
+        return _Known(source, _probability("recipe.threshold", threshold), prompt, limits)
+    recipe, how = find_recipe(folder)
+    limits = {name: getattr(recipe.budgets, name) for name in _LIMITS if getattr(recipe.budgets, name) is not None}
+    return _Known(f"recipe {recipe.name} ({how})", recipe.threshold, recipe.system_prompt, limits)
+
+
+def _names(folder: ModelFolder, source: str) -> Iterator[tuple[str, str]]:
+    """(how it was found, Hub id) of every name that the checkpoint may have, the most certain first."""
+    repo, _ = hub.origin_of(folder.path)
+    yield "by its Hub id", source or repo
+    yield "by its Hub id", repo
+    yield "by the source in mlxvr.json", str(folder.settings.get("source") or "")
+    yield "by _name_or_path in config.json", str(folder.config.get("_name_or_path") or "")
+    own = folder.path.resolve().name.casefold()
+    for known in map(recipes.load, recipes.available()):
+        owner, _, name = known.source.casefold().partition("/")
+        if name and own in (name, f"{owner}_{name}", f"{owner}--{name}", f"models--{owner}--{name}"):
+            yield "by its folder's name", known.source
+    for base in _base_models(folder.path / "README.md"):
+        yield "by base_model in its model card", base
+
+
+def _base_models(card: Path) -> list[str]:
+    """The `base_model` of a model card's metadata, one or a list."""
+    try:
+        text = card.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return []
+    front = re.match(r"---\n(.*?)\n---", text, flags=re.DOTALL)
+    found = re.search(r"^base_model:(.*(?:\n[ \t]*- .*)*)", front[1], flags=re.MULTILINE) if front else None
+    return re.findall(r"[\w.\-]+/[\w.\-]+", found[1]) if found else []
+
+
+def _budgets(folder: ModelFolder) -> dict[str, Any]:
+    own = folder.settings.get("budgets", {})
+    if not isinstance(own, dict):
+        raise CheckpointError(f"mlxvr.json says budgets {own!r}; expected a table of limits: correct the file")
+    if unknown := sorted(own.keys() - set(_LIMITS)):
+        raise CheckpointError(
+            f"mlxvr.json says budgets.{unknown[0]}; expected some of {', '.join(_LIMITS)}: correct the file"
+        )
+    return {name: value for name, value in own.items() if value is not None}
+
+
+def _processor_source(folder: ModelFolder, files: VisionSpec, built_in: VisionSpec, name: str) -> str:
+    """Whether processor files decide a limit. Limits of tokens are those that also training had, see `VisionSpec`."""
+    video = folder.video_processor or {}
+    stated = (video.get("video_processor") or video).get(name) if name in _STATED else None
+    return _BUILT_IN if stated is None and getattr(files, name) == getattr(built_in, name) else _PROCESSOR
+
+
+def _task_thresholds(own: object) -> dict[str, float]:
+    if not isinstance(own, dict):
+        raise CheckpointError(f"mlxvr.json says task_thresholds {own!r}; expected a table of numbers: correct the file")
+    return {task: _probability(f"task_thresholds.{task}", value) for task, value in own.items()}
+
+
+def _probability(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
+        raise CheckpointError(f"mlxvr.json says {name} {value!r}; expected a number from 0 to 1: correct the file")
+    return float(value)
+
+
+def _text(value: object) -> str:
+    if value is not None and not isinstance(value, str):
+        raise CheckpointError(f"mlxvr.json says system_prompt {value!r}; expected a text: correct the file")
+    return value or ""
