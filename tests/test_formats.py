@@ -339,7 +339,7 @@ def test_parquet_without_its_package(write):
         "try:\n    read_rows(sys.argv[1], format='charades-sta')\n"
         "except DataError as error:\n    print(error)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, timeout=300)
     assert "d.parquet needs the package pyarrow to be read: install it with `pip install pyarrow`" in done.stdout
 
 

@@ -215,7 +215,7 @@ def run(stand_in, code, **options):
         env={**os.environ, "PYTHONPATH": paths},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         **options,
     )
     assert (done.returncode, done.stderr) == (0, ""), "nothing is left running or open"

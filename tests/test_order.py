@@ -48,7 +48,7 @@ def test_the_order_is_written_down():
     expected = tuple(sorted(digests, key=digests.get))
     assert batches(6, batch_size=4, seed=7, epoch=1) == [expected[:4], expected[4:]]
     code = "from mlxvr.grpo.order import batches; print(batches(6, batch_size=4, seed=7, epoch=1))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
     assert done.stdout.strip() == "[(3, 4, 0, 1), (5, 2)]"
 
 

@@ -158,7 +158,7 @@ def tracked():
     git = shutil.which("git")
     if git is None or not (ROOT / ".git").exists():
         pytest.skip("not a git checkout")
-    done = subprocess.run([git, "-C", str(ROOT), "ls-files", "-z"], capture_output=True, check=True, timeout=60)
+    done = subprocess.run([git, "-C", str(ROOT), "ls-files", "-z"], capture_output=True, check=True, timeout=300)
     return [ROOT / name for name in done.stdout.decode().split("\0") if name]
 
 

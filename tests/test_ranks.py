@@ -107,7 +107,7 @@ def start(folder, *argv, count=2):
         for rank in range(count)
     ]
     try:
-        return [(*rank.communicate(timeout=60), rank.returncode) for rank in ranks]
+        return [(*rank.communicate(timeout=300), rank.returncode) for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
@@ -181,7 +181,7 @@ def test_hosts_that_cannot_be_are_an_error(tmp_path, hosts, rank):
         env={**os.environ, **package, "MLX_HOSTFILE": str(tmp_path / "hosts.json"), "MLX_RANK": str(rank)},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
     assert done.returncode == 1
     last = done.stderr.splitlines()[-1]
@@ -216,7 +216,7 @@ def test_the_launcher_of_mlx_starts_ranks(tmp_path):
         text=True,
     )
     try:
-        process.wait(timeout=60)
+        process.wait(timeout=300)
     finally:
         process.kill()
         said = process.communicate()

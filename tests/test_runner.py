@@ -419,7 +419,7 @@ def test_killed_and_gone_on(folder, whole, tmp_path, how):
     process = start(folder / "rows.jsonl", output)
     wait_for_lines(process, output, 2)
     process.send_signal(how)
-    process.communicate(timeout=60)
+    process.communicate(timeout=300)
     assert process.returncode != 0
     kept = (output / "samples.jsonl").read_bytes()
     kept = kept[: kept.rindex(b"\n") + 1]
@@ -476,7 +476,7 @@ def test_workers_end_with_their_parent(folder, whole, tmp_path):
     process = start(folder / "rows.jsonl", output, workers=2)
     wait_for_lines(process, output, 2)
     process.kill()
-    process.communicate(timeout=60)  # returns when the last process that holds the pipe has ended
+    process.communicate(timeout=300)  # returns when the last process that holds the pipe has ended
     known = {sample.id for path in output.glob("samples*.jsonl") for sample in read_samples(path)}
     report = run(folder / "rows.jsonl", output)
     assert report.generated == 8 - len(known)

@@ -242,7 +242,7 @@ with SampleWriter(sys.argv[1], {}) as writer:
 def test_a_file_that_may_not_grow(tmp_path):
     """The same with the system's own error."""
     path = tmp_path / "samples.jsonl"
-    done = subprocess.run([sys.executable, "-c", LIMITED, str(path)], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", LIMITED, str(path)], capture_output=True, text=True, timeout=300)
     count, said = done.stdout.split(" ", 1)
     assert "is full" in said, done.stderr
     assert path.stat().st_size <= 4000

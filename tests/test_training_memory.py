@@ -270,11 +270,21 @@ def true_shape(prompt, group, *, checkpoint, **more):
     )
 
 
-@pytest.mark.parametrize(("prompt", "group", "measured"), [(2048, 8, 20.7), (2048, 16, 20.4), (4096, 8, 19.7)])
-def test_gradient_of_the_true_shape_on_cuda(prompt, group, measured):
-    need = true_shape(prompt, group, checkpoint=True)
+@pytest.mark.parametrize(
+    ("prompt", "group", "checkpoint", "measured"),
+    [
+        (2048, 8, True, 20.7),
+        (2048, 16, True, 20.4),
+        (4096, 8, True, 19.7),
+        (2300, 8, False, 62.0),
+        (4400, 8, False, 86.9),
+    ],
+)
+def test_gradient_of_the_true_shape_on_cuda(prompt, group, checkpoint, measured):
+    """Peaks in GB that MLX reported on an H100, weights included; the last two stand in `benchmarks/README.md`."""
+    need = true_shape(prompt, group, checkpoint=checkpoint)
     found = need.weights + need.adapters + need.features + need.gradient
-    assert found / 1e9 == pytest.approx(measured, rel=0.25)  # peaks that MLX reported
+    assert found / 1e9 == pytest.approx(measured, rel=0.25)
 
 
 def test_loaded_model_says_what_it_is(tmp_path):
