@@ -242,13 +242,19 @@ def make_locator(folder: Path, media_root: Path | None) -> Callable[[str], Path]
             root = Path(os.path.abspath(media_root))
             path = Path(os.path.normpath(root / path))
             if not path.is_relative_to(root):
-                raise DataError(f"{text!r} leaves the media root {root}: give a media root that holds it")
+                raise DataError(
+                    f"{text!r} leaves the media root {root}: give a media root (--media-root) that holds it"
+                )
             return local_path(path)
         if path.is_absolute():
-            raise DataError(f"{text!r} is an absolute path: make it relative to the file, or give a media root")
+            raise DataError(
+                f"{text!r} is an absolute path: make it relative to the file, or give a media root (--media-root)"
+            )
         found = local_path(folder / path)  # perhaps another spelling, and that one a link
         if not found.resolve().is_relative_to(folder.resolve()):
-            raise DataError(f"{text!r} leaves the folder of the file: move the media there, or give a media root")
+            raise DataError(
+                f"{text!r} leaves the folder of the file: move the media there, or give a media root (--media-root)"
+            )
         return found
 
     return locate

@@ -583,7 +583,12 @@ def test_other_refusals(source, tmp_path, left_behind):
         (lambda: convert(source, tmp_path / "out", revision="main"), ConfigError, "no revisions"),
         (lambda: convert(source, source), ConfigError, "not empty"),
         (lambda: convert(source, source, force=True), ConfigError, "is or holds the source"),
-        (lambda: convert(source, tmp_path, force=True), ConfigError, "is no model folder"),
+        (lambda: convert(source, tmp_path, force=True), ConfigError, "no model folder that could be replaced"),
+        (
+            lambda: convert(source, tmp_path),
+            ConfigError,
+            "no model folder that could be replaced; choose another folder$",
+        ),
         (lambda: convert(source, source / "config.json"), ConfigError, "is a file"),
         (lambda: convert(source, source / "config.json" / "out"), ConfigError, "cannot write"),
     ]:

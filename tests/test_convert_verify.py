@@ -1,5 +1,6 @@
 """`convert --verify`: what is close enough is kept with its figures, what is not is refused and nothing is lost."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from recipes import write_plain
 from mlxvr.convert import convert, main
 from mlxvr.errors import VerificationError
 from mlxvr.model.loading import load_model
+from mlxvr.porting import card
 from mlxvr.porting import probes as bundle
 
 STRICT = """
@@ -74,10 +76,38 @@ def test_figures_travel_with_the_weights(source, tmp_path):
     assert kept["shortfalls"] == []
     assert str(tmp_path) not in json.dumps(settings_of(tmp_path / "out"))  # no path of this machine
     assert {"seconds", "peak_memory"} & kept.keys() == set()
-    card = (tmp_path / "out" / "README.md").read_text()
-    assert "| Verified | on 3 probe prompts against the source:" in card
+    shown = (tmp_path / "out" / "README.md").read_text()
+    assert "| Verified | measured on 3 probe prompts against the source: the most likely token agrees on " in shown
+    assert kept["limits"] == dataclasses.asdict(report.limits)
+    assert kept["passed"] is None, "this recipe has no limits"
+    assert report.table().endswith("\nno verdict: the recipe sets no limits")
+    assert report.to_dict()["verification"]["limits"] == kept["limits"]
     convert(source, tmp_path / "again", recipe=write_plain(tmp_path), bits=8, verify=True)
     assert settings_of(tmp_path / "again") == settings_of(tmp_path / "out")
+
+
+def test_the_card_has_three_figures_with_their_limits():
+    figures = {
+        "probes": [1, 2],
+        "top1": 0.984,
+        "tokens": 500,
+        "confidence_drift": 0.0344,
+        "decisions": 24,
+        "flipped": 1,
+    }
+    limits = {"bits": 4, "top1": 0.9, "confidence_drift": 0.08, "flipped_exits": 0.1, "kl": None}
+    rows = card._verified({**figures, "limits": limits, "passed": True, "shortfalls": []})
+    assert rows == {
+        "Verified": "passed on 2 probe prompts against the source: the most likely token agrees on 98.4% of 500 tokens "
+        "(limit 90.0%); confidence moves by 0.034 (limit 0.08) on average; 1 of 24 exit decisions flip (limit 10%)"
+    }
+    failed = {"limits": {"bits": 4}, "passed": False, "shortfalls": ["KL is 1, the limit is 0.1"], "decisions": 0}
+    rows = card._verified({**figures, **failed})
+    assert rows == {
+        "Verified": "fell short on 2 probe prompts against the source: the most likely token agrees on 98.4% of 500 "
+        "tokens; confidence moves by 0.034 on average",
+        "Falls short": "KL is 1, the limit is 0.1",
+    }
 
 
 def test_without_verification_nothing_is_claimed(source, tmp_path):
@@ -96,7 +126,9 @@ def test_falling_short_is_an_error_and_force_keeps_it(source, strict, tmp_path):
     (shortfall,) = report.shortfalls
     assert settings_of(tmp_path / "out")["verification"]["shortfalls"] == [shortfall]
     assert f"| Falls short | {shortfall} |" in (tmp_path / "out" / "README.md").read_text()
-    assert "falls short: " in report.table()
+    assert f"falls short: {shortfall} (kept, as --force says)" in report.table()
+    assert report.to_dict()["verification"]["passed"] is False
+    assert "| Verified | fell short on " in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_limits_are_those_of_the_bits(source, strict, tmp_path):

@@ -140,6 +140,25 @@ def test_tokens_count_alike() -> None:
     assert found.largest_logits_error == 0.9
 
 
+def test_the_table_shows_each_limit_and_ends_with_the_verdict() -> None:
+    found = report(result(), result(converted_confidence=0.9, converted_exits=False))
+    easy = Limits(bits=4, logits_error=0.5, top1=0.25, kl=0.2, confidence_drift=0.08, flipped_exits=0.6)
+    lines = found.table(easy).splitlines()
+    for line, limit in zip(
+        lines, (", limit 0.5", ", limit 25.0%", "limit 0.2", ", limit 0.08", ", limit 60%"), strict=False
+    ):
+        assert line.endswith(limit)
+    assert lines[-1] == "passed: within the limits of 4 bits"
+    assert found.table(Limits(bits=16, kl=0.001)).endswith("\nfalls short: KL is 0.01, the limit is 0.001")
+    assert found.verdict(Limits(bits=16, kl=0.5)) == "passed: within the limits of unquantized weights"
+    assert found.verdict(Limits(bits=16)) == "no verdict: the recipe sets no limits"
+    assert found.to_dict(Limits(bits=16))["passed"] is None
+    assert "limit" not in found.table()
+    judged = found.to_dict(easy)
+    assert (judged["passed"], judged["shortfalls"], judged["limits"]["kl"]) == (True, [], 0.2)
+    assert found.to_dict(Limits(bits=16, kl=0.001))["passed"] is False
+
+
 def test_limits() -> None:
     found = report(result(), result(converted_confidence=0.9, converted_exits=False))
     strict = Limits(bits=4, logits_error=0.05, top1=1.0, kl=0.001, confidence_drift=0.01, flipped_exits=0.1)

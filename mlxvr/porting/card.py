@@ -6,7 +6,6 @@ them), the card for people. Neither holds a date or a path, so that the same con
 
 import json
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -83,10 +82,9 @@ def settings(folder: ModelFolder, origin: Origin, recipe: Recipe, *, keep_measur
     }
 
 
-def verification(figures: dict[str, Any], shortfalls: Sequence[str]) -> dict[str, Any]:
+def verification(figures: dict[str, Any]) -> dict[str, Any]:
     """Return what `mlxvr.json` keeps of a verification: no paths, and nothing that another run would not find again."""
-    kept = {key: value for key, value in figures.items() if key not in _OF_THE_RUN}
-    return {**kept, "shortfalls": list(shortfalls)}
+    return {key: value for key, value in figures.items() if key not in _OF_THE_RUN}
 
 
 def write(stage: Path, folder: ModelFolder, config: dict[str, Any], settings: dict[str, Any], title: str) -> None:
@@ -178,9 +176,22 @@ def _verified(figures: dict[str, Any] | None) -> dict[str, str]:
     """Rows of the card that tell how far the weights are from their source."""
     if figures is None:
         return {}
-    shown = {key: value for key, value in figures.items() if isinstance(value, int | float)}
-    listed = ", ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in shown.items())
-    rows = {"Verified": f"on {len(figures['probes'])} probe prompts against the source: {listed}"}
+    limits = figures.get("limits") or {}
+
+    def limit(name: str, form: str) -> str:
+        return f" (limit {limits[name]:{form}})" if limits.get(name) is not None else ""
+
+    listed = [
+        f"the most likely token agrees on {figures['top1']:.1%} of {figures['tokens']} tokens{limit('top1', '.1%')}"
+    ]
+    if figures["confidence_drift"] is not None:
+        drift = f"{figures['confidence_drift']:.3f}{limit('confidence_drift', 'g')}"
+        listed.append(f"confidence moves by {drift} on average")
+    if figures["decisions"]:
+        flips = f"{figures['flipped']} of {figures['decisions']}"
+        listed.append(f"{flips} exit decisions flip{limit('flipped_exits', '.0%')}")
+    verdict = {True: "passed", False: "fell short"}.get(figures["passed"], "measured")
+    rows = {"Verified": f"{verdict} on {len(figures['probes'])} probe prompts against the source: {'; '.join(listed)}"}
     if figures["shortfalls"]:
         rows["Falls short"] = "; ".join(figures["shortfalls"])
     return rows

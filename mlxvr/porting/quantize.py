@@ -24,7 +24,7 @@ from mlxvr.porting import recipe as recipes
 from mlxvr.porting.checkpoint import Checkpoint
 from mlxvr.porting.defaults import find_recipe
 from mlxvr.porting.plan import Plan, make_plan
-from mlxvr.porting.recipe import Precision, Quantization, Recipe
+from mlxvr.porting.recipe import Limits, Precision, Quantization, Recipe
 from mlxvr.porting.report import ConversionReport, peak_memory
 from mlxvr.porting.shards import is_finished, write_index
 from mlxvr.porting.staging import check_target, staged
@@ -172,6 +172,7 @@ def write_model(
     settings["quantization"]["bits_per_weight"] = round(8 * plan.nbytes / checkpoint.parameters, 3)
     config = _config(checkpoint, plan, usual)
     verification: VerificationReport | None = None
+    limits: Limits | None = None
     shortfalls: tuple[str, ...] = ()
     with staged(target, plan.fingerprint(checkpoint)) as stage:
         _check_disk(stage, plan)
@@ -181,14 +182,15 @@ def write_model(
         card.write(stage, checkpoint.folder, config, settings, title or target.name)
         if judge is not None:
             verification = judge(stage)
-            shortfalls = verification.failures(recipe.limits_for(plan.bits))
+            limits = recipe.limits_for(plan.bits)
+            shortfalls = verification.failures(limits)
             if shortfalls and not force:
                 raise VerificationError(
                     f"the converted model is too far from its source: {'; '.join(shortfalls)}: use more bits or a "
                     "smaller group size, or --force to keep it",
                     verification,
                 )
-            settings["verification"] = card.verification(verification.to_dict(), shortfalls)
+            settings["verification"] = card.verification(verification.to_dict(limits))
             card.write(stage, checkpoint.folder, config, settings, title or target.name)
     report = ConversionReport(
         path=target,
@@ -210,6 +212,7 @@ def write_model(
         seconds=time.perf_counter() - started,
         peak_memory=peak,
         verification=verification,
+        limits=limits,
         shortfalls=shortfalls,
     )
     _log.info("wrote %s: %.2f bits per weight", target, report.bits_per_weight)

@@ -171,6 +171,11 @@ class Limits:
             value = getattr(self, key)
             check_value(key, value, value is None or value >= 0, "a number from 0 on")
 
+    @property
+    def limits_anything(self) -> bool:
+        """Whether any figure has a limit."""
+        return any(value is not None for name, value in dataclasses.asdict(self).items() if name != "bits")
+
 
 # For weights that nobody has measured yet: error and KL of random weights with some room, the others by judgement.
 _USUAL_LIMITS = (

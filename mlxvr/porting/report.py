@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mlxvr.porting.recipe import Limits
     from mlxvr.porting.verify import VerificationReport
 
 __all__ = ["ConversionReport", "format_bytes", "peak_memory"]
@@ -20,7 +21,8 @@ class ConversionReport:
     `bits` is the recipe's or what was asked for (0: unquantized, "auto": chosen for each module); `bytes_before` and
     `bytes_after` count tensors; `indivisible` are the modules that the recipe wanted quantized and whose rows cannot
     be divided into groups; `resumed_shards` of `shards` were there from an interrupted run; `peak_memory` is the
-    process's largest resident size in bytes, without the verification; `verification` is None if none was asked for.
+    process's largest resident size in bytes, without the verification; `verification`, and the `limits` that it was
+    held against, are None if none was asked for.
     """
 
     path: Path
@@ -42,6 +44,7 @@ class ConversionReport:
     seconds: float
     peak_memory: int
     verification: "VerificationReport | None" = None
+    limits: "Limits | None" = None
     shortfalls: tuple[str, ...] = ()
 
     @property
@@ -52,8 +55,9 @@ class ConversionReport:
     def to_dict(self) -> dict[str, Any]:
         """Return the fields, and `bits_per_weight`, as JSON-ready values."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        del values["limits"]  # they stand with the verification
         values |= {"path": str(self.path), "bits_per_weight": self.bits_per_weight}
-        return {**values, "verification": self.verification and self.verification.to_dict()}
+        return {**values, "verification": self.verification and self.verification.to_dict(self.limits)}
 
     def table(self) -> str:
         """Return the figures for people, the verification's below them."""
@@ -64,7 +68,7 @@ class ConversionReport:
             ("weights", f"{self._weights()}, the rest {self.dtype}"),
             ("matrices", f"{self.quantized} quantized{self._indivisible()}"),
             ("size", f"{format_bytes(self.bytes_before)} -> {format_bytes(self.bytes_after)}"),
-            ("bits per weight", f"{self.bits_per_weight:.2f}"),
+            ("bits per weight", f"{self.bits_per_weight:.2f}, unquantized tensors and scales included"),
             ("shards", f"{self.shards}{resumed}"),
             ("time", f"{self.seconds:.1f} s"),
             ("peak memory", f"{format_bytes(self.peak_memory)} while converting"),
@@ -73,8 +77,8 @@ class ConversionReport:
         table = "\n".join(f"{name:16} {value}" for name, value in rows)
         if self.verification is None:
             return table
-        verdict = "".join(f"\nfalls short: {shortfall} (kept, as --force says)" for shortfall in self.shortfalls)
-        return f"{table}\n\n{self.verification.table()}{verdict}"
+        kept = " (kept, as --force says)" if self.shortfalls else ""
+        return f"{table}\n\n{self.verification.table(self.limits)}{kept}"
 
     def _weights(self) -> str:
         if self.bits == 0:

@@ -38,10 +38,12 @@ def check_target(target: Path, source: Path | None = None, *, force: bool = Fals
     if target.exists() and not target.is_dir():
         raise ConfigError(f"the output {target} is a file; expected a folder that does not exist yet")
     if target.is_dir() and list_visible(target):
+        if not (target / "config.json").is_file():
+            raise ConfigError(
+                f"the output {target} is not empty, and no model folder that could be replaced; choose another folder"
+            )
         if not force:
             raise ConfigError(f"the output {target} is not empty; choose another folder, or --force to replace it")
-        if not (target / "config.json").is_file():
-            raise ConfigError(f"the output {target} holds files but is no model folder; it is not replaced")
     return target
 
 

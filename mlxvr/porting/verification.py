@@ -166,19 +166,41 @@ class VerificationReport:
             found.append(f"top-1 agreement is {self.top1:.4g}, the limit is {limits.top1:g}")
         return tuple(found)
 
-    def table(self) -> str:
-        """A few lines to read."""
+    def verdict(self, limits: Limits) -> str:
+        """One line: whether all figures are within their limits."""
+        if not limits.limits_anything:
+            return "no verdict: the recipe sets no limits"
+        weights = "unquantized weights" if limits.bits == 16 else f"{limits.bits} bits"
+        failures = self.failures(limits)
+        return f"falls short: {'; '.join(failures)}" if failures else f"passed: within the limits of {weights}"
+
+    def table(self, limits: Limits | None = None) -> str:
+        """A few lines to read, with the limits that the figures are held against and the verdict, if they are given."""
+        bounds = {} if limits is None else {name: value for name, value in asdict(limits).items() if value is not None}
+
+        def bound(name: str, form: str) -> str:
+            return f", limit {bounds[name]:{form}}" if name in bounds else ""
+
         share = self.flipped_exits
         flips = "no decisions" if share is None else f"{len(self.flipped)} of {self.decisions} ({share:.1%})"
         if self.different_answers:
             flips += f", {self.different_answers} by another answer"
         rows = [
-            ("logits error, relative", f"{self.logits_error:.4f}", f"largest {self.largest_logits_error:.4f}"),
-            ("top-1 agreement", f"{self.top1:.1%}", f"of {self.tokens} tokens"),
-            ("KL, nats per token", f"{self.kl:.5f}", ""),
-            ("confidence drift", f"{self.confidence_drift:.4f}", f"largest {self.largest_confidence_drift:.4f}"),
-            ("exit decisions flipped", flips, f"threshold {self.threshold:g}"),
+            (
+                "logits error, relative",
+                f"{self.logits_error:.4f}",
+                f"largest {self.largest_logits_error:.4f}{bound('logits_error', 'g')}",
+            ),
+            ("top-1 agreement", f"{self.top1:.1%}", f"of {self.tokens} tokens{bound('top1', '.1%')}"),
+            ("KL, nats per token", f"{self.kl:.5f}", bound("kl", "g").removeprefix(", ")),
+            (
+                "confidence drift",
+                f"{self.confidence_drift:.4f}",
+                f"largest {self.largest_confidence_drift:.4f}{bound('confidence_drift', 'g')}",
+            ),
+            ("exit decisions flipped", flips, f"threshold {self.threshold:g}{bound('flipped_exits', '.0%')}"),
         ]
+        # Limits are those of the means; the largest shows how far a single token or probe strays.
         width = max(len(value) for _, value, _ in rows)
         lines = [f"{name:<24}{value:<{width}}  {note}".rstrip() for name, value, note in rows]
         for probe in self.flipped:
@@ -194,10 +216,18 @@ class VerificationReport:
             f"{len(self.probes)} probes, source {self.source_run}, {self.seconds:.1f} s, "
             f"at most {self.peak_memory / 1e9:.2f} GB"
         )
-        return "\n".join(lines)
+        return "\n".join(lines if limits is None else [*lines, self.verdict(limits)])
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, the table of probes included; what is no number is None."""
+    def to_dict(self, limits: Limits | None = None) -> dict[str, Any]:
+        """Plain values for JSON, the table of probes included; what is no number is None.
+
+        With `limits` they are in it, and "passed" (None: nothing is limited) and "shortfalls".
+        """
+        judged: dict[str, Any] = {}
+        if limits is not None:
+            failures = self.failures(limits)
+            passed = not failures if limits.limits_anything else None
+            judged = {"passed": passed, "shortfalls": list(failures), "limits": asdict(limits)}
         probes = []
         for probe in self.probes:
             values = asdict(probe)
@@ -221,7 +251,7 @@ class VerificationReport:
             "seconds": round(self.seconds, 1),
             "peak_memory": self.peak_memory,
         }
-        return {**_finite(whole), "probes": [_finite(probe) for probe in probes]}
+        return {**_finite(whole), **judged, "probes": [_finite(probe) for probe in probes]}
 
     def _over_tokens(self, figure: Callable[[Divergence], float]) -> float:
         return sum(figure(probe.divergence) * probe.divergence.tokens for probe in self.probes) / self.tokens
