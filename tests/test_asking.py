@@ -6,6 +6,7 @@ Each script is a list of (piece of text, probability); the confidences below are
 import dataclasses
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 
@@ -161,8 +162,48 @@ def test_reasoning_deltas_add_up_to_the_reasoning_without_its_marks():
 def test_broken_output_gives_an_honest_answer(script, text, problem):
     _, _, answer = Scripted(script).run(mode="think")
     assert problem in answer.problems
-    if problem not in {"unterminated_box"}:
-        assert answer.text == text
+    assert answer.text == text
+
+
+@pytest.mark.parametrize(
+    ("script", "reasoned", "reasoning", "second"),
+    [
+        ([*FULL[:4], ("}", 0.8), (END, 1.0)], False, None, None),  # it stopped by itself
+        ([*FULL[:4], ("}", 0.8), ("\\boxed{C}", 0.9), (END, 1.0)], True, None, "C"),  # a second answer alone
+        ([*FULL[:9], (END, 1.0)], True, "It moves", None),  # and reasoning alone
+        (FULL, True, "It moves.", "C"),
+    ],
+)
+def test_it_has_reasoned_when_there_is_reasoning_or_a_second_answer(script, reasoned, reasoning, second):
+    _, outcome, answer = Scripted(script).run(mode="think")
+    assert not outcome.exited
+    assert (answer.reasoned, answer.reasoning, answer.second) == (reasoned, reasoning, second)
+
+
+@pytest.mark.parametrize(
+    ("script", "mode", "first_seconds", "reasoning_seconds", "first_tokens"),
+    [
+        (FULL, "think", 5, 14, 5),  # a second a token; the fifth closes the box, the end of the turn is the 19th
+        (FULL, "direct", 5, 0, 5),
+        ([("It is red", 0.9), (".", 1.0), (END, 1.0)], "think", 3, 0, 3),  # no box: all of it is the first answer
+    ],
+)
+def test_time_and_tokens_before_and_after_the_first_box(
+    monkeypatch, script, mode, first_seconds, reasoning_seconds, first_tokens
+):
+    model = Scripted(script)
+    monkeypatch.setattr("mlxvr.asking.time", SimpleNamespace(perf_counter=lambda: float(model.read)))
+    _, outcome, _ = model.run(mode=mode)
+    assert (outcome.first_answer_seconds, outcome.reasoning_seconds) == (first_seconds, reasoning_seconds)
+    assert outcome.first_answer_tokens == first_tokens
+
+
+def test_an_exit_with_the_last_token_is_no_limit():
+    _, outcome, answer = Scripted(FULL).run(mode="direct", max_tokens=5)
+    assert outcome.exited
+    assert answer.problems == ()
+    _, _, longer = Scripted(FULL).run(mode="think", max_tokens=5)
+    assert "token_limit" in longer.problems
 
 
 def test_the_token_limit_is_reported():
@@ -242,6 +283,13 @@ REST = FULL[5:18]
         (BOX, [("}<", 0.5)], "", None),
         (BOX, [(" Let's", 0.9), (" analyze", 0.9), (" it.", 0.9), ("}<", 0.5)], "Let's analyze it.", None),
         (["Sure", ": "], [("\\boxed{", 0.9), ("4", 0.7), ("2", 0.6), ("}<", 0.5)], "42", 0.6),
+        (["I say "], [("\\boxed{", 0.9), ("}<", 0.99)], "", None),
+        (
+            ["I say "],
+            [("\\boxed{", 1.0), ("Let's analyze", 0.99), (" it", 0.99), ("}<", 0.9)],
+            "Let's analyze it",
+            None,
+        ),
     ],
 )
 def test_an_answer_that_is_begun_for_the_model(opening, written, first, confidence):

@@ -202,6 +202,9 @@ def test_tied_embeddings_drop_a_copied_head(tmp_path):
     (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
     convert(folder, tmp_path / "out")
     assert not any("lm_head" in name for name in output_tensors(tmp_path / "out"))
+    quantization = read_json(tmp_path / "out" / "config.json")["quantization"]
+    assert quantization["bits"] == 4
+    assert quantization["language_model.model.embed_tokens"]["bits"] == 8, "the embedding is the head, which has 8"
 
 
 def test_large_outputs_are_split_into_shards(source, tmp_path, monkeypatch):

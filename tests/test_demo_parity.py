@@ -71,5 +71,5 @@ def test_what_we_generate_is_as_likely_there(theirs, row):
     np.testing.assert_allclose(answer.token_logprobs, logprobs, atol=0.05)
     assert below.max() < 0.05, "greedy: each token is the likeliest there too, or as good as"
     letters = [n for n, token in enumerate(answer.token_ids) if model.tokenizer.decode([token]) == answer.first]
-    if len(answer.first) == 1:
-        assert answer.confidence == pytest.approx(math.exp(logprobs[letters[0]]), abs=0.02)
+    assert len(answer.first) == 1, "a letter, which is one token"
+    assert answer.confidence == pytest.approx(math.exp(logprobs[letters[0]]), abs=0.02)

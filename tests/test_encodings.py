@@ -155,7 +155,7 @@ def write_fp8(folder: Path, family: str, block: tuple[int, int], *, scale_dtype:
 def test_fp8_blocks_are_what_torch_reads(family, block, scale_dtype, tmp_path, monkeypatch):
     monkeypatch.setattr("mlxvr.porting.stream._CHUNK_BYTES", 4000)
     meant = write_fp8(tmp_path / "source", family, block, scale_dtype=scale_dtype)
-    assert len(meant) == 7 * 2 or len(meant) % 7 == 0
+    assert len(meant) == 3 * 7
     convert(tmp_path / "source", tmp_path / "out", bits=0)
     found = tensors_of(tmp_path / "out")
     for name, expected in meant.items():

@@ -17,9 +17,9 @@ import pytest
 import mlxvr
 from mlxvr import eval as verb
 from mlxvr import mathematics
-from mlxvr.dataset import load_rows
+from mlxvr.dataset import load_rows, make_row
 from mlxvr.errors import ConfigError
-from mlxvr.evaluation import plots, runner
+from mlxvr.evaluation import generation, plots, runner
 from mlxvr.evaluation.config import EvalConfig
 from mlxvr.evaluation.generation import digest
 from mlxvr.evaluation.runner import read_questions
@@ -221,6 +221,75 @@ def test_what_would_fail_at_the_end_is_refused_before_the_beginning(
     assert re.fullmatch(f"error: .*{re.escape(says)}.*\n", err)
     assert not Path("run").exists()
     assert sorted(path.name for path in model.iterdir()) == before
+
+
+def test_every_setting_of_the_model_reaches_it(monkeypatch, tmp_path, data):
+    given = {}
+
+    class Loaded(Exception):
+        pass
+
+    def load(model, **options):
+        given.update(options, model=model)
+        raise Loaded
+
+    monkeypatch.setattr("mlxvr.reasoner.load", load)
+    settings = {"adapter": tmp_path / "a", "revision": "r", "dtype": "float16", "kv_bits": 6, "prefill_step_size": 99}
+    with pytest.raises(Loaded):
+        runner.evaluate(EvalConfig(model="org/m", data=data, output=tmp_path / "run", **settings))
+    assert {name: given[name] for name in settings} == settings
+    assert given["model"] == "org/m"
+
+
+@pytest.mark.parametrize("subtitles", [False, True])
+def test_subtitles_are_asked_for(monkeypatch, tmp_path, subtitles):
+    asked = {}
+    monkeypatch.setattr(runner, "read_benchmark", lambda name, root, **options: asked.update(options) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        read_questions(EvalConfig(task="videomme", data_root=tmp_path, subtitles=subtitles, output=tmp_path / "run"))
+    assert asked == {"subtitles": subtitles}
+
+
+def test_resamples_and_seed_reach_the_figures(capfd, tmp_path, model, data, header):
+    output = made(data, tmp_path / "run", header, sure=30)
+    asked = ("--model", model, "--data", data, "--output", output, "--threshold", 0.8, "--json")
+    found = [
+        json.loads(call(capfd, *asked, "--resamples", count, "--seed", seed)[1])["summary"]
+        for count, seed in ((50, 1), (50, 2), (0, 1))
+    ]
+    assert [(one["bootstrap"], one["seed"]) for one in found] == [(50, 1), (50, 2), (0, 1)]
+    intervals = [one["overall"]["gain"] for one in found]
+    assert intervals[0] != intervals[1]
+    assert intervals[2]["low"] is None
+
+
+def test_how_an_answer_is_begun_reaches_the_question():
+    """MVP begins the answer itself; without that the model is asked something else than the public evaluator asks."""
+    asked = {}
+
+    class Clip:
+        def stream(self, text, **options):
+            asked.update(options, text=text)
+            yield mlxvr.Answer("B", 0.9, False, "B", None, "B", 0.97)
+
+    row = make_row(
+        {"id": "1", "question": "Which?", "options": ["x", "y"], "answer": "B", "answer_opening": "\\boxed{Answer:"},
+        line="f:1",
+        locate=Path,
+    )
+    asking = generation.Asking(mode="auto", threshold=0.5, max_tokens=7)
+    sample = generation._ask(None, Clip(), row, asking, 0.0)
+    assert (sample.first, sample.error) == ("B", None)
+    expected = {
+        "text": "Which?",
+        "options": ("x", "y"),
+        "kind": "qa",
+        "mode": "auto",
+        "threshold": 0.5,
+        "max_tokens": 7,
+    }
+    assert {name: asked[name] for name in expected} == expected
+    assert asked["answer_opening"] == "\\boxed{Answer:"
 
 
 def test_what_was_made_from_the_demo_has_its_clips(model, tmp_path):

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -331,6 +332,78 @@ sys.exit(generate.main(sys.argv[1:]))
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["token_ids"]
+
+
+class Recorder:
+    """A reasoner and its clip that keep what they were given."""
+
+    spec, grid, seconds = SimpleNamespace(fps=2.0), (0, 0, 0), ()
+
+    def __init__(self):
+        self.given = {}
+
+    def load(self, model, **options):
+        self.given |= {"model": model, **options}
+        return self
+
+    def open(self, source, **options):
+        self.given |= {"video": source, **options}
+        return self
+
+    def ask(self, question, **options):
+        self.given |= {"question": question, "options": options.pop("options"), **options}
+        return Answer("A", 0.5, False, "A", None, None, 0.97)
+
+    def stream(self, question, **options):
+        yield self.ask(question, **options)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+
+FLAGS = {
+    "--model": ("M", "M"),
+    "--adapter": ("A", "A"),
+    "--revision": ("R", "R"),
+    "--kind": ("grounded_qa", "grounded_qa"),
+    "--mode": ("direct", "direct"),
+    "--threshold": ("0.5", 0.5),
+    "--max-tokens": ("7", 7),
+    "--temperature": ("0.5", 0.5),
+    "--top-p": ("0.25", 0.25),
+    "--seed": ("3", 3),
+    "--fps": ("1.5", 1.5),
+    "--max-frames": ("12", 12),
+    "--video-tokens": ("77", 77),
+    "--image-tokens": ("88", 88),
+    "--sample-by": ("index", "index"),
+    "--start": ("0:01", 1.0),
+    "--end": ("1.5", 1.5),
+    "--dtype": ("float16", "float16"),
+    "--kv-bits": ("6", 6),
+    "--prefill-step-size": ("99", 99),
+}
+ELSEWHERE = {"--help", "--debug", "--json", "--video", "--prompt", "--option", "--memory-limit", "--show-settings"}
+
+
+@pytest.mark.parametrize("way", [[], ["--json"]])
+def test_every_flag_reaches_its_consumer(capfd, video, monkeypatch, way):
+    recorder = Recorder()
+    monkeypatch.setattr(generate.reasoner, "load", recorder.load)
+    typed = [part for flag, (text, _) in FLAGS.items() for part in (flag, text)]
+    code, *_ = run(capfd, "--video", video, "--prompt", "What?", "--option", "x", "--option", "y", *typed, *way)
+    assert code == 0
+    assert (recorder.given["question"], recorder.given["options"]) == ("What?", ["x", "y"])
+    assert str(recorder.given["video"]) == video
+    names = {flag: flag.removeprefix("--").replace("-", "_") for flag in FLAGS}
+    assert {flag: recorder.given[name] for flag, name in names.items()} == {
+        flag: value for flag, (_, value) in FLAGS.items()
+    }
+    known = {action.option_strings[-1] for action in generate.make_parser()._actions}
+    assert known - FLAGS.keys() <= ELSEWHERE, "a flag that is not tried here"
 
 
 def test_no_arguments_show_both_kinds_of_answer(capfd):

@@ -95,6 +95,35 @@ def test_by_hand():
     assert summary.per_category["hard"].auto.accuracy == Estimate(value=0.0), "a single clip has no interval"
 
 
+def test_what_every_mode_pays_is_a_mean_over_rows():
+    costs = [
+        {"decode_seconds": 1.0, "prefill_seconds": 0.5, "prompt_tokens": 100, "video_tokens": 60},
+        {"decode_seconds": 0.0, "prefill_seconds": 1.5, "prompt_tokens": 300, "video_tokens": 60},
+        {"decode_seconds": 9.0, "prefill_seconds": 9.0, "prompt_tokens": 999, "video_tokens": 999, "error": "gone"},
+    ]
+    summary = summarise(
+        [row(str(n), "A", "A", 0.99, **cost) for n, cost in enumerate(costs)], threshold=0.9, bootstrap=0
+    )
+    assert summary.shared == {"decode_seconds": 0.5, "prefill_seconds": 1.0, "prompt_tokens": 200, "video_tokens": 60}
+
+
+@pytest.mark.parametrize(
+    ("predicted", "grounded"),
+    [
+        ("A <> [0, 10]", 1),  # half of it lies in the segment
+        ("A <> [0, 10.1]", 0),
+        ("A <> [4, 5]", 1),  # all of it, though it is short
+        ("A <> [5, 9]", 0),
+        ("B <> [0, 5]", 0),  # where, but not what
+        ("A", 0),
+    ],
+)
+def test_an_answer_is_grounded_from_half_of_its_interval_on(predicted, grounded):
+    """NExT-GQA's Acc@GQA, by hand: intersection over prediction with the segment 0 to 5 s, at least 0.5."""
+    sample = row("1", predicted, predicted, 0.99, answer=["A", [[0.0, 5.0]]], kind="gqa")
+    assert summarise([sample], threshold=0.9, bootstrap=0).overall.direct.grounded_accuracy.value == grounded
+
+
 def test_the_summary_is_plain_data():
     plain = summarise(HAND, threshold=0.9, bootstrap=50).to_dict()
     assert json.loads(json.dumps(plain, allow_nan=False)) == plain

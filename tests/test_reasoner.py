@@ -20,6 +20,7 @@ import pytest
 from PIL import Image
 
 import mlxvr
+from mlxvr.bundled import demo_folder
 from mlxvr.errors import Cancelled, CheckpointError, ConfigError, MediaError, OutOfMemoryError
 from mlxvr.media import load_vision
 from mlxvr.model.loading import load_model
@@ -274,6 +275,43 @@ def test_sampling_is_repeatable_and_confidence_untempered(qwen3, clip_path):
     greedy = clip.ask("What?", **asked)
     nearly = clip.ask("What?", temperature=1e-4, seed=0, **asked)
     assert_same(nearly, greedy)  # the log-probabilities too: they are read at temperature 1
+
+
+def test_what_is_asked_of_decoding_reaches_it(qwen3, clip_path, monkeypatch):
+    """Sampling, its seed, the bits of keys and values, the end of the context."""
+    given = {}
+
+    def decode(network, logits, cache, position, *, max_tokens, sampler, **others):
+        given.update(max_tokens=max_tokens, sampler=sampler, bits=getattr(cache[0], "bits", None))
+        return (token for token in ())
+
+    clip = qwen3.open(clip_path, **MODEST)
+    monkeypatch.setattr("mlxvr.model.decode.decode", decode)
+    clip.ask("What?", temperature=0.5, top_p=0.25, seed=3, max_tokens=9)
+    assert (given["max_tokens"], given["bits"]) == (9, None)
+    assert (given["sampler"].temperature, given["sampler"].top_p) == (0.5, 0.25)
+    clip.ask("What?", max_tokens=10**9)
+    room = qwen3._network.context_length - clip.ask("What?").usage.prompt_tokens
+    assert given["sampler"] is None
+    clip.ask("What?", max_tokens=10**9)
+    assert given["max_tokens"] == room
+    monkeypatch.setattr(qwen3, "kv_bits", 4)
+    qwen3.open(clip_path, **MODEST).ask("What?")
+    assert given["bits"] == 4
+
+
+def test_reading_frames_can_be_cancelled(qwen3, clip_path, monkeypatch):
+    def read(source, spec, *, should_stop, **options):
+        assert not should_stop()
+        qwen3.cancel()
+        assert should_stop()
+        raise Cancelled("reading")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mlxvr.reasoner.load_vision", read)
+        with pytest.raises(Cancelled, match="reading"):
+            qwen3.open(clip_path, **MODEST)
+    assert qwen3.open(clip_path, **MODEST).grid[0] == 3
 
 
 def test_close_ends_everything(folders, clip_path):
