@@ -125,7 +125,9 @@ def load(
         limit = memory.usable_memory() if memory_limit is None else int(memory_limit * 1e9)
         network = worker.call(lambda _: _load_within(limit, folder, adapter=adapter, dtype=dtype))
         worker.call(lambda _: network.make_cache(kv_bits))  # refuses what cannot be done here, before a clip is read
-        return Reasoner(network, worker, kv_bits=kv_bits, prefill_step_size=prefill_step_size, memory_limit=limit)
+        reasoner = Reasoner(network, worker, kv_bits=kv_bits, prefill_step_size=prefill_step_size, memory_limit=limit)
+        reasoner.name = "bundled demo" if model is None else str(model)
+        return reasoner
     except BaseException:
         worker.close()
         raise
@@ -144,6 +146,7 @@ class Reasoner:
     """A loaded model and the thread that runs it. Made by `load`; a context manager that closes itself.
 
     Attributes:
+        name: what `load` was asked for, for people.
         threshold: the confidence from which a direct answer stands, where a question names none.
         task_thresholds: thresholds that were calibrated for tasks of their own, by name: for `Clip.ask(threshold=)`.
         spec: how frames are sampled and sized.
@@ -167,6 +170,7 @@ class Reasoner:
 
         `memory_limit`: bytes that MLX may use.
         """
+        self.name = network.family.name
         self._network: VideoModel | None = network
         self._worker = worker
         limit = memory.usable_memory() if memory_limit is None else memory_limit
@@ -264,7 +268,10 @@ class Reasoner:
                 )
             )
         )
-        return Clip(self, vision, decode_seconds=time.perf_counter() - started, progress=progress)
+        path = Path(source) if isinstance(source, str | PathLike) else None
+        clip = Clip(self, vision, path=path, decode_seconds=time.perf_counter() - started, progress=progress)
+        logger.debug("opened %r in %.2f s", clip, clip._decode_seconds)
+        return clip
 
     def ask(self, source: "VisionSource", question: str, **options: Any) -> Answer:
         """Open a clip, ask one question and close the clip; takes the options of `open` and of `Clip.ask`."""
@@ -330,6 +337,11 @@ class Reasoner:
         self._network = None
         self._worker.close(self._cache.clear)
 
+    def __repr__(self) -> str:
+        if self._network is None:
+            return f"<Reasoner {self.name}, closed>"
+        return f"<Reasoner {self.name} ({self._network.family.name}), threshold {self.threshold:g}>"
+
     def __enter__(self) -> "Reasoner":
         return self
 
@@ -362,7 +374,11 @@ class Reasoner:
 
 
 class Clip:
-    """A clip that questions can be asked about. Made by `Reasoner.open`; a context manager that closes itself."""
+    """A clip that questions can be asked about. Made by `Reasoner.open`; a context manager that closes itself.
+
+    Attributes:
+        path: the file or folder that it was opened from; None for frames in memory, text alone and restored clips.
+    """
 
     def __init__(
         self,
@@ -370,10 +386,12 @@ class Clip:
         vision: VisionInput | None,
         *,
         decode_seconds: float,
+        path: Path | None = None,
         progress: Progress | None = None,
         file: Path | None = None,
     ):
         """`Reasoner.open` and `Reasoner.restore` are the ways in; `file` is what the clip was restored from."""
+        self.path = path
         self._reasoner = reasoner
         self._vision = vision
         self._prefix: Prefix | None = None
@@ -391,8 +409,21 @@ class Clip:
         """Source time of each temporal row of patches (the mean of its frames); empty for an image."""
         return () if self._vision is None else self._vision.seconds
 
+    def __repr__(self) -> str:
+        shown = "text alone" if self._vision is None else "an image"
+        if self.seconds:
+            shown = f"{len(self.seconds)} pairs of frames from {self.seconds[0]:.2f} to {self.seconds[-1]:.2f} s"
+        name = self.path or (self._file and f"restored from {self._file}")
+        return f"<Clip {f'{name}: ' if name else ''}{shown}, asked of {self._reasoner!r}>"
+
     def ask(self, question: str, **options: Unpack[AskOptions]) -> Answer:
-        """Ask a question and wait for its answer; the options are those of `mlxvr.asking.Question`.
+        """Ask a question and wait for its answer.
+
+        Args:
+            question: the question, or for kind "grounding" the description of the segment to find.
+            **options: `options` (choices without letters), `kind` ("qa", "grounding", "grounded_qa"), `mode` ("auto",
+                "direct", "think"), `threshold`, `max_tokens`, `temperature`, `top_p`, `seed`, `answer_opening`,
+                `options_may_repeat`; `mlxvr.asking.Question` describes them and their defaults.
 
         Raises:
             ConfigError: an option has a value that cannot be used, or the prompt is longer than the model's context.
@@ -471,6 +502,13 @@ class Clip:
             started = time.perf_counter()
             logits = prefix.extend(network, prompt, step_size=step_size, should_stop=should_stop)
             prefill_seconds = cost.prefill_seconds + time.perf_counter() - started
+            logger.debug(
+                "%s of %d tokens, %d of them reused, in %.2f s",
+                "first prompt" if fresh else "prompt",
+                len(prompt.ids),
+                0 if fresh else prefix.length,
+                cost.vision_seconds + prefill_seconds,
+            )
             sampler = None
             if question.temperature > 0:
                 sampler = decode.Sampler(question.temperature, top_p=question.top_p, seed=question.seed)
@@ -509,6 +547,14 @@ class Clip:
                 reasoning_seconds=outcome.reasoning_seconds,
                 peak_memory_bytes=peak.bytes,
             )
+        logger.debug(
+            "confidence %s at threshold %g, mode %s: %s after %d tokens",
+            None if outcome.scored is None else f"{outcome.scored.confidence:.4f}",
+            threshold,
+            question.mode,
+            "stopped at the first answer" if outcome.exited else "went on to the end",
+            len(outcome.token_ids),
+        )
         self._reasoner._cache.touch(self)
         yield make_answer(outcome, threshold, usage, question.options or ())
 

@@ -314,6 +314,12 @@ def test_the_nucleus_is_the_smallest_set_that_holds_top_p(top_p: float, kept: in
     assert (found[kept:] == 0).all()
 
 
+def test_a_token_that_begins_where_the_nucleus_ends_is_not_in_it() -> None:
+    """Four tokens of exactly a quarter each: two of them hold a half."""
+    ids = np.array(Sampler(1.0, top_p=0.5, seed=2)(mx.zeros((2_000, 4))))
+    assert len(np.unique(ids)) == 2
+
+
 def test_a_seed_is_repeatable_whatever_else_is_drawn(model: VideoModel, prompt: Prompt) -> None:
     logits, cache = read(model, prompt)
 

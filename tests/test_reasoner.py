@@ -314,6 +314,29 @@ def test_reading_frames_can_be_cancelled(qwen3, clip_path, monkeypatch):
     assert qwen3.open(clip_path, **MODEST).grid[0] == 3
 
 
+def test_a_reasoner_and_its_clips_say_what_they_are(folders, clip_path, saved_clip, caplog):
+    with mlxvr.load(folders["qwen3_vl"], kv_bits=4) as loaded, caplog.at_level("DEBUG", "mlxvr.reasoner"):
+        assert repr(loaded) == f"<Reasoner {folders['qwen3_vl']} (qwen3_vl), threshold 0.98>"
+        clip = loaded.open(clip_path, **MODEST)
+        assert clip.path == clip_path
+        # 90 frames at 30 a second, 2 a second: 0, 17.8, 35.6, 53.4, 71.2, 89, in pairs
+        assert repr(clip) == f"<Clip {clip_path}: 3 pairs of frames from 0.30 to 2.67 s, asked of {loaded!r}>"
+        image = loaded.open(np.zeros((56, 56, 3), np.uint8))
+        assert (image.path, repr(image)) == (None, f"<Clip an image, asked of {loaded!r}>")
+        assert repr(loaded.open(None)) == f"<Clip text alone, asked of {loaded!r}>"
+        assert repr(loaded.restore(saved_clip)).startswith(f"<Clip restored from {saved_clip}: 3 pairs of frames")
+        caplog.clear()
+        for _ in range(2):
+            answer = clip.ask("What?", max_tokens=3)
+    said = caplog.messages
+    assert said[0].startswith(f"first prompt of {answer.usage.prompt_tokens} tokens, 0 of them reused, in ")
+    assert said[1] == "confidence None at threshold 0.98, mode auto: went on to the end after 3 tokens"
+    assert said[2].startswith(
+        f"prompt of {answer.usage.prompt_tokens} tokens, {answer.usage.cached_tokens} of them reused"
+    )
+    assert repr(loaded) == f"<Reasoner {folders['qwen3_vl']}, closed>"
+
+
 def test_close_ends_everything(folders, clip_path):
     loaded = mlxvr.load(folders["qwen3_vl"])
     clip = loaded.open(clip_path, **MODEST)
