@@ -25,7 +25,7 @@ from mlxvr.convert import convert, main
 from mlxvr.errors import CheckpointError, ConfigError, MlxvrError, RecipeError
 from mlxvr.model.loading import load_model
 from mlxvr.model.prompt import SYSTEM_PROMPT
-from mlxvr.porting import checkpoint, shards, staging
+from mlxvr.porting import checkpoint, hub, shards, staging
 
 # What MLX calls a tensor of a checkpoint in transformers' current spelling; written down from the public checkpoints.
 SPELLINGS = (
@@ -205,6 +205,30 @@ def test_tied_embeddings_drop_a_copied_head(tmp_path):
     quantization = read_json(tmp_path / "out" / "config.json")["quantization"]
     assert quantization["bits"] == 4
     assert quantization["language_model.model.embed_tokens"]["bits"] == 8, "the embedding is the head, which has 8"
+
+
+@pytest.mark.parametrize(
+    ("source", "revision", "asked"),
+    [
+        ("org/name", None, "v1"),
+        ("ORG/Name", None, "v1"),  # the Hub does not tell them apart
+        ("org/name", "v2", "v2"),
+        ("org/other", None, None),
+    ],
+)
+def test_the_revision_that_a_recipe_pins_is_downloaded(tmp_path, monkeypatch, source, revision, asked):
+    pinned = tmp_path / "pinned.toml"
+    pinned.write_text('source = "org/name"\nrevision = "v1"\nfamily = "qwen3_vl"\nthreshold = 0.9\n')
+    seen = []
+
+    def resolve(model, *, revision, progress):
+        seen.append((model, revision))
+        raise CheckpointError("seen")
+
+    monkeypatch.setattr(hub, "resolve", resolve)
+    with pytest.raises(CheckpointError, match="seen"):
+        convert(source, tmp_path / "out", recipe=pinned, revision=revision)
+    assert seen == [(source, asked)]
 
 
 def test_large_outputs_are_split_into_shards(source, tmp_path, monkeypatch):

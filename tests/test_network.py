@@ -164,8 +164,15 @@ def test_published_positions_of_a_long_video(reference, tmp_path: Path) -> None:
 
 @pytest.mark.parity
 @pytest.mark.parametrize(
-    ("dialect", "names", "shards", "tied"),
-    [("5", "new", 3, True), ("4.57", "new", 1, False), ("4.57", "old", 2, True), ("first", "old", 1, False)],
+    ("family", "dialect", "names", "shards", "tied"),
+    [
+        ("qwen2_5_vl", "5", "new", 3, True),
+        ("qwen2_5_vl", "4.57", "new", 1, False),
+        ("qwen2_5_vl", "4.57", "old", 2, True),
+        ("qwen2_5_vl", "first", "old", 1, False),
+        ("qwen3_vl", "5", "new", 3, True),
+        ("qwen3_vl", "4.57", "new", 1, False),  # no release wrote its first dialect or the old names
+    ],
 )
 def test_every_way_of_writing_a_checkpoint(
     family: str, tmp_path: Path, dialect: str, names: str, shards: int, tied: bool
@@ -173,8 +180,6 @@ def test_every_way_of_writing_a_checkpoint(
     torch = pytest.importorskip("torch")
     from reference import Reference, relative_error
 
-    if family == "qwen3_vl" and (dialect == "first" or names == "old"):
-        pytest.skip("no release wrote this")
     layout = {"names": names, "shards": shards, "tied": tied}
     path = checkpoints.write_checkpoint(tmp_path / "m", family, dialect=dialect, **layout)
     model = load_model(path)
@@ -472,6 +477,7 @@ def full(folder: Path) -> None:
     (folder / "adapter_config.json").write_text('{"fine_tune_type": "full"}')
 
 
+@pytest.mark.parametrize("family", ["qwen3_vl"], scope="module")
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
@@ -489,8 +495,6 @@ def full(folder: Path) -> None:
 def test_adapters_that_do_not_fit(
     model: VideoModel, path: Path, tmp_path: Path, damage: Callable[[Path], None], words: str
 ) -> None:
-    if model.family.name == "qwen2_5_vl":
-        pytest.skip("the same code")
     adapter = write_adapter(tmp_path / "adapter", model)
     damage(adapter)
     with pytest.raises(CheckpointError, match=words) as raised:
@@ -498,10 +502,9 @@ def test_adapters_that_do_not_fit(
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("family", ["qwen3_vl"], scope="module")
 def test_loading_is_quick_and_needs_no_torch(path: Path) -> None:
     """Two seconds are the goal on two idle cores; the bound leaves room for busy ones."""
-    if "qwen2" in path.name:
-        pytest.skip("the same code")
     import subprocess
     import sys
 

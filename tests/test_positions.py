@@ -81,6 +81,12 @@ def test_time_is_rounded_down_after_the_product(step: float, expected: list[int]
     assert positions[0].tolist() == expected
 
 
+def test_the_product_is_that_of_float32() -> None:
+    """At 1.3 frames and 2 positions a second row 39 is at 39 * 40/13 = 120, as torch has it; in float64 at 119."""
+    positions, _ = rope_positions(*prompt(VisionBlock("", (40, 1, 1), 2 / 1.3 * 2)))
+    assert positions[0].tolist()[-2:] == [116, 120]
+
+
 def test_blocks_of_qwen3_follow_the_text_between_them() -> None:
     row = VisionBlock("<0.2 seconds>", (1, 2, 2), 1.0)
     positions, following = rope_positions(*prompt(2, row, 3, row, 1))

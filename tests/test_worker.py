@@ -432,3 +432,17 @@ def test_a_thread_that_gave_its_streams_back_may_end_its_turn(monkeypatch):
         device.release()
     assert device.acquire(0.1), "the turn was passed on"
     device.release()
+
+
+def test_what_has_ended_is_not_kept():
+    """A long-lived app asks for months: each question that left a flag behind would be memory lost."""
+    worker = Worker()
+    for _ in range(3):
+        worker.call(lambda _: None)
+        worker.run_here(lambda _: None)
+        list(worker.stream(lambda _: iter([1, 2])))
+        with pytest.raises(ZeroDivisionError):
+            worker.call(lambda _: 1 / 0)
+    worker.call(lambda _: None)
+    assert worker._line.pending == set()
+    worker.close()
