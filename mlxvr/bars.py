@@ -1,6 +1,10 @@
-"""Progress on stderr: one bar at a time, none where stderr is no terminal, and none once a stage is done."""
+"""Progress on stderr: one bar at a time, and none once a stage is done.
+
+Where stderr is no terminal, such as in a log, a stage that takes long writes a line every half minute instead.
+"""
 
 import sys
+import time
 from typing import Any, TextIO
 
 __all__ = ["Bars"]
@@ -19,6 +23,9 @@ _UNITS: dict[str, dict[str, Any]] = {
 }
 
 
+_BETWEEN_LINES = 30.0  # seconds
+
+
 class Bars:
     """A `Progress` callback, and a context manager that clears the screen."""
 
@@ -28,6 +35,7 @@ class Bars:
         self._stage = ""
         self._bar: Any = None
         self._note = ""
+        self._told_at = 0.0
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         """Move the stage's bar to `done` of `total`."""
@@ -36,14 +44,22 @@ class Bars:
         if stage != self._stage or self._bar is None:
             self.clear()
             self._stage = stage
+            self._told_at = time.monotonic()
             units = _UNITS.get(stage, {})
             self._bar = tqdm(total=total, desc=stage, file=self._out, leave=False, disable=None, **units)
+        if self._bar.disable:
+            self._write_line(stage, done, total)
         if self._note:
             self._bar.set_postfix_str(self._note, refresh=False)
         self._bar.total = total
         self._bar.update(done - self._bar.n)
         if done >= total:
             self.clear()
+
+    def _write_line(self, stage: str, done: int, total: int) -> None:
+        if total > 0 and time.monotonic() - self._told_at >= _BETWEEN_LINES:
+            self._told_at = time.monotonic()
+            print(f"{stage}: {done / total:.0%}", file=self._out, flush=True)
 
     def note(self, text: str) -> None:
         """Show `text` beside the bar from its next step on."""

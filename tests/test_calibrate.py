@@ -309,11 +309,11 @@ def test_arguments_that_cannot_be_used(goal, options, message):
 
 
 def test_too_little_to_calibrate_on():
-    with pytest.raises(DataError, match="19 rows are too few"):
+    with pytest.raises(DataError, match="too few rows to choose a threshold: 19 rows"):
         calibrate(make(19), "accuracy")
-    with pytest.raises(DataError, match="0 rows are too few"):
+    with pytest.raises(DataError, match="too few rows to choose a threshold: 0 rows"):
         calibrate([], "accuracy")
-    with pytest.raises(DataError, match="4 independent clips cannot fill 5 folds"):
+    with pytest.raises(DataError, match="too few clips for 5 folds: 4 independent clips"):
         calibrate(make(40, per_clip=10), "accuracy")
     with pytest.raises(DataError, match="needs rows with an answer, and none has one"):
         calibrate(make(40, labelled=False), "no_loss")

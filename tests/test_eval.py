@@ -191,9 +191,9 @@ def test_a_calibration_that_fails_leaves_the_report(capfd, tmp_path, model, data
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--calibrate", "no_loss", "--limit", "3"], "3 rows are too few to choose a threshold; at least 20"),
-        (["--calibrate", "ratio=0.5", "--limit", "19"], "19 rows are too few"),
-        (["--calibrate", "no_loss", "--folds", "41"], "40 independent clips cannot fill 41 folds"),
+        (["--calibrate", "no_loss", "--limit", "3"], "too few rows to choose a threshold: 3 rows; at least 20"),
+        (["--calibrate", "ratio=0.5", "--limit", "19"], "too few rows to choose a threshold: 19 rows"),
+        (["--calibrate", "no_loss", "--folds", "41"], "too few clips for 41 folds: 40 independent clips"),
         (["--calibrate", "no_loss", "--threshold-file", "no.json"], "no.json cannot be read"),
         (["--calibrate", "no_loss", "--threshold-file", "file/in/it.json"], "it.json cannot be read"),
         (["--compare", "other"], "the two runs have no row in common"),

@@ -25,7 +25,6 @@ from mlxvr.errors import Cancelled, CheckpointError, ConfigError, MediaError, Ou
 from mlxvr.media import load_vision
 from mlxvr.model.loading import load_model
 from mlxvr.model.network import VideoModel
-from mlxvr.reasoner import demo_folder
 from tests.checkpoints import overflow_float16, write_checkpoint
 from tests.clips import write_clip
 from tests.test_network import write_adapter

@@ -33,6 +33,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from mlxvr.errors import ConfigError, DataError
+from mlxvr.evaluation import numerals
 from mlxvr.evaluation.calibration import brier, expected_calibration_error, fit_temperature, reliability, scale
 from mlxvr.evaluation.metrics import direct_grade, mode_grade, usable
 from mlxvr.evaluation.resampling import Bootstrap, Clustered, Estimate, clusters_of
@@ -302,10 +303,12 @@ def _fit(samples: list[Sample], plan: _Plan) -> tuple[float, list[float], Outcom
 def check_enough(rows: Sequence[Clustered], folds: int) -> None:
     """Refuse rows, generated or still to be asked, that are too few to choose a threshold: raises `DataError`."""
     if len(rows) < _LEAST_ROWS:
-        raise DataError(f"{len(rows)} rows are too few to choose a threshold; at least {_LEAST_ROWS} are needed")
+        count = numerals.count(len(rows), "row")
+        raise DataError(f"too few rows to choose a threshold: {count}; at least {_LEAST_ROWS} are needed")
     clips = int(clusters_of(rows).max()) + 1
     if clips < folds:
-        raise DataError(f"{clips} independent clips cannot fill {folds} folds; use more clips, or fewer folds")
+        count = numerals.count(clips, "independent clip")
+        raise DataError(f"too few clips for {folds} folds: {count}; use more clips, or fewer folds")
 
 
 def _folds(clusters: np.ndarray, plan: _Plan) -> np.ndarray:

@@ -108,7 +108,7 @@ def _calibration(found: "Calibration") -> list[str]:
 
 def _comparison(found: Comparison) -> list[str]:
     before, after = found.thresholds
-    lines = [f"against the other run: {found.count} rows in both, thresholds {before:g} -> {after:g}"]
+    lines = [f"against the other run: {numerals.count(found.count, 'row')} in both, thresholds {before:g} -> {after:g}"]
     for name, change in (("direct", found.direct), ("think", found.think), ("auto", found.auto)):
         if change is not None:
             lines.append(
