@@ -158,6 +158,8 @@ def test_names_with_the_adapters_own_name(base: Path, tmp_path: Path) -> None:
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights 'pissa_niter_4'"),
         ({"init_lora_weights": "olora"}, "init_lora_weights 'olora'"),
         ({"lora_alpha": None}, "no number as lora_alpha"),
+        ({"alpha_pattern": {"q_proj(": 3}}, "has patterns that cannot be read"),
+        ({"rank_pattern": ["q_proj"]}, "has patterns that cannot be read"),
         ({"r": 8}, "have rank 4, and adapter_config.json says 8"),
     ],
 )

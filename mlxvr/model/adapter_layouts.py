@@ -84,7 +84,7 @@ def read_peft(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], fold
         if missing := [part for part in needed if part not in own]:
             raise CheckpointError(f"the adapter {folder} lacks the {missing[0]} of {module}: copy it again")
         shape = tensors[own["lora_a"]].shape
-        if len(shape) != 2:
+        if len(shape) != 2 or not shape[0]:
             raise CheckpointError(
                 f"the adapter {folder} adapts {module}, which is no linear module: leave it out of target_modules, or "
                 "merge the adapter with PEFT"
@@ -128,8 +128,8 @@ def _is_named(end: str, part: str) -> bool:
 
 
 def _peft_scale(config: Mapping[str, Any], module: str, rank: int, folder: Path) -> float:
-    alpha = _of_module(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
-    stated = _of_module(config.get("rank_pattern"), module, config.get("r", 8))
+    alpha = _of_module(config.get("alpha_pattern"), module, config.get("lora_alpha", 8), folder)
+    stated = _of_module(config.get("rank_pattern"), module, config.get("r", 8), folder)
     if isinstance(alpha, bool) or not isinstance(alpha, int | float):
         raise CheckpointError(f"{folder / 'adapter_config.json'} has no number as lora_alpha: copy it again")
     if stated != rank:
@@ -140,12 +140,17 @@ def _peft_scale(config: Mapping[str, Any], module: str, rank: int, folder: Path)
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def _of_module(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+def _of_module(patterns: Mapping[str, Any] | None, module: str, default: Any, folder: Path) -> Any:
     """The value of the first pattern that matches the end of a module's name, as PEFT looks it up."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
+    try:
+        return next(
+            (value for pattern, value in (patterns or {}).items() if re.match(rf"(.*\.)?({pattern})$", module)), default
+        )
+    except (AttributeError, re.error) as error:
+        raise CheckpointError(
+            f"{folder / 'adapter_config.json'} has patterns that cannot be read ({error}): expected regular "
+            "expressions and their values in rank_pattern and alpha_pattern"
+        ) from error
 
 
 def _refuse_settings(config: Mapping[str, Any], folder: Path) -> None:
