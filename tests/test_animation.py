@@ -12,7 +12,8 @@ import pytest
 from PIL import Image, features
 
 from mlxvr.errors import Cancelled, MediaError
-from mlxvr.media import VisionSpec, load_vision
+from mlxvr.evaluation.gallery import read_thumbnails
+from mlxvr.media import VisionSpec, load_vision, probe
 from mlxvr.media.animation import is_animation, read_animation
 from mlxvr.media.apng import read_apng
 from mlxvr.media.canvas import composite
@@ -259,3 +260,16 @@ def test_it_can_be_stopped_and_says_how_far_it_is(tmp_path):
     assert steps == [("decoding", done, 4) for done in (1, 2, 3, 4)]
     with pytest.raises(Cancelled):
         read_animation(path, SPEC, should_stop=lambda: True)
+
+
+def test_a_report_shows_its_frames(tmp_path):
+    path = tmp_path / "moving.gif"
+    ramp(path, 10, duration=250)
+    shown = read_thumbnails(path)
+    assert [thumbnail["seconds"] for thumbnail in shown] == [0.0, 0.75, 1.5, 2.25]
+
+
+def test_a_picture_is_said_to_be_one_where_a_video_is_wanted(tmp_path):
+    Image.new("RGB", (64, 64)).save(tmp_path / "still.png")
+    with pytest.raises(MediaError, match="is not a video: it holds an image"):
+        probe(tmp_path / "still.png")
