@@ -670,6 +670,17 @@ class TestBadOptions:
         with pytest.raises(ConfigError, match=r"60 frames of 128x96 pixels need 0\.0 GB, and this machine has 0\.0 GB"):
             read_video(clip("h264.mp4"), spec)
 
+    def test_more_tokens_than_any_model_reads_are_refused_before_decoding(self, clip, monkeypatch):
+        def decode(*_: object) -> None:
+            raise AssertionError("decoded")
+
+        monkeypatch.setattr(video_module, "_run", decode)
+        monkeypatch.setattr(video_module, "_MOST_TOKENS", 300)
+        spec = SPEC.with_overrides(fps=1e6, max_frames=10**6)
+        # 30 pairs of 4 x 3 tokens
+        with pytest.raises(ConfigError, match=r"60 frames of 128x96 pixels make 360 tokens, and no model reads more"):
+            read_video(clip("h264.mp4"), spec)
+
     @pytest.mark.parametrize("fps", [0, -1, 0.0, math.nan, math.inf, -math.inf])
     def test_rates_that_are_none(self, fps):
         with pytest.raises(ConfigError, match="give a positive number of frames per second"):

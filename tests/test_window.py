@@ -1,5 +1,6 @@
 """A range of a large file, read alone: the same frames at the same times as after a scan of the whole."""
 
+import av
 import clips
 import numpy as np
 import pytest
@@ -109,6 +110,16 @@ def test_only_the_range_is_read(long_clip, monkeypatch):
     assert timeline.is_part
     assert timeline.seconds[0] == pytest.approx(7.7, abs=0.2)
     assert len(seen) < 64 + 24 + 60 < FRAMES / 2
+
+
+def test_a_file_that_cannot_be_read_out_of_order(long_clip, monkeypatch):
+    def fail(*_, **__):
+        raise av.error.PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(video_module, "scan_range", fail)
+    monkeypatch.setattr(video_module, "_WORTHWHILE", 0)
+    frames = read_video(long_clip("h264.mkv"), SPEC, start=8.0, end=8.5)
+    assert clips.read_codes(frames.pixels) == frames.indices.tolist() == [240, 245, 250, 255]
 
 
 def test_stopping(long_clip):

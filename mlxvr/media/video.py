@@ -49,6 +49,7 @@ logger = logging.getLogger(__name__)
 _PARTS_PER_CORE = 4  # stretches that a decoder gets in turn, so that all end at about the same time
 _DECODER_BYTES = 1 << 30  # for the frames of all decoders together
 _WORTHWHILE = 16 << 20  # bytes of a file from which a range is looked at alone; less is scanned in no time
+_MOST_TOKENS = 1 << 20  # of the longest context that either family can be stretched to
 _MEMORY_SHARE = 0.5  # of the machine's memory, what frames and their patches may take
 _FRAMES_PER_DECODER = 16  # full-size frames that a decoder keeps for reference and reordering, at most
 
@@ -143,7 +144,11 @@ def read_video(
     request = _Request(path, spec, nframes, start, end, progress, should_stop, missing)
     if (start is not None or end is not None) and not missing and path.stat().st_size >= _WORTHWHILE:
         with open_video(path) as (container, stream):
-            timeline = scan_range(container, stream, start=start, end=end, should_stop=should_stop)
+            try:
+                timeline = scan_range(container, stream, start=start, end=end, should_stop=should_stop)
+            except av.error.FFmpegError as error:  # it cannot be read out of order
+                logger.info("%s: FFmpeg says %s", path, error.strerror)
+                timeline = None
             if timeline is not None:
                 frames = _read_by_timeline(request, container, stream, timeline)
                 if frames is not None:
@@ -271,21 +276,28 @@ def _select(request: _Request, container: Any, stream: Any, timeline: Timeline) 
             f"{int((selection.frames < len(timeline)).sum())} of the {len(selection)} wanted frames can be read, "
             f"up to {timeline.duration:.1f} s; copy or download it again, or end earlier"
         )
-    _check_memory(request, len(selection), stream.height, stream.width)
+    _check_amount(request, len(selection), stream.height, stream.width)
     return selection
 
 
-def _check_memory(request: _Request, count: int, height: int, width: int) -> None:
-    """Raise `ConfigError` if so many frames would not fit in memory, as pixels and as patches."""
+def _check_amount(request: _Request, count: int, height: int, width: int) -> None:
+    """Raise `ConfigError` if no model reads so many frames, or if they would not fit in memory with their patches."""
     if not height or not width:  # told by the first frame only
         return
     rows, columns = _choose_size(request, count, height, width)
+    tokens = -(-count // request.spec.temporal_patch_size) * rows * columns // request.spec.factor**2
+    advice = "lower fps or max_frames, or give a range with start and end"
+    if tokens > _MOST_TOKENS:
+        raise ConfigError(
+            f"{count:,} frames of {columns}x{rows} pixels make {tokens:,} tokens, and no model reads more than "
+            f"{_MOST_TOKENS:,}: {advice}"
+        )
     needed = 2 * count * rows * columns * 3
     there_is = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > _MEMORY_SHARE * there_is:
         raise ConfigError(
             f"{count:,} frames of {columns}x{rows} pixels need {needed / 1e9:,.1f} GB, and this machine has "
-            f"{there_is / 1e9:,.1f} GB: lower fps or max_frames, or give a range with start and end"
+            f"{there_is / 1e9:,.1f} GB: {advice}"
         )
 
 

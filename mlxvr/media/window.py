@@ -5,6 +5,9 @@ read the file's first frames (where its clock starts), its last ones (where it e
 range to a few frames behind it. Places of frames are times on the file's clock then, which are those of a full scan
 where the rate is constant; where it varies in the range, times decide there, too (`selection`).
 
+Measured: 30 s of 8 hours at 30 frames per second (H.264, 128 MB), on two x86 cores, with decoding: Matroska 0.3 s and
+1.6 MB read instead of 14.7 s and 127 MB, mp4 1.2 s and 26 MB (its index, twice) instead of 13.7 s and 145 MB.
+
 Whether the rest of the file keeps to the same clock cannot be seen from here. So anything that leaves room for doubt
 gives no timeline, and the caller scans the whole: clocks that may jump (transport streams), headers that state two
 rates that both fit, a header's count of frames that the clock does not confirm, ends or ranges off the grid.
