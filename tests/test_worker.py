@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from contextlib import closing
 
 import pytest
@@ -218,6 +219,25 @@ def test_cancelling_or_closing_one_worker_leaves_the_others_work_alone(worker):
         list(theirs)
     assert next(mine) == 2
     mine.close()
+
+
+def test_finished_work_leaves_nothing_behind(worker):
+    """A long-lived app asks for ever: neither stop flags nor what the work held may pile up."""
+    held = {7}
+    gone = weakref.ref(held)
+    for _ in range(20):
+        worker.call(lambda _: 1)
+        list(worker.stream(lambda _: iter("ab")))
+        worker.stream(Endless()).close()
+        with pytest.raises(ZeroDivisionError):
+            worker.call(lambda _: 1 / 0)
+        worker.run_here(lambda _: 1)
+    assert worker.call(lambda _, held=held: len(held)) == 1
+    del held
+    assert worker.call(lambda _: 1) == 1  # the one before is surely done with
+    gc.collect()
+    assert gone() is None
+    assert worker._line.pending == set()
 
 
 def test_work_on_the_callers_thread_is_stopped_too(worker):
