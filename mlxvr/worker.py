@@ -88,7 +88,7 @@ class Worker:
 
     def run_here(self, work: Callable[[ShouldStop], T]) -> T:
         """Run `work(should_stop)` on the calling thread; `cancel` and `close` stop it too. For work without MLX."""
-        stop = threading.Event()
+        stop = _Flag()
         with self._lock:
             self._refuse_closed()
             self._line.pending.add(stop)
@@ -135,14 +135,33 @@ class Worker:
             )
 
 
+class _Flag:
+    """Says that work should stop. Not an `Event`, whose lock a finalizer must not take."""
+
+    def __init__(self) -> None:
+        self._value = False
+
+    def set(self) -> None:
+        self._value = True
+
+    def is_set(self) -> bool:
+        return self._value
+
+
 class _Line:
     """A worker's work that waits or runs. Holds no reference to the worker, which may be forgotten."""
 
     def __init__(self, release: Callable[[], None] | None):
-        self.release = release
-        self.pending: set[threading.Event] = set()  # the stop flags of all work that was handed in
+        self.pending: set[_Flag] = set()  # of all work that was handed in
         self.ended = threading.Event()
         self.jobs: deque[_Job[Any]] = deque()  # of the thread alone
+        self._release = release
+
+    def release_once(self) -> None:
+        """Release what the worker owns."""
+        release, self._release = self._release, None
+        if release is not None:
+            release()
 
     def stop_all(self) -> None:
         for stop in tuple(self.pending):
@@ -155,7 +174,7 @@ class _Job(Generic[T]):
     def __init__(self, work: Callable[[ShouldStop], T], line: _Line, *, is_internal: bool = False):
         self.line = line
         self.is_internal = is_internal
-        self.stop = threading.Event()
+        self.stop = _Flag()
         self.future: Future[T] = Future()
         self._work: Callable[[ShouldStop], T] | None = work
 
@@ -225,15 +244,7 @@ class _Leave(_Job[None]):
     """The last of a worker's line."""
 
     def __init__(self, line: _Line):
-        super().__init__(lambda _: None, line, is_internal=True)
-
-    def step(self) -> bool:
-        try:
-            if self.line.release is not None and not self.line.ended.is_set():
-                self.line.release()
-        finally:
-            self._finish()
-        return True
+        super().__init__(lambda _: line.release_once(), line, is_internal=True)
 
 
 class _Stream(Generator[T, None, None]):

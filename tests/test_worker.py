@@ -221,6 +221,14 @@ def test_cancelling_or_closing_one_worker_leaves_the_others_work_alone(worker):
     mine.close()
 
 
+def test_a_release_that_fails_takes_no_other_worker_along(worker):
+    def fails():
+        raise ZeroDivisionError
+
+    Worker(release=fails).close()
+    assert worker.call(lambda _: 7) == 7
+
+
 def test_finished_work_leaves_nothing_behind(worker):
     """A long-lived app asks for ever: neither stop flags nor what the work held may pile up."""
     held = {7}
