@@ -1,5 +1,6 @@
 """The command line, as a user types it: results on stdout, progress and mistakes on stderr, exit codes."""
 
+import inspect
 import json
 import os
 import re
@@ -173,7 +174,7 @@ def test_departures_from_the_format_are_told_in_words():
     told = generate._cost(answer)
     assert told.startswith("directly: 5 tokens in 0.00 s; prompt 9 tokens (0 of video, 0 reused); peak memory 3 MiB; ")
     assert told.endswith("; output format: no second answer, cut off at the limit of tokens (--max-tokens)")
-    named = re.findall(r"^            (\w+): ", Transcript.__doc__, re.MULTILINE)
+    named = re.findall(r"^        (\w+): ", inspect.getdoc(Transcript), re.MULTILINE)
     assert list(generate._PROBLEMS) == named
 
 
