@@ -8,7 +8,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO, get_args
 
@@ -137,8 +137,7 @@ def _generate(args: argparse.Namespace) -> int:
         name: getattr(args, name) for name in ("mode", "threshold", "max_tokens", "temperature", "top_p", "seed")
     }
     (folder_frames if video.is_dir() else check_file)(video)  # what can be found wrong before the model is loaded is
-    for one in asked:
-        Question(one.prompt, one.options, one.kind, **sampling)
+    asked = [replace(one, options=Question(one.prompt, one.options, one.kind, **sampling).options) for one in asked]
     answers = []
     with (
         Bars() as progress,

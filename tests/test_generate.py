@@ -436,3 +436,29 @@ def test_the_verbs_are_reached_both_ways(model, video):
     assert wrong.returncode == 2
     assert wrong.stderr.startswith("error: unknown verb 'sing'")
     assert subprocess.run([sys.executable, "-m", "mlxvr", "--help"], capture_output=True, timeout=300).returncode == 0
+
+
+def test_options_with_their_letters_are_shown_and_asked_once_lettered(capsys):
+    """`--option "A. red"` is no "A. A. red"."""
+    clip = demo_folder() / json.loads((demo_folder() / "clips.jsonl").read_text().splitlines()[0])["video"]
+    argv = [
+        "--video",
+        str(clip),
+        "--prompt",
+        "What color?",
+        "--option",
+        "A. red",
+        "--option",
+        "B. blue",
+        "--max-tokens",
+        "4",
+    ]
+    assert generate.main([*argv, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["options"] == ["red", "blue"]
+    assert generate.main(argv) == 0
+    shown = capsys.readouterr().out
+    assert "            A. red\n            B. blue\n" in shown
+    assert generate.main([*argv, "--option", "blue"]) == 0  # not each has a letter: they are taken as they are
+    assert "            A. A. red\n" in capsys.readouterr().out
+    assert generate.main([*argv[:4], "--option", "red", "--option", "red"]) == 2
+    assert "options 1 and 2 are both 'red': give every choice once" in capsys.readouterr().err

@@ -83,7 +83,11 @@ class TrainConfig:
     save_every: int = field(default=10, metadata=flag("run", "steps between savings", metavar="N"))
     memory_limit: float | None = field(
         default=None,
-        metadata=flag("run", "refuse to start if more GB would be needed (default: all there is)", metavar="GB"),
+        metadata=flag(
+            "run",
+            "refuse to start if more GB would be needed (default: what Metal recommends, elsewhere 90%% of all)",
+            metavar="GB",
+        ),
     )
     plot: Path | None = field(default=None, metadata=flag("run", "write the curves as PNG or SVG", metavar="FILE"))
     report_to: tuple[str, ...] = field(
