@@ -93,8 +93,9 @@ def command(notes, settings, *more, stop="SIGINT", at=0):
 
 
 def entries(output):
-    """Of the journal."""
-    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    """Of the journal; a run that ended before it did anything left none."""
+    journal = output / "metrics.jsonl"
+    return [json.loads(line) for line in journal.read_text().splitlines()] if journal.exists() else []
 
 
 def exact(output):
