@@ -280,8 +280,9 @@ class _Run:
                 number = state.step + 1
                 try:
                     figures, stopping = self._take_step(number, next(shares), should_stop, progress)
-                except BaseException:
-                    if self.learner.is_whole and state.step:
+                except BaseException as error:
+                    # A run of no steps leaves nothing, unless there is a batch to look at that taught no numbers.
+                    if self.learner.is_whole and (state.step or isinstance(error, NotFinite)):
                         self._save()
                     raise
                 state.step = number
