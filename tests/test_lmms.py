@@ -198,6 +198,16 @@ def test_the_log_holds_what_led_to_the_answers(reasoner, truth, tmp_path):
         open_log(options.log_file, reasoner, LmmsOptions(mode="think"))
 
 
+def test_the_log_holds_what_the_checkpoint_gave_where_options_give_nothing(reasoner, tmp_path):
+    path, spec = tmp_path / "log.jsonl", reasoner.spec
+    open_log(path, reasoner, LmmsOptions()).close()
+    run = read_run(path)
+    assert (run["fps"], run["max_frames"], run["video_tokens"]) == (spec.fps, spec.max_frames, spec.video_tokens)
+    open_log(path, reasoner, LmmsOptions(fps=spec.fps, max_frames=spec.max_frames)).close()  # the same run
+    with pytest.raises(ConfigError, match="other settings"):
+        open_log(path, reasoner, LmmsOptions(max_frames=spec.max_frames - 2))
+
+
 def test_several_pictures_are_the_frames_of_a_video_and_no_visuals_are_none(reasoner, monkeypatch):
     rates = []
     genuine = type(reasoner).open
