@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from mlxvr.errors import CheckpointError
+from mlxvr.model import families
 from mlxvr.model.dialects import text_settings
 from mlxvr.model.families import FAMILIES, family_of
 
@@ -308,14 +309,15 @@ def test_qwen2_5_writes_one_block_whose_rows_lie_apart_by_their_time() -> None:
 
 
 def test_the_time_between_rows_is_the_one_of_the_release_that_wrote_the_checkpoint(caplog) -> None:
+    families._warn_of_one_time.cache_clear()
     video = checkpoints.random_media("qwen2_5_vl", "video", (4, 6, 8), second_per_grid=2.75)
     fast = checkpoints.random_media("qwen2_5_vl", "video", (4, 6, 8), second_per_grid=0.5)
     steps = {}
     for version in ("4.49.0", "4.57.1", "5.24.0"):
         config = {**config_of("qwen2_5_vl", "5"), "transformers_version": version}
         assert FAMILIES[0].mlx_config(config)["transformers_version"] == version
-        steps[version] = [FAMILIES[0].vision_layout(media, config)[0].time_step for media in (video, fast)]
-    assert steps == {"4.49.0": [5.5, 1.0], "4.57.1": [4.0, 0.0], "5.24.0": [5.5, 1.0]}
+        steps[version] = [FAMILIES[0].vision_layout(media, config)[0].time_step for media in (video, fast, fast)]
+    assert steps == {"4.49.0": [5.5, 1.0, 1.0], "4.57.1": [4.0, 0.0, 0.0], "5.24.0": [5.5, 1.0, 1.0]}
     assert ["give fps=2 or less" in record.message for record in caplog.records] == [True]
 
 

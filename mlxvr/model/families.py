@@ -11,6 +11,7 @@ network reads) and no state. A third architecture is one more adapter here, its 
     pictures                patch 14, CLIP's mean and std       patch 16, 0.5 and 0.5
 """
 
+import functools
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -137,10 +138,7 @@ class Qwen25VL(Family):
         rate = vision.get("tokens_per_second", 4)
         step = MRopeConvention.of_config(config).time_step(media.second_per_grid, rate)
         if step == 0.0 < media.second_per_grid and grid[0] > 1:
-            _log.warning(
-                "more than 2 frames a second: this checkpoint counts whole seconds from one pair of frames to the "
-                "next, so all of the clip's frames stand at the same time for it; give fps=2 or less"
-            )
+            _warn_of_one_time()
         return [VisionBlock("", grid, step)]
 
 
@@ -218,6 +216,14 @@ def _build(code: Any, config: dict[str, Any]) -> Any:
         vocab_size=text.vocab_size,
     )
     return code.Model(settings)
+
+
+@functools.cache  # once a process, not at every question
+def _warn_of_one_time() -> None:
+    _log.warning(
+        "more than 2 frames a second: this checkpoint counts whole seconds from one pair of frames to the next, so all "
+        "of the clip's frames have the same time for it; give fps=2 or less"
+    )
 
 
 def _token_grid(media: VisionInput, vision: Mapping[str, Any]) -> tuple[int, int, int]:
