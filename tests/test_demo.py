@@ -93,26 +93,29 @@ def test_it_thinks_only_when_it_must(reasoner):
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_the_figures_of_the_readme_hold(tmp_path):
-    """The claims of examples/shellgame/README.md on 200 fresh clips; the seed is not the one of the published table."""
+    """The claims of examples/shellgame/README.md on 300 fresh clips; the seed is not the one of the published table.
+
+    Each bound is that table's figure less what one or two questions of a group of this size are worth.
+    """
     from shellgame import evaluate
 
-    rows = evaluate.load_rows(tmp_path, seed=1, count=200)
+    rows = evaluate.load_rows(tmp_path, seed=1, count=300)
     config = evaluate.EvalConfig(
         data=tmp_path / "clips.jsonl", output=tmp_path / "report", threshold=0.97, dtype=faster_dtype(), workers=2
     )
     table = evaluate.summarise(evaluate.measure(config, rows))
     perception, tracking = table["perception"], table["tracking"]
-    assert perception["first_right"] >= 0.95
+    assert perception["first_right"] >= 0.98
     assert perception["confidence"] >= 0.97
-    assert perception["thinks"] <= 0.10
-    assert tracking["first_right"] <= 0.55, "near the chance of one in three"
-    assert tracking["confidence"] <= 0.7
-    assert tracking["second_right"] >= 0.90
-    assert tracking["thinks"] >= 0.90
+    assert perception["thinks"] <= 0.06
+    assert tracking["first_right"] <= 0.5, "near the chance of one in three"
+    assert tracking["confidence"] <= 0.4
+    assert tracking["second_right"] >= 0.97
+    assert tracking["thinks"] >= 0.97
     assert abs(table["even mix"]["auto_right"] - table["even mix"]["second_right"]) <= 0.01
     assert table["3:1 mix"]["think_tokens"] >= 2 * table["3:1 mix"]["auto_tokens"]
-    for group in ("held-out sequences", "longer games"):
-        assert table[group]["second_right"] >= 0.8
+    assert table["held-out sequences"]["second_right"] >= 0.97
+    assert table["longer games"]["second_right"] >= 0.92
 
 
 @pytest.mark.slow
