@@ -94,6 +94,7 @@ def untimed(sample):
     return replace(sample, first_seconds=0, total_seconds=0, prefill_seconds=0, decode_seconds=0)
 
 
+@pytest.mark.slow
 def test_each_sample_is_what_the_reasoner_says(folder, reasoner, whole):
     found = samples_of(whole)
     rows = {row.id: row for row in load_rows(folder / "rows.jsonl")}
