@@ -196,8 +196,9 @@ def test_floating_point_formats_compute_in_the_dtype_of_the_rest(mode, dtype, fo
     bits, group_size = FLOAT_FORMATS[mode]
     model = load_model(folders("mlxvr", "qwen3_vl", mode=mode, bits=bits, group_size=group_size), dtype=dtype)
     cache = model.make_cache()
-    logits = model.logits(model.hidden(mx.array([[5, 80, 12]]), mx.broadcast_to(mx.arange(3), (3, 1, 3)), cache=cache))
-    assert {logits.dtype, cache[0].keys.dtype} == {getattr(mx, dtype)}
+    hidden = model.hidden(mx.array([[5, 80, 12]]), mx.broadcast_to(mx.arange(3), (3, 1, 3)), cache=cache)
+    assert {hidden.dtype, cache[0].keys.dtype} == {getattr(mx, dtype)}
+    assert model.logits(hidden).dtype == mx.float32  # the head's product is float32 whatever the rest computes in
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
