@@ -251,6 +251,8 @@ for cycle in range(100):
         answer = reasoner.open(picture).ask("What is the colour?", mode="direct", max_tokens=8)
     del reasoner
     gc.collect()
+    if cycle == 0:
+        gc.freeze()  # what was imported is not looked through in each cycle
     pages = int(open("/proc/self/statm").read().split()[1]) if sys.platform == "linux" else 0
     figures.append((mx.get_active_memory(), mx.get_cache_memory(), threading.active_count(), answer.text, pages * 4096))
 print(json.dumps(figures))
