@@ -95,7 +95,9 @@ class Ranks:
 
     def _evaluate(self, collective: Callable[..., mx.array], array: mx.array) -> mx.array:
         try:
-            result = collective(array, group=self._group)
+            mx.eval(array)
+            # On the host: a GPU that waits for a message that never comes would keep the process from ending.
+            result = collective(array, group=self._group, stream=mx.cpu)
             mx.eval(result)
         except RuntimeError as error:
             raise _lost(error) from error

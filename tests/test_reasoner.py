@@ -375,7 +375,7 @@ def test_close_gives_the_memory_back_while_clips_are_still_held(folders, clip_pa
     assert weights > 100_000
     assert held > weights + 100_000
     assert mx.get_active_memory() - before < weights / 20
-    assert mx.get_cache_memory() == 0
+    assert mx.get_cache_memory() < 4096  # a GPU's backend keeps some words of its own
     assert clips[0].grid == clips[1].grid  # the clips are there; what they computed is gone
 
 

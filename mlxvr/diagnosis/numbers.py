@@ -20,7 +20,7 @@ _REPORT = "do not trust answers computed this way; please report it with this ou
 _NO_KERNEL = {
     "qwen3_vl": "this backend cannot quantize keys and values of heads of 32 numbers, as the demo has; public models "
     "have 128: see the lines of qwen2_5_vl",
-    "qwen2_5_vl": "this backend cannot quantize keys and values: leave --kv-bits out",
+    "qwen2_5_vl": "this backend cannot quantize keys and values of a public model's heads: leave --kv-bits out",
 }
 # (dtype, bits of the language model, bits of keys and values) -> errors up to which logits are green, from which red.
 # On an x86 CPU they are 6e-7, 8e-3, 6e-4, 7e-7, 3e-3 and 5e-2 at most; another order of sums needs room.

@@ -27,7 +27,9 @@ _GROUP_SIZES = (64, 32)
 _LAYOUT = "mlxvr_cache"
 
 
-def make(layers: int, *, head_dim: int, kv_bits: int | None = None, dtype: mx.Dtype = mx.float32) -> list[Any]:
+def make(
+    layers: int, *, head_dim: int, kv_bits: int | None = None, dtype: mx.Dtype = mx.float32, repeats: int = 1
+) -> list[Any]:
     """An empty cache for a network of `layers` layers.
 
     Args:
@@ -35,6 +37,7 @@ def make(layers: int, *, head_dim: int, kv_bits: int | None = None, dtype: mx.Dt
         head_dim: of keys and values; a quantized cache scales groups of at most 64 of them.
         kv_bits: bits of each stored number, None: as computed.
         dtype: that the network computes in; backends have kernels for some.
+        repeats: heads of queries that share one of keys and values, likewise.
 
     Raises `ConfigError` when keys and values cannot be kept in `kv_bits`.
     """
@@ -45,7 +48,7 @@ def make(layers: int, *, head_dim: int, kv_bits: int | None = None, dtype: mx.Dt
     if kv_bits not in KV_BITS:
         raise ConfigError(f"kv_bits {kv_bits!r} is not supported: use {', '.join(map(str, KV_BITS))}, or leave it out")
     size = group_size(head_dim, kv_bits)
-    if not _has_kernels(head_dim, size, kv_bits, dtype):
+    if not _has_kernels(head_dim, size, kv_bits, dtype, repeats):
         raise ConfigError(
             f"this backend has no kernel for keys and values of {kv_bits} bits in heads of {head_dim} numbers: leave "
             "kv_bits out"
@@ -67,18 +70,21 @@ def group_size(head_dim: int, kv_bits: int) -> int:
 
 
 @functools.cache
-def _has_kernels(head_dim: int, group_size: int, bits: int, dtype: mx.Dtype) -> bool:
+def _has_kernels(head_dim: int, group_size: int, bits: int, dtype: mx.Dtype, repeats: int) -> bool:
     """Whether the backend multiplies with packed keys and values that are part of a longer buffer, as a cache's are.
 
-    MLX's CUDA backend (0.32.4) has no kernel for many queries where a head is one group; it says so when the product is
-    evaluated. So a product of a prompt's size is tried, with two heads that three queries share, and one of a token.
+    MLX's CUDA backend (0.32.4) lacks one for a prompt's queries where a head is one group, or where heads of queries
+    share keys; it says so when the product is evaluated. So products of a prompt's size and of a token's are tried, in
+    the shapes that mlx-vlm gives them.
     """
     size: dict[str, Any] = {"group_size": group_size, "bits": bits}
-    stored = mx.quantize(mx.zeros((1, 2, 1, 512, head_dim), dtype=dtype), **size)
+    heads = (1, 2) if repeats == 1 else (1, 2, 1)
+    stored = mx.quantize(mx.zeros((*heads, 512, head_dim), dtype=dtype), **size)
     packed, scales, biases = (part[..., :384, :] for part in stored)
     try:
         for queries in (384, 1):
-            asked = mx.zeros((1, 2, 3, queries, head_dim), dtype=dtype)
+            shared = (1, 2) if repeats == 1 else (1, 2, repeats)
+            asked = mx.zeros((*shared, queries, head_dim), dtype=dtype)
             scores = mx.quantized_matmul(asked, packed, scales, biases, transpose=True, **size)
             mx.eval(mx.quantized_matmul(scores, packed, scales, biases, transpose=False, **size))
     except (RuntimeError, ValueError):

@@ -153,8 +153,10 @@ class VideoModel:
 
     def make_cache(self, kv_bits: int | None = None) -> list[Any]:
         """An empty KV cache; see `mlxvr.model.cache.make`."""
+        key_heads, head_dim = self.key_shape
+        repeats = int(self.config["text_config"]["num_attention_heads"]) // key_heads
         dtype = self.layers[0].input_layernorm.weight.dtype
-        return kv.make(len(self.layers), head_dim=self.key_shape[1], kv_bits=kv_bits, dtype=dtype)
+        return kv.make(len(self.layers), head_dim=head_dim, kv_bits=kv_bits, dtype=dtype, repeats=repeats)
 
     def encode(
         self,
