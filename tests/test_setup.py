@@ -3,7 +3,6 @@
 import json
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from clips import write_clip
@@ -15,8 +14,8 @@ from mlxvr.grpo.config import TrainConfig
 from mlxvr.grpo.setup import frame_spec
 from mlxvr.grpo.state import read_progress, state_file
 from mlxvr.grpo.trainer import train
-from mlxvr.media import VisionSpec
 from mlxvr.model import memory
+from mlxvr.model.loading import load_model
 from mlxvr.train import main
 
 
@@ -166,10 +165,10 @@ def test_validation_and_the_best_adapter_go_by_the_users_reward(folder, tmp_path
     assert "holds a run already" in capsys.readouterr().err
 
 
-def test_an_image_takes_no_more_tokens_than_the_flag_says():
-    spec = VisionSpec.from_files({"model_type": "qwen3_vl"})
-    model = SimpleNamespace(spec=spec, settings={})
-    for tokens, most in ((None, 4096), (300, 300)):
+def test_an_image_takes_no_more_tokens_than_the_flag_says(folder):
+    """The checkpoint's own processor file allows 1,024."""
+    model = load_model(folder / "model")
+    for tokens, most in ((None, 1024), (300, 300)):
         config = TrainConfig(data=Path("rows.jsonl"), output=Path("run"), image_tokens=tokens)
         assert frame_spec(config, model).image_max_tokens == most
     with pytest.raises(ConfigError, match="image_tokens"):
