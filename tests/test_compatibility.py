@@ -63,7 +63,11 @@ def write_source(folder: Path, family: str, *, seed: int = 0, **options: Any) ->
             array[first:] = 0.0
         return array
 
-    return write_checkpoint(folder, family, dtype="BF16", seed=seed, weights=mute, **options)
+    write_checkpoint(folder, family, dtype="BF16", seed=seed, weights=mute, **options)
+    if family == "qwen2_5_vl":  # of a release that counts parts of seconds (see `mlxvr.model.mrope`), as FPS needs it
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "transformers_version": "4.49.0"}))
+    return folder
 
 
 def pictures(family: str, medium: str, seed: int = 1) -> np.ndarray | None:
