@@ -505,7 +505,7 @@ def test_budgets():
     for preset in BENCHMARKS.values():
         for family, video_tokens in (("qwen2_5_vl", 16_384), ("qwen3_vl", 128_000)):
             spec = SPEC.with_overrides(**preset.budgets[family])
-            assert (spec.fps, spec.video_tokens) == (2.0, video_tokens)
+            assert (spec.fps, spec.sample_by, spec.video_tokens) == (2.0, "index", video_tokens)
             assert (spec.frame_min_tokens, spec.frame_max_tokens) == (16, 768)
             assert (spec.image_min_tokens, spec.image_max_tokens) == (128, 16_384)
 

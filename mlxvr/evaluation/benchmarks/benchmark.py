@@ -6,11 +6,13 @@ from mlxvr.dataset import Row
 
 __all__ = ["Benchmark", "Budgets", "budgets"]
 
-Budgets = dict[str, int | float]
+Budgets = dict[str, int | float | str]
 
-# arXiv 2601.05175 and its public scripts, by family: what every benchmark has unless it says otherwise.
+# arXiv 2601.05175 and its public scripts, by family: what every benchmark has unless it says otherwise. The scripts
+# spread frames over a video's frames, not over its time; the two differ where the rate varies.
 _COMMON: Budgets = {
     "fps": 2.0,
+    "sample_by": "index",
     "min_frames": 4,
     "frame_min_tokens": 16,
     "frame_max_tokens": 768,

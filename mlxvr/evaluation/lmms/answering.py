@@ -33,6 +33,7 @@ __all__ = ["Asked", "Response", "answer_all", "open_log", "read_context", "read_
 _log = logging.getLogger(__name__)
 
 _PLACEHOLDER = re.compile(r"<(?:image|video)>[ \n]?")
+_SAMPLE_BY = "index"  # as the public evaluation spreads frames, also where a video's rate varies
 _WHERE = {"pretrained", "adapter", "revision", "log_file"}  # the model's identity says what these lead to
 _GRADED_AS = {"qa": "exact_match", "grounding": "iou", "grounded_qa": "gqa"}
 
@@ -142,7 +143,7 @@ def open_log(path: str | os.PathLike[str], reasoner: "Reasoner", options: LmmsOp
     if options.threshold is None:
         settings["threshold"] = reasoner.threshold
     spec = reasoner.spec.with_overrides(
-        fps=options.fps, max_frames=options.max_frames, video_tokens=options.video_tokens
+        fps=options.fps, max_frames=options.max_frames, video_tokens=options.video_tokens, sample_by=_SAMPLE_BY
     )
     return SampleWriter(path, {"harness": "lmms-eval", **reasoner.identity(), **settings, **asdict(spec)})
 
@@ -179,6 +180,7 @@ class _Clips:
                 max_frames=options.max_frames,
                 video_tokens=options.video_tokens,
                 image_tokens=options.image_tokens,
+                sample_by=_SAMPLE_BY,
             )
         except (MlxvrError, MemoryError):
             raise
