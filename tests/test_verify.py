@@ -48,7 +48,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
 
 @pytest.fixture(scope="module")
 def reports(converted: dict[int, Path], probes: list[Probe]) -> dict[int, VerificationReport]:
-    return {bits: verify(SOURCE, folder, probes=probes) for bits, folder in converted.items()}
+    return {bits: verify(SOURCE, folder, probes=probes, dtype="float32") for bits, folder in converted.items()}
 
 
 # Figures.
@@ -235,7 +235,7 @@ def test_confidence_is_the_product_s(
 def test_layer_by_layer_finds_the_same(
     converted: dict[int, Path], reports: dict[int, VerificationReport], probes: list[Probe]
 ) -> None:
-    streamed = verify(SOURCE, converted[2], probes=probes, memory_limit=0)
+    streamed = verify(SOURCE, converted[2], probes=probes, memory_limit=0, dtype="float32")
     assert streamed.source_run.startswith("layer by layer, 0.0 of 0.0 GB")
     assert streamed.probes == reports[2].probes
 
