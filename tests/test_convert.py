@@ -197,7 +197,15 @@ def test_bits_per_weight_by_hand(tmp_path):
 
 
 def test_tied_embeddings_drop_a_copied_head(tmp_path):
-    folder = write_checkpoint(tmp_path / "source", "qwen3_vl", dtype="BF16")
+    embedding = []
+
+    def copied(name: str, array: np.ndarray) -> np.ndarray:
+        if name.endswith("embed_tokens.weight"):
+            embedding.append(array)
+        return embedding[0] if name == "lm_head.weight" else array
+
+    folder = write_checkpoint(tmp_path / "source", "qwen3_vl", dtype="BF16", weights=copied)
+    assert "lm_head.weight" in output_tensors(folder)
     config = read_json(folder / "config.json")
     (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
     convert(folder, tmp_path / "out")

@@ -204,6 +204,6 @@ def test_bits_that_are_measured_fit_the_size_to_the_byte(source, tmp_path, capsy
     assert "bits measured for each module" in (tmp_path / "out" / "README.md").read_text()
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization"]
     assert len({(one["bits"], one["group_size"]) for one in config.values() if isinstance(one, dict)}) > 1
-    assert load_model(tmp_path / "out").settings == settings
+    assert load_model(tmp_path / "out").folder.settings == settings
     assert main([*arguments, "--target-gb", "1e-6", "--force"]) == 2
     assert "is too small" in capsys.readouterr().err

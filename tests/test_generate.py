@@ -397,7 +397,7 @@ def test_every_flag_reaches_its_consumer(capfd, video, monkeypatch, way):
     typed = [part for flag, (text, _) in FLAGS.items() for part in (flag, text)]
     code, *_ = run(capfd, "--video", video, "--prompt", "What?", "--option", "x", "--option", "y", *typed, *way)
     assert code == 0
-    assert (recorder.given["question"], recorder.given["options"]) == ("What?", ["x", "y"])
+    assert (recorder.given["question"], recorder.given["options"]) == ("What?", ("x", "y"))
     assert str(recorder.given["video"]) == video
     names = {flag: flag.removeprefix("--").replace("-", "_") for flag in FLAGS}
     assert {flag: recorder.given[name] for flag, name in names.items()} == {

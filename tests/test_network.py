@@ -354,7 +354,7 @@ def test_what_a_model_says_about_itself(model: VideoModel, family: str) -> None:
     assert model.eos_ids == {tokenizer.token_to_id("<|im_end|>"), tokenizer.token_to_id("<|endoftext|>")}
     assert set(model.placeholder_ids) == {tokenizer.token_to_id(f"<|{kind}_pad|>") for kind in ("image", "video")}
     assert model.spec.patch_size == (14 if family == "qwen2_5_vl" else 16)
-    assert model.settings == {}
+    assert model.folder.settings == {}
     assert len(model.layers) == 3
 
 
