@@ -78,16 +78,17 @@ def read_config(args: argparse.Namespace) -> TrainConfig:
     told = told_settings(args, TrainConfig)
     values = read_settings(args.config, TrainConfig) if args.config is not None else {}
     output, resumes = {**values, **told}.get("output"), {**values, **told}.get("resume", False)
-    if resumes and output is not None:
-        begun = output / "train_config.toml"
-        if not begun.is_file():
-            raise ConfigError(
-                f"{output} holds no run that could go on: leave --resume out to start one, or give the folder of a run"
-            )
+    begun = output / "train_config.toml" if resumes and output is not None else None
+    if begun is not None and begun.is_file():  # a rank beside the one that writes has no run of its own
         values = {**read_settings(begun, TrainConfig), **values}
     values |= told
     for name in ("data", "output"):
         if name not in values:
+            if begun is not None and not begun.is_file():
+                raise ConfigError(
+                    f"{output} holds no run that could go on: leave --resume out to start one, or give the folder of "
+                    "a run"
+                )
             raise ConfigError(f"there is no {name}: give --{name}, or write it into --config")
     return TrainConfig(**values)
 

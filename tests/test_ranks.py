@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -80,14 +81,24 @@ if __name__ == "__main__":
 
 
 def hosts_file(folder, count=2):
-    """Where each of so many ranks on this machine is reached."""
-    listening = [socket.socket() for _ in range(count)]
-    for one in listening:
-        one.bind(("127.0.0.1", 0))
+    """Where each of so many ranks on this machine is reached.
+
+    The ports lie below those that the system gives to connections: one that is handed out between this and the rank's
+    own start would be taken, or a rank would connect to itself.
+    """
+    listening = []
+    while len(listening) < count:
+        candidate = socket.socket()
+        try:
+            candidate.bind(("127.0.0.1", random.SystemRandom().randrange(20_000, 32_000)))
+        except OSError:
+            candidate.close()
+        else:
+            listening.append(candidate)
     path = folder / "hosts.json"
-    path.write_text(json.dumps([[f"127.0.0.1:{one.getsockname()[1]}"] for one in listening]))
-    for one in listening:
-        one.close()
+    path.write_text(json.dumps([[f"127.0.0.1:{taken.getsockname()[1]}"] for taken in listening]))
+    for taken in listening:
+        taken.close()
     return path
 
 

@@ -16,7 +16,7 @@ from mlxvr.grpo.state import read_progress, state_file
 from mlxvr.grpo.trainer import train
 from mlxvr.model import memory
 from mlxvr.model.loading import load_model
-from mlxvr.train import main
+from mlxvr.train import main, make_parser, read_config
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +109,12 @@ def test_resume_says_that_there_is_no_run(folder, tmp_path, capsys, there):
     assert re.fullmatch(
         rf"error: {re.escape(str(output))} holds no run that could go on: leave --resume out .*\n", error
     )
+
+
+def test_a_rank_that_does_not_write_goes_on_without_a_run_of_its_own(folder, tmp_path):
+    """It is told so by rank 0, which has the run, and not before the ranks have met: rank 0 would wait for ever."""
+    argv = ["--resume", "--output", str(tmp_path / "none"), "--data", str(folder / "rows.jsonl")]
+    assert read_config(make_parser().parse_args(argv)).resume
 
 
 def test_files_that_are_missing_are_found_before_the_start(folder, tmp_path):

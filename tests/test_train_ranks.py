@@ -81,8 +81,12 @@ def start(place, small_model):
                 )
             )
         try:
-            said = [rank.communicate() for rank in ranks]
-        finally:  # the test's own time limit came first: nothing goes on behind it, and no pipe stays open
+            said = [rank.communicate(timeout=300) for rank in ranks]
+        except subprocess.TimeoutExpired:
+            for rank in ranks:
+                rank.kill()
+            pytest.fail(f"a rank waits for ever; what they said: {[rank.communicate()[1] for rank in ranks]}")
+        finally:  # nothing goes on behind the test, and no pipe stays open
             for rank in ranks:
                 rank.kill()
                 rank.communicate()
