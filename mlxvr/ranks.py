@@ -35,6 +35,7 @@ class Ranks:
             ) from error
         self.rank: int = self._group.rank()
         self.size: int = self._group.size()
+        self._lost: str | None = None  # why a rank is gone: no collective is entered again, as MLX may wait for ever
 
     def gather(self, data: bytes) -> list[bytes]:
         """The bytes of every rank, in their order, on every rank; waits for all of them.
@@ -94,18 +95,21 @@ class Ranks:
         return np.array(self._evaluate(mx.distributed.all_gather, mx.array(values)))
 
     def _evaluate(self, collective: Callable[..., mx.array], array: mx.array) -> mx.array:
+        if self._lost is not None:
+            raise _rank_is_gone(self._lost)
         try:
             mx.eval(array)
             # On the host: a GPU that waits for a message that never comes would keep the process from ending.
             result = collective(array, group=self._group, stream=mx.cpu)
             mx.eval(result)
         except RuntimeError as error:
-            raise _lost(error) from error
+            self._lost = str(error)
+            raise _rank_is_gone(self._lost) from error
         return result
 
 
-def _lost(error: RuntimeError) -> ConfigError:
+def _rank_is_gone(reason: str) -> ConfigError:
     return ConfigError(
-        f"another rank is gone ({error}): see what it said, then start all of them again; the work goes on where "
+        f"another rank is gone ({reason}): see what it said, then start all of them again; the work goes on where "
         "it was last saved"
     )
