@@ -40,7 +40,7 @@ from string import ascii_uppercase
 from typing import Any, Literal, TypeAlias, get_args
 
 from mlxvr.errors import DataError, MediaError
-from mlxvr.paths import list_frames, local_path, parse_location
+from mlxvr.storage.paths import list_frames, local_path, parse_location
 
 __all__ = [
     "Answer",

@@ -24,8 +24,8 @@ from mlxvr.media.sequence import folder_frames
 from mlxvr.media.spec import SAMPLE_BY
 from mlxvr.model.folder import ModelFolder
 from mlxvr.model.loading import DTYPES
-from mlxvr.paths import local_path
 from mlxvr.porting.defaults import Defaults
+from mlxvr.storage.paths import local_path
 
 __all__ = ["main", "make_parser"]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlxvr.errors import ConfigError
-from mlxvr.writing import replace_file
+from mlxvr.storage.atomic import replace_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from mlxvr.errors import ConfigError
-from mlxvr.writing import replace_file
+from mlxvr.storage.atomic import replace_file
 
 __all__ = ["Setting", "flag", "read_settings", "settings_of", "write_settings"]
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from mlxvr.errors import CheckpointError
-from mlxvr.model import content_hash
-from mlxvr.model.content_hash import hash_file, hash_files
+from mlxvr.storage import content_hash
+from mlxvr.storage.content_hash import hash_file, hash_files
 
 BYTES = bytes(range(256)) * 50
 YEAR_2020 = 1_577_836_800_000_000_000  # ns

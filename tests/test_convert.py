@@ -25,7 +25,8 @@ from mlxvr.convert import convert, main
 from mlxvr.errors import CheckpointError, ConfigError, MlxvrError, RecipeError
 from mlxvr.model.loading import load_model
 from mlxvr.model.prompt import SYSTEM_PROMPT
-from mlxvr.porting import checkpoint, hub, shards, staging
+from mlxvr.porting import checkpoint, hub, shards
+from mlxvr.storage import staging
 
 # What MLX calls a tensor of a checkpoint in transformers' current spelling; written down from the public checkpoints.
 SPELLINGS = (

@@ -16,7 +16,7 @@ from mlxvr.errors import DataError, MediaError
 from mlxvr.media import probe
 from mlxvr.media.container import check_file
 from mlxvr.model.folder import ModelFolder
-from mlxvr.paths import list_all, list_frames, list_visible, local_path, natural_key, parse_location
+from mlxvr.storage.paths import list_all, list_frames, list_visible, local_path, natural_key, parse_location
 from tests import checkpoints
 from tests.clips import write_clip
 

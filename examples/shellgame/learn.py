@@ -32,9 +32,9 @@ from mlxvr.grpo.rollout import rollout
 from mlxvr.grpo.trainer import train
 from mlxvr.grpo.validation import judge_answer
 from mlxvr.model.loading import load_model
-from mlxvr.paths import list_visible
 from mlxvr.plotting import BLUE, GREEN, ORANGE, write_plot
 from mlxvr.rewards import Weights
+from mlxvr.storage.paths import list_visible
 
 from .clips import reworded_held_out_set, reworded_set, write_set
 

@@ -20,8 +20,8 @@ from mlxvr.evaluation.grading import Grade, final_answer
 from mlxvr.evaluation.judged import Judged
 from mlxvr.evaluation.samples import Sample
 from mlxvr.intervals import find_named_interval, segments_of
-from mlxvr.paths import list_frames
 from mlxvr.protocol import is_fallback
+from mlxvr.storage.paths import list_frames
 
 __all__ = ["Clip", "embed_frames", "gallery_rows", "read_thumbnails"]
 

@@ -24,7 +24,7 @@ from mlxvr.evaluation.judged import Judged, curve, judge
 from mlxvr.evaluation.metrics import summarise
 from mlxvr.evaluation.page import make_page
 from mlxvr.evaluation.samples import Sample
-from mlxvr.writing import replace_file
+from mlxvr.storage.atomic import replace_file
 
 __all__ = ["write_report"]
 

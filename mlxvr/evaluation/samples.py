@@ -18,7 +18,7 @@ from typing import Any, Self, get_args
 
 from mlxvr.dataset import Kind
 from mlxvr.errors import ConfigError, DataError
-from mlxvr.ledger import Ledger, check_run, read_entries, read_run, write_ledger
+from mlxvr.storage.jsonl_log import Ledger, check_run, read_entries, read_run, write_ledger
 
 __all__ = [
     "Decision",

@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Any
 
 from mlxvr.errors import ConfigError, MlxvrError
 from mlxvr.evaluation.samples import Sample, check_run, read_samples
-from mlxvr.paths import list_visible
 from mlxvr.ranks import Ranks
+from mlxvr.storage.paths import list_visible
 
 if TYPE_CHECKING:
     from multiprocessing.process import BaseProcess

@@ -11,7 +11,7 @@ from typing import Any
 from mlxvr.errors import CheckpointError, ConfigError
 from mlxvr.evaluation.calibrate import Calibration
 from mlxvr.porting.card import with_threshold
-from mlxvr.writing import replace_file
+from mlxvr.storage.atomic import replace_file
 
 __all__ = ["check_writable", "save_threshold", "write_threshold"]
 

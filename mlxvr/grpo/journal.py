@@ -25,7 +25,7 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 from mlxvr.errors import ConfigError, DataError
-from mlxvr.writing import replace_file
+from mlxvr.storage.atomic import replace_file
 
 __all__ = ["FILE_NAME", "SINKS", "Journal", "Sink", "make_sinks", "read_entries"]
 

@@ -19,7 +19,7 @@ from mlxvr.media.patches import VisionInput
 from mlxvr.media.rows import load_row
 from mlxvr.media.spec import VisionSpec
 from mlxvr.model.network import VideoModel
-from mlxvr.paths import list_frames
+from mlxvr.storage.paths import list_frames
 
 __all__ = ["PromptLengths", "first_too_long", "measure_prompts"]
 

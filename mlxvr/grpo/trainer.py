@@ -70,12 +70,12 @@ from mlxvr.media.spec import VisionSpec
 from mlxvr.model import memory
 from mlxvr.model.device import hand_over, use_device
 from mlxvr.model.network import VideoModel
-from mlxvr.paths import list_all
 from mlxvr.plotting import check_plot
 from mlxvr.ranks import Ranks
 from mlxvr.rewards import RewardFunction, load_reward
 from mlxvr.settings import settings_of, write_settings
-from mlxvr.writing import replace_file
+from mlxvr.storage.atomic import replace_file
+from mlxvr.storage.paths import list_all
 
 __all__ = ["train"]
 

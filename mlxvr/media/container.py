@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from mlxvr.errors import MediaError
-from mlxvr.paths import explain_missing
+from mlxvr.storage.paths import explain_missing
 
 __all__ = ["check_file", "is_heic", "is_image", "missing_bytes", "unreadable"]
 

@@ -11,7 +11,7 @@ from PIL import Image, UnidentifiedImageError
 
 from mlxvr.errors import MediaError
 from mlxvr.media.container import RAW_PHOTO, check_file, is_heic, is_image
-from mlxvr.paths import local_path
+from mlxvr.storage.paths import local_path
 
 __all__ = ["ImageSource", "open_image", "read_image", "to_rgb"]
 

@@ -23,7 +23,7 @@ from mlxvr.media.image import ImageSource, read_image
 from mlxvr.media.resize import resize
 from mlxvr.media.sampling import frame_count, frame_range, frame_size, spread, time_range
 from mlxvr.media.spec import VisionSpec
-from mlxvr.paths import list_frames, list_visible
+from mlxvr.storage.paths import list_frames, list_visible
 
 __all__ = ["folder_frames", "read_frames"]
 

@@ -40,7 +40,7 @@ from mlxvr.media.sink import FrameSink, Orientation
 from mlxvr.media.spec import VisionSpec
 from mlxvr.media.timeline import Timeline, count_frames, scan
 from mlxvr.media.window import scan_range
-from mlxvr.paths import local_path
+from mlxvr.storage.paths import local_path
 
 __all__ = ["VideoInfo", "probe", "read_video"]
 

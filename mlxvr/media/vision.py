@@ -21,7 +21,7 @@ from mlxvr.media.sampling import image_size
 from mlxvr.media.sequence import folder_frames, read_frames
 from mlxvr.media.spec import VisionSpec
 from mlxvr.media.video import read_video
-from mlxvr.paths import local_path
+from mlxvr.storage.paths import local_path
 
 __all__ = ["VisionSource", "load_vision"]
 

@@ -19,10 +19,10 @@ from typing import Any
 
 from mlxvr.errors import CheckpointError
 from mlxvr.model import dialects
-from mlxvr.model.content_hash import FileStamp, hash_files, stamp_of
 from mlxvr.model.families import Family, family_of
 from mlxvr.model.safetensors import TensorInfo, holds_the_same, read_header
-from mlxvr.paths import list_visible
+from mlxvr.storage.content_hash import FileStamp, hash_files, stamp_of
+from mlxvr.storage.paths import list_visible
 
 __all__ = ["ModelFolder", "TensorInfo"]
 
@@ -207,7 +207,7 @@ class ModelFolder:
         """A short hash of all that answers depend on: every byte of the weights, config, tokenizer and processors.
 
         The first call reads weights that the Hub's cache does not vouch for, which takes about a second a gigabyte; see
-        `mlxvr.model.content_hash`. `mlxvr.json` is no part of it: a threshold may be measured and written later.
+        `mlxvr.storage.content_hash`. `mlxvr.json` is no part of it: a threshold may be measured and written later.
         """
         files: list[Any] = [self.config, self.generation_config, self.image_processor, self.video_processor]
         described = [*files, self.chat_template, self.tokenizer_config]

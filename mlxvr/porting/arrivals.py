@@ -22,8 +22,8 @@ from pathlib import Path
 
 from mlxvr.callbacks import Progress
 from mlxvr.errors import CheckpointError
-from mlxvr.paths import list_all
-from mlxvr.porting.staging import write_synced
+from mlxvr.storage.paths import list_all
+from mlxvr.storage.staging import write_synced
 
 __all__ = ["check", "noted"]
 

@@ -13,10 +13,10 @@ from typing import Any
 
 from mlxvr.errors import CheckpointError
 from mlxvr.model.folder import ModelFolder
-from mlxvr.paths import list_visible
 from mlxvr.porting import hub
 from mlxvr.porting.recipe import Recipe
-from mlxvr.porting.staging import write_synced
+from mlxvr.storage.paths import list_visible
+from mlxvr.storage.staging import write_synced
 
 __all__ = ["Origin", "origin", "settings", "with_threshold", "write"]
 

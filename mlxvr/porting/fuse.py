@@ -27,7 +27,7 @@ from mlxvr.porting.plan import DTYPE_CODES, Update, make_plan
 from mlxvr.porting.quantize import choose_recipe, write_model
 from mlxvr.porting.recipe import Precision, Quantization, Recipe
 from mlxvr.porting.report import ConversionReport
-from mlxvr.porting.staging import check_target
+from mlxvr.storage.staging import check_target
 
 __all__ = ["fuse"]
 

@@ -27,8 +27,8 @@ from mlxvr.porting.plan import Plan, make_plan
 from mlxvr.porting.recipe import Limits, Precision, Quantization, Recipe
 from mlxvr.porting.report import ConversionReport, peak_memory
 from mlxvr.porting.shards import is_finished, write_index
-from mlxvr.porting.staging import check_target, staged
 from mlxvr.porting.stream import write_shards
+from mlxvr.storage.staging import check_target, staged
 
 if TYPE_CHECKING:
     from mlxvr.porting.verify import VerificationReport

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from mlxvr.errors import CheckpointError, RecipeError
-from mlxvr.paths import list_visible
 from mlxvr.porting.tables import build, check_value, without_unset
+from mlxvr.storage.paths import list_visible
 
 __all__ = ["BITS", "DTYPES", "GROUP_SIZES", "MODES", "Budgets", "KeyRule", "Limits", "Precision", "Quantization"]
 __all__ += ["Recipe", "Rule", "available", "for_config", "for_source", "load"]

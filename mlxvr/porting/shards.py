@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from mlxvr.porting.staging import write_synced
+from mlxvr.storage.staging import write_synced
 
 __all__ = ["MAX_SHARD_BYTES", "OutputTensor", "ShardWriter", "is_finished", "plan_shards", "write_index"]
 

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 from mlxvr.callbacks import Progress
 from mlxvr.errors import CheckpointError, ConfigError
 from mlxvr.model.folder import ModelFolder
-from mlxvr.paths import list_visible
 from mlxvr.porting import hub
 from mlxvr.porting.hub_errors import endpoint, explain_upload
+from mlxvr.storage.paths import list_visible
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

@@ -9,8 +9,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mlxvr.errors import DataError
-from mlxvr.paths import list_visible
 from mlxvr.records import load_file, read_records
+from mlxvr.storage.paths import list_visible
 
 __all__ = ["Folder"]
 

@@ -27,8 +27,8 @@ from typing import Any
 from mlxvr.errors import DataError
 from mlxvr.evaluation.benchmarks.entries import Entry
 from mlxvr.evaluation.benchmarks.files import Folder
-from mlxvr.paths import list_visible
 from mlxvr.records import as_list, as_text, letter_of
+from mlxvr.storage.paths import list_visible
 
 __all__ = ["read"]
 

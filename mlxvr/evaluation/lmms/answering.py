@@ -23,7 +23,7 @@ from mlxvr.errors import Cancelled, ConfigError, MediaError, MlxvrError
 from mlxvr.evaluation.lmms.options import LmmsOptions
 from mlxvr.evaluation.samples import Sample, SampleWriter
 from mlxvr.model.prompt import KINDS, question_text
-from mlxvr.paths import PICTURE_SUFFIXES
+from mlxvr.storage.paths import PICTURE_SUFFIXES
 
 if TYPE_CHECKING:
     from mlxvr.reasoner import Clip, Reasoner

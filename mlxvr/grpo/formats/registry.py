@@ -12,8 +12,8 @@ from mlxvr.dataset import Row, load_rows, make_locator, make_row
 from mlxvr.errors import ConfigError, DataError
 from mlxvr.grpo.formats import choices, moments, questions
 from mlxvr.grpo.formats.columns import LeftOut, Reader, Source
-from mlxvr.paths import list_visible
 from mlxvr.records import scan_records
+from mlxvr.storage.paths import list_visible
 
 __all__ = ["FORMATS", "format_name", "read_rows"]
 

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mlxvr.errors import CheckpointError, ConfigError
-from mlxvr.paths import list_all, list_visible
+from mlxvr.storage.paths import list_all, list_visible
 
 __all__ = ["check_target", "staged", "write_synced"]
 

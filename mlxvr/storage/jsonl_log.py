@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from mlxvr.errors import ConfigError, DataError
-from mlxvr.writing import unwritable
+from mlxvr.storage.atomic import unwritable
 
 __all__ = ["Ledger", "check_run", "read_entries", "read_run", "write_atomically", "write_ledger"]
 

@@ -1,0 +1,1 @@
+"""Files on disk: replaced whole, grown line by line, found by name."""
