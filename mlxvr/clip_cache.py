@@ -19,11 +19,11 @@ import mlx.core as mx
 
 from mlxvr.errors import OutOfMemoryError
 from mlxvr.model import cache as kv
-from mlxvr.model import memory
 from mlxvr.model.memory_plan import PromptMemory, plan_prompt
 from mlxvr.model.network import VideoModel
 from mlxvr.model.prefix import Prefix
 from mlxvr.model.prompt import Prompt
+from mlxvr.runtime import device_memory
 
 __all__ = ["ClipCache", "Holder"]
 
@@ -77,12 +77,12 @@ class ClipCache:
         own = _held(clip)
         self._shrink(clip, self.budget - need.plan.keys_values)
         if mx.get_active_memory() - own + need.plan.peak > self.limit:
-            memory.give_back()
+            device_memory.give_back()
         for evicted in self._others(clip):
             if mx.get_active_memory() - own + need.plan.peak <= self.limit:
                 break
             evicted._prefix = None
-            memory.clear_cache()
+            device_memory.clear_cache()
         free = self.limit - mx.get_active_memory() + own
         while need.plan.peak > free and need.options["step_size"] > _LEAST_STEP:
             need = need.changed(step_size=max(_LEAST_STEP, need.options["step_size"] // 2))
@@ -101,7 +101,7 @@ class ClipCache:
             total -= _held(evicted)
             evicted._prefix = None
         if is_above:
-            memory.clear_cache()
+            device_memory.clear_cache()
 
     def _others(self, clip: Holder) -> Iterator[Holder]:
         return (known for known in list(self._holding()) if known is not clip)
@@ -140,7 +140,7 @@ class _Need:
             "step_size": step_size,
             "itemsize": network.dtype.size,
             "kv_bits": kv_bits,
-            "is_fused": memory.backend() != "cpu",
+            "is_fused": device_memory.backend() != "cpu",
         }
         return cls(network.config, options, plan_prompt(network.config, **options))
 

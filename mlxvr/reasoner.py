@@ -8,10 +8,10 @@
 System prompt and video are a prefix that every question about a clip shares. A `Clip` computes it once and keeps its
 keys and values; each question rewinds the cache to the end of the prefix and computes its own text only.
 
-All reasoners of a process run their MLX work on one thread that they share (see `mlxvr.worker`), so they may be called
-from any thread: the calls of one are served in order, and reasoners take turns. Calls wait, so an event loop uses
-`await asyncio.to_thread(clip.ask, ...)`. To stop a single question, `stream` it and close the stream, from any thread.
-Code of an app that evaluates MLX arrays itself does so inside `mlxvr.model.device.use_device`.
+All reasoners of a process run their MLX work on one thread that they share (see `mlxvr.runtime.worker`), so they may be
+called from any thread: the calls of one are served in order, and reasoners take turns. Calls wait, so an event loop
+uses `await asyncio.to_thread(clip.ask, ...)`. To stop a single question, `stream` it and close the stream, from any
+thread. Code of an app that evaluates MLX arrays itself does so inside `mlxvr.runtime.device_lock.use_device`.
 """
 
 import dataclasses
@@ -37,17 +37,18 @@ from mlxvr.asking import (
     think_once,
 )
 from mlxvr.bundled import NOT_OF_THE_DEMO, demo_folder, is_bundled, is_demo
-from mlxvr.callbacks import Progress, ShouldStop
 from mlxvr.clip_cache import ClipCache
 from mlxvr.errors import Cancelled, ConfigError
 from mlxvr.media import VisionInput, load_vision
-from mlxvr.model import decode, loading, memory
+from mlxvr.model import decode, loading
 from mlxvr.model.folder import ModelFolder
 from mlxvr.model.prefix import Prefix, PrefixCost
 from mlxvr.model.prompt import Prompt, build_prompt
 from mlxvr.porting import hub
 from mlxvr.porting.defaults import Defaults, EffectiveSetting
-from mlxvr.worker import Worker
+from mlxvr.runtime import device_memory
+from mlxvr.runtime.hooks import Progress, ShouldStop
+from mlxvr.runtime.worker import Worker
 
 if TYPE_CHECKING:
     from mlxvr.media.vision import VisionSource
@@ -120,9 +121,9 @@ def load(
         if value is not None and not isinstance(value, str | PathLike):
             raise ConfigError(f"{name} is {value!r}: give the path of a folder" + " or a Hub id" * (name == "model"))
     folder = find_folder(model, revision=revision, progress=progress)
-    worker = Worker(release=memory.give_back)
+    worker = Worker(release=device_memory.give_back)
     try:
-        limit = memory.usable_memory() if memory_limit is None else int(memory_limit * 1e9)
+        limit = device_memory.usable_memory() if memory_limit is None else int(memory_limit * 1e9)
         network = worker.call(lambda _: _load_within(limit, folder, adapter=adapter, dtype=dtype))
         worker.call(lambda _: network.make_cache(kv_bits))  # refuses what cannot be done here, before a clip is read
         reasoner = Reasoner(network, worker, kv_bits=kv_bits, prefill_step_size=prefill_step_size, memory_limit=limit)
@@ -138,7 +139,7 @@ def _load_within(
 ) -> "VideoModel":
     """Load a model if its weights fit, on the thread of all reasoners."""
     folder = ModelFolder.open(path)
-    memory.refuse_over(limit, loading.weight_bytes(folder, dtype=dtype))
+    device_memory.refuse_over(limit, loading.weight_bytes(folder, dtype=dtype))
     return loading.load_model(folder, adapter=adapter, dtype=dtype)
 
 
@@ -173,8 +174,8 @@ class Reasoner:
         self.name = network.family.name
         self._network: VideoModel | None = network
         self._worker = worker
-        limit = memory.usable_memory() if memory_limit is None else memory_limit
-        self._cache = ClipCache(limit, max(0, limit - memory.active_memory()) // 2)
+        limit = device_memory.usable_memory() if memory_limit is None else memory_limit
+        self._cache = ClipCache(limit, max(0, limit - device_memory.active_memory()) // 2)
         self.kv_bits = kv_bits
         self.prefill_step_size = prefill_step_size
         assert network.folder is not None, "made by load_model"
@@ -486,14 +487,14 @@ class Clip:
             raise
         except Exception:
             self._prefix = None
-            memory.give_back()
+            device_memory.give_back()
             raise
 
     def _think(self, question: Question, should_stop: ShouldStop) -> Iterator[Event]:
         """Prefill, decode and decide; yields events, the `Answer` last."""
         network = self._reasoner._alive()
         threshold = self._reasoner.threshold if question.threshold is None else question.threshold
-        with memory.track_peak() as peak, memory.wired():
+        with device_memory.track_peak() as peak, device_memory.wired():
             prompt = self._prompt(network, question)
             max_tokens = min(question.max_tokens, network.context_length - len(prompt.ids))
             fresh = self._prefix is None and self._file is None

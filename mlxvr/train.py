@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlxvr.bars import Bars
-from mlxvr.callbacks import ShouldStop
 from mlxvr.cli import VerbParser, add_settings, run_verb, told_settings
 from mlxvr.errors import ConfigError
 from mlxvr.grpo.config import TrainConfig
 from mlxvr.grpo.report import TrainReport
+from mlxvr.runtime.hooks import ShouldStop
 from mlxvr.settings import read_settings
 
 if TYPE_CHECKING:

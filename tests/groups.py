@@ -16,9 +16,9 @@ from mlx.utils import tree_flatten
 
 from mlxvr.grpo.lora import lora_weights
 from mlxvr.model.loading import load_model
-from mlxvr.model.memory import backend
 from mlxvr.model.network import VideoModel
 from mlxvr.model.prompt import build_prompt
+from mlxvr.runtime.device_memory import backend
 
 __all__ = ["NOTHING", "difference", "flat", "make_group", "stir", "tiny_model"]
 

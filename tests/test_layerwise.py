@@ -15,11 +15,11 @@ from mlxvr.errors import Cancelled
 from mlxvr.media.patches import normalise
 from mlxvr.model.decode import decode, prefill
 from mlxvr.model.loading import load_model
-from mlxvr.model.memory import backend
 from mlxvr.model.network import VideoModel
 from mlxvr.model.prompt import Prompt, build_prompt
 from mlxvr.porting.layerwise import Layer, LayerwiseModel, Piece
 from mlxvr.porting.quantize import convert
+from mlxvr.runtime.device_memory import backend
 
 LIMITS = (None, 1_500_000, 0)  # everything stays, some layers stay, nothing stays
 

@@ -13,7 +13,7 @@ from mlxvr.grpo.config import TrainConfig
 from mlxvr.grpo.learning import Group, Learner
 from mlxvr.grpo.lora import LoraConfig, adapters_off, attach, lora_weights
 from mlxvr.grpo.setup import loss_config
-from mlxvr.ranks import Ranks
+from mlxvr.runtime.distributed import Ranks
 
 RATE, DECAY, CUT, BETA = 2e-3, 0.1, 0.5, 0.2
 VARIED = np.array([0.8, -1.3, 0.6, -0.1], dtype=np.float32)

@@ -6,7 +6,7 @@ import mlx.core as mx
 import pytest
 
 from mlxvr.errors import OutOfMemoryError
-from mlxvr.model import memory
+from mlxvr.runtime import device_memory
 
 
 @pytest.fixture
@@ -26,12 +26,12 @@ def metal(monkeypatch):
 
 def test_memory_stays_wired_until_the_last_user_is_done(metal):
     """Two reasoners answer in turns: the end of one answer must not unwire the other's weights."""
-    first, second = memory.wired(), memory.wired()
+    first, second = device_memory.wired(), device_memory.wired()
     first.__enter__()
     second.__enter__()
     first.__exit__(None, None, None)
     assert metal[-1] == 1000
-    with memory.wired():
+    with device_memory.wired():
         assert metal[-1] == 1000
     assert metal[-1] == 1000
     second.__exit__(None, None, None)
@@ -39,32 +39,32 @@ def test_memory_stays_wired_until_the_last_user_is_done(metal):
 
 
 def test_the_wired_limit_comes_back_after_an_error(metal):
-    with pytest.raises(ZeroDivisionError), memory.wired(), memory.wired():
+    with pytest.raises(ZeroDivisionError), device_memory.wired(), device_memory.wired():
         raise ZeroDivisionError
     assert metal[-1] == 7
 
 
 def test_what_may_be_used_is_what_metal_recommends(metal):
-    assert memory.usable_memory() == 1000
-    assert memory.physical_memory() == 1500
+    assert device_memory.usable_memory() == 1000
+    assert device_memory.physical_memory() == 1500
 
 
 def test_the_lowest_of_several_memory_limits_holds():
     before = mx.set_memory_limit(10**12)
     mx.set_memory_limit(before)
-    with memory.limited(3.0):
-        with memory.limited(2.0), memory.limited(None):
+    with device_memory.limited(3.0):
+        with device_memory.limited(2.0), device_memory.limited(None):
             assert mx.set_memory_limit(2 * 10**9) == 2 * 10**9
         assert mx.set_memory_limit(3 * 10**9) == 3 * 10**9
     assert mx.set_memory_limit(before) == before
 
 
 def test_peaks_that_overlap_do_not_hide_each_other():
-    with memory.track_peak() as outer:
+    with device_memory.track_peak() as outer:
         large = mx.zeros(4_000_000)
         mx.eval(large)
         del large
-        with memory.track_peak() as inner:
+        with device_memory.track_peak() as inner:
             small = mx.zeros(1_000_000)
             mx.eval(small)
         del small
@@ -81,17 +81,17 @@ def test_a_peak_of_one_thread_survives_the_reset_of_another():
     peaks = []
 
     def work():
-        with memory.track_peak() as peak:
+        with device_memory.track_peak() as peak:
             mx.eval(mx.zeros(4_000_000))
             begun.set()
             go_on.wait(10)
             peaks.append(peak.bytes)
-        memory.release_thread()
+        device_memory.release_thread()
 
     thread = threading.Thread(target=work)
     thread.start()
     assert begun.wait(10)
-    with memory.track_peak():
+    with device_memory.track_peak():
         pass
     go_on.set()
     thread.join()
@@ -99,12 +99,12 @@ def test_a_peak_of_one_thread_survives_the_reset_of_another():
 
 
 def test_weights_that_do_not_fit_are_refused_with_the_numbers():
-    held = memory.active_memory()
-    memory.refuse_over(held + 3_000_000_000, 2_900_000_000)
+    held = device_memory.active_memory()
+    device_memory.refuse_over(held + 3_000_000_000, 2_900_000_000)
     with pytest.raises(OutOfMemoryError, match=r"weights take 3\.1 GB.*may use 3\.0 GB here.*fewer bits"):
-        memory.refuse_over(3_000_000_000, 3_100_000_000)
+        device_memory.refuse_over(3_000_000_000, 3_100_000_000)
     kept = mx.zeros(5_000_000)
     mx.eval(kept)
     with pytest.raises(OutOfMemoryError, match=r"beside the 0\.0 GB that are in use"):
-        memory.refuse_over(memory.active_memory() + 10, 20)
+        device_memory.refuse_over(device_memory.active_memory() + 10, 20)
     del kept

@@ -10,12 +10,13 @@ from checkpoints import random_media
 
 from mlxvr.errors import ConfigError
 from mlxvr.model import cache as kv
-from mlxvr.model import decode, memory, memory_plan
+from mlxvr.model import decode, memory_plan
 from mlxvr.model.folder import ModelFolder
 from mlxvr.model.loading import load_model, weight_bytes
+from mlxvr.runtime import device_memory
 
 on_cpu = pytest.mark.skipif(
-    memory.backend() != "cpu", reason="attention is fused elsewhere, and peaks are the backend's"
+    device_memory.backend() != "cpu", reason="attention is fused elsewhere, and peaks are the backend's"
 )
 
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}

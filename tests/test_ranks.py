@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import mlxvr
-from mlxvr.ranks import Ranks
+from mlxvr.runtime.distributed import Ranks
 
 CODE = """
 import json
@@ -29,7 +29,7 @@ import numpy as np
 
 from mlxvr import ranks as module
 from mlxvr.errors import ConfigError
-from mlxvr.ranks import Ranks
+from mlxvr.runtime.distributed import Ranks
 
 
 def work(ranks, folder):
@@ -188,7 +188,7 @@ def test_hosts_that_cannot_be_are_an_error(tmp_path, hosts, rank):
     (tmp_path / "hosts.json").write_text(hosts)
     package = {"PYTHONPATH": str(Path(mlxvr.__file__).parents[1])}
     done = subprocess.run(
-        [sys.executable, "-c", "from mlxvr.ranks import Ranks\nRanks()"],
+        [sys.executable, "-c", "from mlxvr.runtime.distributed import Ranks\nRanks()"],
         env={**os.environ, **package, "MLX_HOSTFILE": str(tmp_path / "hosts.json"), "MLX_RANK": str(rank)},
         capture_output=True,
         text=True,

@@ -25,7 +25,7 @@ from mlxvr.grpo.lora import LoraConfig, attach, lora_weights
 from mlxvr.grpo.loss import LossConfig, objective
 from mlxvr.grpo.packing import pack
 from mlxvr.grpo.setup import loss_config
-from mlxvr.ranks import Ranks
+from mlxvr.runtime.distributed import Ranks
 
 
 def operations(path: Path, *arrays: mx.array) -> list[str]:

@@ -25,8 +25,8 @@ from mlxvr.evaluation import generation, plots, runner, sharding
 from mlxvr.evaluation.config import EvalConfig
 from mlxvr.evaluation.generation import digest, group_rows
 from mlxvr.evaluation.samples import Sample, SampleWriter, decide, read_run, read_samples, write_samples
-from mlxvr.ranks import Ranks
 from mlxvr.reasoner import demo_folder
+from mlxvr.runtime.distributed import Ranks
 
 DTYPE = "float32"  # a CPU computes bfloat16 many times slower
 THRESHOLD = 0.97

@@ -14,8 +14,8 @@ from mlxvr.grpo.config import TrainConfig
 from mlxvr.grpo.setup import frame_spec
 from mlxvr.grpo.state import read_progress, state_file
 from mlxvr.grpo.trainer import train
-from mlxvr.model import memory
 from mlxvr.model.loading import load_model
+from mlxvr.runtime import device_memory
 from mlxvr.train import main, make_parser, read_config
 
 
@@ -133,11 +133,11 @@ def test_memory_is_checked_against_what_may_be_used(folder, tmp_path, monkeypatc
     what = "sampling" if filter_only else "training"
     with pytest.raises(OutOfMemoryError, match=rf"{what} needs about .*; 1\.0 MB are allowed"):
         run(folder, tmp_path / "run", memory_limit=0.001, filter_only=filter_only)
-    monkeypatch.setattr(memory, "usable_memory", lambda: 2_000_000)
-    monkeypatch.setattr(memory, "backend", lambda: "metal")
+    monkeypatch.setattr(device_memory, "usable_memory", lambda: 2_000_000)
+    monkeypatch.setattr(device_memory, "backend", lambda: "metal")
     with pytest.raises(OutOfMemoryError, match=r"2\.0 MB are allowed"):
         run(folder, tmp_path / "run", filter_only=filter_only)
-    monkeypatch.setattr(memory, "backend", lambda: "cpu")
+    monkeypatch.setattr(device_memory, "backend", lambda: "cpu")
     with pytest.raises(OutOfMemoryError, match=r"1\.8 MB are allowed"):
         run(folder, tmp_path / "run", filter_only=filter_only)
     assert not state_file(tmp_path / "run").exists()

@@ -18,8 +18,8 @@ from mlxvr.errors import ConfigError
 from mlxvr.grpo.order import batches
 from mlxvr.grpo.state import state_file
 from mlxvr.grpo.together import check_same, have_same_bits, shared_state
-from mlxvr.ranks import Ranks
 from mlxvr.reasoner import demo_folder
+from mlxvr.runtime.distributed import Ranks
 
 # Two orders of adding up the same float32 gradients differ in the last bits of a sum. AdamW divides by the gradient's
 # own size, so that the weights differ by a share of the learning rate: 5e-4 of it was found, and this is allowed.

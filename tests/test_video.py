@@ -19,11 +19,12 @@ import numpy as np
 import pytest
 
 from mlxvr.errors import Cancelled, ConfigError, MediaError
-from mlxvr.media import VisionSpec, crew, load_vision, probe, read_frames, read_video
+from mlxvr.media import VisionSpec, load_vision, probe, read_frames, read_video
 from mlxvr.media import video as video_module
 from mlxvr.media.plan import Stretch, plan_stretches
 from mlxvr.media.sampling import frame_indices
 from mlxvr.media.timeline import scan
+from mlxvr.runtime import thread_pool
 
 # One token is 32 x 32 pixels; these bounds keep 128 x 96 frames at their own size.
 SPEC = VisionSpec.from_files({"model_type": "qwen3_vl"}).with_overrides(frame_min_tokens=1)
@@ -444,7 +445,7 @@ class TestListening:
         assert threading.active_count() == before
 
     def test_stopping_midway(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(crew, "_POLL_SECONDS", 0.001)
+        monkeypatch.setattr(thread_pool, "_POLL_SECONDS", 0.001)
         path = clips.write_clip(tmp_path / "long.mp4", frames=150, size=(320, 240))
         asked = []
 

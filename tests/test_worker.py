@@ -14,8 +14,8 @@ from contextlib import closing
 import pytest
 
 from mlxvr.errors import Cancelled, ConfigError
-from mlxvr.model import device
-from mlxvr.worker import Worker
+from mlxvr.runtime import device_lock
+from mlxvr.runtime.worker import Worker
 
 
 @pytest.fixture
@@ -369,7 +369,7 @@ def test_a_forgotten_worker_releases_and_ends():
 
 def test_a_thread_that_waits_for_the_device_lets_its_work_be_cancelled(worker):
     """Training in another thread holds the device for a step; a question waits, and can be called off meanwhile."""
-    with device.use_device():
+    with device_lock.use_device():
         holder = threading.Thread(target=lambda: outcomes.append(ask()))
         outcomes = []
 
@@ -389,7 +389,7 @@ def test_a_thread_that_waits_for_the_device_lets_its_work_be_cancelled(worker):
         holder.start()
         time.sleep(0.1)
         assert len(outcomes) == 1
-        device.hand_over()  # between two steps
+        device_lock.hand_over()  # between two steps
         holder.join(5)
         assert outcomes[1] == "ran"
         assert worker.call(lambda _: "lent") == "lent"  # the holder itself waits, and lends the device meanwhile
@@ -400,39 +400,39 @@ def test_the_device_goes_round_in_order():
     threads = []
 
     def use(number):
-        with device.use_device(), device.use_device():
+        with device_lock.use_device(), device_lock.use_device():
             order.append(number)
 
-    with device.use_device():
+    with device_lock.use_device():
         for number in range(5):
             threads.append(threading.Thread(target=use, args=(number,)))
             threads[-1].start()
-            while len(device._turns.waiting) <= number:
+            while len(device_lock._turns.waiting) <= number:
                 time.sleep(0.001)
         assert order == []
     for thread in threads:
         thread.join(5)
     assert order == [0, 1, 2, 3, 4]
-    assert device._turns.owner is None
+    assert device_lock._turns.owner is None
 
 
 def test_waiting_for_the_device_can_end():
     outcome = []
-    with device.use_device():
-        thread = threading.Thread(target=lambda: outcome.append(device.acquire(0.05)))
+    with device_lock.use_device():
+        thread = threading.Thread(target=lambda: outcome.append(device_lock.acquire(0.05)))
         thread.start()
         thread.join(5)
     assert outcome == [False]
-    assert device.acquire(0.05)
-    device.release()
+    assert device_lock.acquire(0.05)
+    device_lock.release()
 
 
 def test_the_interpreters_exit_releases_too():
     """MLX aborts the process when a thread has ended without releasing its streams."""
     script = """
 import mlx.core as mx
-from mlxvr.model.memory import release_thread
-from mlxvr.worker import Worker
+from mlxvr.runtime.device_memory import release_thread
+from mlxvr.runtime.worker import Worker
 
 worker = Worker(release=release_thread)
 def numbers(should_stop):
@@ -454,12 +454,12 @@ def test_a_thread_that_gave_its_streams_back_may_end_its_turn(monkeypatch):
     def gone():
         raise RuntimeError("There is no Stream(gpu, 0) in current thread.")
 
-    assert device.acquire()
+    assert device_lock.acquire()
     with monkeypatch.context() as patch:
-        patch.setattr(device.mx, "synchronize", gone)
-        device.release()
-    assert device.acquire(0.1), "the turn was passed on"
-    device.release()
+        patch.setattr(device_lock.mx, "synchronize", gone)
+        device_lock.release()
+    assert device_lock.acquire(0.1), "the turn was passed on"
+    device_lock.release()
 
 
 def test_what_has_ended_is_not_kept():

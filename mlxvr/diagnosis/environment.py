@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 import mlx.core as mx
 
 from mlxvr.diagnosis.findings import Finding
-from mlxvr.model.memory import backend
+from mlxvr.runtime.device_memory import backend
 
 __all__ = ["NEWEST_TESTED", "NEWEST_TESTED_PYTHON", "check_machine", "check_versions"]
 

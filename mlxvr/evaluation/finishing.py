@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from mlxvr import mathematics
-from mlxvr.callbacks import Progress
 from mlxvr.dataset import Row
 from mlxvr.errors import ConfigError, DataError, MlxvrError
 from mlxvr.evaluation import sharding
@@ -21,6 +20,7 @@ from mlxvr.evaluation.metrics import Summary, SweepRow, summarise, sweep
 from mlxvr.evaluation.report import write_report
 from mlxvr.evaluation.samples import Sample, read_samples
 from mlxvr.evaluation.thresholds import save_threshold, write_threshold
+from mlxvr.runtime.hooks import Progress
 
 __all__ = ["EvalReport", "Other", "compare_finished", "read_other", "relabelled", "work_out"]
 

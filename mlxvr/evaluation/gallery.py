@@ -13,7 +13,6 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
-from mlxvr.callbacks import Progress
 from mlxvr.dataset import strip_letters
 from mlxvr.errors import ConfigError, DataError, MediaError
 from mlxvr.evaluation.grading import Grade, final_answer
@@ -21,6 +20,7 @@ from mlxvr.evaluation.judged import Judged
 from mlxvr.evaluation.samples import Sample
 from mlxvr.intervals import find_named_interval, segments_of
 from mlxvr.protocol import is_fallback
+from mlxvr.runtime.hooks import Progress
 from mlxvr.storage.paths import list_frames
 
 __all__ = ["Clip", "embed_frames", "gallery_rows", "read_thumbnails"]

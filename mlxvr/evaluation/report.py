@@ -14,7 +14,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mlxvr.callbacks import Progress
 from mlxvr.errors import ConfigError
 from mlxvr.evaluation.calibrate import Calibration
 from mlxvr.evaluation.compare import Comparison, compare
@@ -24,6 +23,7 @@ from mlxvr.evaluation.judged import Judged, curve, judge
 from mlxvr.evaluation.metrics import summarise
 from mlxvr.evaluation.page import make_page
 from mlxvr.evaluation.samples import Sample
+from mlxvr.runtime.hooks import Progress
 from mlxvr.storage.atomic import replace_file
 
 __all__ = ["write_report"]

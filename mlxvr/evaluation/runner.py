@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlxvr.bundled import NOT_OF_THE_DEMO, demo_folder, is_bundled, is_demo_model
-from mlxvr.callbacks import Progress
 from mlxvr.dataset import Row, load_rows
 from mlxvr.errors import ConfigError, DataError
 from mlxvr.evaluation import sharding
@@ -35,7 +34,8 @@ from mlxvr.evaluation.samples import Sample, SampleWriter, read_samples, write_s
 from mlxvr.evaluation.thresholds import check_writable
 from mlxvr.media import VisionSpec
 from mlxvr.model.prompt import evaluation_copy
-from mlxvr.ranks import Ranks
+from mlxvr.runtime.distributed import Ranks
+from mlxvr.runtime.hooks import Progress
 
 if TYPE_CHECKING:
     from mlxvr.reasoner import Reasoner

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlxvr.errors import ConfigError, MlxvrError
 from mlxvr.evaluation.samples import Sample, check_run, read_samples
-from mlxvr.ranks import Ranks
+from mlxvr.runtime.distributed import Ranks
 from mlxvr.storage.paths import list_visible
 
 if TYPE_CHECKING:

@@ -28,11 +28,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlxvr.callbacks import Progress, ShouldStop
 from mlxvr.dataset import Row, to_record
 from mlxvr.errors import Cancelled, ConfigError, DataError, MediaError
 from mlxvr.media.spec import VisionSpec
 from mlxvr.rewards import RewardFunction, ask_reward, most, score
+from mlxvr.runtime.hooks import Progress, ShouldStop
 from mlxvr.storage.jsonl_log import Ledger, read_entries, write_atomically
 
 if TYPE_CHECKING:

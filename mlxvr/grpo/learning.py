@@ -17,7 +17,6 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlxvr.callbacks import ShouldStop
 from mlxvr.dataset import Row
 from mlxvr.errors import DataError
 from mlxvr.grpo.config import TrainConfig
@@ -27,7 +26,8 @@ from mlxvr.grpo.loss import LossConfig, advantages
 from mlxvr.grpo.prompts import EncodedPrompt
 from mlxvr.grpo.rollout import Rollout, rollout
 from mlxvr.model.network import VideoModel
-from mlxvr.ranks import Ranks
+from mlxvr.runtime.distributed import Ranks
+from mlxvr.runtime.hooks import ShouldStop
 
 __all__ = ["Group", "Learner", "NotFinite", "Update", "row_seed"]
 

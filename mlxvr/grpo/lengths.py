@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
 
-from mlxvr.callbacks import ShouldStop
 from mlxvr.dataset import Row
 from mlxvr.errors import Cancelled, DataError, MediaError
 from mlxvr.grpo.prompts import refuse_length, write_prompt
@@ -19,6 +18,7 @@ from mlxvr.media.patches import VisionInput
 from mlxvr.media.rows import load_row
 from mlxvr.media.spec import VisionSpec
 from mlxvr.model.network import VideoModel
+from mlxvr.runtime.hooks import ShouldStop
 from mlxvr.storage.paths import list_frames
 
 __all__ = ["PromptLengths", "first_too_long", "measure_prompts"]

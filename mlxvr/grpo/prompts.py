@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from mlxvr.callbacks import ShouldStop
 from mlxvr.dataset import Row
 from mlxvr.errors import ConfigError, DataError
 from mlxvr.media import VisionInput, VisionSpec
 from mlxvr.media.rows import load_row
 from mlxvr.model.network import VideoModel, VisionFeatures
 from mlxvr.model.prompt import Prompt, build_prompt
+from mlxvr.runtime.hooks import ShouldStop
 
 __all__ = ["EncodedPrompt", "encode_row", "refuse_length", "write_prompt"]
 

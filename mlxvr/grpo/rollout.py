@@ -23,12 +23,12 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlxvr.callbacks import ShouldStop
 from mlxvr.errors import Cancelled, ConfigError, DataError
 from mlxvr.grpo.prompts import EncodedPrompt
 from mlxvr.model.decode import Sampler, not_finite, prefill, suppression
-from mlxvr.model.memory import backend
 from mlxvr.model.network import VideoModel
+from mlxvr.runtime.device_memory import backend
+from mlxvr.runtime.hooks import ShouldStop
 
 __all__ = ["Completion", "Rollout", "prefill_step", "rollout"]
 

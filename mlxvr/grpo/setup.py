@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from mlxvr import mathematics
-from mlxvr.callbacks import Progress
 from mlxvr.dataset import Row, load_rows, to_record
 from mlxvr.errors import CheckpointError, ConfigError, DataError, MediaError
 from mlxvr.grpo.config import TrainConfig
@@ -20,12 +19,13 @@ from mlxvr.grpo.memory import MemoryEstimate, estimate_training
 from mlxvr.grpo.rollout import prefill_step
 from mlxvr.grpo.state import read_progress, state_file
 from mlxvr.media.spec import VisionSpec
-from mlxvr.model import memory
 from mlxvr.model.loading import load_model
 from mlxvr.model.network import VideoModel
 from mlxvr.porting.defaults import Defaults
 from mlxvr.reasoner import find_folder
 from mlxvr.rewards import Weights
+from mlxvr.runtime import device_memory
+from mlxvr.runtime.hooks import Progress
 
 __all__ = [
     "check_lengths",
@@ -127,8 +127,8 @@ def estimate_memory(
     )
     if config.memory_limit is not None:
         return estimated, int(config.memory_limit * 1e9)
-    usable = memory.usable_memory()
-    return estimated, usable if memory.backend() == "metal" else int(_SHARE * usable)
+    usable = device_memory.usable_memory()
+    return estimated, usable if device_memory.backend() == "metal" else int(_SHARE * usable)
 
 
 def check_rows(config: TrainConfig, rows: Sequence[Row]) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 
 from mlxvr.errors import ConfigError
 from mlxvr.grpo.state import state_file
-from mlxvr.ranks import Ranks
+from mlxvr.runtime.distributed import Ranks
 
 __all__ = ["check_same", "have_same_bits", "shared_state"]
 

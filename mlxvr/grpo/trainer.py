@@ -28,8 +28,6 @@ from typing import Any
 import mlx.core as mx
 
 from mlxvr import __version__
-from mlxvr.callbacks import Progress as Bar
-from mlxvr.callbacks import ShouldStop
 from mlxvr.dataset import Row, to_record
 from mlxvr.errors import ConfigError, DataError, MediaError
 from mlxvr.grpo.config import TrainConfig, idle_options
@@ -67,12 +65,14 @@ from mlxvr.grpo.together import check_same, have_same_bits, shared_state
 from mlxvr.grpo.validation import Judged, judge_answer, summarise
 from mlxvr.media.rows import read_ahead
 from mlxvr.media.spec import VisionSpec
-from mlxvr.model import memory
-from mlxvr.model.device import hand_over, use_device
 from mlxvr.model.network import VideoModel
 from mlxvr.plotting import check_plot
-from mlxvr.ranks import Ranks
 from mlxvr.rewards import RewardFunction, load_reward
+from mlxvr.runtime import device_memory
+from mlxvr.runtime.device_lock import hand_over, use_device
+from mlxvr.runtime.distributed import Ranks
+from mlxvr.runtime.hooks import Progress as Bar
+from mlxvr.runtime.hooks import ShouldStop
 from mlxvr.settings import settings_of, write_settings
 from mlxvr.storage.atomic import replace_file
 from mlxvr.storage.paths import list_all
@@ -134,7 +134,7 @@ def train(
     check_rows(config, [*rows, *valid])
     model = load(config, progress)
     report: TrainReport | FilterReport
-    with use_device(), memory.wired(), memory.limited(config.memory_limit):
+    with use_device(), device_memory.wired(), device_memory.limited(config.memory_limit):
         if config.filter_only:
             report = _filter(config, model, rows, own, note, progress, should_stop)
         else:

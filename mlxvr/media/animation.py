@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mlxvr.callbacks import Progress, ShouldStop
 from mlxvr.errors import Cancelled, MediaError
 from mlxvr.media.apng import read_apng
 from mlxvr.media.canvas import composite
@@ -28,6 +27,7 @@ from mlxvr.media.sampling import frame_size
 from mlxvr.media.selection import select
 from mlxvr.media.spec import VisionSpec
 from mlxvr.media.timeline import Timeline
+from mlxvr.runtime.hooks import Progress, ShouldStop
 
 __all__ = ["is_animation", "read_animation"]
 

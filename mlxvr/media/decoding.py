@@ -12,11 +12,11 @@ from typing import Any
 import av
 import numpy as np
 
-from mlxvr.callbacks import ShouldStop
 from mlxvr.errors import Cancelled
 from mlxvr.media.plan import Stretch
 from mlxvr.media.sink import FrameSink
 from mlxvr.media.timeline import Timeline
+from mlxvr.runtime.hooks import ShouldStop
 
 __all__ = ["Unreliable", "decode_counted", "decode_stretch"]
 

@@ -7,11 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from typing import Any
 
-from mlxvr.callbacks import ShouldStop
 from mlxvr.dataset import Row
 from mlxvr.media.patches import VisionInput
 from mlxvr.media.spec import VisionSpec
 from mlxvr.media.vision import load_vision
+from mlxvr.runtime.hooks import ShouldStop
 
 __all__ = ["load_row", "read_ahead"]
 

@@ -21,7 +21,6 @@ from typing import Any
 import av
 import numpy as np
 
-from mlxvr.callbacks import ShouldStop
 from mlxvr.errors import Cancelled
 from mlxvr.media.bitstream import SKIPPABLE, hevc_layer, hevc_length_size, is_shown_vp8
 from mlxvr.media.clock import (
@@ -33,6 +32,7 @@ from mlxvr.media.clock import (
     start_offset,
     steady_rate,
 )
+from mlxvr.runtime.hooks import ShouldStop
 
 __all__ = ["CHECK_EVERY", "PacketTable", "Timeline", "count_frames", "scan", "stated_rates"]
 

@@ -26,10 +26,8 @@ from typing import Any
 
 import av
 
-from mlxvr.callbacks import Progress, ShouldStop
 from mlxvr.errors import ConfigError, MediaError
 from mlxvr.media import container as outline
-from mlxvr.media.crew import core_count, run_crew
 from mlxvr.media.decoding import Unreliable, decode_counted, decode_stretch
 from mlxvr.media.demux import open_video
 from mlxvr.media.frames import Frames
@@ -40,6 +38,8 @@ from mlxvr.media.sink import FrameSink, Orientation
 from mlxvr.media.spec import VisionSpec
 from mlxvr.media.timeline import Timeline, count_frames, scan
 from mlxvr.media.window import scan_range
+from mlxvr.runtime.hooks import Progress, ShouldStop
+from mlxvr.runtime.thread_pool import core_count, run_crew
 from mlxvr.storage.paths import local_path
 
 __all__ = ["VideoInfo", "probe", "read_video"]

@@ -9,7 +9,6 @@ from typing import TypeAlias
 import numpy as np
 from PIL import Image
 
-from mlxvr.callbacks import Progress, ShouldStop
 from mlxvr.errors import ConfigError
 from mlxvr.media.animation import is_animation, read_animation
 from mlxvr.media.container import check_file, is_image
@@ -21,6 +20,7 @@ from mlxvr.media.sampling import image_size
 from mlxvr.media.sequence import folder_frames, read_frames
 from mlxvr.media.spec import VisionSpec
 from mlxvr.media.video import read_video
+from mlxvr.runtime.hooks import Progress, ShouldStop
 from mlxvr.storage.paths import local_path
 
 __all__ = ["VisionSource", "load_vision"]

@@ -25,12 +25,12 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlxvr.callbacks import Progress, ShouldStop
 from mlxvr.errors import Cancelled, CheckpointError, ConfigError, MlxvrError
 from mlxvr.model import cache as kv
-from mlxvr.model.memory import backend
 from mlxvr.model.memory_plan import step_limit
 from mlxvr.model.network import VideoModel, VisionFeatures
+from mlxvr.runtime.device_memory import backend
+from mlxvr.runtime.hooks import Progress, ShouldStop
 
 __all__ = ["Decoder", "Sampler", "Token", "decode", "not_finite", "prefill", "suppression"]
 

@@ -20,12 +20,12 @@ from mlxvr.errors import CheckpointError, ConfigError
 from mlxvr.media.spec import VisionSpec
 from mlxvr.model.adapter import Adapter, apply_adapter
 from mlxvr.model.adapter_base import describe_base, warn_of_another_base
-from mlxvr.model.device import use_device
 from mlxvr.model.folder import ModelFolder
 from mlxvr.model.fp8 import unpack_fp8
-from mlxvr.model.memory import avoid_cpu_compiler
 from mlxvr.model.network import VideoModel
 from mlxvr.model.tokenizer import ChatTokenizer
+from mlxvr.runtime.device_lock import use_device
+from mlxvr.runtime.device_memory import avoid_cpu_compiler
 
 __all__ = ["DTYPES", "load_model", "map_weights", "weight_bytes"]
 

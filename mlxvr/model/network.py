@@ -17,7 +17,6 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlxvr.callbacks import Progress, ShouldStop
 from mlxvr.errors import Cancelled
 from mlxvr.media.patches import VisionInput, normalise
 from mlxvr.media.spec import VisionSpec
@@ -28,6 +27,7 @@ from mlxvr.model.head import Head
 from mlxvr.model.prompt import SYSTEM_PROMPT
 from mlxvr.model.tokenizer import ChatTokenizer
 from mlxvr.model.vision import SCORES_AT_ONCE, FramePlan, plan_frame, run_tower
+from mlxvr.runtime.hooks import Progress, ShouldStop
 
 __all__ = ["PATCHES_AT_ONCE", "VideoModel", "VisionFeatures"]
 

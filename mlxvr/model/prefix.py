@@ -17,13 +17,13 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlxvr.callbacks import Progress, ShouldStop
 from mlxvr.errors import ConfigError
 from mlxvr.media import VisionInput
 from mlxvr.model import cache as kv
 from mlxvr.model.decode import prefill
 from mlxvr.model.network import VideoModel
 from mlxvr.model.prompt import Prompt
+from mlxvr.runtime.hooks import Progress, ShouldStop
 
 __all__ = ["Prefix", "PrefixCost"]
 

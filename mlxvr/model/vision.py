@@ -22,8 +22,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlxvr.callbacks import ShouldStop
 from mlxvr.errors import Cancelled
+from mlxvr.runtime.hooks import ShouldStop
 
 __all__ = ["SCORES_AT_ONCE", "FramePlan", "plan_frame", "run_tower"]
 

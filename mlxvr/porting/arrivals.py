@@ -20,8 +20,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from mlxvr.callbacks import Progress
 from mlxvr.errors import CheckpointError
+from mlxvr.runtime.hooks import Progress
 from mlxvr.storage.paths import list_all
 from mlxvr.storage.staging import write_synced
 

@@ -19,10 +19,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from mlxvr.callbacks import Progress
 from mlxvr.errors import CheckpointError, ConfigError
 from mlxvr.porting import arrivals
 from mlxvr.porting.hub_errors import endpoint, explain_download
+from mlxvr.runtime.hooks import Progress
 from mlxvr.storage.paths import list_visible
 
 __all__ = ["NEEDED_FILES", "is_hub_id", "origin_of", "repo_id", "resolve"]

@@ -25,13 +25,13 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mlxvr.callbacks import Progress, ShouldStop
 from mlxvr.errors import Cancelled
 from mlxvr.media.patches import VisionInput
 from mlxvr.model.folder import ModelFolder
 from mlxvr.model.loading import load_model, map_weights
 from mlxvr.model.network import VideoModel, VisionFeatures
 from mlxvr.model.prompt import Prompt
+from mlxvr.runtime.hooks import Progress, ShouldStop
 
 __all__ = ["Layer", "LayerwiseModel", "Piece", "Track"]
 

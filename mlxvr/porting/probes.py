@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from mlxvr.callbacks import ShouldStop
 from mlxvr.media import VisionInput, VisionSpec, load_vision
 from mlxvr.media.vision import VisionSource
 from mlxvr.model.network import VideoModel
 from mlxvr.model.prompt import Prompt, build_prompt
+from mlxvr.runtime.hooks import ShouldStop
 
 __all__ = ["Probe", "budgeted", "build_prompts", "bundled", "load_media"]
 

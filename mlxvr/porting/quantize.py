@@ -16,9 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlxvr.callbacks import Progress
 from mlxvr.errors import ConfigError, RecipeError, VerificationError
-from mlxvr.model.device import use_device
 from mlxvr.porting import card, hub
 from mlxvr.porting import recipe as recipes
 from mlxvr.porting.checkpoint import Checkpoint
@@ -28,6 +26,8 @@ from mlxvr.porting.recipe import Limits, Precision, Quantization, Recipe
 from mlxvr.porting.report import ConversionReport, peak_memory
 from mlxvr.porting.shards import is_finished, write_index
 from mlxvr.porting.stream import write_shards
+from mlxvr.runtime.device_lock import use_device
+from mlxvr.runtime.hooks import Progress
 from mlxvr.storage.staging import check_target, staged
 
 if TYPE_CHECKING:

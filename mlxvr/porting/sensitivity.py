@@ -52,11 +52,8 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mlxvr.callbacks import Progress, ShouldStop
 from mlxvr.errors import ConfigError
-from mlxvr.model import memory
 from mlxvr.model.decode import suppression
-from mlxvr.model.device import use_device
 from mlxvr.model.folder import ModelFolder
 from mlxvr.model.prompt import Prompt
 from mlxvr.porting.checkpoint import Checkpoint
@@ -67,6 +64,9 @@ from mlxvr.porting.plan import DTYPE_CODES, make_plan, packed_tensors
 from mlxvr.porting.probes import Probe, budgeted, build_prompts, bundled, load_media
 from mlxvr.porting.recipe import Precision, Recipe
 from mlxvr.porting.report import format_bytes
+from mlxvr.runtime import device_memory
+from mlxvr.runtime.device_lock import use_device
+from mlxvr.runtime.hooks import Progress, ShouldStop
 
 __all__ = ["BITS", "GROUP_SIZES", "Candidate", "assign", "candidates", "choose_precisions", "clip_probes", "measure"]
 
@@ -247,7 +247,7 @@ def measure(
 
     The arguments are those of `choose_precisions`. All computing is done in float32.
     """
-    limit = int(_MEMORY_SHARE * memory.physical_memory()) if memory_limit is None else memory_limit
+    limit = int(_MEMORY_SHARE * device_memory.physical_memory()) if memory_limit is None else memory_limit
     model = LayerwiseModel.open(folder, dtype="float32", memory_limit=limit)
     assert model.model.folder is not None, "made by load_model"
     defaults = Defaults.of(model.model.folder)

@@ -16,11 +16,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlxvr.callbacks import Progress
 from mlxvr.errors import CheckpointError, ConfigError
 from mlxvr.model.folder import ModelFolder
 from mlxvr.porting import hub
 from mlxvr.porting.hub_errors import endpoint, explain_upload
+from mlxvr.runtime.hooks import Progress
 from mlxvr.storage.paths import list_visible
 
 if TYPE_CHECKING:

@@ -27,12 +27,9 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from mlxvr.callbacks import Progress, ShouldStop
 from mlxvr.confidence import should_exit
 from mlxvr.errors import CheckpointError, ConfigError
-from mlxvr.model import memory
 from mlxvr.model.decode import suppression
-from mlxvr.model.device import use_device
 from mlxvr.model.folder import ModelFolder
 from mlxvr.model.network import VideoModel
 from mlxvr.model.prompt import Prompt
@@ -42,6 +39,9 @@ from mlxvr.porting.first_answers import MOST_TOKENS, Draft, choose_greedily, ope
 from mlxvr.porting.layerwise import LayerwiseModel
 from mlxvr.porting.probes import Probe, budgeted, build_prompts, bundled, load_media
 from mlxvr.porting.verification import ProbeResult, VerificationReport, compare_logits
+from mlxvr.runtime import device_memory
+from mlxvr.runtime.device_lock import use_device
+from mlxvr.runtime.hooks import Progress, ShouldStop
 
 __all__ = ["VerificationReport", "verify"]
 
@@ -83,10 +83,10 @@ def verify(
         raise ConfigError("there are no probes to verify with: give at least one, or leave them out")
     if threshold is not None and not 0.0 <= threshold <= 1.0:
         raise ConfigError(f"threshold {threshold} is outside [0, 1]: it is compared with a probability")
-    limit = int(_MEMORY_SHARE * memory.physical_memory()) if memory_limit is None else memory_limit
+    limit = int(_MEMORY_SHARE * device_memory.physical_memory()) if memory_limit is None else memory_limit
     named = str(source.path if isinstance(source, ModelFolder) else source)
-    dtype = memory.fast_dtype() if dtype is None else dtype
-    with memory.track_peak() as peak:
+    dtype = device_memory.fast_dtype() if dtype is None else dtype
+    with device_memory.track_peak() as peak:
         original = _open(source, dtype, limit)
         ours = _open(converted, dtype, limit)
         _check_pair(original.model, ours.model, named, str(converted))

@@ -44,9 +44,9 @@ from mlxvr.grpo.prompts import EncodedPrompt
 from mlxvr.grpo.rollout import Completion, Rollout, rollout
 from mlxvr.media import normalise
 from mlxvr.model.adapter import find_layers
-from mlxvr.model.memory import limited
 from mlxvr.model.network import VideoModel
 from mlxvr.model.prompt import Prompt, build_prompt
+from mlxvr.runtime.device_memory import limited
 from tests.benchmarks.answers import SHAPES, make_model
 from tests.checkpoints import random_media
 

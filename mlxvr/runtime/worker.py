@@ -1,10 +1,10 @@
 """One thread for the MLX work of all reasoners in a process.
 
 MLX's streams belong to the thread that made them, and two threads that evaluate at once may crash the process (see
-`mlxvr.model.device`). An app that calls from a GUI callback, a thread pool and a notebook would trip over both, so all
-workers of a process share one thread. Each `Worker` is a queue of its own: its pieces of work run in order, and the
-workers take turns, a call or one item of a stream at a time. Callers wait for the result (`Worker.call`) or read items
-as they come (`Worker.stream`). Cancelling or closing a worker concerns its own work only.
+`mlxvr.runtime.device_lock`). An app that calls from a GUI callback, a thread pool and a notebook would trip over both,
+so all workers of a process share one thread. Each `Worker` is a queue of its own: its pieces of work run in order, and
+the workers take turns, a call or one item of a stream at a time. Callers wait for the result (`Worker.call`) or read
+items as they come (`Worker.stream`). Cancelling or closing a worker concerns its own work only.
 
 Each piece of work is handed a `should_stop` callable and looks at it between steps; when it says yes the work raises
 `Cancelled`. It says yes once the caller is gone (interrupted, or its stream was closed or forgotten), after `cancel`,
@@ -25,9 +25,9 @@ from concurrent.futures import Future
 from typing import Any, Generic, TypeVar
 from weakref import finalize
 
-from mlxvr.callbacks import ShouldStop
 from mlxvr.errors import Cancelled, ConfigError
-from mlxvr.model import device, memory
+from mlxvr.runtime import device_lock, device_memory
+from mlxvr.runtime.hooks import ShouldStop
 
 __all__ = ["Worker"]
 
@@ -66,7 +66,7 @@ class Worker:
         job: _Job[T] = _Job(work, self._line)
         self._hand_in(job)
         try:
-            with device.lent():
+            with device_lock.lent():
                 return job.future.result()
         except BaseException:
             job.stop.set()  # an interrupt here must not leave the thread working for nobody
@@ -112,7 +112,7 @@ class Worker:
                 self._thread.inbox.put(_Job(lambda _: last(), self._line, is_internal=True))
             self._end()
         if not self._thread.is_current:
-            with device.lent():
+            with device_lock.lent():
                 self._line.ended.wait()
                 if self._thread.ending:
                     self._thread.thread.join()
@@ -268,7 +268,7 @@ class _Stream(Generator[T, None, None]):
                 "a stream cannot be read by a callback of the thread that writes it: it would wait for ever"
             )
         try:
-            with device.lent():
+            with device_lock.lent():
                 item = self._job.items.get()
         except BaseException:  # an interrupt
             self.close()
@@ -295,7 +295,7 @@ class _Stream(Generator[T, None, None]):
             self._is_over, self._closed_by = True, threading.get_ident()
         self._job.stop.set()
         if not self._thread.is_current:
-            with device.lent():
+            with device_lock.lent():
                 self._job.future.exception()  # an error of abandoned work has no reader
 
     def _end(self) -> Exception:
@@ -331,23 +331,23 @@ class _Thread:
         try:
             while not self.ending:
                 if not self._turns and holds_device:
-                    device.release()
+                    device_lock.release()
                     holds_device = False
                 self._take_in(wait=not self._turns)
                 line = self._turns.popleft()
                 if line.jobs[0].needs_device and not holds_device:
-                    holds_device = device.acquire(_POLL_SECONDS)
+                    holds_device = device_lock.acquire(_POLL_SECONDS)
                     if not holds_device:
                         self._turns.append(line)
                         continue
                 self._step(line)
-                if holds_device and device.is_wanted():
-                    device.release()
+                if holds_device and device_lock.is_wanted():
+                    device_lock.release()
                     holds_device = False
         finally:
             if holds_device:
-                device.release()
-            memory.release_thread()
+                device_lock.release()
+            device_memory.release_thread()
 
     def _take_in(self, *, wait: bool) -> None:
         """Sort what was handed in into its lines."""
@@ -408,5 +408,5 @@ def _end_at_exit() -> None:
     for line in tuple(thread.lines):
         line.stop_all()
         thread.inbox.put(_Leave(line))
-    with device.lent():
+    with device_lock.lent():
         thread.thread.join()

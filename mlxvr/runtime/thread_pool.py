@@ -8,8 +8,8 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 
-from mlxvr.callbacks import ShouldStop
 from mlxvr.errors import Cancelled
+from mlxvr.runtime.hooks import ShouldStop
 
 __all__ = ["core_count", "run_crew"]
 

@@ -1,8 +1,9 @@
 """Whose turn it is to evaluate: MLX work of one process happens on one thread at a time.
 
 Two threads that evaluate MLX arrays at once have crashed processes: on Metal (ml-explore/mlx issue 3078) and on CUDA,
-with MLX alone. All reasoners therefore share one thread (`mlxvr.worker`), and whatever else evaluates (loading a model,
-converting, verifying, training) holds the device while it does. So may an app that evaluates arrays of its own:
+with MLX alone. All reasoners therefore share one thread (`mlxvr.runtime.worker`), and whatever else evaluates (loading
+a model, converting, verifying, training) holds the device while it does. So may an app that evaluates arrays of its
+own:
 
     with use_device():
         mx.eval(...)
