@@ -11,8 +11,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from mlxvr.bars import Bars
-from mlxvr.cli import VerbParser, run_verb
+from mlxvr.cli.parser import VerbParser, run_verb
+from mlxvr.cli.progress import Bars
 from mlxvr.errors import VerificationError
 from mlxvr.porting.recipe import BITS, DTYPES, GROUP_SIZES, MODES
 from mlxvr.porting.report import ConversionReport, format_bytes, peak_memory

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, TextIO
 
 from mlxvr import __version__
-from mlxvr.cli import VerbParser, run_verb
+from mlxvr.cli.parser import VerbParser, run_verb
 
 if TYPE_CHECKING:
     import argparse

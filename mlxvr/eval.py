@@ -10,8 +10,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from mlxvr.bars import Bars
-from mlxvr.cli import VerbParser, add_settings, run_verb, told_settings
+from mlxvr.cli.parser import VerbParser, add_settings, run_verb, told_settings
+from mlxvr.cli.progress import Bars
 from mlxvr.evaluation.config import EvalConfig
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from mlxvr.bars import Bars
-from mlxvr.cli import VerbParser, run_verb
+from mlxvr.cli.parser import VerbParser, run_verb
+from mlxvr.cli.progress import Bars
 from mlxvr.porting.report import format_bytes, peak_memory
 
 if TYPE_CHECKING:

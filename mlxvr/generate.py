@@ -15,9 +15,9 @@ from typing import Any, TextIO, get_args
 from mlxvr import reasoner
 from mlxvr.answer import Answer, Event, FirstAnswer, ReasoningDelta
 from mlxvr.asking import Kind, Mode, Question
-from mlxvr.bars import Bars
 from mlxvr.bundled import demo_folder, is_demo_model
-from mlxvr.cli import VerbParser, clock_time, run_verb
+from mlxvr.cli.parser import VerbParser, clock_time, run_verb
+from mlxvr.cli.progress import Bars
 from mlxvr.errors import ConfigError
 from mlxvr.media.container import check_file
 from mlxvr.media.sequence import folder_frames

@@ -14,13 +14,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlxvr.bars import Bars
-from mlxvr.cli import VerbParser, add_settings, run_verb, told_settings
+from mlxvr.cli.parser import VerbParser, add_settings, run_verb, told_settings
+from mlxvr.cli.progress import Bars
+from mlxvr.cli.settings import read_settings
 from mlxvr.errors import ConfigError
 from mlxvr.grpo.config import TrainConfig
 from mlxvr.grpo.report import TrainReport
 from mlxvr.runtime.hooks import ShouldStop
-from mlxvr.settings import read_settings
 
 if TYPE_CHECKING:
     from mlxvr.grpo.trainer import train

@@ -5,13 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from mlxvr.bars import Bars
+from mlxvr.cli.progress import Bars
 
 
 @pytest.fixture
 def clock(monkeypatch):
     time = SimpleNamespace(now=100.0)
-    monkeypatch.setattr("mlxvr.bars.time", SimpleNamespace(monotonic=lambda: time.now))
+    monkeypatch.setattr("mlxvr.cli.progress.time", SimpleNamespace(monotonic=lambda: time.now))
     return time
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mlxvr import plotting
+from mlxvr.cli import plotting
 from mlxvr.errors import ConfigError, DataError
 from mlxvr.grpo import curves
 from mlxvr.grpo.curves import check_plot, plot_curves, smooth, thin

@@ -18,7 +18,7 @@ import mlxvr
 from mlxvr import generate
 from mlxvr.answer import Answer, FirstAnswer, Usage
 from mlxvr.bundled import demo_folder
-from mlxvr.cli import clock_time
+from mlxvr.cli.parser import clock_time
 from mlxvr.protocol import Transcript
 from tests.checkpoints import write_checkpoint
 from tests.clips import write_clip, write_sound

@@ -134,7 +134,7 @@ NEEDS: dict[str, set[str]] = {
 OPTIONAL = {  # extras, imported when they are needed
     "mlxvr.records": {"pyarrow"},
     "mlxvr.mathematics": {"math_verify"},
-    "mlxvr.plotting": {"matplotlib"},
+    "mlxvr.cli.plotting": {"matplotlib"},
 }
 NEVER = {"cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve", "torch", "torchvision"}
 MLX_VLM = {"mlxvr.model.adapter", "mlxvr.model.cache", "mlxvr.model.families"}

@@ -16,7 +16,7 @@ import checkpoints
 import pytest
 from groups import tiny_model
 
-import mlxvr.cli
+import mlxvr.cli.parser
 from mlxvr import convert, fuse, generate
 from mlxvr.evaluation.config import EvalConfig
 from mlxvr.evaluation.runner import evaluate
@@ -40,7 +40,7 @@ def acts() -> bool:
     while frame is not None and len(names) < 4:  # comprehensions have frames of their own before Python 3.12
         names.append(frame.f_code.co_name)
         frame = frame.f_back
-    return module.startswith("mlxvr.") and module != "mlxvr.cli" and not _LOOKING.intersection(names)
+    return module.startswith("mlxvr.") and module != "mlxvr.cli.parser" and not _LOOKING.intersection(names)
 
 
 def recorder(config: type) -> tuple[type, set[str]]:
@@ -158,7 +158,7 @@ def run_recorded(monkeypatch, main, argv):
 
     parsed = Recorded()
     with monkeypatch.context() as patch:
-        patch.setattr(mlxvr.cli.argparse, "Namespace", lambda **values: vars(parsed).update(values) or parsed)
+        patch.setattr(mlxvr.cli.parser.argparse, "Namespace", lambda **values: vars(parsed).update(values) or parsed)
         assert main([str(part) for part in argv]) == 0
     return set(vars(parsed)) - {"debug"}, reads  # which `run_verb` itself acts on
 

@@ -490,7 +490,7 @@ def test_plots(write):
 
 
 def test_plots_without_matplotlib(write, monkeypatch, caplog):
-    monkeypatch.setattr("mlxvr.plotting.find_spec", lambda name: None)
+    monkeypatch.setattr("mlxvr.cli.plotting.find_spec", lambda name: None)
     path = write(HAND, plots=None)
     assert caplog.messages == []
     write(HAND, plots=True)

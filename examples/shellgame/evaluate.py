@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from mlxvr.bars import Bars
+from mlxvr.cli.progress import Bars
 from mlxvr.eval import EvalConfig, evaluate
 from mlxvr.evaluation.samples import Sample, decide, read_samples
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from mlxvr.cli.plotting import BLUE, GREEN, ORANGE, write_plot
 from mlxvr.dataset import load_rows
 from mlxvr.evaluation.calibration import auroc
 from mlxvr.evaluation.resampling import Bootstrap, Estimate
@@ -32,7 +33,6 @@ from mlxvr.grpo.rollout import rollout
 from mlxvr.grpo.trainer import train
 from mlxvr.grpo.validation import judge_answer
 from mlxvr.model.loading import load_model
-from mlxvr.plotting import BLUE, GREEN, ORANGE, write_plot
 from mlxvr.rewards import Weights
 from mlxvr.storage.paths import list_visible
 

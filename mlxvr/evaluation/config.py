@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import get_args
 
 from mlxvr.bundled import is_demo_model
+from mlxvr.cli.settings import flag
 from mlxvr.errors import ConfigError, DataError
 from mlxvr.evaluation.calibrate import Calibration, Goal, calibrate
 from mlxvr.evaluation.samples import Sample
-from mlxvr.settings import flag
 
 __all__ = ["EvalConfig"]
 

@@ -8,12 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlxvr.cli.plotting import BLUE, GRAY, ORANGE, RED, VIOLET, have_matplotlib, write_plot
 from mlxvr.evaluation import numerals
 from mlxvr.evaluation.charts import histogram, nines
 from mlxvr.evaluation.content import Content, score_name
 from mlxvr.evaluation.judged import Judged
 from mlxvr.evaluation.resampling import wilson
-from mlxvr.plotting import BLUE, GRAY, ORANGE, RED, VIOLET, have_matplotlib, write_plot
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

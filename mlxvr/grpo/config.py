@@ -8,8 +8,8 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mlxvr.cli.settings import flag
 from mlxvr.errors import ConfigError
-from mlxvr.settings import flag
 
 __all__ = ["LABEL_FREE", "PROJECTIONS", "SCHEDULES", "TrainConfig", "idle_options"]
 

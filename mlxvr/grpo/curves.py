@@ -16,8 +16,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlxvr.cli.plotting import BLUE, GRAY, GREEN, ORANGE, RED, VIOLET, check_plot, write_plot
 from mlxvr.errors import DataError
-from mlxvr.plotting import BLUE, GRAY, GREEN, ORANGE, RED, VIOLET, check_plot, write_plot
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

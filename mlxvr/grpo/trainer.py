@@ -28,6 +28,8 @@ from typing import Any
 import mlx.core as mx
 
 from mlxvr import __version__
+from mlxvr.cli.plotting import check_plot
+from mlxvr.cli.settings import settings_of, write_settings
 from mlxvr.dataset import Row, to_record
 from mlxvr.errors import ConfigError, DataError, MediaError
 from mlxvr.grpo.config import TrainConfig, idle_options
@@ -66,14 +68,12 @@ from mlxvr.grpo.validation import Judged, judge_answer, summarise
 from mlxvr.media.rows import read_ahead
 from mlxvr.media.spec import VisionSpec
 from mlxvr.model.network import VideoModel
-from mlxvr.plotting import check_plot
 from mlxvr.rewards import RewardFunction, load_reward
 from mlxvr.runtime import device_memory
 from mlxvr.runtime.device_lock import hand_over, use_device
 from mlxvr.runtime.distributed import Ranks
 from mlxvr.runtime.hooks import Progress as Bar
 from mlxvr.runtime.hooks import ShouldStop
-from mlxvr.settings import settings_of, write_settings
 from mlxvr.storage.atomic import replace_file
 from mlxvr.storage.paths import list_all
 

@@ -1,8 +1,8 @@
 """What a verb is told: a frozen dataclass whose fields are its flags and the keys of its TOML file at once.
 
 A field that can be told carries its group and its help in its metadata (`flag`), so that a name, a type and a default
-are written once. `mlxvr.cli` makes the flags; here are the files. A file's keys are the fields' names, and its paths
-are relative to where the verb runs, like those of flags. Flags win over a file, a file over the defaults.
+are written once. `mlxvr.cli.parser` makes the flags; here are the files. A file's keys are the fields' names, and its
+paths are relative to where the verb runs, like those of flags. Flags win over a file, a file over the defaults.
 
     learning_rate = 1e-5
     reward = ["agreement", "coherence"]

@@ -1,6 +1,6 @@
 """What every verb of the command line shares: one-line errors, exit codes, `--debug`.
 
-A verb is a parser and a body. Its flags may be the fields of a dataclass (`add_settings`, see `mlxvr.settings`).
+A verb is a parser and a body. Its flags may be the fields of a dataclass (`add_settings`, see `mlxvr.cli.settings`).
 `run_verb` parses, calls the body and turns what happens into an exit code:
 
     0    done                                130  stopped with Ctrl-C
@@ -20,8 +20,8 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
+from mlxvr.cli.settings import Setting, settings_of
 from mlxvr.errors import MlxvrError
-from mlxvr.settings import Setting, settings_of
 
 __all__ = ["VerbParser", "add_settings", "clock_time", "run_verb", "told_settings"]
 
@@ -51,7 +51,7 @@ def add_settings(parser: VerbParser, config: type, groups: Mapping[str, str], *,
 
     Args:
         parser: of a verb.
-        config: the dataclass; see `mlxvr.settings.flag`.
+        config: the dataclass; see `mlxvr.cli.settings.flag`.
         groups: titles of the help by the name of the group.
         sparse: leave what is not given out of the result of parsing instead of putting the default there, for those
             who have values of less weight from elsewhere; then switches can also be turned off (`--no-x`), and a

@@ -1,0 +1,1 @@
+"""How the program talks with people: flags, settings, progress and plots."""
