@@ -14,10 +14,10 @@ from PIL import Image, features
 from mlxvr.errors import Cancelled, MediaError
 from mlxvr.evaluation.gallery import read_thumbnails
 from mlxvr.media import VisionSpec, load_vision, probe
-from mlxvr.media.animation import is_animation, read_animation
-from mlxvr.media.apng import read_apng
-from mlxvr.media.canvas import composite
-from mlxvr.media.gif import read_gif
+from mlxvr.media.animation.animation_reader import is_animation, read_animation
+from mlxvr.media.animation.apng import read_apng
+from mlxvr.media.animation.canvas import composite
+from mlxvr.media.animation.gif import read_gif
 from mlxvr.media.image import to_rgb
 
 SPEC = VisionSpec.from_files({"model_type": "qwen3_vl"})

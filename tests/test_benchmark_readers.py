@@ -19,7 +19,7 @@ from mlxvr.errors import ConfigError, DataError
 from mlxvr.evaluation.benchmarks import BENCHMARKS, read_benchmark
 from mlxvr.evaluation.benchmarks.subtitles import read_srt, read_timed_lines
 from mlxvr.media.spec import VisionSpec
-from mlxvr.media.video import read_video
+from mlxvr.media.video.video_reader import read_video
 from mlxvr.media.vision import load_vision, read_frames
 from mlxvr.model.families import FAMILIES
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from mlxvr.media.clock import is_far_out, mend_times, start_offset, steady_rate
+from mlxvr.media.video.timestamps import is_far_out, mend_times, start_offset, steady_rate
 
 SECOND = 90_000  # ticks
 STEADY = np.arange(30) * 0.5  # 2 frames per second

@@ -8,7 +8,7 @@ from mlxvr.errors import ConfigError, MediaError
 from mlxvr.media import VisionSpec, load_vision, read_video
 from mlxvr.media.sampling import frame_indices
 from mlxvr.media.selection import select
-from mlxvr.media.timeline import Timeline
+from mlxvr.media.video.timeline import Timeline
 from tests.test_video import TICKS
 
 SPEC = VisionSpec.from_files({"model_type": "qwen3_vl"}).with_overrides(frame_min_tokens=1)

@@ -20,10 +20,10 @@ import pytest
 
 from mlxvr.errors import Cancelled, ConfigError, MediaError
 from mlxvr.media import VisionSpec, load_vision, probe, read_frames, read_video
-from mlxvr.media import video as video_module
-from mlxvr.media.plan import Stretch, plan_stretches
 from mlxvr.media.sampling import frame_indices
-from mlxvr.media.timeline import scan
+from mlxvr.media.video import video_reader as video_module
+from mlxvr.media.video.decode_plan import Stretch, plan_stretches
+from mlxvr.media.video.timeline import scan
 from mlxvr.runtime import thread_pool
 
 # One token is 32 x 32 pixels; these bounds keep 128 x 96 frames at their own size.

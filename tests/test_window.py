@@ -7,10 +7,10 @@ import pytest
 
 from mlxvr.errors import Cancelled, MediaError
 from mlxvr.media import VisionSpec, read_video
-from mlxvr.media import video as video_module
-from mlxvr.media.demux import open_video
-from mlxvr.media.timeline import PacketTable
-from mlxvr.media.window import scan_range
+from mlxvr.media.video import video_reader as video_module
+from mlxvr.media.video.demux import open_video
+from mlxvr.media.video.timeline import PacketTable
+from mlxvr.media.video.window import scan_range
 from tests.test_video import TICKS
 
 SPEC = VisionSpec.from_files({"model_type": "qwen3_vl"}).with_overrides(frame_min_tokens=1)

@@ -102,7 +102,7 @@ def read_thumbnails(path: Path, *, start: float | None = None, end: float | None
     from PIL import Image
 
     from mlxvr.media import VisionSpec, read_image, read_video
-    from mlxvr.media.animation import is_animation, read_animation
+    from mlxvr.media.animation.animation_reader import is_animation, read_animation
     from mlxvr.media.container import check_file, is_image
 
     def jpeg(pixels: Any, seconds: float | None) -> dict[str, Any]:

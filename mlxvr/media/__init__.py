@@ -12,7 +12,7 @@ from mlxvr.media.image import read_image
 from mlxvr.media.patches import VisionInput, normalise, patchify
 from mlxvr.media.sequence import read_frames
 from mlxvr.media.spec import VisionSpec
-from mlxvr.media.video import VideoInfo, probe, read_video
+from mlxvr.media.video.video_reader import VideoInfo, probe, read_video
 from mlxvr.media.vision import load_vision
 
 __all__ = [

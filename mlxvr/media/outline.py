@@ -16,7 +16,7 @@ from mlxvr.media.patches import VisionInput, row_seconds
 from mlxvr.media.rows import load_row
 from mlxvr.media.sampling import frame_count, frame_range, frame_size, image_size, spread
 from mlxvr.media.spec import VisionSpec
-from mlxvr.media.video import probe
+from mlxvr.media.video.video_reader import probe
 
 __all__ = ["outline_row"]
 

@@ -20,10 +20,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from mlxvr.errors import MediaError
-from mlxvr.media.clock import FAR_SECONDS
 from mlxvr.media.sampling import frame_count, frame_range, spread, time_range
 from mlxvr.media.spec import VisionSpec
-from mlxvr.media.timeline import Timeline
+from mlxvr.media.video.timeline import Timeline
+from mlxvr.media.video.timestamps import FAR_SECONDS
 
 __all__ = ["Selection", "select"]
 

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from mlxvr.errors import ConfigError
-from mlxvr.media.animation import is_animation, read_animation
+from mlxvr.media.animation.animation_reader import is_animation, read_animation
 from mlxvr.media.container import check_file, is_image
 from mlxvr.media.frames import Frames
 from mlxvr.media.image import ImageSource, read_image
@@ -19,7 +19,7 @@ from mlxvr.media.resize import resize
 from mlxvr.media.sampling import image_size
 from mlxvr.media.sequence import folder_frames, read_frames
 from mlxvr.media.spec import VisionSpec
-from mlxvr.media.video import read_video
+from mlxvr.media.video.video_reader import read_video
 from mlxvr.runtime.hooks import Progress, ShouldStop
 from mlxvr.storage.paths import local_path
 

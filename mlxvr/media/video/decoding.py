@@ -13,9 +13,9 @@ import av
 import numpy as np
 
 from mlxvr.errors import Cancelled
-from mlxvr.media.plan import Stretch
-from mlxvr.media.sink import FrameSink
-from mlxvr.media.timeline import Timeline
+from mlxvr.media.video.decode_plan import Stretch
+from mlxvr.media.video.frame_sink import FrameSink
+from mlxvr.media.video.timeline import Timeline
 from mlxvr.runtime.hooks import ShouldStop
 
 __all__ = ["Unreliable", "decode_counted", "decode_stretch"]

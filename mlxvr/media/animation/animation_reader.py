@@ -16,17 +16,17 @@ import numpy as np
 from PIL import Image
 
 from mlxvr.errors import Cancelled, MediaError
-from mlxvr.media.apng import read_apng
-from mlxvr.media.canvas import composite
+from mlxvr.media.animation.apng import read_apng
+from mlxvr.media.animation.canvas import composite
+from mlxvr.media.animation.gif import read_gif
 from mlxvr.media.container import is_heic
 from mlxvr.media.frames import Frames
-from mlxvr.media.gif import read_gif
 from mlxvr.media.image import open_image, to_rgb
 from mlxvr.media.resize import resize
 from mlxvr.media.sampling import frame_size
 from mlxvr.media.selection import select
 from mlxvr.media.spec import VisionSpec
-from mlxvr.media.timeline import Timeline
+from mlxvr.media.video.timeline import Timeline
 from mlxvr.runtime.hooks import Progress, ShouldStop
 
 __all__ = ["is_animation", "read_animation"]

@@ -1,6 +1,6 @@
 """The outline of an animated GIF (GIF89a): its frames, each as a GIF of its own."""
 
-from mlxvr.media.canvas import Animation, Disposal, Patch
+from mlxvr.media.animation.canvas import Animation, Disposal, Patch
 
 __all__ = ["read_gif"]
 

@@ -4,7 +4,7 @@ import struct
 import zlib
 from collections.abc import Iterator
 
-from mlxvr.media.canvas import Animation, Disposal, Patch
+from mlxvr.media.animation.canvas import Animation, Disposal, Patch
 
 __all__ = ["read_apng"]
 

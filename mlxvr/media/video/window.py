@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from mlxvr.errors import Cancelled
-from mlxvr.media.clock import MAX_REORDERING, is_far_out, may_jump, start_offset
-from mlxvr.media.timeline import CHECK_EVERY, PacketTable, Timeline, stated_rates
+from mlxvr.media.video.timeline import CHECK_EVERY, PacketTable, Timeline, stated_rates
+from mlxvr.media.video.timestamps import MAX_REORDERING, is_far_out, may_jump, start_offset
 from mlxvr.runtime.hooks import ShouldStop
 
 __all__ = ["scan_range"]

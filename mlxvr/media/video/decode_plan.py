@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mlxvr.media.timeline import Timeline
+from mlxvr.media.video.timeline import Timeline
 
 __all__ = ["JUMP_COST", "Stretch", "plan_stretches", "whole_stretch"]
 

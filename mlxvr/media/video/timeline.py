@@ -22,8 +22,8 @@ import av
 import numpy as np
 
 from mlxvr.errors import Cancelled
-from mlxvr.media.bitstream import SKIPPABLE, hevc_layer, hevc_length_size, is_shown_vp8
-from mlxvr.media.clock import (
+from mlxvr.media.video.bitstream import SKIPPABLE, hevc_layer, hevc_length_size, is_shown_vp8
+from mlxvr.media.video.timestamps import (
     FAR_SECONDS,
     MAX_REORDERING,
     is_far_out,

@@ -28,16 +28,16 @@ import av
 
 from mlxvr.errors import ConfigError, MediaError
 from mlxvr.media import container as outline
-from mlxvr.media.decoding import Unreliable, decode_counted, decode_stretch
-from mlxvr.media.demux import open_video
 from mlxvr.media.frames import Frames
-from mlxvr.media.plan import Stretch, plan_stretches, whole_stretch
 from mlxvr.media.sampling import check_range, frame_size
 from mlxvr.media.selection import Selection, select
-from mlxvr.media.sink import FrameSink, Orientation
 from mlxvr.media.spec import VisionSpec
-from mlxvr.media.timeline import Timeline, count_frames, scan
-from mlxvr.media.window import scan_range
+from mlxvr.media.video.decode_plan import Stretch, plan_stretches, whole_stretch
+from mlxvr.media.video.decoding import Unreliable, decode_counted, decode_stretch
+from mlxvr.media.video.demux import open_video
+from mlxvr.media.video.frame_sink import FrameSink, Orientation
+from mlxvr.media.video.timeline import Timeline, count_frames, scan
+from mlxvr.media.video.window import scan_range
 from mlxvr.runtime.hooks import Progress, ShouldStop
 from mlxvr.runtime.thread_pool import core_count, run_crew
 from mlxvr.storage.paths import local_path

@@ -1,0 +1,1 @@
+"""Animated GIF, PNG, WebP and AVIF files as clips."""

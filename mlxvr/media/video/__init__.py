@@ -1,0 +1,1 @@
+"""Video files: which frames there are, which are wanted, and decoding those alone."""
