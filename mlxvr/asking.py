@@ -23,7 +23,7 @@ from mlxvr.answer import Answer, Event, FirstAnswer, Option, ReasoningDelta, Usa
 from mlxvr.choices import find_choice
 from mlxvr.confidence import FirstAnswer as ScoredAnswer
 from mlxvr.confidence import score_first_answer, should_exit
-from mlxvr.dataset import strip_letters
+from mlxvr.data.rows import strip_letters
 from mlxvr.errors import ConfigError
 from mlxvr.protocol import DualAnswerParser, Transcript, is_fallback, parse
 

@@ -41,7 +41,7 @@ from operator import attrgetter
 from typing import Any, TypeAlias
 
 from mlxvr import mathematics
-from mlxvr.dataset import Row
+from mlxvr.data.rows import Row
 from mlxvr.errors import ConfigError, DataError
 from mlxvr.intervals import best_iou, find_interval, segments_of, temporal_iou
 
@@ -179,7 +179,7 @@ def load_reward(name: str) -> RewardFunction:
 
     Args:
         name: `module:function`, the module installed or in the working directory; or the name of an entry point of the
-            group `mlxvr.rewards`. The function takes a completion's text and its `mlxvr.dataset.Row`, and returns a
+            group `mlxvr.rewards`. The function takes a completion's text and its `mlxvr.data.rows.Row`, and returns a
             number or a `Reward`.
 
     Raises `ConfigError` when there is no such function, or its module fails.

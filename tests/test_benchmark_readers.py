@@ -15,9 +15,9 @@ import pytest
 from clips import read_codes, write_clip
 from PIL import Image
 
+from mlxvr.data.benchmarks import BENCHMARKS, read_benchmark
+from mlxvr.data.benchmarks.subtitles import read_srt, read_timed_lines
 from mlxvr.errors import ConfigError, DataError
-from mlxvr.evaluation.benchmarks import BENCHMARKS, read_benchmark
-from mlxvr.evaluation.benchmarks.subtitles import read_srt, read_timed_lines
 from mlxvr.media.spec import VisionSpec
 from mlxvr.media.video.video_reader import read_video
 from mlxvr.media.vision import load_vision, read_frames
@@ -570,7 +570,7 @@ def test_parquet_needs_pyarrow(release, monkeypatch):
 
 def test_no_heavy_package_is_loaded_before_it_is_needed():
     code = (
-        "import sys, mlxvr.evaluation.benchmarks\n"
+        "import sys, mlxvr.data.benchmarks\n"
         "sys.stdout.write(' '.join(sorted({'pyarrow', 'mlx', 'mlx_vlm', 'huggingface_hub'} & set(sys.modules))))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)

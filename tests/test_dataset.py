@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import mlxvr
-from mlxvr.dataset import Row, load_rows, make_locator, make_row, scan_rows, strip_letters, to_record
+from mlxvr.data.rows import Row, load_rows, make_locator, make_row, scan_rows, strip_letters, to_record
 from mlxvr.errors import DataError
 from mlxvr.rewards import score
 

@@ -17,7 +17,7 @@ import pytest
 import mlxvr
 from mlxvr import eval as verb
 from mlxvr import mathematics
-from mlxvr.dataset import load_rows, make_row
+from mlxvr.data.rows import load_rows, make_row
 from mlxvr.errors import ConfigError
 from mlxvr.evaluation import generation, plots, runner
 from mlxvr.evaluation.config import EvalConfig

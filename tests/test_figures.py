@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from mlxvr.dataset import Row
+from mlxvr.data.rows import Row
 from mlxvr.grpo import figures
 from mlxvr.grpo.figures import figures_of, sum_up
 from mlxvr.grpo.gradient import GroupStats

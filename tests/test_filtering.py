@@ -17,7 +17,7 @@ import pytest
 from groups import stir, tiny_model
 
 from mlxvr import mathematics
-from mlxvr.dataset import Row, load_rows
+from mlxvr.data.rows import Row, load_rows
 from mlxvr.errors import Cancelled, ConfigError, DataError, MediaError
 from mlxvr.grpo.config import TrainConfig
 from mlxvr.grpo.filtering import FilterReport, Sampling, filter_rows, make_sampler, progress_file

@@ -8,10 +8,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mlxvr.dataset import Row, load_rows, make_locator, make_row, to_record
+from mlxvr.data.rows import Row, load_rows, make_locator, make_row, to_record
+from mlxvr.data.training_sets import FORMATS, format_name, read_rows
+from mlxvr.data.training_sets.wording import boxed, choice, is_formula, plain_question, split_options
 from mlxvr.errors import ConfigError, DataError
-from mlxvr.grpo.formats import FORMATS, format_name, read_rows
-from mlxvr.grpo.formats.wording import boxed, choice, is_formula, plain_question, split_options
 
 DAPO_BEFORE = (
     "Solve the following math problem step by step. The last line of your response should be of the form Answer: "
@@ -335,7 +335,7 @@ def test_parquet_without_its_package(write):
     code = (
         "import sys; sys.modules['pyarrow'] = None\n"
         "from mlxvr.errors import DataError\n"
-        "from mlxvr.grpo.formats import read_rows\n"
+        "from mlxvr.data.training_sets import read_rows\n"
         "try:\n    read_rows(sys.argv[1], format='charades-sta')\n"
         "except DataError as error:\n    print(error)\n"
     )

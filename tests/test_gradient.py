@@ -12,7 +12,7 @@ from checkpoints import FAMILIES
 from groups import NOTHING, difference, flat, make_group, stir, tiny_model
 from mlx.utils import tree_flatten
 
-from mlxvr.dataset import Row
+from mlxvr.data.rows import Row
 from mlxvr.errors import ConfigError
 from mlxvr.grpo import forward
 from mlxvr.grpo.forward import completion_logprobs

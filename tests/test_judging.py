@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from mlxvr.dataset import Row
+from mlxvr.data.rows import Row
 from mlxvr.errors import ConfigError, DataError
 from mlxvr.grpo.judging import Judge
 from mlxvr.rewards import Reward, Weights

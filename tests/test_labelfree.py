@@ -12,7 +12,7 @@ from checkpoints import FAMILIES
 from groups import make_group, tiny_model
 from qwen_tokenizer import qwen
 
-from mlxvr.dataset import Row
+from mlxvr.data.rows import Row
 from mlxvr.errors import ConfigError, DataError
 from mlxvr.grpo import labelfree, trainer
 from mlxvr.grpo.config import TrainConfig

@@ -132,7 +132,7 @@ NEEDS: dict[str, set[str]] = {
     "grading": set(),
 }
 OPTIONAL = {  # extras, imported when they are needed
-    "mlxvr.records": {"pyarrow"},
+    "mlxvr.data.tables": {"pyarrow"},
     "mlxvr.mathematics": {"math_verify"},
     "mlxvr.cli.plotting": {"matplotlib"},
 }

@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 from shellgame import learn
 
-from mlxvr.dataset import load_rows
+from mlxvr.data.rows import load_rows
 
 GROUPS = ("reworded", "reworded", "kept back", "kept back", "perception", "tracking")
 

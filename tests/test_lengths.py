@@ -8,15 +8,15 @@ from clips import write_clip
 from groups import tiny_model
 from PIL import Image
 
-from mlxvr.dataset import Row, load_rows
+from mlxvr.data.media_size import outline_row
+from mlxvr.data.prefetch import load_row
+from mlxvr.data.rows import Row, load_rows
 from mlxvr.errors import DataError
 from mlxvr.grpo import lengths
 from mlxvr.grpo.config import TrainConfig
 from mlxvr.grpo.lengths import measure_prompts
 from mlxvr.grpo.prompts import write_prompt
 from mlxvr.grpo.setup import check_lengths, estimate_memory
-from mlxvr.media.outline import outline_row
-from mlxvr.media.rows import load_row
 from mlxvr.reasoner import demo_folder
 
 
@@ -76,7 +76,7 @@ def test_headers_give_the_grid_that_decoding_gives(model, media):
 def test_headers_are_enough_for_a_clip(model, media, monkeypatch):
     """Nothing but an animation is decoded."""
     read = []
-    monkeypatch.setattr("mlxvr.media.outline.load_row", lambda row, spec: read.append(row.id) or load_row(row, spec))
+    monkeypatch.setattr("mlxvr.data.media_size.load_row", lambda row, spec: read.append(row.id) or load_row(row, spec))
     for row in media:
         outline_row(row, model.spec)
     assert read == ["moving"]

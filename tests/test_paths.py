@@ -11,7 +11,7 @@ import pytest
 
 import mlxvr
 from mlxvr.convert import convert
-from mlxvr.dataset import load_rows, make_locator
+from mlxvr.data.rows import load_rows, make_locator
 from mlxvr.errors import DataError, MediaError
 from mlxvr.media import probe
 from mlxvr.media.container import check_file

@@ -13,7 +13,7 @@ from itertools import product
 import pytest
 
 from mlxvr import mathematics
-from mlxvr.dataset import Row
+from mlxvr.data.rows import Row
 from mlxvr.errors import ConfigError, DataError
 from mlxvr.rewards import Reward, Weights, agree, answers, format_reward, load_reward, score
 

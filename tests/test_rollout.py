@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxvr.dataset import Row, load_rows
+from mlxvr.data.rows import Row, load_rows
 from mlxvr.errors import Cancelled, ConfigError, DataError
 from mlxvr.grpo.gradient import group_logprobs
 from mlxvr.grpo.prompts import EncodedPrompt, encode_row

@@ -19,7 +19,7 @@ from checkpoints import change_small_module
 from clips import write_clip
 
 import mlxvr
-from mlxvr.dataset import load_rows
+from mlxvr.data.rows import load_rows
 from mlxvr.errors import ConfigError, DataError
 from mlxvr.evaluation import generation, plots, runner, sharding
 from mlxvr.evaluation.config import EvalConfig
@@ -188,7 +188,7 @@ def test_rows_of_one_clip_are_grouped():
 
 def test_a_finished_run_generates_nothing_and_takes_labels_anew(folder, whole, tmp_path, monkeypatch):
     shutil.copytree(whole.output, tmp_path / "run")
-    monkeypatch.setattr("mlxvr.media.rows.load_row", None)  # nothing is looked at
+    monkeypatch.setattr("mlxvr.data.prefetch.load_row", None)  # nothing is looked at
     before = (tmp_path / "run" / "samples.jsonl").read_bytes()
     again = run(folder / "rows.jsonl", tmp_path / "run")
     assert again.generated == 0

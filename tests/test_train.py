@@ -17,7 +17,7 @@ from checkpoints import change_small_module
 from small_runs import CLIPS, command, entries, exact, flags, make_settings, run
 
 import mlxvr
-from mlxvr.dataset import load_rows
+from mlxvr.data.rows import load_rows
 from mlxvr.errors import CheckpointError, ConfigError, DataError, OutOfMemoryError
 from mlxvr.grpo.config import TrainConfig
 from mlxvr.grpo.learning import Learner

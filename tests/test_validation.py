@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from test_asking import END, FULL
 
-from mlxvr.dataset import Row
+from mlxvr.data.rows import Row
 from mlxvr.grpo.validation import Judged, judge_answer, summarise
 from mlxvr.rewards import Weights
 

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from mlxvr.cli.plotting import BLUE, GREEN, ORANGE, write_plot
-from mlxvr.dataset import load_rows
+from mlxvr.data.rows import load_rows
 from mlxvr.evaluation.calibration import auroc
 from mlxvr.evaluation.resampling import Bootstrap, Estimate
 from mlxvr.grpo.config import TrainConfig

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from mlxvr.dataset import Row
+from mlxvr.data.rows import Row
 from mlxvr.errors import DataError
 from mlxvr.evaluation.grading import Grade
 from mlxvr.evaluation.metrics import mode_grade, usable

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxvr import mathematics
-from mlxvr.dataset import Row
+from mlxvr.data.rows import Row
 from mlxvr.errors import ConfigError, DataError, MlxvrError
 from mlxvr.evaluation import sharding
 from mlxvr.evaluation.calibrate import Calibration

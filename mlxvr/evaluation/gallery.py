@@ -13,7 +13,7 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
-from mlxvr.dataset import strip_letters
+from mlxvr.data.rows import strip_letters
 from mlxvr.errors import ConfigError, DataError, MediaError
 from mlxvr.evaluation.grading import Grade, final_answer
 from mlxvr.evaluation.judged import Judged

@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from mlxvr.answer import Answer, FirstAnswer
-from mlxvr.dataset import Row
+from mlxvr.data.prefetch import read_ahead
+from mlxvr.data.rows import Row
 from mlxvr.errors import Cancelled, MlxvrError
 from mlxvr.evaluation.grading import final_answer
 from mlxvr.evaluation.samples import Sample
-from mlxvr.media.rows import read_ahead
 
 if TYPE_CHECKING:
     from mlxvr.reasoner import Clip, Reasoner

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlxvr.bundled import NOT_OF_THE_DEMO, demo_folder, is_bundled, is_demo_model
-from mlxvr.dataset import Row, load_rows
+from mlxvr.data.benchmarks import read_benchmark
+from mlxvr.data.rows import Row, load_rows
 from mlxvr.errors import ConfigError, DataError
 from mlxvr.evaluation import sharding
-from mlxvr.evaluation.benchmarks import read_benchmark
 from mlxvr.evaluation.calibrate import check_enough
 from mlxvr.evaluation.compare import check_comparable
 from mlxvr.evaluation.config import EvalConfig

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, get_args
 
-from mlxvr.dataset import Kind
+from mlxvr.data.rows import Kind
 from mlxvr.errors import ConfigError, DataError
 from mlxvr.storage.jsonl_log import Ledger, check_run, read_entries, read_run, write_ledger
 

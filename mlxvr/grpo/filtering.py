@@ -28,7 +28,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlxvr.dataset import Row, to_record
+from mlxvr.data.rows import Row, to_record
 from mlxvr.errors import Cancelled, ConfigError, DataError, MediaError
 from mlxvr.media.spec import VisionSpec
 from mlxvr.rewards import RewardFunction, ask_reward, most, score

@@ -40,7 +40,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mlxvr.confidence import answer_span
-from mlxvr.dataset import Row
+from mlxvr.data.rows import Row
 from mlxvr.detokenizer import Detokenizer
 from mlxvr.errors import ConfigError
 from mlxvr.grpo.config import LABEL_FREE

@@ -17,7 +17,7 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlxvr.dataset import Row
+from mlxvr.data.rows import Row
 from mlxvr.errors import DataError
 from mlxvr.grpo.config import TrainConfig
 from mlxvr.grpo.gradient import GroupStats, group_gradient

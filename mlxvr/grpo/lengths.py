@@ -10,12 +10,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
 
-from mlxvr.dataset import Row
+from mlxvr.data.media_size import outline_row
+from mlxvr.data.prefetch import load_row
+from mlxvr.data.rows import Row
 from mlxvr.errors import Cancelled, DataError, MediaError
 from mlxvr.grpo.prompts import refuse_length, write_prompt
-from mlxvr.media.outline import outline_row
 from mlxvr.media.patches import VisionInput
-from mlxvr.media.rows import load_row
 from mlxvr.media.spec import VisionSpec
 from mlxvr.model.network import VideoModel
 from mlxvr.runtime.hooks import ShouldStop

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from mlxvr.dataset import Row
+from mlxvr.data.prefetch import load_row
+from mlxvr.data.rows import Row
 from mlxvr.errors import ConfigError, DataError
 from mlxvr.media import VisionInput, VisionSpec
-from mlxvr.media.rows import load_row
 from mlxvr.model.network import VideoModel, VisionFeatures
 from mlxvr.model.prompt import Prompt, build_prompt
 from mlxvr.runtime.hooks import ShouldStop

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from mlxvr import mathematics
-from mlxvr.dataset import Row, load_rows, to_record
+from mlxvr.data.rows import Row, load_rows, to_record
+from mlxvr.data.training_sets import read_rows
 from mlxvr.errors import CheckpointError, ConfigError, DataError, MediaError
 from mlxvr.grpo.config import TrainConfig
-from mlxvr.grpo.formats import read_rows
 from mlxvr.grpo.lengths import PromptLengths, first_too_long
 from mlxvr.grpo.lora import LoraConfig
 from mlxvr.grpo.loss import LossConfig

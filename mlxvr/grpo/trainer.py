@@ -30,7 +30,8 @@ import mlx.core as mx
 from mlxvr import __version__
 from mlxvr.cli.plotting import check_plot
 from mlxvr.cli.settings import settings_of, write_settings
-from mlxvr.dataset import Row, to_record
+from mlxvr.data.prefetch import read_ahead
+from mlxvr.data.rows import Row, to_record
 from mlxvr.errors import ConfigError, DataError, MediaError
 from mlxvr.grpo.config import TrainConfig, idle_options
 from mlxvr.grpo.curves import plot_curves
@@ -65,7 +66,6 @@ from mlxvr.grpo.setup import (
 from mlxvr.grpo.state import Progress, load_state, read_progress, save_state, state_file
 from mlxvr.grpo.together import check_same, have_same_bits, shared_state
 from mlxvr.grpo.validation import Judged, judge_answer, summarise
-from mlxvr.media.rows import read_ahead
 from mlxvr.media.spec import VisionSpec
 from mlxvr.model.network import VideoModel
 from mlxvr.rewards import RewardFunction, load_reward

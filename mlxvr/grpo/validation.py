@@ -11,7 +11,7 @@ import numpy as np
 
 from mlxvr.asking import Outcome, think_once
 from mlxvr.confidence import should_exit
-from mlxvr.dataset import Row
+from mlxvr.data.rows import Row
 from mlxvr.grpo.rollout import Completion, Rollout
 from mlxvr.model.decode import Token
 from mlxvr.model.network import VideoModel

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from mlxvr.dataset import strip_letters
+from mlxvr.data.rows import strip_letters
 from mlxvr.errors import CheckpointError, ConfigError
 from mlxvr.media.patches import VisionInput
 from mlxvr.model.dialects import text_settings

@@ -36,7 +36,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mlxvr.dataset import Row
+from mlxvr.data.rows import Row
 from mlxvr.grpo.gradient import group_gradient, group_logprobs
 from mlxvr.grpo.lora import LoraConfig, attach
 from mlxvr.grpo.loss import LossConfig, advantages

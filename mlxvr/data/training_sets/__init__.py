@@ -1,4 +1,4 @@
-"""Training sets as others released them, read as rows of `mlxvr.dataset`: the public mix of VideoAuto-R1, and our own.
+"""Training sets as others released them, read as rows (`mlxvr.data.rows`): VideoAuto-R1's public mix, and our own.
 
     rows, left_out = read_rows(Path("charades.json"), format="charades-sta", media_root=Path("Charades_v1_480"))
 
@@ -8,6 +8,6 @@ Rows carry question and options only: placeholders of pictures, words that ask f
 question are taken out where they are certain (`wording`), since our prompt says the same in its own way.
 """
 
-from mlxvr.grpo.formats.registry import FORMATS, format_name, read_rows
+from mlxvr.data.training_sets.training_set_registry import FORMATS, format_name, read_rows
 
 __all__ = ["FORMATS", "format_name", "read_rows"]

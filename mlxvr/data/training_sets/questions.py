@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 from string import ascii_uppercase
 from typing import Any
 
+from mlxvr.data.tables import as_text
+from mlxvr.data.training_sets.columns import Fields, LeftOut, Source, media_path, options, text
+from mlxvr.data.training_sets.wording import boxed, choice, is_formula, letter, plain_question, split_options
 from mlxvr.errors import DataError
-from mlxvr.grpo.formats.columns import Fields, LeftOut, Source, media_path, options, text
-from mlxvr.grpo.formats.wording import boxed, choice, is_formula, letter, plain_question, split_options
-from mlxvr.records import as_text
 
 __all__ = ["read_dapo_math", "read_thinklite", "read_video_r1", "read_virl"]
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from mlxvr.dataset import Row
+from mlxvr.data.rows import Row
 
 __all__ = ["Benchmark", "Budgets", "budgets"]
 

@@ -15,9 +15,9 @@ length are skipped.
 import re
 from collections.abc import Iterator
 
-from mlxvr.evaluation.benchmarks.entries import Entry
-from mlxvr.evaluation.benchmarks.files import Folder
-from mlxvr.evaluation.benchmarks.grounding import grounding_entry, read_columns
+from mlxvr.data.benchmarks.entries import Entry
+from mlxvr.data.benchmarks.files import Folder
+from mlxvr.data.benchmarks.grounding import grounding_entry, read_columns
 
 __all__ = ["read"]
 

@@ -16,10 +16,10 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from mlxvr.evaluation.benchmarks.entries import Entry
-from mlxvr.evaluation.benchmarks.files import Folder
-from mlxvr.evaluation.benchmarks.grounding import grounding_entry, read_columns
-from mlxvr.records import as_text
+from mlxvr.data.benchmarks.entries import Entry
+from mlxvr.data.benchmarks.files import Folder
+from mlxvr.data.benchmarks.grounding import grounding_entry, read_columns
+from mlxvr.data.tables import as_text
 
 __all__ = ["read"]
 

@@ -1,7 +1,7 @@
 """Records of files that others have written: tables in parquet, JSON, JSONL or CSV, and what their columns hold.
 
 Benchmarks and training sets are released in whichever of these their authors liked. What is read here is not yet a row:
-the readers know which column means what, and `mlxvr.dataset` checks what they make of it.
+the readers know which column means what, and `mlxvr.data.rows` checks what they make of it.
 """
 
 import ast
@@ -12,7 +12,7 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
-from mlxvr.dataset import parse_line, read_lines
+from mlxvr.data.rows import parse_line, read_lines
 from mlxvr.errors import DataError
 
 __all__ = ["as_list", "as_text", "letter_of", "load_file", "read_records", "scan_records", "segments"]

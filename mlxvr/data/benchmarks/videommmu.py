@@ -14,10 +14,10 @@ without the one that asks for the answer alone. Open-ended answers are numbers o
 
 from collections.abc import Iterator
 
-from mlxvr.dataset import strip_letters
-from mlxvr.evaluation.benchmarks.entries import Entry
-from mlxvr.evaluation.benchmarks.files import Folder
-from mlxvr.records import as_list, as_text
+from mlxvr.data.benchmarks.entries import Entry
+from mlxvr.data.benchmarks.files import Folder
+from mlxvr.data.rows import strip_letters
+from mlxvr.data.tables import as_list, as_text
 
 __all__ = ["read"]
 

@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from string import ascii_uppercase
 from typing import Any
 
+from mlxvr.data.tables import as_list, as_text, letter_of
+from mlxvr.data.training_sets.columns import Fields, Source, media_path, options, text
+from mlxvr.data.training_sets.wording import choice, letter, plain_question
 from mlxvr.errors import DataError
-from mlxvr.grpo.formats.columns import Fields, Source, media_path, options, text
-from mlxvr.grpo.formats.wording import choice, letter, plain_question
-from mlxvr.records import as_list, as_text, letter_of
 
 __all__ = ["read_mmr_vbench", "read_sti_bench", "read_tvbench"]
 

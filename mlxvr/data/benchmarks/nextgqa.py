@@ -16,9 +16,9 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
-from mlxvr.evaluation.benchmarks.entries import Entry
-from mlxvr.evaluation.benchmarks.files import Folder
-from mlxvr.records import as_text, letter_of, read_records, segments
+from mlxvr.data.benchmarks.entries import Entry
+from mlxvr.data.benchmarks.files import Folder
+from mlxvr.data.tables import as_text, letter_of, read_records, segments
 
 __all__ = ["read"]
 

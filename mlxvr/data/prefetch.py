@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from typing import Any
 
-from mlxvr.dataset import Row
+from mlxvr.data.rows import Row
 from mlxvr.media.patches import VisionInput
 from mlxvr.media.spec import VisionSpec
 from mlxvr.media.vision import load_vision

@@ -13,9 +13,9 @@ public grade comes from a language model.
 
 from collections.abc import Iterator, Mapping
 
-from mlxvr.evaluation.benchmarks.entries import Entry
-from mlxvr.evaluation.benchmarks.files import Folder
-from mlxvr.records import as_text
+from mlxvr.data.benchmarks.entries import Entry
+from mlxvr.data.benchmarks.files import Folder
+from mlxvr.data.tables import as_text
 
 __all__ = ["read"]
 

@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from string import ascii_uppercase
 
-from mlxvr.records import letter_of
+from mlxvr.data.tables import letter_of
 
 __all__ = ["boxed", "choice", "is_formula", "letter", "plain_question", "split_options"]
 

@@ -24,10 +24,10 @@ from glob import escape
 from pathlib import Path
 from typing import Any
 
+from mlxvr.data.benchmarks.entries import Entry
+from mlxvr.data.benchmarks.files import Folder
+from mlxvr.data.tables import as_list, as_text, letter_of
 from mlxvr.errors import DataError
-from mlxvr.evaluation.benchmarks.entries import Entry
-from mlxvr.evaluation.benchmarks.files import Folder
-from mlxvr.records import as_list, as_text, letter_of
 from mlxvr.storage.paths import list_visible
 
 __all__ = ["read"]

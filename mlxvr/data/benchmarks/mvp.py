@@ -16,9 +16,9 @@ last token for confidence; rows say so by `answer_opening`.
 
 from collections.abc import Iterator
 
-from mlxvr.evaluation.benchmarks.entries import Entry
-from mlxvr.evaluation.benchmarks.files import Folder
-from mlxvr.records import as_list, as_text, letter_of
+from mlxvr.data.benchmarks.entries import Entry
+from mlxvr.data.benchmarks.files import Folder
+from mlxvr.data.tables import as_list, as_text, letter_of
 
 __all__ = ["read"]
 

@@ -8,11 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mlxvr.dataset import Row, load_rows, make_locator, make_row
+from mlxvr.data.rows import Row, load_rows, make_locator, make_row
+from mlxvr.data.tables import scan_records
+from mlxvr.data.training_sets import moments, multiple_choice, questions
+from mlxvr.data.training_sets.columns import LeftOut, Reader, Source
 from mlxvr.errors import ConfigError, DataError
-from mlxvr.grpo.formats import choices, moments, questions
-from mlxvr.grpo.formats.columns import LeftOut, Reader, Source
-from mlxvr.records import scan_records
 from mlxvr.storage.paths import list_visible
 
 __all__ = ["FORMATS", "format_name", "read_rows"]
@@ -22,12 +22,12 @@ _READERS: dict[str, Reader] = {
     "activitynet-tvg": moments.read_moments,
     "charades-sta": moments.read_moments,
     "dapo-math": questions.read_dapo_math,
-    "mmr-vbench": choices.read_mmr_vbench,
+    "mmr-vbench": multiple_choice.read_mmr_vbench,
     "next-gqa": moments.read_nextgqa,
-    "sti-bench": choices.read_sti_bench,
+    "sti-bench": multiple_choice.read_sti_bench,
     "thinklite-vl-hard": questions.read_thinklite,
     "timer1": moments.read_timer1,
-    "tvbench": choices.read_tvbench,
+    "tvbench": multiple_choice.read_tvbench,
     "video-r1": questions.read_video_r1,
     "virl": questions.read_virl,
 }

@@ -19,10 +19,10 @@ from collections.abc import Iterator
 from string import ascii_uppercase
 from typing import Any
 
-from mlxvr.evaluation.benchmarks.entries import Entry
-from mlxvr.evaluation.benchmarks.files import Folder
-from mlxvr.evaluation.benchmarks.subtitles import NO_SUBTITLES, read_timed_lines
-from mlxvr.records import as_list, as_text
+from mlxvr.data.benchmarks.entries import Entry
+from mlxvr.data.benchmarks.files import Folder
+from mlxvr.data.benchmarks.subtitles import NO_SUBTITLES, read_timed_lines
+from mlxvr.data.tables import as_list, as_text
 
 __all__ = ["read"]
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mlxvr.dataset import Row
+from mlxvr.data.prefetch import load_row
+from mlxvr.data.rows import Row
 from mlxvr.errors import MlxvrError
 from mlxvr.media.container import is_image
 from mlxvr.media.patches import VisionInput, row_seconds
-from mlxvr.media.rows import load_row
 from mlxvr.media.sampling import frame_count, frame_range, frame_size, image_size, spread
 from mlxvr.media.spec import VisionSpec
 from mlxvr.media.video.video_reader import probe

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from string import ascii_uppercase
 from typing import Any
 
-from mlxvr.dataset import strip_letters
+from mlxvr.data.rows import strip_letters
+from mlxvr.data.tables import as_list, segments
 from mlxvr.errors import DataError
-from mlxvr.records import as_list, segments
 
 __all__ = ["Fields", "LeftOut", "Reader", "Source", "interval", "media_path", "options", "text"]
 

@@ -1,4 +1,4 @@
-"""What a reader yields: a question in the form of `mlxvr.dataset`, and its video."""
+"""What a reader yields: a question in the form of `mlxvr.data.rows`, and its video."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from mlxvr.evaluation.benchmarks.entries import Entry
-from mlxvr.evaluation.benchmarks.files import Folder
-from mlxvr.records import as_list, as_text, segments
+from mlxvr.data.benchmarks.entries import Entry
+from mlxvr.data.benchmarks.files import Folder
+from mlxvr.data.tables import as_list, as_text, segments
 
 __all__ = ["grounding_entry", "read_columns"]
 

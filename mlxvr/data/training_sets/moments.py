@@ -6,9 +6,9 @@ Swapped ends are put in order; a record without a moment that has a length is a 
 from collections.abc import Mapping
 from typing import Any
 
-from mlxvr.grpo.formats.columns import Fields, Source, interval, media_path, options, text
-from mlxvr.grpo.formats.wording import choice, plain_question
-from mlxvr.records import as_text
+from mlxvr.data.tables import as_text
+from mlxvr.data.training_sets.columns import Fields, Source, interval, media_path, options, text
+from mlxvr.data.training_sets.wording import choice, plain_question
 
 __all__ = ["read_moments", "read_nextgqa", "read_timer1"]
 

@@ -17,11 +17,11 @@ is chosen; here all lines are kept, as its variant for models with a long contex
 
 from collections.abc import Iterator
 
-from mlxvr.dataset import strip_letters
-from mlxvr.evaluation.benchmarks.entries import Entry
-from mlxvr.evaluation.benchmarks.files import Folder
-from mlxvr.evaluation.benchmarks.subtitles import NO_SUBTITLES, read_srt
-from mlxvr.records import as_list, as_text
+from mlxvr.data.benchmarks.entries import Entry
+from mlxvr.data.benchmarks.files import Folder
+from mlxvr.data.benchmarks.subtitles import NO_SUBTITLES, read_srt
+from mlxvr.data.rows import strip_letters
+from mlxvr.data.tables import as_list, as_text
 
 __all__ = ["read"]
 

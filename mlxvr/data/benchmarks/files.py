@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from mlxvr.data.tables import load_file, read_records
 from mlxvr.errors import DataError
-from mlxvr.records import load_file, read_records
 from mlxvr.storage.paths import list_visible
 
 __all__ = ["Folder"]

@@ -6,9 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mlxvr.dataset import Row, make_row
-from mlxvr.errors import ConfigError, DataError
-from mlxvr.evaluation.benchmarks import (
+from mlxvr.data.benchmarks import (
     activitynet,
     charades,
     longvideobench,
@@ -19,9 +17,11 @@ from mlxvr.evaluation.benchmarks import (
     videomme,
     videommmu,
 )
-from mlxvr.evaluation.benchmarks.benchmark import Benchmark, Budgets, budgets
-from mlxvr.evaluation.benchmarks.entries import Entry, Reader
-from mlxvr.evaluation.benchmarks.files import Folder
+from mlxvr.data.benchmarks.benchmark import Benchmark, Budgets, budgets
+from mlxvr.data.benchmarks.entries import Entry, Reader
+from mlxvr.data.benchmarks.files import Folder
+from mlxvr.data.rows import Row, make_row
+from mlxvr.errors import ConfigError, DataError
 
 __all__ = ["BENCHMARKS", "Preset", "read_benchmark"]
 
