@@ -9,8 +9,8 @@ import unicodedata
 from collections.abc import Sequence
 from string import ascii_uppercase
 
-from mlxvr.confidence import answer_span
-from mlxvr.protocol import is_fallback
+from mlxvr.answering.confidence import answer_span
+from mlxvr.answering.transcript import is_fallback
 
 __all__ = ["find_choice", "find_letter", "named_letter", "normal", "unwrap"]
 

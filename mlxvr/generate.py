@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, TextIO, get_args
 
 from mlxvr import reasoner
-from mlxvr.answer import Answer, Event, FirstAnswer, ReasoningDelta
-from mlxvr.asking import Kind, Mode, Question
+from mlxvr.answering.events import Answer, Event, FirstAnswer, ReasoningDelta
+from mlxvr.answering.loop import Kind, Mode, Question
 from mlxvr.bundled import demo_folder, is_demo_model
 from mlxvr.cli.parser import VerbParser, clock_time, run_verb
 from mlxvr.cli.progress import Bars
@@ -30,7 +30,7 @@ from mlxvr.storage.paths import local_path
 __all__ = ["main", "make_parser"]
 
 _BAR_WIDTH = 20
-_PROBLEMS = {  # `mlxvr.protocol.Transcript.problems` for people
+_PROBLEMS = {  # `mlxvr.answering.transcript.Transcript.problems` for people
     "no_box": "no answer box",
     "no_first_box": "it reasoned before it gave a first answer",
     "unterminated_box": "an answer box is not closed",

@@ -24,8 +24,8 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
-from mlxvr.answer import Answer, Event, FirstAnswer, Option, ReasoningDelta, Usage
-from mlxvr.asking import (
+from mlxvr.answering.events import Answer, Event, FirstAnswer, Option, ReasoningDelta, Usage
+from mlxvr.answering.loop import (
     AskOptions,
     Outcome,
     Question,
@@ -424,7 +424,7 @@ class Clip:
             question: the question, or for kind "grounding" the description of the segment to find.
             **options: `options` (choices without letters), `kind` ("qa", "grounding", "grounded_qa"), `mode` ("auto",
                 "direct", "think"), `threshold`, `max_tokens`, `temperature`, `top_p`, `seed`, `answer_opening`,
-                `options_may_repeat`; `mlxvr.asking.Question` describes them and their defaults.
+                `options_may_repeat`; `mlxvr.answering.loop.Question` describes them and their defaults.
 
         Raises:
             ConfigError: an option has a value that cannot be used, or the prompt is longer than the model's context.

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from mlxvr.answer import FirstAnswer, Option, ReasoningDelta, Usage
-from mlxvr.asking import Outcome, Question, make_answer, think_once
+from mlxvr.answering.events import FirstAnswer, Option, ReasoningDelta, Usage
+from mlxvr.answering.loop import Outcome, Question, make_answer, think_once
 from mlxvr.errors import ConfigError
 from mlxvr.model.prompt import question_text
 
@@ -192,7 +192,7 @@ def test_time_and_tokens_before_and_after_the_first_box(
     monkeypatch, script, mode, first_seconds, reasoning_seconds, first_tokens
 ):
     model = Scripted(script)
-    monkeypatch.setattr("mlxvr.asking.time", SimpleNamespace(perf_counter=lambda: float(model.read)))
+    monkeypatch.setattr("mlxvr.answering.loop.time", SimpleNamespace(perf_counter=lambda: float(model.read)))
     _, outcome, _ = model.run(mode=mode)
     assert (outcome.first_answer_seconds, outcome.reasoning_seconds) == (first_seconds, reasoning_seconds)
     assert outcome.first_answer_tokens == first_tokens

@@ -11,7 +11,7 @@ import pytest
 from qwen_tokenizer import END_OF_TURN, qwen
 from scripted_tokenizers import BytePieces, byte_fallback, skipping, stripping
 
-from mlxvr.confidence import FirstAnswer, answer_span, score_first_answer, should_exit
+from mlxvr.answering.confidence import FirstAnswer, answer_span, score_first_answer, should_exit
 
 OPEN = ["\\", "boxed", "{"]
 BROKEN = "\ufffd"  # a token that is a part of a character

@@ -20,7 +20,7 @@ from recipes import write_plain
 
 import mlxvr
 from mlxvr import convert as verb
-from mlxvr.asking import Question
+from mlxvr.answering.loop import Question
 from mlxvr.convert import convert, main
 from mlxvr.errors import CheckpointError, ConfigError, MlxvrError, RecipeError
 from mlxvr.model.loading import load_model

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import mlxvr
-from mlxvr.asking import Question
+from mlxvr.answering.loop import Question
 from mlxvr.errors import CheckpointError
 from mlxvr.grpo import setup
 from mlxvr.grpo.config import TrainConfig

@@ -9,7 +9,7 @@ import pytest
 from qwen_tokenizer import qwen
 from scripted_tokenizers import BytePieces, byte_fallback, cut, padding, skipping, stripping
 
-from mlxvr.detokenizer import Detokenizer
+from mlxvr.answering.detokenizer import Detokenizer
 
 TEXTS = [
     "plain words, and  two spaces ",

@@ -16,10 +16,10 @@ from PIL import Image
 
 import mlxvr
 from mlxvr import generate
-from mlxvr.answer import Answer, FirstAnswer, Usage
+from mlxvr.answering.events import Answer, FirstAnswer, Usage
+from mlxvr.answering.transcript import Transcript
 from mlxvr.bundled import demo_folder
 from mlxvr.cli.parser import clock_time
-from mlxvr.protocol import Transcript
 from tests.checkpoints import write_checkpoint
 from tests.clips import write_clip, write_sound
 

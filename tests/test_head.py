@@ -9,7 +9,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from mlxvr.confidence import score_first_answer
+from mlxvr.answering.confidence import score_first_answer
 from mlxvr.media import load_vision
 from mlxvr.model import head as module_under_test
 from mlxvr.model.decode import decode, prefill

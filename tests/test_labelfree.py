@@ -12,6 +12,7 @@ from checkpoints import FAMILIES
 from groups import make_group, tiny_model
 from qwen_tokenizer import qwen
 
+from mlxvr.answering.transcript import FALLBACK
 from mlxvr.data.rows import Row
 from mlxvr.errors import ConfigError, DataError
 from mlxvr.grpo import labelfree, trainer
@@ -25,7 +26,6 @@ from mlxvr.grpo.labelfree import (
     label_free_reward,
 )
 from mlxvr.model.network import VideoModel
-from mlxvr.protocol import FALLBACK
 from mlxvr.reasoner import demo_folder
 from mlxvr.rewards import Weights, score
 

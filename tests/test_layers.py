@@ -272,7 +272,7 @@ def test_other_packages_stay_where_they_belong(imports):
         (upward, "mlxvr.generate", "from mlxvr.convert import convert", "mlxvr.convert"),
         (upward, "mlxvr.reasoner", "from mlxvr import __version__", None),
         (misplaced, "mlxvr.errors", "import numpy", "numpy"),
-        (misplaced, "mlxvr.protocol", "import mlx.core as mx", "mlx"),
+        (misplaced, "mlxvr.answering.transcript", "import mlx.core as mx", "mlx"),
         (misplaced, "mlxvr.media.video.video_reader", "def f():\n    import mlx.core", "mlx"),
         (misplaced, "mlxvr.reasoner", "import torch", "torch"),
         (misplaced, "mlxvr.model.folder", "def f():\n    import pickle", "pickle"),
@@ -297,7 +297,9 @@ def test_a_new_module_needs_a_layer():
     assert part("mlxvr.utils") not in RANKS
 
 
-@pytest.mark.parametrize("module", ["mlxvr", "mlxvr.errors", "mlxvr.media", "mlxvr.protocol", "mlxvr.confidence"])
+@pytest.mark.parametrize(
+    "module", ["mlxvr", "mlxvr.errors", "mlxvr.media", "mlxvr.answering.transcript", "mlxvr.answering.confidence"]
+)
 def test_what_is_light_loads_nothing_heavy(module):
     """In a fresh process, since this one may have loaded anything."""
     code = (
@@ -315,7 +317,7 @@ def test_protocol_and_confidence_need_nothing_but_the_standard_library():
         sys.executable,
         "-S",
         "-c",
-        "import mlxvr.confidence, mlxvr.protocol, mlxvr.errors",
+        "import mlxvr.answering.confidence, mlxvr.answering.transcript, mlxvr.errors",
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=PACKAGE.parent)
     assert done.returncode == 0, done.stderr

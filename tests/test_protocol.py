@@ -11,7 +11,7 @@ import pytest
 from qwen_tokenizer import qwen
 from scripted_tokenizers import BytePieces, byte_fallback, cut, padding, skipping, stripping
 
-from mlxvr.protocol import FALLBACK, DualAnswerParser, Transcript, is_fallback, parse
+from mlxvr.answering.transcript import FALLBACK, DualAnswerParser, Transcript, is_fallback, parse
 
 WHOLE = "\\boxed{A}<think>it moves</think>\\boxed{B}"
 

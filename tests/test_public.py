@@ -76,7 +76,9 @@ def test_every_error_is_drawn_in_the_tree():
     assert raised == set(errors.__all__)
 
 
-@pytest.mark.parametrize("name", ["mlxvr", "mlxvr.errors", "mlxvr.media", "mlxvr.protocol", "mlxvr.confidence"])
+@pytest.mark.parametrize(
+    "name", ["mlxvr", "mlxvr.errors", "mlxvr.media", "mlxvr.answering.transcript", "mlxvr.answering.confidence"]
+)
 def test_what_is_offered_exists(name):
     module = importlib.import_module(name)
     for offered in module.__all__:

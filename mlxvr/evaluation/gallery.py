@@ -13,13 +13,13 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
+from mlxvr.answering.transcript import is_fallback
 from mlxvr.data.rows import strip_letters
 from mlxvr.errors import ConfigError, DataError, MediaError
 from mlxvr.evaluation.grading import Grade, final_answer
 from mlxvr.evaluation.judged import Judged
 from mlxvr.evaluation.samples import Sample
 from mlxvr.intervals import find_named_interval, segments_of
-from mlxvr.protocol import is_fallback
 from mlxvr.runtime.hooks import Progress
 from mlxvr.storage.paths import list_frames
 

@@ -16,7 +16,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from mlxvr.answer import Answer, FirstAnswer
+from mlxvr.answering.events import Answer, FirstAnswer
 from mlxvr.data.prefetch import read_ahead
 from mlxvr.data.rows import Row
 from mlxvr.errors import Cancelled, MlxvrError

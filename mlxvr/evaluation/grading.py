@@ -30,11 +30,11 @@ from string import ascii_uppercase
 from typing import Any
 
 from mlxvr import mathematics
+from mlxvr.answering.boxes import Scanner
+from mlxvr.answering.transcript import is_fallback, parse
 from mlxvr.choices import find_letter, named_letter, normal, unwrap
 from mlxvr.errors import DataError
 from mlxvr.intervals import Interval, best_iou, find_named_interval, is_point, segments_of
-from mlxvr.protocol import is_fallback, parse
-from mlxvr.scanner import Scanner
 
 __all__ = ["Grade", "final_answer", "grade", "grade_parts"]
 

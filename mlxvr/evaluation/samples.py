@@ -52,7 +52,7 @@ class Sample:
         prompt_tokens, video_tokens: length of the prompt, and how much of it is visual.
         first_seconds, total_seconds: generating up to the first box, and in all.
         prefill_seconds, decode_seconds: the prompt through the model, and reading the frames.
-        problems: departures from the format (`mlxvr.protocol.Transcript.problems`).
+        problems: departures from the format (`mlxvr.answering.transcript.Transcript.problems`).
         reasoned: whether the model went on after the first box; False only for a live run that stopped there.
         error: why the row failed, in one line; no figure comes from a row that failed.
         asked: a digest of all of the row that its answer depends on; "" where that was not noted.

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from mlxvr.confidence import should_exit
+from mlxvr.answering.confidence import should_exit
 from mlxvr.grpo.gradient import GroupStats
 from mlxvr.grpo.learning import Group
 from mlxvr.grpo.validation import RIGHT, look_at

@@ -39,9 +39,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mlxvr.confidence import answer_span
+from mlxvr.answering.confidence import answer_span
+from mlxvr.answering.detokenizer import Detokenizer
 from mlxvr.data.rows import Row
-from mlxvr.detokenizer import Detokenizer
 from mlxvr.errors import ConfigError
 from mlxvr.grpo.config import LABEL_FREE
 from mlxvr.grpo.forward import completion_logprobs
@@ -91,8 +91,8 @@ def coherence(model: VideoModel, rollout: "Rollout", *, temperature: float = 1.0
 
     What the answers get after their chains was kept when they were sampled. What they get directly takes one packed
     pass over the prompt, for all of them together: `\boxed{a2}` for each answer that differs from the others. As in a
-    direct answer's confidence, a choice counts as its letter alone (`mlxvr.confidence.answer_span`), and so do all
-    tokens that overlap what counts.
+    direct answer's confidence, a choice counts as its letter alone (`mlxvr.answering.confidence.answer_span`), and so
+    do all tokens that overlap what counts.
 
     Args:
         model: the policy that sampled.

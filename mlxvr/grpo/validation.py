@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mlxvr.asking import Outcome, think_once
-from mlxvr.confidence import should_exit
+from mlxvr.answering.confidence import should_exit
+from mlxvr.answering.loop import Outcome, think_once
 from mlxvr.data.rows import Row
 from mlxvr.grpo.rollout import Completion, Rollout
 from mlxvr.model.decode import Token

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 
-from mlxvr.confidence import FirstAnswer, score_first_answer
+from mlxvr.answering.confidence import FirstAnswer, score_first_answer
+from mlxvr.answering.transcript import DualAnswerParser
 from mlxvr.model.decode import not_finite
 from mlxvr.model.tokenizer import ChatTokenizer
 from mlxvr.porting.layerwise import LayerwiseModel, Track
-from mlxvr.protocol import DualAnswerParser
 from mlxvr.runtime.hooks import ShouldStop
 
 __all__ = ["MOST_TOKENS", "Draft", "choose_greedily", "opening", "write_answers"]

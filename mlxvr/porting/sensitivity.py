@@ -1,8 +1,9 @@
 r"""Bits where they matter: a precision for each module, so that a size is met with the least drift of confidence.
 
 A source model reads probe prompts and writes a first answer to each. The log of its confidence, the mean log p that
-`mlxvr.confidence` defines, is a function z of every weight; to first order, rounding a matrix W to W + dW moves it by
-g . dW, where g is the gradient of z. Roundings of single weights are close to independent, so the expected square is
+`mlxvr.answering.confidence` defines, is a function z of every weight; to first order, rounding a matrix W to W + dW
+moves it by g . dW, where g is the gradient of z. Roundings of single weights are close to independent, so the expected
+square is
 
     cost(module, precision) = mean over probes of sum(g^2 * dW^2),
 

@@ -6,7 +6,8 @@ Both models read the same probe prompts and write a first answer, greedily, in a
 - logits, at the last tokens of each prompt and along the source's answer, which the converted model is made to follow:
   their relative error, how often the first choice is the same, and KL(source || converted) in nats. Logits are centred
   on their mean first, since softmax does not see a shift.
-- confidence of each model's own first answer, as `mlxvr.confidence` scores it in the product, and how far it drifts,
+- confidence of each model's own first answer, as `mlxvr.answering.confidence` scores it in the product, and how far it
+drifts,
 - exit decisions at the threshold. One has flipped where one model stops with its first answer and the other goes on to
   reason, or where both stop with different answers.
 
@@ -27,7 +28,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from mlxvr.confidence import should_exit
+from mlxvr.answering.confidence import should_exit
 from mlxvr.errors import CheckpointError, ConfigError
 from mlxvr.model.decode import suppression
 from mlxvr.model.folder import ModelFolder

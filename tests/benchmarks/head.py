@@ -21,7 +21,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlxvr.confidence import score_first_answer
+from mlxvr.answering.confidence import score_first_answer
 from mlxvr.media import load_vision
 from mlxvr.model import loading
 from mlxvr.model.decode import decode, prefill

@@ -31,8 +31,8 @@ import numpy as np
 import torch
 
 from examples.shellgame.evaluate import load_rows
-from mlxvr.asking import Outcome, think_once
-from mlxvr.confidence import score_first_answer
+from mlxvr.answering.confidence import score_first_answer
+from mlxvr.answering.loop import Outcome, think_once
 from mlxvr.media import load_vision
 from mlxvr.model.decode import decode, prefill
 from mlxvr.model.loading import load_model

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from mlxvr.answer import Answer
-from mlxvr.asking import AskOptions, Kind
+from mlxvr.answering.events import Answer
+from mlxvr.answering.loop import AskOptions, Kind
 from mlxvr.errors import Cancelled, ConfigError, MediaError, MlxvrError
 from mlxvr.evaluation.lmms.options import LmmsOptions
 from mlxvr.evaluation.samples import Sample, SampleWriter

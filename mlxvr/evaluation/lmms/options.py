@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, get_type_hints
 
-from mlxvr.asking import AskOptions, Mode, Question
+from mlxvr.answering.loop import AskOptions, Mode, Question
 from mlxvr.errors import ConfigError
 
 __all__ = ["LmmsOptions"]

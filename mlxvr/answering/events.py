@@ -114,7 +114,7 @@ class Answer:
         second: content of the second box, or None.
         threshold: what the confidence was compared with.
         problems: how the output departs from ``\boxed{..}<think>..</think>\boxed{..}``; empty when it does not.
-            An early exit is not a departure. The words are those of `mlxvr.protocol.Transcript.problems`.
+            An early exit is not a departure. The words are those of `mlxvr.answering.transcript.Transcript.problems`.
         token_ids: everything that was generated.
         token_logprobs: natural log of each token's probability under the model's own (temperature 1) distribution.
         usage: what it cost.

@@ -32,8 +32,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from mlxvr.detokenizer import Detokenizer
-from mlxvr.scanner import Box, Scanner, Span
+from mlxvr.answering.boxes import Box, Scanner, Span
+from mlxvr.answering.detokenizer import Detokenizer
 
 __all__ = ["FALLBACK", "DualAnswerParser", "Stage", "Transcript", "is_fallback", "parse"]
 

@@ -2,7 +2,8 @@ r"""Finding boxes and ``<think>`` tags in text that arrives in pieces.
 
 One pass, a few characters of memory beside the text: a piece may end within ``\boxed{``, ``<think>`` or ``</think>``,
 so an ending that one of them could begin with waits for the next piece. Everything else is settled at once, a closing
-brace in particular. What counts as which box is explained in `mlxvr.protocol`; here positions are collected.
+brace in particular. What counts as which box is explained in `mlxvr.answering.transcript`; here positions are
+collected.
 """
 
 import re

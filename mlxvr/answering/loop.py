@@ -19,13 +19,13 @@ from numbers import Integral, Real
 from string import ascii_uppercase
 from typing import Literal, Protocol, TypedDict, get_args
 
-from mlxvr.answer import Answer, Event, FirstAnswer, Option, ReasoningDelta, Usage
+from mlxvr.answering.confidence import FirstAnswer as ScoredAnswer
+from mlxvr.answering.confidence import score_first_answer, should_exit
+from mlxvr.answering.events import Answer, Event, FirstAnswer, Option, ReasoningDelta, Usage
+from mlxvr.answering.transcript import DualAnswerParser, Transcript, is_fallback, parse
 from mlxvr.choices import find_choice
-from mlxvr.confidence import FirstAnswer as ScoredAnswer
-from mlxvr.confidence import score_first_answer, should_exit
 from mlxvr.data.rows import strip_letters
 from mlxvr.errors import ConfigError
-from mlxvr.protocol import DualAnswerParser, Transcript, is_fallback, parse
 
 __all__ = [
     "AskOptions",

@@ -26,7 +26,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from mlxvr.protocol import DualAnswerParser, is_fallback
+from mlxvr.answering.transcript import DualAnswerParser, is_fallback
 
 __all__ = ["FirstAnswer", "answer_span", "score_first_answer", "should_exit"]
 

@@ -1,0 +1,1 @@
+"""From tokens to answers: boxes, reasoning, confidence, and the loop that decides whether to reason. Pure Python."""
