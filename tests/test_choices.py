@@ -2,7 +2,7 @@
 
 import pytest
 
-from mlxvr.choices import find_choice
+from mlxvr.grading.choices import find_choice
 
 OPTIONS = ("red", "A black dog", "Dr. Who", "12")
 

@@ -10,7 +10,7 @@ import pytest
 import mlxvr
 from mlxvr.data.rows import Row, load_rows, make_locator, make_row, scan_rows, strip_letters, to_record
 from mlxvr.errors import DataError
-from mlxvr.rewards import score
+from mlxvr.grading.reward import score
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from shellgame.clips import held_out_set, training_set

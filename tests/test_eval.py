@@ -16,7 +16,6 @@ import pytest
 
 import mlxvr
 from mlxvr import eval as verb
-from mlxvr import mathematics
 from mlxvr.data.rows import load_rows, make_row
 from mlxvr.errors import ConfigError
 from mlxvr.evaluation import generation, plots, runner
@@ -24,6 +23,7 @@ from mlxvr.evaluation.config import EvalConfig
 from mlxvr.evaluation.generation import digest
 from mlxvr.evaluation.runner import read_questions
 from mlxvr.evaluation.samples import Sample, read_samples, write_samples
+from mlxvr.grading import math_equality
 from mlxvr.media import VisionSpec
 from mlxvr.reasoner import demo_folder
 
@@ -364,7 +364,7 @@ def test_a_run_is_held_against_an_earlier_one(capfd, tmp_path, model, data, head
 
 @pytest.mark.parametrize(("there", "says"), [(True, "math-verify"), (False, "text and numbers: pip install")])
 def test_the_report_says_how_formulas_were_compared(capfd, tmp_path, model, data, header, monkeypatch, there, says):
-    monkeypatch.setattr(mathematics, "is_available", lambda: there)
+    monkeypatch.setattr(math_equality, "is_available", lambda: there)
     output = made(data, tmp_path / "run", header, sure=30)
     asked = ("--model", model, "--data", data, "--output", output, "--json")
     assert "formulas_compared_by" not in json.loads(call(capfd, *asked)[1])["settings"], "no row has one"

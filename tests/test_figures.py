@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from mlxvr.data.rows import Row
+from mlxvr.grading.reward import Reward
 from mlxvr.grpo import figures
 from mlxvr.grpo.figures import figures_of, sum_up
 from mlxvr.grpo.gradient import GroupStats
 from mlxvr.grpo.judging import Judgement
-from mlxvr.rewards import Reward
 
 ROW = Row(id="a", question="Which?", answer="A")
 SEEN = {"sure": 0.99, "unsure": 0.4, "declines": None}  # the confidence of each text's first answer

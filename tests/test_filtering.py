@@ -16,9 +16,10 @@ from types import SimpleNamespace
 import pytest
 from groups import stir, tiny_model
 
-from mlxvr import mathematics
 from mlxvr.data.rows import Row, load_rows
 from mlxvr.errors import Cancelled, ConfigError, DataError, MediaError
+from mlxvr.grading import math_equality
+from mlxvr.grading.reward import Reward, score
 from mlxvr.grpo.config import TrainConfig
 from mlxvr.grpo.filtering import FilterReport, Sampling, filter_rows, make_sampler, progress_file
 from mlxvr.grpo.lora import LoraConfig, attach, save_adapter
@@ -28,7 +29,6 @@ from mlxvr.grpo.setup import read_training_rows
 from mlxvr.grpo.trainer import train
 from mlxvr.model.loading import load_model
 from mlxvr.reasoner import demo_folder
-from mlxvr.rewards import Reward, score
 from mlxvr.train import main
 
 RIGHT, WRONG = "\\boxed{B}<think>So.</think>\\boxed{A}", "\\boxed{A}<think>So.</think>\\boxed{B}"
@@ -449,7 +449,7 @@ def test_formulas_without_their_package_end_before_the_work_begins(tmp_path, mon
     ]
     data = tmp_path / "d.jsonl"
     data.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    monkeypatch.setattr(mathematics, "is_available", lambda: False)
+    monkeypatch.setattr(math_equality, "is_available", lambda: False)
     options = ["--data", str(data), "--output", str(tmp_path / "o"), *more]
     assert main(options) == 2
     told = f"error: {data}:2: questions of kind math need the package math-verify: pip install 'mlxvr[math]'\n"
@@ -462,7 +462,7 @@ def test_formulas_of_which_nobody_asks_need_no_package(tmp_path, monkeypatch):
     data.write_text(
         '{"id": "a", "question": "2?", "answer": "4"}\n{"id": "b", "question": "x?", "answer": "4", "kind": "math"}\n'
     )
-    monkeypatch.setattr(mathematics, "is_available", lambda: False)
+    monkeypatch.setattr(math_equality, "is_available", lambda: False)
     for settings in ({"limit": 1}, {"reward": ("ours:length",)}):
         assert read_training_rows(TrainConfig(data=data, output=tmp_path / "o", **settings))[0][0].id == "a"
 

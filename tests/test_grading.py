@@ -7,9 +7,9 @@ import threading
 
 import pytest
 
-from mlxvr import mathematics
 from mlxvr.errors import DataError
-from mlxvr.evaluation.grading import Grade, final_answer, grade, grade_parts
+from mlxvr.grading import math_equality
+from mlxvr.grading.lenient import Grade, final_answer, grade, grade_parts
 
 OPTIONS = ("red", "A black dog", "Dr. Who", "12")
 LETTER_FORMS = [
@@ -228,7 +228,7 @@ def test_final_answers(output, answer):
     ],
 )
 def test_free_answers(kind, said, truth, right, monkeypatch):
-    monkeypatch.setattr(mathematics, "is_available", lambda: False)
+    monkeypatch.setattr(math_equality, "is_available", lambda: False)
     assert grade(kind, said, truth) == right
     assert grade(kind, f"\\boxed{{0}}<think>r</think>\\boxed{{{said}}}", truth) == right
 
@@ -260,8 +260,8 @@ def test_math_verify_is_asked_last(monkeypatch):
         asked.append((said, truth))
         return (said, truth) == ("$x+1$", "$1+x$")
 
-    monkeypatch.setattr(mathematics, "is_available", lambda: True)
-    monkeypatch.setattr(mathematics, "are_equal", are_equal)
+    monkeypatch.setattr(math_equality, "is_available", lambda: True)
+    monkeypatch.setattr(math_equality, "are_equal", are_equal)
     assert grade("math", "0.5", "1/2") == 1
     assert asked == []
     assert grade("math", "x+1", "1+x") == 1
@@ -272,7 +272,7 @@ def test_math_verify_is_asked_last(monkeypatch):
 
 
 def test_math_verify_is_optional(monkeypatch):
-    monkeypatch.setattr(mathematics, "is_available", lambda: False)
+    monkeypatch.setattr(math_equality, "is_available", lambda: False)
     assert grade("math", "x+1", "1+x") == 0
     assert grade("math", "1 + x", "1+x") == 1
 

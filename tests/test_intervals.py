@@ -6,7 +6,7 @@ import random
 import pytest
 
 from mlxvr.errors import DataError
-from mlxvr.intervals import best_iou, find_interval, find_named_interval, is_point, segments_of, temporal_iou
+from mlxvr.grading.intervals import best_iou, find_interval, find_named_interval, is_point, segments_of, temporal_iou
 
 SEPARATORS = [",", ", ", " , ", "-", " - ", "\u2013", " \u2013 ", "\u2014", " \u2014 ", " to ", " TO ", " and ", ",\n"]
 

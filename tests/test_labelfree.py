@@ -15,6 +15,7 @@ from qwen_tokenizer import qwen
 from mlxvr.answering.transcript import FALLBACK
 from mlxvr.data.rows import Row
 from mlxvr.errors import ConfigError, DataError
+from mlxvr.grading.reward import Weights, score
 from mlxvr.grpo import labelfree, trainer
 from mlxvr.grpo.config import TrainConfig
 from mlxvr.grpo.labelfree import (
@@ -27,7 +28,6 @@ from mlxvr.grpo.labelfree import (
 )
 from mlxvr.model.network import VideoModel
 from mlxvr.reasoner import demo_folder
-from mlxvr.rewards import Weights, score
 
 
 def said(first: str, second: str) -> str:

@@ -133,7 +133,7 @@ NEEDS: dict[str, set[str]] = {
 }
 OPTIONAL = {  # extras, imported when they are needed
     "mlxvr.data.tables": {"pyarrow"},
-    "mlxvr.mathematics": {"math_verify"},
+    "mlxvr.grading.math_equality": {"math_verify"},
     "mlxvr.cli.plotting": {"matplotlib"},
 }
 NEVER = {"cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve", "torch", "torchvision"}

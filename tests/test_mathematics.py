@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from mlxvr import mathematics
 from mlxvr.errors import ConfigError
-from mlxvr.rewards import score
+from mlxvr.grading import math_equality
+from mlxvr.grading.reward import score
 
 ROOT = Path(__file__).parents[1]
 STAND_IN = """
@@ -60,9 +60,9 @@ def stand_in(tmp_path_factory):
 def fake(stand_in, monkeypatch):
     """The module, with a process of its own that asks the stand-in."""
     monkeypatch.syspath_prepend(str(stand_in))
-    worker = mathematics._Worker()
-    monkeypatch.setattr(mathematics, "_ask", worker.ask)
-    yield mathematics
+    worker = math_equality._Worker()
+    monkeypatch.setattr(math_equality, "_ask", worker.ask)
+    yield math_equality
     worker.stop()
 
 
@@ -106,16 +106,16 @@ UNEQUAL = [
 
 @pytest.mark.parametrize(("said", "truth", "equal"), [(*c, True) for c in EQUAL] + [(*c, False) for c in UNEQUAL])
 def test_formulas(installed, said, truth, equal):
-    assert mathematics.are_equal(said, truth, seconds=30) is equal
+    assert math_equality.are_equal(said, truth, seconds=30) is equal
 
 
 def test_a_formula_that_never_ends_is_cut_off(installed):
     """Sympy computes this power in code that no signal interrupts; the next question is answered all the same."""
-    mathematics.are_equal("1", "1", seconds=30)  # the process is there
+    math_equality.are_equal("1", "1", seconds=30)  # the process is there
     begin = time.monotonic()
-    assert mathematics.are_equal("$9^{9^{9^9}}$", "$1$", seconds=1.0) is False
+    assert math_equality.are_equal("$9^{9^{9^9}}$", "$1$", seconds=1.0) is False
     assert 0.9 < time.monotonic() - begin < 10
-    assert mathematics.are_equal("$2x$", "$x+x$", seconds=30) is True
+    assert math_equality.are_equal("$2x$", "$x+x$", seconds=30) is True
 
 
 # ---- the process
@@ -158,10 +158,10 @@ def test_what_was_cut_off_is_asked_again(stand_in):
 
 
 def test_a_process_that_stands_still_is_no_wrong_answer(fake, monkeypatch):
-    monkeypatch.setattr(mathematics, "_STALLED_SECONDS", 0.2)
+    monkeypatch.setattr(math_equality, "_STALLED_SECONDS", 0.2)
     with pytest.raises(ConfigError, match="math-verify gave no answer in 0 s"):
         fake.are_equal("sleep 60 7", "7", seconds=5)
-    monkeypatch.setattr(mathematics, "_STALLED_SECONDS", 60)
+    monkeypatch.setattr(math_equality, "_STALLED_SECONDS", 60)
     assert fake.are_equal("7", "7") is True
 
 
@@ -208,7 +208,7 @@ def test_the_same_question_is_asked_once(stand_in, tmp_path):
 
 def run(stand_in, code, **options):
     """Run a script with the stand-in in place; what it printed."""
-    script = "from mlxvr.mathematics import are_equal\n" + textwrap.dedent(code)
+    script = "from mlxvr.grading.math_equality import are_equal\n" + textwrap.dedent(code)
     paths = os.pathsep.join(map(str, (stand_in, ROOT)))
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", script],
@@ -281,7 +281,7 @@ def test_a_package_that_does_not_start(tmp_path, monkeypatch):
     (tmp_path / "math_verify.py").write_text("raise ImportError\n", encoding="utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(ConfigError, match="is installed and does not start"):
-        mathematics._Worker().ask("1", "1", 5.0)
+        math_equality._Worker().ask("1", "1", 5.0)
 
 
 # ---- without the package
@@ -293,8 +293,12 @@ def absent(monkeypatch):
 
 
 def test_absence_is_an_error_for_rows_that_need_it_only(absent):
-    assert not mathematics.is_available()
-    for ask in (mathematics.require, lambda: mathematics.are_equal("1", "1"), lambda: score(r"\boxed{1}", "1", "math")):
+    assert not math_equality.is_available()
+    for ask in (
+        math_equality.require,
+        lambda: math_equality.are_equal("1", "1"),
+        lambda: score(r"\boxed{1}", "1", "math"),
+    ):
         with pytest.raises(ConfigError, match=r"math-verify: pip install 'mlxvr\[math\]'"):
             ask()
     completion = r"\boxed{A}<think>r</think>\boxed{A}"

@@ -12,10 +12,10 @@ from itertools import product
 
 import pytest
 
-from mlxvr import mathematics
 from mlxvr.data.rows import Row
 from mlxvr.errors import ConfigError, DataError
-from mlxvr.rewards import Reward, Weights, agree, answers, format_reward, load_reward, score
+from mlxvr.grading import math_equality
+from mlxvr.grading.reward import Reward, Weights, agree, answers, format_reward, load_reward, score
 
 DECLINED = "Let's analyze the problem step by step."
 
@@ -212,8 +212,8 @@ def test_math_asks_math_verify(monkeypatch):
         asked.append((said, truth))
         return said.startswith("$")
 
-    monkeypatch.setattr(mathematics, "require", lambda: None)
-    monkeypatch.setattr(mathematics, "are_equal", are_equal)
+    monkeypatch.setattr(math_equality, "require", lambda: None)
+    monkeypatch.setattr(math_equality, "are_equal", are_equal)
     completion = r"\boxed{2+6}<think>r</think>\boxed{$8$}"
     assert score(completion, "8", "math").total == pytest.approx(1.1 + 1.0)
     assert asked == [("2+6", "8"), ("$8$", "8")]
@@ -473,7 +473,7 @@ def test_formulas_agree(one, other, far):
 def test_agreement_raises_as_score(monkeypatch):
     with pytest.raises(DataError, match="kind 'qa' has no reward"):
         agree("A", "B", "qa")
-    monkeypatch.setattr(mathematics, "is_available", lambda: False)
+    monkeypatch.setattr(math_equality, "is_available", lambda: False)
     with pytest.raises(ConfigError, match="math-verify"):
         agree("x+1", "1+x", "math")
 
@@ -546,7 +546,7 @@ def test_a_function_of_a_module(own):
 
 
 def test_a_module_that_is_installed(own):
-    assert load_reward("mlxvr.rewards:format_reward") is format_reward
+    assert load_reward("mlxvr.grading.reward:format_reward") is format_reward
 
 
 def test_entry_points(own):

@@ -8,8 +8,8 @@ import pytest
 from test_asking import END, FULL
 
 from mlxvr.data.rows import Row
+from mlxvr.grading.reward import Weights
 from mlxvr.grpo.validation import Judged, judge_answer, summarise
-from mlxvr.rewards import Weights
 
 SCRIPT = FULL  # \boxed{B}, sure to 0.9, five tokens; then reasoning, and \boxed{C}
 

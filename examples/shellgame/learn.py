@@ -26,6 +26,7 @@ from mlxvr.cli.plotting import BLUE, GREEN, ORANGE, write_plot
 from mlxvr.data.rows import load_rows
 from mlxvr.evaluation.calibration import auroc
 from mlxvr.evaluation.resampling import Bootstrap, Estimate
+from mlxvr.grading.reward import Weights
 from mlxvr.grpo.config import TrainConfig
 from mlxvr.grpo.lora import attach_saved
 from mlxvr.grpo.prompts import encode_row
@@ -33,7 +34,6 @@ from mlxvr.grpo.rollout import rollout
 from mlxvr.grpo.trainer import train
 from mlxvr.grpo.validation import judge_answer
 from mlxvr.model.loading import load_model
-from mlxvr.rewards import Weights
 from mlxvr.storage.paths import list_visible
 
 from .clips import reworded_held_out_set, reworded_set, write_set

@@ -23,9 +23,9 @@ from mlxvr.answering.confidence import FirstAnswer as ScoredAnswer
 from mlxvr.answering.confidence import score_first_answer, should_exit
 from mlxvr.answering.events import Answer, Event, FirstAnswer, Option, ReasoningDelta, Usage
 from mlxvr.answering.transcript import DualAnswerParser, Transcript, is_fallback, parse
-from mlxvr.choices import find_choice
 from mlxvr.data.rows import strip_letters
 from mlxvr.errors import ConfigError
+from mlxvr.grading.choices import find_choice
 
 __all__ = [
     "AskOptions",

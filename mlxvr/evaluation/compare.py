@@ -12,10 +12,10 @@ import numpy as np
 
 from mlxvr.data.rows import Row
 from mlxvr.errors import DataError
-from mlxvr.evaluation.grading import Grade
 from mlxvr.evaluation.metrics import mode_grade, usable
 from mlxvr.evaluation.resampling import Bootstrap, Estimate, clusters_of
 from mlxvr.evaluation.samples import Sample, decide, ordered
+from mlxvr.grading.lenient import Grade
 
 __all__ = ["Change", "Comparison", "check_comparable", "compare"]
 

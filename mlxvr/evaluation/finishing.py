@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mlxvr import mathematics
 from mlxvr.data.rows import Row
 from mlxvr.errors import ConfigError, DataError, MlxvrError
 from mlxvr.evaluation import sharding
@@ -20,6 +19,7 @@ from mlxvr.evaluation.metrics import Summary, SweepRow, summarise, sweep
 from mlxvr.evaluation.report import write_report
 from mlxvr.evaluation.samples import Sample, read_samples
 from mlxvr.evaluation.thresholds import save_threshold, write_threshold
+from mlxvr.grading import math_equality
 from mlxvr.runtime.hooks import Progress
 
 __all__ = ["EvalReport", "Other", "compare_finished", "read_other", "relabelled", "work_out"]
@@ -170,7 +170,9 @@ def work_out(
         first = f"; the first: {failed[0].error}" if failed else ""
         raise DataError(f"all {len(samples)} rows failed{first}")
     if any(sample.kind == "math" for sample in samples):
-        way = "math-verify" if mathematics.is_available() else "text and numbers: pip install 'mlxvr[math]' for algebra"
+        way = (
+            "math-verify" if math_equality.is_available() else "text and numbers: pip install 'mlxvr[math]' for algebra"
+        )
         settings = {**settings, "formulas_compared_by": way}
     threshold = settings["threshold"]
     summary = summarise(samples, threshold=threshold, bootstrap=config.resamples, seed=config.seed)

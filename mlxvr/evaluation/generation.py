@@ -20,8 +20,8 @@ from mlxvr.answering.events import Answer, FirstAnswer
 from mlxvr.data.prefetch import read_ahead
 from mlxvr.data.rows import Row
 from mlxvr.errors import Cancelled, MlxvrError
-from mlxvr.evaluation.grading import final_answer
 from mlxvr.evaluation.samples import Sample
+from mlxvr.grading.lenient import final_answer
 
 if TYPE_CHECKING:
     from mlxvr.reasoner import Clip, Reasoner

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mlxvr.evaluation.grading import Grade
 from mlxvr.evaluation.metrics import SweepRow, direct_grade, mode_grade
 from mlxvr.evaluation.samples import Sample, decide, ordered
+from mlxvr.grading.lenient import Grade
 
 __all__ = ["Judged", "curve", "judge"]
 

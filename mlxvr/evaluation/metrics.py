@@ -26,9 +26,9 @@ import numpy as np
 from mlxvr.answering.transcript import is_fallback
 from mlxvr.errors import ConfigError
 from mlxvr.evaluation.calibration import Bin, auroc, brier, expected_calibration_error, reliability
-from mlxvr.evaluation.grading import Grade, grade_parts
 from mlxvr.evaluation.resampling import Bootstrap, Estimate, clusters_of
 from mlxvr.evaluation.samples import Sample, decide, ordered
+from mlxvr.grading.lenient import Grade, grade_parts
 
 __all__ = [
     "Confidence",

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from mlxvr.answering.confidence import should_exit
+from mlxvr.grading.reward import most
 from mlxvr.grpo.gradient import GroupStats
 from mlxvr.grpo.learning import Group
 from mlxvr.grpo.validation import RIGHT, look_at
 from mlxvr.model.network import VideoModel
-from mlxvr.rewards import most
 
 __all__ = ["figures_of", "sum_up"]
 

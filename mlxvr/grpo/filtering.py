@@ -30,8 +30,8 @@ from typing import TYPE_CHECKING, Any
 
 from mlxvr.data.rows import Row, to_record
 from mlxvr.errors import Cancelled, ConfigError, DataError, MediaError
+from mlxvr.grading.reward import RewardFunction, ask_reward, most, score
 from mlxvr.media.spec import VisionSpec
-from mlxvr.rewards import RewardFunction, ask_reward, most, score
 from mlxvr.runtime.hooks import Progress, ShouldStop
 from mlxvr.storage.jsonl_log import Ledger, read_entries, write_atomically
 

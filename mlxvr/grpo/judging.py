@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from mlxvr.errors import DataError
+from mlxvr.grading.reward import Reward, RewardFunction, Weights, ask_reward, score
 from mlxvr.grpo.labelfree import GroupAnswer, agreement, coherence, group_answer, label_free_reward
 from mlxvr.grpo.rollout import Rollout
 from mlxvr.model.network import VideoModel
-from mlxvr.rewards import Reward, RewardFunction, Weights, ask_reward, score
 
 __all__ = ["Judge", "Judgement"]
 

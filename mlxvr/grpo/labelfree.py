@@ -43,12 +43,12 @@ from mlxvr.answering.confidence import answer_span
 from mlxvr.answering.detokenizer import Detokenizer
 from mlxvr.data.rows import Row
 from mlxvr.errors import ConfigError
+from mlxvr.grading.reward import Reward, Weights, agree, answers, format_reward
 from mlxvr.grpo.config import LABEL_FREE
 from mlxvr.grpo.forward import completion_logprobs
 from mlxvr.grpo.packing import pack
 from mlxvr.model.network import VideoModel
 from mlxvr.model.tokenizer import ChatTokenizer
-from mlxvr.rewards import Reward, Weights, agree, answers, format_reward
 
 if TYPE_CHECKING:
     from mlxvr.grpo.rollout import Rollout

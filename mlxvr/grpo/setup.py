@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mlxvr import mathematics
 from mlxvr.data.rows import Row, load_rows, to_record
 from mlxvr.data.training_sets import read_rows
 from mlxvr.errors import CheckpointError, ConfigError, DataError, MediaError
+from mlxvr.grading import math_equality
+from mlxvr.grading.reward import Weights
 from mlxvr.grpo.config import TrainConfig
 from mlxvr.grpo.lengths import PromptLengths, first_too_long
 from mlxvr.grpo.lora import LoraConfig
@@ -23,7 +24,6 @@ from mlxvr.model.loading import load_model
 from mlxvr.model.network import VideoModel
 from mlxvr.porting.defaults import Defaults
 from mlxvr.reasoner import find_folder
-from mlxvr.rewards import Weights
 from mlxvr.runtime import device_memory
 from mlxvr.runtime.hooks import Progress
 
@@ -202,7 +202,7 @@ def _require_mathematics(rows: Sequence[Row]) -> None:
     if formula is None:
         return
     try:
-        mathematics.require()
+        math_equality.require()
     except ConfigError as error:
         raise ConfigError(f"{formula.line}: {error}") from None
 

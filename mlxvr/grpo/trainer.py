@@ -9,8 +9,8 @@
 
 A step decides everything from the seed, its number and the rows' ids; so a run that was killed and resumed ends with
 the same bits as one that was not. Two things remain outside that: a formula that takes `math-verify` just about its
-limit of processor time (see `mlxvr.mathematics`), and a reward function of the user's own that is not a function of
-its arguments alone. Several ranks go through the same steps, each with its share of the rows; rank 0
+limit of processor time (see `mlxvr.grading.math_equality`), and a reward function of the user's own that is not a
+function of its arguments alone. Several ranks go through the same steps, each with its share of the rows; rank 0
 alone writes.
 """
 
@@ -33,6 +33,7 @@ from mlxvr.cli.settings import settings_of, write_settings
 from mlxvr.data.prefetch import read_ahead
 from mlxvr.data.rows import Row, to_record
 from mlxvr.errors import ConfigError, DataError, MediaError
+from mlxvr.grading.reward import RewardFunction, load_reward
 from mlxvr.grpo.config import TrainConfig, idle_options
 from mlxvr.grpo.curves import plot_curves
 from mlxvr.grpo.figures import figures_of, sum_up
@@ -68,7 +69,6 @@ from mlxvr.grpo.together import check_same, have_same_bits, shared_state
 from mlxvr.grpo.validation import Judged, judge_answer, summarise
 from mlxvr.media.spec import VisionSpec
 from mlxvr.model.network import VideoModel
-from mlxvr.rewards import RewardFunction, load_reward
 from mlxvr.runtime import device_memory
 from mlxvr.runtime.device_lock import hand_over, use_device
 from mlxvr.runtime.distributed import Ranks

@@ -12,10 +12,10 @@ import numpy as np
 from mlxvr.answering.confidence import should_exit
 from mlxvr.answering.loop import Outcome, think_once
 from mlxvr.data.rows import Row
+from mlxvr.grading.reward import RewardFunction, Weights, ask_reward, most, score
 from mlxvr.grpo.rollout import Completion, Rollout
 from mlxvr.model.decode import Token
 from mlxvr.model.network import VideoModel
-from mlxvr.rewards import RewardFunction, Weights, ask_reward, most, score
 
 __all__ = ["RIGHT", "Judged", "judge_answer", "look_at", "summarise"]
 

@@ -29,12 +29,12 @@ from dataclasses import dataclass
 from string import ascii_uppercase
 from typing import Any
 
-from mlxvr import mathematics
 from mlxvr.answering.boxes import Scanner
 from mlxvr.answering.transcript import is_fallback, parse
-from mlxvr.choices import find_letter, named_letter, normal, unwrap
 from mlxvr.errors import DataError
-from mlxvr.intervals import Interval, best_iou, find_named_interval, is_point, segments_of
+from mlxvr.grading import math_equality
+from mlxvr.grading.choices import find_letter, named_letter, normal, unwrap
+from mlxvr.grading.intervals import Interval, best_iou, find_named_interval, is_point, segments_of
 
 __all__ = ["Grade", "final_answer", "grade", "grade_parts"]
 
@@ -186,7 +186,7 @@ def _is_equal_math(said: str, truth: str) -> bool:
     if None not in values:
         return math.isclose(*values, rel_tol=1e-6) or _value(one.rstrip("%")) == _value(other.rstrip("%"))  # type: ignore[arg-type]
     formulas = (f"${unwrap(text).strip('$')}$" for text in (said, truth))
-    return mathematics.is_available() and mathematics.are_equal(*formulas)
+    return math_equality.is_available() and math_equality.are_equal(*formulas)
 
 
 def _value(formula: str) -> float | None:

@@ -9,7 +9,7 @@ answer is empty and earns nothing; a box that never closes is none. R1 and R2 by
     exact_match   equal after NFKC, lower case and single spaces. One letter is that letter, alone, in any bracket
                   (`(A)`, `[A]`) or before one of `) : ; / -`. yes/y/true/t/ok/okay and no/n/false/f, whatever
                   punctuation is around them, are the two words. `A.` and `A. text` are no letter here: evaluation reads
-                  more kindly (`mlxvr.evaluation.grading`)
+                  more kindly (`mlxvr.grading.lenient`)
     math          equal for the package `math-verify`, which reads numbers, fractions and percentages as they are. A
                   truth in `$..$` says that the answer may be a formula, and it is then read as one too
     iou           temporal IoU of the first interval in the text with the best of the true segments; 0 for a point
@@ -40,10 +40,10 @@ from importlib.metadata import entry_points
 from operator import attrgetter
 from typing import Any, TypeAlias
 
-from mlxvr import mathematics
 from mlxvr.data.rows import Row
 from mlxvr.errors import ConfigError, DataError
-from mlxvr.intervals import best_iou, find_interval, segments_of, temporal_iou
+from mlxvr.grading import math_equality
+from mlxvr.grading.intervals import best_iou, find_interval, segments_of, temporal_iou
 
 __all__ = [
     "Reward",
@@ -179,8 +179,8 @@ def load_reward(name: str) -> RewardFunction:
 
     Args:
         name: `module:function`, the module installed or in the working directory; or the name of an entry point of the
-            group `mlxvr.rewards`. The function takes a completion's text and its `mlxvr.data.rows.Row`, and returns a
-            number or a `Reward`.
+            group `mlxvr.rewards`. The function takes a completion's text and its `mlxvr.data.rows.Row`, and
+            returns a number or a `Reward`.
 
     Raises `ConfigError` when there is no such function, or its module fails.
     """
@@ -233,7 +233,7 @@ def _judge(answer: Any, kind: str) -> Callable[[str], float]:
     truth = _text_of(answer)
     if kind == "exact_match":
         return lambda said: float(_is_same(said, truth))
-    mathematics.require()
+    math_equality.require()
     return lambda said: float(_is_same_formula(said, truth))
 
 
@@ -289,9 +289,9 @@ def _canonical(text: str) -> str:
 def _is_same_formula(said: str, truth: str) -> bool:
     if not said:
         return False
-    if mathematics.are_equal(said, truth):
+    if math_equality.are_equal(said, truth):
         return True
-    return _FORMULA.fullmatch(truth) is not None and "$" not in said and mathematics.are_equal(f"${said}$", truth)
+    return _FORMULA.fullmatch(truth) is not None and "$" not in said and math_equality.are_equal(f"${said}$", truth)
 
 
 def _boxes(text: str) -> list[tuple[int, int]]:

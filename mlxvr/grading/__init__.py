@@ -1,0 +1,1 @@
+"""Whether an answer is right: choices, numbers, formulas, intervals; strict for rewards, lenient for evaluation."""
