@@ -11,10 +11,10 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from mlxvr.checkpoint.recipe import BITS, DTYPES, GROUP_SIZES, MODES
 from mlxvr.cli.parser import VerbParser, run_verb
 from mlxvr.cli.progress import Bars
 from mlxvr.errors import VerificationError
-from mlxvr.porting.recipe import BITS, DTYPES, GROUP_SIZES, MODES
 from mlxvr.porting.report import ConversionReport, format_bytes, peak_memory
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def _convert(args: argparse.Namespace) -> None:
 
 
 def _list_recipes() -> None:
-    from mlxvr.porting import recipe
+    from mlxvr.checkpoint import recipe
 
     for name in recipe.available():
         known = recipe.load(name)

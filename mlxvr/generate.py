@@ -15,16 +15,16 @@ from typing import Any, TextIO, get_args
 from mlxvr import reasoner
 from mlxvr.answering.events import Answer, Event, FirstAnswer, ReasoningDelta
 from mlxvr.answering.loop import Kind, Mode, Question
-from mlxvr.bundled import demo_folder, is_demo_model
+from mlxvr.checkpoint.bundled import demo_folder, is_demo_model
+from mlxvr.checkpoint.defaults import Defaults
+from mlxvr.checkpoint.folder import ModelFolder
 from mlxvr.cli.parser import VerbParser, clock_time, run_verb
 from mlxvr.cli.progress import Bars
 from mlxvr.errors import ConfigError
 from mlxvr.media.container import check_file
 from mlxvr.media.sequence import folder_frames
 from mlxvr.media.spec import SAMPLE_BY
-from mlxvr.model.folder import ModelFolder
 from mlxvr.model.loading import DTYPES
-from mlxvr.porting.defaults import Defaults
 from mlxvr.storage.paths import local_path
 
 __all__ = ["main", "make_parser"]

@@ -21,11 +21,12 @@ from recipes import write_plain
 import mlxvr
 from mlxvr import convert as verb
 from mlxvr.answering.loop import Question
+from mlxvr.checkpoint import hub
 from mlxvr.convert import convert, main
 from mlxvr.errors import CheckpointError, ConfigError, MlxvrError, RecipeError
 from mlxvr.model.loading import load_model
 from mlxvr.model.prompt import SYSTEM_PROMPT
-from mlxvr.porting import checkpoint, hub, shards
+from mlxvr.porting import checkpoint, shards
 from mlxvr.storage import staging
 
 # What MLX calls a tensor of a checkpoint in transformers' current spelling; written down from the public checkpoints.

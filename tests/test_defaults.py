@@ -8,12 +8,12 @@ import pytest
 
 import mlxvr
 from mlxvr.answering.loop import Question
+from mlxvr.checkpoint.defaults import Defaults, find_recipe
+from mlxvr.checkpoint.folder import ModelFolder
 from mlxvr.errors import CheckpointError
 from mlxvr.grpo import setup
 from mlxvr.grpo.config import TrainConfig
-from mlxvr.model.folder import ModelFolder
 from mlxvr.model.prompt import SYSTEM_PROMPT
-from mlxvr.porting.defaults import Defaults, find_recipe
 from mlxvr.porting.quantize import convert
 from mlxvr.reasoner import demo_folder
 from tests.checkpoints import write_checkpoint

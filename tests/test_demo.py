@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 import mlxvr
+from mlxvr.checkpoint.folder import ModelFolder
 from mlxvr.errors import ConfigError
 from mlxvr.media import load_vision
 from mlxvr.media.spec import VisionSpec
-from mlxvr.model.folder import ModelFolder
 from mlxvr.reasoner import demo_folder
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import mlxvr
+from mlxvr.checkpoint.folder import ModelFolder
 from mlxvr.media import VisionSpec, load_vision, normalise
-from mlxvr.model.folder import ModelFolder
 from mlxvr.model.loading import load_model
 from mlxvr.model.prompt import build_prompt
 from mlxvr.reasoner import demo_folder

@@ -10,11 +10,11 @@ from checkpoints import FAMILIES, write_checkpoint
 from mlx.utils import tree_flatten
 from recipes import write_plain
 
+from mlxvr.checkpoint import recipe
+from mlxvr.checkpoint.fp8 import unpack_fp8
 from mlxvr.errors import CheckpointError, ConfigError, RecipeError
-from mlxvr.model.fp8 import unpack_fp8
 from mlxvr.model.loading import load_model
 from mlxvr.model.network import VideoModel
-from mlxvr.porting import recipe
 from mlxvr.porting.quantize import convert
 
 MODES = [("affine", 4, 64), ("affine", 5, 32), ("mxfp4", 4, 32), ("nvfp4", 4, 16), ("mxfp8", 8, 32)]

@@ -7,9 +7,9 @@ import checkpoints
 import numpy as np
 import pytest
 
+from mlxvr.checkpoint.config_normalization import text_settings
 from mlxvr.errors import CheckpointError
 from mlxvr.model import families
-from mlxvr.model.dialects import text_settings
 from mlxvr.model.families import FAMILIES, family_of
 
 # config.json of the public checkpoints (Qwen2.5-VL-7B-Instruct in its first release's dialect, Qwen3-VL-8B-Instruct).

@@ -9,9 +9,9 @@ import checkpoints
 import numpy as np
 import pytest
 
+from mlxvr.checkpoint.folder import ModelFolder
+from mlxvr.checkpoint.safetensors import read_header
 from mlxvr.errors import CheckpointError
-from mlxvr.model.folder import ModelFolder
-from mlxvr.model.safetensors import read_header
 
 
 @pytest.fixture
@@ -345,7 +345,7 @@ def test_reading_a_folder_needs_no_mlx(whole: Path) -> None:
     import sys
 
     code = (
-        "import sys; from mlxvr.model.folder import ModelFolder\n"
+        "import sys; from mlxvr.checkpoint.folder import ModelFolder\n"
         f"ModelFolder.open({str(whole)!r}).check_shapes()\n"
         "heavy = {'mlx', 'mlx_vlm', 'torch', 'transformers'} & {name.split('.')[0] for name in sys.modules}\n"
         "assert not heavy, heavy"

@@ -18,7 +18,7 @@ import mlxvr
 from mlxvr import generate
 from mlxvr.answering.events import Answer, FirstAnswer, Usage
 from mlxvr.answering.transcript import Transcript
-from mlxvr.bundled import demo_folder
+from mlxvr.checkpoint.bundled import demo_folder
 from mlxvr.cli.parser import clock_time
 from tests.checkpoints import write_checkpoint
 from tests.clips import write_clip, write_sound

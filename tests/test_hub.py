@@ -10,8 +10,8 @@ import huggingface_hub.constants
 import pytest
 from hub_server import COMMIT, HubServer, Repo, serve
 
+from mlxvr.checkpoint import download_check, hub
 from mlxvr.errors import CheckpointError, ConfigError
-from mlxvr.porting import arrivals, hub
 
 WEIGHTS = bytes(range(256)) * 400  # 100 kB; nobody opens it here
 FILES = {
@@ -330,8 +330,8 @@ def test_a_damaged_file_is_named_removed_and_fetched_again(damage, at):
 
 def test_only_what_arrived_is_read_again(at, monkeypatch):
     hashed = []
-    digest = arrivals._digest
-    monkeypatch.setattr(arrivals, "_digest", lambda path, *rest: hashed.append(path.name) or digest(path, *rest))
+    digest = download_check._digest
+    monkeypatch.setattr(download_check, "_digest", lambda path, *rest: hashed.append(path.name) or digest(path, *rest))
     repo = Repo(dict(FILES), lfs={"model.safetensors"})
     with serve(org__name=repo) as server:
         at(server)

@@ -262,7 +262,7 @@ def test_other_packages_stay_where_they_belong(imports):
         (upward, "mlxvr.media", "from ..model import network", "mlxvr.model.network"),
         (upward, "mlxvr.model.decode", "from mlxvr.porting.upload import upload", "mlxvr.porting.upload"),
         (upward, "mlxvr.model.decode", 'import_module("mlxvr.reasoner")', "mlxvr.reasoner"),
-        (upward, "mlxvr.porting.hub", "def f():\n    import mlxvr.evaluation.metrics", "mlxvr.evaluation.metrics"),
+        (upward, "mlxvr.checkpoint.hub", "def f():\n    import mlxvr.evaluation.metrics", "mlxvr.evaluation.metrics"),
         (
             upward,
             "mlxvr.reasoner",
@@ -275,8 +275,8 @@ def test_other_packages_stay_where_they_belong(imports):
         (misplaced, "mlxvr.answering.transcript", "import mlx.core as mx", "mlx"),
         (misplaced, "mlxvr.media.video.video_reader", "def f():\n    import mlx.core", "mlx"),
         (misplaced, "mlxvr.reasoner", "import torch", "torch"),
-        (misplaced, "mlxvr.model.folder", "def f():\n    import pickle", "pickle"),
-        (misplaced, "mlxvr.model.folder", 'importlib.import_module("torch")', "torch"),
+        (misplaced, "mlxvr.checkpoint.folder", "def f():\n    import pickle", "pickle"),
+        (misplaced, "mlxvr.checkpoint.folder", 'importlib.import_module("torch")', "torch"),
         (misplaced, "mlxvr.reasoner", "from mlx_vlm import load", "mlx_vlm"),
         (misplaced, "mlxvr.model.decode", "from mlxvr.model.tokenizer import x", "mlxvr.model.tokenizer"),
     ],
@@ -289,7 +289,7 @@ def test_the_rules_catch(imports, rule, module, line, wrong):
 
 def test_the_rules_catch_a_cycle():
     sources = read_package()
-    sources["mlxvr.model.families"] += "\ndef f():\n    from mlxvr.model.folder import ModelFolder\n"
+    sources["mlxvr.model.families"] += "\ndef f():\n    from mlxvr.checkpoint.folder import ModelFolder\n"
     assert "mlxvr.model.families" in cycles(graph(sources))
 
 

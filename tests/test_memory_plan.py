@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from checkpoints import random_media
 
+from mlxvr.checkpoint.folder import ModelFolder
 from mlxvr.errors import ConfigError
 from mlxvr.model import cache as kv
 from mlxvr.model import decode, memory_plan
-from mlxvr.model.folder import ModelFolder
 from mlxvr.model.loading import load_model, weight_bytes
 from mlxvr.runtime import device_memory
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 import mlxvr
+from mlxvr.checkpoint.folder import ModelFolder
 from mlxvr.convert import convert
 from mlxvr.data.rows import load_rows, make_locator
 from mlxvr.errors import DataError, MediaError
 from mlxvr.media import probe
 from mlxvr.media.container import check_file
-from mlxvr.model.folder import ModelFolder
 from mlxvr.storage.paths import list_all, list_frames, list_visible, local_path, natural_key, parse_location
 from tests import checkpoints
 from tests.clips import write_clip

@@ -21,7 +21,7 @@ import pytest
 from PIL import Image
 
 import mlxvr
-from mlxvr.bundled import demo_folder
+from mlxvr.checkpoint.bundled import demo_folder
 from mlxvr.errors import Cancelled, CheckpointError, ConfigError, MediaError, OutOfMemoryError
 from mlxvr.media import load_vision
 from mlxvr.model.loading import load_model

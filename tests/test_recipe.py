@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from mlxvr.checkpoint import recipe
+from mlxvr.checkpoint.recipe import Budgets, KeyRule, Limits, Precision, Quantization, Recipe, Rule
 from mlxvr.errors import CheckpointError, RecipeError
 from mlxvr.model.families import FAMILIES
-from mlxvr.porting import recipe
-from mlxvr.porting.recipe import Budgets, KeyRule, Limits, Precision, Quantization, Recipe, Rule
 
 FOLDER = Path(__file__).parent.parent / "convert"
 MINIMAL = 'family = "qwen3_vl"\nthreshold = 0.5\n'

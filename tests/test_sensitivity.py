@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 
+from mlxvr.checkpoint import recipe as recipes
+from mlxvr.checkpoint.recipe import Precision, Quantization, Recipe, Rule
 from mlxvr.convert import convert
 from mlxvr.errors import Cancelled, ConfigError
 from mlxvr.model.loading import load_model
-from mlxvr.porting import recipe as recipes
 from mlxvr.porting import sensitivity
 from mlxvr.porting.checkpoint import Checkpoint
 from mlxvr.porting.layerwise import LayerwiseModel
 from mlxvr.porting.probes import Probe
-from mlxvr.porting.recipe import Precision, Quantization, Recipe, Rule
 from mlxvr.porting.sensitivity import assign, candidates, choose_precisions, measure
 from tests.checkpoints import FAMILIES, random_media, write_checkpoint
 

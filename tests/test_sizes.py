@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from checkpoints import make_config, tensor_shapes, text_settings, train_tokenizer, vision_settings, write_side_files
 
-from mlxvr.porting import recipe
+from mlxvr.checkpoint import recipe
 from mlxvr.porting.checkpoint import Checkpoint
 from mlxvr.porting.plan import make_plan
 from mlxvr.porting.shards import MAX_SHARD_BYTES

@@ -11,9 +11,9 @@ from checkpoints import write_checkpoint
 from hub_server import Repo
 from hub_uploads import Account, UploadServer, serve_uploads
 
+from mlxvr.checkpoint import hub
 from mlxvr.convert import convert, main
 from mlxvr.errors import CheckpointError, ConfigError
-from mlxvr.porting import hub
 from mlxvr.porting.upload import check_upload, upload
 
 ALICE = {"secret": Account("alice", orgs={"lab": "write", "club": "read"})}

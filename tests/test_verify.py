@@ -13,6 +13,7 @@ import pytest
 from recipes import write_plain
 
 import mlxvr
+from mlxvr.checkpoint.recipe import Limits
 from mlxvr.errors import Cancelled, CheckpointError, ConfigError
 from mlxvr.media import VisionSpec
 from mlxvr.model.decode import prefill, suppression
@@ -23,7 +24,6 @@ from mlxvr.porting.first_answers import Draft, opening, write_answers
 from mlxvr.porting.layerwise import LayerwiseModel
 from mlxvr.porting.probes import Probe, budgeted, build_prompts, bundled, load_media
 from mlxvr.porting.quantize import convert
-from mlxvr.porting.recipe import Limits
 from mlxvr.porting.verification import Divergence, ProbeResult, VerificationReport, compare_logits
 from mlxvr.porting.verify import verify
 from mlxvr.reasoner import demo_folder

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import get_args
 
-from mlxvr.bundled import is_demo_model
+from mlxvr.checkpoint.bundled import is_demo_model
 from mlxvr.cli.settings import flag
 from mlxvr.errors import ConfigError, DataError
 from mlxvr.evaluation.calibrate import Calibration, Goal, calibrate

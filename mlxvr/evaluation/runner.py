@@ -19,7 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlxvr.bundled import NOT_OF_THE_DEMO, demo_folder, is_bundled, is_demo_model
+from mlxvr.checkpoint.bundled import NOT_OF_THE_DEMO, demo_folder, is_bundled, is_demo_model
 from mlxvr.data.benchmarks import read_benchmark
 from mlxvr.data.rows import Row, load_rows
 from mlxvr.errors import ConfigError, DataError

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mlxvr.checkpoint.defaults import Defaults
 from mlxvr.data.rows import Row, load_rows, to_record
 from mlxvr.data.training_sets import read_rows
 from mlxvr.errors import CheckpointError, ConfigError, DataError, MediaError
@@ -22,7 +23,6 @@ from mlxvr.grpo.state import read_progress, state_file
 from mlxvr.media.spec import VisionSpec
 from mlxvr.model.loading import load_model
 from mlxvr.model.network import VideoModel
-from mlxvr.porting.defaults import Defaults
 from mlxvr.reasoner import find_folder
 from mlxvr.runtime import device_memory
 from mlxvr.runtime.hooks import Progress

@@ -20,9 +20,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from mlxvr.checkpoint.safetensors import TensorInfo, read_header
 from mlxvr.errors import CheckpointError
 from mlxvr.model.adapter_layouts import AdapterLayer, read_mlx, read_peft
-from mlxvr.model.safetensors import TensorInfo, read_header
 
 __all__ = ["LORA_PARTS", "Adapter", "add_layers", "apply_adapter", "find_layers", "swap_modules"]
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mlxvr.model.folder import ModelFolder
+from mlxvr.checkpoint.folder import ModelFolder
 
 __all__ = ["describe_base", "difference_of_bases", "warn_of_another_base"]
 

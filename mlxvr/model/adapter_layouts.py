@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlxvr.checkpoint.safetensors import TensorInfo
 from mlxvr.errors import CheckpointError
 from mlxvr.model.families import FAMILIES
-from mlxvr.model.safetensors import TensorInfo
 
 __all__ = ["AdapterLayer", "read_mlx", "read_peft"]
 

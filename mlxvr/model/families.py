@@ -18,9 +18,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from mlxvr.checkpoint import config_normalization
 from mlxvr.errors import CheckpointError
 from mlxvr.media.patches import VisionInput
-from mlxvr.model import dialects, shapes
+from mlxvr.model import shapes
 from mlxvr.model.mrope import MRopeConvention
 
 __all__ = ["FAMILIES", "Family", "Qwen3VL", "Qwen25VL", "VisionBlock", "family_of"]
@@ -57,11 +58,11 @@ class Family(ABC):
     name: ClassVar[str]
 
     def mlx_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """`config.json` in the spelling of stock mlx-vlm, from any dialect (see `mlxvr.model.dialects`).
+        """`config.json` as stock mlx-vlm spells it, from any dialect (see `mlxvr.checkpoint.config_normalization`).
 
         Raises `CheckpointError` for a setting that is missing or not implemented.
         """
-        return dialects.normalise(config, self.name)
+        return config_normalization.normalise(config, self.name)
 
     def mlx_key(self, hf_name: str, *, tied: bool = False) -> str | None:
         """MLX's name of a tensor in any public spelling; names that are MLX's already stay as they are.

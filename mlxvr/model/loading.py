@@ -16,12 +16,12 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlxvr.checkpoint.folder import ModelFolder
+from mlxvr.checkpoint.fp8 import unpack_fp8
 from mlxvr.errors import CheckpointError, ConfigError
 from mlxvr.media.spec import VisionSpec
 from mlxvr.model.adapter import Adapter, apply_adapter
 from mlxvr.model.adapter_base import describe_base, warn_of_another_base
-from mlxvr.model.folder import ModelFolder
-from mlxvr.model.fp8 import unpack_fp8
 from mlxvr.model.network import VideoModel
 from mlxvr.model.tokenizer import ChatTokenizer
 from mlxvr.runtime.device_lock import use_device

@@ -17,12 +17,12 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlxvr.checkpoint.folder import ModelFolder
 from mlxvr.errors import Cancelled
 from mlxvr.media.patches import VisionInput, normalise
 from mlxvr.media.spec import VisionSpec
 from mlxvr.model import cache as kv
 from mlxvr.model.families import Family
-from mlxvr.model.folder import ModelFolder
 from mlxvr.model.head import Head
 from mlxvr.model.prompt import SYSTEM_PROMPT
 from mlxvr.model.tokenizer import ChatTokenizer
@@ -65,7 +65,7 @@ class VideoModel:
         config: `config.json`, normalised.
         spec: what the checkpoint's processor files expect of its pictures.
         system_prompt: what the model is told first: VideoAuto-R1's, until it is set to the checkpoint's own, which
-            `mlxvr.porting.defaults` knows.
+            `mlxvr.checkpoint.defaults` knows.
         tokenizer: with the chat template.
         folder: that it was loaded from; None for parts of a model.
         network: mlx-vlm's module, for those who train or convert it.

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from mlxvr.checkpoint.config_normalization import text_settings
 from mlxvr.data.rows import strip_letters
 from mlxvr.errors import CheckpointError, ConfigError
 from mlxvr.media.patches import VisionInput
-from mlxvr.model.dialects import text_settings
 from mlxvr.model.families import Family, VisionBlock
 from mlxvr.model.mrope import MRopeConvention
 from mlxvr.model.positions import rope_positions

@@ -11,10 +11,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from mlxvr.checkpoint import hub
+from mlxvr.checkpoint.folder import ModelFolder
+from mlxvr.checkpoint.recipe import Recipe
 from mlxvr.errors import CheckpointError
-from mlxvr.model.folder import ModelFolder
-from mlxvr.porting import hub
-from mlxvr.porting.recipe import Recipe
 from mlxvr.storage.paths import list_visible
 from mlxvr.storage.staging import write_synced
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from mlxvr.checkpoint.folder import ModelFolder, TensorInfo
+from mlxvr.checkpoint.weight_formats import HELD_AS, Encoding, Fp8Blocks, Packed, Plain
 from mlxvr.errors import CheckpointError
-from mlxvr.model.folder import ModelFolder, TensorInfo
-from mlxvr.porting.encodings import HELD_AS, Encoding, Fp8Blocks, Packed, Plain
 
 __all__ = ["Checkpoint", "SourceTensor", "all_finite"]
 

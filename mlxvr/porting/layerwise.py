@@ -25,9 +25,9 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
+from mlxvr.checkpoint.folder import ModelFolder
 from mlxvr.errors import Cancelled
 from mlxvr.media.patches import VisionInput
-from mlxvr.model.folder import ModelFolder
 from mlxvr.model.loading import load_model, map_weights
 from mlxvr.model.network import VideoModel, VisionFeatures
 from mlxvr.model.prompt import Prompt

@@ -14,8 +14,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlxvr.checkpoint.recipe import Precision, Quantization
 from mlxvr.porting.checkpoint import Checkpoint, SourceTensor
-from mlxvr.porting.recipe import Precision, Quantization
 from mlxvr.porting.shards import OutputTensor, plan_shards
 
 __all__ = ["DTYPE_CODES", "Job", "Plan", "Update", "make_plan", "packed_tensors"]

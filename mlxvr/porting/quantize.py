@@ -16,13 +16,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlxvr.checkpoint import hub
+from mlxvr.checkpoint import recipe as recipes
+from mlxvr.checkpoint.defaults import find_recipe
+from mlxvr.checkpoint.recipe import Limits, Precision, Quantization, Recipe
 from mlxvr.errors import ConfigError, RecipeError, VerificationError
-from mlxvr.porting import card, hub
-from mlxvr.porting import recipe as recipes
+from mlxvr.porting import card
 from mlxvr.porting.checkpoint import Checkpoint
-from mlxvr.porting.defaults import find_recipe
 from mlxvr.porting.plan import Plan, make_plan
-from mlxvr.porting.recipe import Limits, Precision, Quantization, Recipe
 from mlxvr.porting.report import ConversionReport, peak_memory
 from mlxvr.porting.shards import is_finished, write_index
 from mlxvr.porting.stream import write_shards

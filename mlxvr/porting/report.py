@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mlxvr.porting.recipe import Limits
+    from mlxvr.checkpoint.recipe import Limits
     from mlxvr.porting.verify import VerificationReport
 
 __all__ = ["ConversionReport", "format_bytes", "peak_memory"]

@@ -53,17 +53,17 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
+from mlxvr.checkpoint.defaults import Defaults
+from mlxvr.checkpoint.folder import ModelFolder
+from mlxvr.checkpoint.recipe import Precision, Recipe
 from mlxvr.errors import ConfigError
 from mlxvr.model.decode import suppression
-from mlxvr.model.folder import ModelFolder
 from mlxvr.model.prompt import Prompt
 from mlxvr.porting.checkpoint import Checkpoint
-from mlxvr.porting.defaults import Defaults
 from mlxvr.porting.first_answers import Draft, opening, write_answers
 from mlxvr.porting.layerwise import Layer, LayerwiseModel, Track
 from mlxvr.porting.plan import DTYPE_CODES, make_plan, packed_tensors
 from mlxvr.porting.probes import Probe, budgeted, build_prompts, bundled, load_media
-from mlxvr.porting.recipe import Precision, Recipe
 from mlxvr.porting.report import format_bytes
 from mlxvr.runtime import device_memory
 from mlxvr.runtime.device_lock import use_device

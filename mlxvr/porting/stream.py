@@ -11,9 +11,9 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from mlxvr.checkpoint.weight_formats import as_mlx, as_numpy
 from mlxvr.errors import CheckpointError
 from mlxvr.porting.checkpoint import all_finite
-from mlxvr.porting.encodings import as_mlx, as_numpy
 from mlxvr.porting.plan import Job, Plan
 from mlxvr.porting.shards import ShardWriter, is_finished
 from mlxvr.runtime.hooks import Progress

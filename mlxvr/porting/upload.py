@@ -16,10 +16,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlxvr.checkpoint import hub
+from mlxvr.checkpoint.folder import ModelFolder
+from mlxvr.checkpoint.hub_errors import endpoint, explain_upload
 from mlxvr.errors import CheckpointError, ConfigError
-from mlxvr.model.folder import ModelFolder
-from mlxvr.porting import hub
-from mlxvr.porting.hub_errors import endpoint, explain_upload
 from mlxvr.runtime.hooks import Progress
 from mlxvr.storage.paths import list_visible
 

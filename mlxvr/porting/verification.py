@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlxvr.porting.recipe import Limits
+from mlxvr.checkpoint.recipe import Limits
 
 __all__ = ["Divergence", "ProbeResult", "VerificationReport", "compare_logits"]
 

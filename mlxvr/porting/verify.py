@@ -29,13 +29,13 @@ import mlx.core as mx
 import numpy as np
 
 from mlxvr.answering.confidence import should_exit
+from mlxvr.checkpoint import hub
+from mlxvr.checkpoint.defaults import Defaults
+from mlxvr.checkpoint.folder import ModelFolder
 from mlxvr.errors import CheckpointError, ConfigError
 from mlxvr.model.decode import suppression
-from mlxvr.model.folder import ModelFolder
 from mlxvr.model.network import VideoModel
 from mlxvr.model.prompt import Prompt
-from mlxvr.porting import hub
-from mlxvr.porting.defaults import Defaults
 from mlxvr.porting.first_answers import MOST_TOKENS, Draft, choose_greedily, opening, write_answers
 from mlxvr.porting.layerwise import LayerwiseModel
 from mlxvr.porting.probes import Probe, budgeted, build_prompts, bundled, load_media

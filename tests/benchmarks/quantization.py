@@ -33,16 +33,16 @@ import torch
 from examples.shellgame.evaluate import load_rows
 from mlxvr.answering.confidence import score_first_answer
 from mlxvr.answering.loop import Outcome, think_once
+from mlxvr.checkpoint import recipe as recipes
+from mlxvr.checkpoint.recipe import Precision, Quantization, Rule
 from mlxvr.media import load_vision
 from mlxvr.model.decode import decode, prefill
 from mlxvr.model.loading import load_model
 from mlxvr.model.network import VisionFeatures
 from mlxvr.model.prompt import Prompt, build_prompt
-from mlxvr.porting import recipe as recipes
 from mlxvr.porting import sensitivity
 from mlxvr.porting.checkpoint import Checkpoint
 from mlxvr.porting.plan import make_plan
-from mlxvr.porting.recipe import Precision, Quantization, Rule
 from mlxvr.porting.verify import compare_logits
 from mlxvr.reasoner import demo_folder
 from tests.checkpoints import FAMILIES, random_media, write_checkpoint

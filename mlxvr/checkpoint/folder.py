@@ -17,10 +17,10 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from mlxvr.checkpoint import config_normalization
+from mlxvr.checkpoint.safetensors import TensorInfo, holds_the_same, read_header
 from mlxvr.errors import CheckpointError
-from mlxvr.model import dialects
 from mlxvr.model.families import Family, family_of
-from mlxvr.model.safetensors import TensorInfo, holds_the_same, read_header
 from mlxvr.storage.content_hash import FileStamp, hash_files, stamp_of
 from mlxvr.storage.paths import list_visible
 
@@ -108,7 +108,7 @@ class ModelFolder:
         transformers 4.57 ignores `tie_word_embeddings` at the root, so a model that it saves may have such a folder;
         transformers 5 reads it in this way too.
         """
-        if not dialects.is_tied(self.config):
+        if not config_normalization.is_tied(self.config):
             return self
         named = {self.mlx_key(name, tied=False): info for name, info in self.tensors.items()}
         head, embedding = (
@@ -118,7 +118,7 @@ class ModelFolder:
         if head is None or embedding is None or holds_the_same(head, embedding):
             return self
         _log.warning("%s: config.json ties the output head to the embedding, and they differ: each is used", self.path)
-        return dataclasses.replace(self, config=dialects.untie(self.config))
+        return dataclasses.replace(self, config=config_normalization.untie(self.config))
 
     def mlx_key(self, name: str, *, tied: bool) -> str | None:
         """MLX's name of the tensor `name`, see `Family.mlx_key`."""

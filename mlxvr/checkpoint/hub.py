@@ -19,9 +19,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+from mlxvr.checkpoint import download_check
+from mlxvr.checkpoint.hub_errors import endpoint, explain_download
 from mlxvr.errors import CheckpointError, ConfigError
-from mlxvr.porting import arrivals
-from mlxvr.porting.hub_errors import endpoint, explain_download
 from mlxvr.runtime.hooks import Progress
 from mlxvr.storage.paths import list_visible
 
@@ -121,7 +121,7 @@ def _download(repo_id: str, revision: str | None, progress: Progress | None) -> 
     _log.info("fetching %s (revision %s) from the Hub", repo_id, revision or "main")
     repository = Path(constants.HF_HUB_CACHE).expanduser() / f"models--{repo_id.replace('/', '--')}"
     try:
-        with arrivals.noted(repository) as known:
+        with download_check.noted(repository) as known:
             folder = snapshot_download(
                 repo_id,
                 revision=revision,
@@ -131,7 +131,7 @@ def _download(repo_id: str, revision: str | None, progress: Progress | None) -> 
                 library_name="mlxvr",
                 tqdm_class=None if progress is None else _forwarding_bar(progress),
             )
-            arrivals.check(Path(folder), known, progress)
+            download_check.check(Path(folder), known, progress)
     except (HTTPError, OSError, ValueError) as error:
         raise CheckpointError(explain_download(error, repo_id, revision)) from error
     return Path(folder)

@@ -19,8 +19,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from mlxvr.checkpoint.toml_tables import build, check_value, without_unset
 from mlxvr.errors import CheckpointError, RecipeError
-from mlxvr.porting.tables import build, check_value, without_unset
 from mlxvr.storage.paths import list_visible
 
 __all__ = ["BITS", "DTYPES", "GROUP_SIZES", "MODES", "Budgets", "KeyRule", "Limits", "Precision", "Quantization"]

@@ -17,13 +17,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
+from mlxvr.checkpoint import hub
+from mlxvr.checkpoint import recipe as recipes
+from mlxvr.checkpoint.folder import ModelFolder
+from mlxvr.checkpoint.recipe import Budgets, Recipe
 from mlxvr.errors import CheckpointError, ConfigError
 from mlxvr.media.spec import VisionSpec
-from mlxvr.model.folder import ModelFolder
 from mlxvr.model.prompt import SYSTEM_PROMPT
-from mlxvr.porting import hub
-from mlxvr.porting import recipe as recipes
-from mlxvr.porting.recipe import Budgets, Recipe
 
 __all__ = ["Defaults", "EffectiveSetting", "find_recipe"]
 

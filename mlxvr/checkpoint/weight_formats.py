@@ -1,7 +1,7 @@
 """How a weight lies on disk, and its rows as plain floats, a few megabytes at a time.
 
     Plain       floats (or the integers of packed weights that are copied as they are)
-    Fp8Blocks   8-bit floats with a scale for each block of rows and columns (see `mlxvr.model.fp8`)
+    Fp8Blocks   8-bit floats with a scale for each block of rows and columns (see `mlxvr.checkpoint.fp8`)
     Packed      MLX's own quantized weights: 32-bit words, scales and, in the affine mode, biases
 
 Reading is plain file reads rather than a memory map, so that what has been passed on leaves memory.
@@ -15,10 +15,10 @@ from typing import Any, BinaryIO
 import mlx.core as mx
 import numpy as np
 
+from mlxvr.checkpoint.fp8 import unpack_fp8
+from mlxvr.checkpoint.safetensors import TensorInfo
 from mlxvr.errors import CheckpointError
 from mlxvr.model.families import Family
-from mlxvr.model.fp8 import unpack_fp8
-from mlxvr.model.safetensors import TensorInfo
 
 __all__ = ["HELD_AS", "Encoding", "Fp8Blocks", "Packed", "Plain", "as_mlx", "as_numpy"]
 
