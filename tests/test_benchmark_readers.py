@@ -21,7 +21,7 @@ from mlxvr.errors import ConfigError, DataError
 from mlxvr.media.spec import VisionSpec
 from mlxvr.media.video.video_reader import read_video
 from mlxvr.media.vision import load_vision, read_frames
-from mlxvr.model.families import FAMILIES
+from mlxvr.model.families.base import FAMILIES
 
 SPEC = VisionSpec(patch_size=16, merge_size=2, mean=(0.5,) * 3, std=(0.5,) * 3)
 

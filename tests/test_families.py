@@ -9,8 +9,8 @@ import pytest
 
 from mlxvr.checkpoint.config_normalization import text_settings
 from mlxvr.errors import CheckpointError
-from mlxvr.model import families
-from mlxvr.model.families import FAMILIES, family_of
+from mlxvr.model.families import base
+from mlxvr.model.families.base import FAMILIES, family_of
 
 # config.json of the public checkpoints (Qwen2.5-VL-7B-Instruct in its first release's dialect, Qwen3-VL-8B-Instruct).
 QWEN2_5_7B = {
@@ -309,7 +309,7 @@ def test_qwen2_5_writes_one_block_whose_rows_lie_apart_by_their_time() -> None:
 
 
 def test_the_time_between_rows_is_the_one_of_the_release_that_wrote_the_checkpoint(caplog) -> None:
-    families._warn_of_one_time.cache_clear()
+    base._warn_of_one_time.cache_clear()
     video = checkpoints.random_media("qwen2_5_vl", "video", (4, 6, 8), second_per_grid=2.75)
     fast = checkpoints.random_media("qwen2_5_vl", "video", (4, 6, 8), second_per_grid=0.5)
     steps = {}

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from releases.prompts import PROMPTS
 
-from mlxvr.model.families import VisionBlock
+from mlxvr.model.families.base import VisionBlock
 from mlxvr.model.mrope import MRopeConvention
 from mlxvr.model.positions import rope_positions
 

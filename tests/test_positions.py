@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mlxvr.model.families import VisionBlock
+from mlxvr.model.families.base import VisionBlock
 from mlxvr.model.positions import rope_positions
 
 

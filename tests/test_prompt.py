@@ -11,7 +11,7 @@ from checkpoints import random_media
 
 from mlxvr.checkpoint.folder import ModelFolder
 from mlxvr.errors import CheckpointError, ConfigError
-from mlxvr.model.families import family_of
+from mlxvr.model.families.base import family_of
 from mlxvr.model.prompt import KINDS, SYSTEM_PROMPT, Prompt, build_prompt, evaluation_copy, question_text
 from mlxvr.model.tokenizer import ChatTokenizer
 

@@ -11,7 +11,7 @@ import pytest
 from mlxvr.checkpoint import recipe
 from mlxvr.checkpoint.recipe import Budgets, KeyRule, Limits, Precision, Quantization, Recipe, Rule
 from mlxvr.errors import CheckpointError, RecipeError
-from mlxvr.model.families import FAMILIES
+from mlxvr.model.families.base import FAMILIES
 
 FOLDER = Path(__file__).parent.parent / "convert"
 MINIMAL = 'family = "qwen3_vl"\nthreshold = 0.5\n'

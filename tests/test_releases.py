@@ -15,7 +15,7 @@ import pytest
 from checkpoints import random_media
 
 from mlxvr.media.patches import normalise
-from mlxvr.model.families import family_of
+from mlxvr.model.families.base import family_of
 from mlxvr.model.loading import load_model
 from mlxvr.model.prompt import build_prompt
 from mlxvr.porting.quantize import convert

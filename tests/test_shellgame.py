@@ -184,7 +184,7 @@ def chat(codec, tmp_path_factory):
 
 def test_prompts_are_the_librarys(codec, chat):
     from mlxvr.media.patches import VisionInput
-    from mlxvr.model.families import family_of
+    from mlxvr.model.families.base import family_of
     from mlxvr.model.prompt import build_prompt
 
     config = {

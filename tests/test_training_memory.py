@@ -24,7 +24,7 @@ from mlxvr.grpo.loss import LossConfig
 from mlxvr.grpo.memory import estimate, estimate_training
 from mlxvr.grpo.rollout import prefill_step, rollout
 from mlxvr.grpo.trainer import train
-from mlxvr.model.families import family_of
+from mlxvr.model.families.base import family_of
 from mlxvr.model.loading import load_model
 from mlxvr.reasoner import demo_folder
 

@@ -20,7 +20,7 @@ from typing import Any
 from mlxvr.checkpoint import config_normalization
 from mlxvr.checkpoint.safetensors import TensorInfo, holds_the_same, read_header
 from mlxvr.errors import CheckpointError
-from mlxvr.model.families import Family, family_of
+from mlxvr.model.families.base import Family, family_of
 from mlxvr.storage.content_hash import FileStamp, hash_files, stamp_of
 from mlxvr.storage.paths import list_visible
 

@@ -18,7 +18,7 @@ import numpy as np
 from mlxvr.checkpoint.fp8 import unpack_fp8
 from mlxvr.checkpoint.safetensors import TensorInfo
 from mlxvr.errors import CheckpointError
-from mlxvr.model.families import Family
+from mlxvr.model.families.base import Family
 
 __all__ = ["HELD_AS", "Encoding", "Fp8Blocks", "Packed", "Plain", "as_mlx", "as_numpy"]
 

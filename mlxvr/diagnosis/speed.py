@@ -22,9 +22,9 @@ import numpy as np
 from mlxvr.diagnosis.findings import Finding
 from mlxvr.media import VisionSpec, normalise
 from mlxvr.model import cache as kv
-from mlxvr.model.families import family_of
+from mlxvr.model.families.base import family_of
 from mlxvr.model.memory_plan import plan_prompt
-from mlxvr.model.vision import plan_frame, run_tower
+from mlxvr.model.vision_tower import plan_frame, run_tower
 from mlxvr.runtime.device_memory import avoid_cpu_compiler, backend, usable_memory
 
 __all__ = ["Prediction", "check_speed", "measure", "predict"]

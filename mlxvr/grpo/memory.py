@@ -30,9 +30,9 @@ from mlxvr.grpo.forward import LOGITS_AT_ONCE, QUERIES_AT_ONCE, SCORES_AT_ONCE
 from mlxvr.grpo.lora import PROJECTIONS, lora_weights
 from mlxvr.model.adapter import find_layers
 from mlxvr.model.cache import CACHE_STEP
-from mlxvr.model.families import family_of
+from mlxvr.model.families.base import family_of
 from mlxvr.model.network import PATCHES_AT_ONCE, VideoModel
-from mlxvr.model.vision import SCORES_AT_ONCE as VISION_SCORES_AT_ONCE
+from mlxvr.model.vision_tower import SCORES_AT_ONCE as VISION_SCORES_AT_ONCE
 from mlxvr.runtime.device_memory import backend
 
 __all__ = ["MemoryEstimate", "Workload", "estimate", "estimate_training"]

@@ -22,7 +22,7 @@ from typing import Any
 
 from mlxvr.checkpoint.safetensors import TensorInfo
 from mlxvr.errors import CheckpointError
-from mlxvr.model.families import FAMILIES
+from mlxvr.model.families.base import FAMILIES
 
 __all__ = ["AdapterLayer", "read_mlx", "read_peft"]
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from mlxvr.model.cache import CACHE_STEP, group_size
 from mlxvr.model.network import PATCHES_AT_ONCE
-from mlxvr.model.vision import SCORES_AT_ONCE
+from mlxvr.model.vision_tower import SCORES_AT_ONCE
 
 __all__ = ["PromptMemory", "cache_bytes", "plan_prompt", "prefill_bytes", "step_limit", "vision_bytes"]
 

@@ -22,11 +22,11 @@ from mlxvr.errors import Cancelled
 from mlxvr.media.patches import VisionInput, normalise
 from mlxvr.media.spec import VisionSpec
 from mlxvr.model import cache as kv
-from mlxvr.model.families import Family
+from mlxvr.model.families.base import Family
 from mlxvr.model.head import Head
 from mlxvr.model.prompt import SYSTEM_PROMPT
 from mlxvr.model.tokenizer import ChatTokenizer
-from mlxvr.model.vision import SCORES_AT_ONCE, FramePlan, plan_frame, run_tower
+from mlxvr.model.vision_tower import SCORES_AT_ONCE, FramePlan, plan_frame, run_tower
 from mlxvr.runtime.hooks import Progress, ShouldStop
 
 __all__ = ["PATCHES_AT_ONCE", "VideoModel", "VisionFeatures"]

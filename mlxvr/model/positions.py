@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mlxvr.model.families import VisionBlock
+from mlxvr.model.families.base import VisionBlock
 
 __all__ = ["rope_positions"]
 

@@ -18,7 +18,7 @@ from mlxvr.checkpoint.config_normalization import text_settings
 from mlxvr.data.rows import strip_letters
 from mlxvr.errors import CheckpointError, ConfigError
 from mlxvr.media.patches import VisionInput
-from mlxvr.model.families import Family, VisionBlock
+from mlxvr.model.families.base import Family, VisionBlock
 from mlxvr.model.mrope import MRopeConvention
 from mlxvr.model.positions import rope_positions
 from mlxvr.model.tokenizer import ChatTokenizer

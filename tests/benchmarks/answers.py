@@ -25,7 +25,7 @@ import numpy as np
 
 from mlxvr.media.spec import VisionSpec
 from mlxvr.model.decode import decode, prefill
-from mlxvr.model.families import family_of
+from mlxvr.model.families.base import family_of
 from mlxvr.model.network import VideoModel
 from mlxvr.model.prefix import Prefix
 from mlxvr.model.prompt import Prompt, build_prompt
