@@ -1,7 +1,7 @@
 """`python -m mlxvr.convert`: a checkpoint from the Hub or a folder becomes a folder of quantized MLX weights.
 
-The work is `mlxvr.porting.quantize.convert` and `mlxvr.porting.verify.verify`, which are also this module's `convert`
-and `verify` for use from Python.
+The work is `mlxvr.conversion.quantize.convert` and `mlxvr.conversion.measure.verify.verify`, which are also this
+module's `convert` and `verify` for use from Python.
 """
 
 import argparse
@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 from mlxvr.checkpoint.recipe import BITS, DTYPES, GROUP_SIZES, MODES
 from mlxvr.cli.parser import VerbParser, run_verb
 from mlxvr.cli.progress import Bars
+from mlxvr.conversion.summary import ConversionReport, format_bytes, peak_memory
 from mlxvr.errors import VerificationError
-from mlxvr.porting.report import ConversionReport, format_bytes, peak_memory
 
 if TYPE_CHECKING:
-    from mlxvr.porting.quantize import convert
-    from mlxvr.porting.verify import VerificationReport, verify
+    from mlxvr.conversion.measure.verify import VerificationReport, verify
+    from mlxvr.conversion.quantize import convert
 
 __all__ = ["ConversionReport", "VerificationReport", "convert", "main", "make_parser", "verify"]
 
@@ -27,11 +27,11 @@ __all__ = ["ConversionReport", "VerificationReport", "convert", "main", "make_pa
 def __getattr__(name: str) -> Any:
     # MLX is not imported before a conversion begins, so that --help and wrong options answer at once.
     if name == "convert":
-        from mlxvr.porting.quantize import convert
+        from mlxvr.conversion.quantize import convert
 
         return convert
     if name in ("VerificationReport", "verify"):
-        from mlxvr.porting import verify
+        from mlxvr.conversion.measure import verify
 
         return getattr(verify, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -93,8 +93,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _convert(args: argparse.Namespace) -> None:
-    from mlxvr.porting.quantize import convert
-    from mlxvr.porting.upload import check_upload, upload
+    from mlxvr.conversion.quantize import convert
+    from mlxvr.conversion.upload import check_upload, upload
 
     if args.upload_repo:
         check_upload(args.upload_repo)  # before hours of work

@@ -62,7 +62,7 @@ class VerificationError(MlxvrError):
     """A converted model is further from its source than its recipe allows; `report` holds the figures."""
 
     def __init__(self, message: str, report: Any = None):
-        """`report`: a `mlxvr.porting.verify.VerificationReport`."""
+        """`report`: a `mlxvr.conversion.measure.verify.VerificationReport`."""
         super().__init__(message)
         self.report = report
 

@@ -1,6 +1,6 @@
 """`python -m mlxvr.fuse`: a model and the adapter that was trained on it become one model folder.
 
-The work is `mlxvr.porting.fuse.fuse`, which is also this module's `fuse` for use from Python.
+The work is `mlxvr.conversion.fusing.fuse`, which is also this module's `fuse` for use from Python.
 """
 
 import argparse
@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from mlxvr.cli.parser import VerbParser, run_verb
 from mlxvr.cli.progress import Bars
-from mlxvr.porting.report import format_bytes, peak_memory
+from mlxvr.conversion.summary import format_bytes, peak_memory
 
 if TYPE_CHECKING:
-    from mlxvr.porting.fuse import fuse
+    from mlxvr.conversion.fusing import fuse
 
 __all__ = ["fuse", "main", "make_parser"]
 
@@ -22,7 +22,7 @@ __all__ = ["fuse", "main", "make_parser"]
 def __getattr__(name: str) -> Any:
     # MLX is not imported before the work begins, so that --help and wrong options answer at once.
     if name == "fuse":
-        from mlxvr.porting.fuse import fuse
+        from mlxvr.conversion.fusing import fuse
 
         return fuse
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fuse(args: argparse.Namespace) -> None:
-    from mlxvr.porting.fuse import fuse
+    from mlxvr.conversion.fusing import fuse
 
     with Bars() as bars:
         report = fuse(

@@ -7,12 +7,12 @@ import checkpoints
 import pytest
 from groups import stir, tiny_model
 
+from mlxvr.conversion.fusing import fuse
+from mlxvr.conversion.quantize import convert
 from mlxvr.errors import CheckpointError
 from mlxvr.grpo.lora import LoraConfig, attach, attach_saved, save_adapter
 from mlxvr.model.adapter_base import difference_of_bases
 from mlxvr.model.loading import load_model
-from mlxvr.porting.fuse import fuse
-from mlxvr.porting.quantize import convert
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlxvr.conversion.fusing import fuse
 from mlxvr.errors import CheckpointError
 from mlxvr.grpo.lora import attach_saved, save_adapter
 from mlxvr.model.adapter import Adapter
 from mlxvr.model.loading import load_model
-from mlxvr.porting.fuse import fuse
 
 CONFIG = {"peft_type": "LORA", "r": 4, "lora_alpha": 6, "bias": "none", "target_modules": ["q_proj"], "use_dora": False}
 QUERY = "language_model.model.layers.1.self_attn.q_proj"  # 64 by 64 in Qwen2.5-VL: a square factor shows no axis

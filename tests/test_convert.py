@@ -22,11 +22,12 @@ import mlxvr
 from mlxvr import convert as verb
 from mlxvr.answering.loop import Question
 from mlxvr.checkpoint import hub
+from mlxvr.conversion import shards
+from mlxvr.conversion import source as checkpoint
 from mlxvr.convert import convert, main
 from mlxvr.errors import CheckpointError, ConfigError, MlxvrError, RecipeError
 from mlxvr.model.loading import load_model
 from mlxvr.model.prompt import SYSTEM_PROMPT
-from mlxvr.porting import checkpoint, shards
 from mlxvr.storage import staging
 
 # What MLX calls a tensor of a checkpoint in transformers' current spelling; written down from the public checkpoints.
@@ -259,7 +260,7 @@ def test_large_outputs_are_split_into_shards(source, tmp_path, monkeypatch):
 
 def test_chunks_of_rows_change_nothing(source, tmp_path, monkeypatch):
     convert(source, tmp_path / "whole")
-    monkeypatch.setattr("mlxvr.porting.stream._CHUNK_BYTES", 1000)
+    monkeypatch.setattr("mlxvr.conversion.stream._CHUNK_BYTES", 1000)
     convert(source, tmp_path / "chunks")
     for name in ("model.safetensors", "config.json", "mlxvr.json"):
         assert (tmp_path / "chunks" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
@@ -281,7 +282,7 @@ def test_memory_does_not_grow_with_the_largest_tensor(tmp_path):
         file.truncate(8 + len(header) + rows * 64 * 4)
     code = f"""
 import resource
-from mlxvr.porting.quantize import convert
+from mlxvr.conversion.quantize import convert
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 report = convert({str(folder)!r}, {str(tmp_path / "out")!r})
 after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -557,7 +558,7 @@ def test_missing_and_misshapen_tensors_are_named_before_anything_is_written(
     weights, says, tmp_path, left_behind, monkeypatch
 ):
     folder = write_checkpoint(tmp_path / "source", weights=weights)
-    monkeypatch.setattr("mlxvr.porting.quantize.staged", lambda target: pytest.fail("output was begun"))
+    monkeypatch.setattr("mlxvr.conversion.quantize.staged", lambda target: pytest.fail("output was begun"))
     with pytest.raises(CheckpointError, match=says):
         convert(folder, tmp_path / "out")
     assert left_behind() == []
@@ -656,7 +657,7 @@ def test_a_disk_that_fills_up_leaves_nothing(source, tmp_path, monkeypatch, left
 
 HALF_WAY = """
 import signal, sys, time
-from mlxvr.porting.quantize import convert
+from mlxvr.conversion.quantize import convert
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by what was started in the background
 
@@ -713,7 +714,7 @@ def test_force_replaces_a_model_folder_only_at_the_end(source, tmp_path, monkeyp
     convert(source, out, bits=8)
     old = (out / "model.safetensors").read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr("mlxvr.porting.stream._write_rows", lambda *args: 1 / 0)
+        patch.setattr("mlxvr.conversion.stream._write_rows", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             convert(source, out, bits=4, force=True)
     assert (out / "model.safetensors").read_bytes() == old
@@ -800,7 +801,7 @@ def test_mistakes_are_one_line_and_exit_code_2(arguments, capsys, tmp_path, monk
 
 
 def test_failures_exit_with_1_and_debug_shows_the_traceback(source, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("mlxvr.porting.stream._write_rows", lambda *args: 1 / 0)
+    monkeypatch.setattr("mlxvr.conversion.stream._write_rows", lambda *args: 1 / 0)
     arguments = ["--hf-path", str(source), "--mlx-path", str(tmp_path / "out")]
     assert main(arguments) == 1
     line = capsys.readouterr().err

@@ -10,11 +10,11 @@ import pytest
 from checkpoints import write_checkpoint
 from recipes import write_plain
 
+from mlxvr.conversion import card
+from mlxvr.conversion.measure import probes as bundle
 from mlxvr.convert import convert, main
 from mlxvr.errors import VerificationError
 from mlxvr.model.loading import load_model
-from mlxvr.porting import card
-from mlxvr.porting import probes as bundle
 
 STRICT = """
 family = "qwen3_vl"
@@ -43,9 +43,9 @@ def few_probes(request, monkeypatch):
         return
     chosen = [probe for probe in bundle.bundled() if probe.name in ("disc", "text-0", "text-1")]
     assert len(chosen) == 3
-    monkeypatch.setattr("mlxvr.porting.verify.bundled", lambda: chosen)
+    monkeypatch.setattr("mlxvr.conversion.measure.verify.bundled", lambda: chosen)
     clips = [probe for probe in bundle.bundled() if probe.name in ("clip01-0", "clip01-1")]
-    monkeypatch.setattr("mlxvr.porting.sensitivity.bundled", lambda: clips)
+    monkeypatch.setattr("mlxvr.conversion.measure.mixed_precision.bundled", lambda: clips)
 
 
 @pytest.fixture
@@ -148,7 +148,7 @@ def test_the_command_line_prints_the_table(source, strict, tmp_path, capsys):
 
 def test_a_broken_conversion_is_found(source, tmp_path, monkeypatch):
     """What verification is for: weights that are wrong although every shape is right."""
-    from mlxvr.porting import stream
+    from mlxvr.conversion import stream
 
     write = stream._write_rows
 

@@ -10,11 +10,11 @@ import mlxvr
 from mlxvr.answering.loop import Question
 from mlxvr.checkpoint.defaults import Defaults, find_recipe
 from mlxvr.checkpoint.folder import ModelFolder
+from mlxvr.conversion.quantize import convert
 from mlxvr.errors import CheckpointError
 from mlxvr.grpo import setup
 from mlxvr.grpo.config import TrainConfig
 from mlxvr.model.prompt import SYSTEM_PROMPT
-from mlxvr.porting.quantize import convert
 from mlxvr.reasoner import demo_folder
 from tests.checkpoints import write_checkpoint
 from tests.clips import write_clip

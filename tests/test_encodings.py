@@ -12,10 +12,10 @@ from recipes import write_plain
 
 from mlxvr.checkpoint import recipe
 from mlxvr.checkpoint.fp8 import unpack_fp8
+from mlxvr.conversion.quantize import convert
 from mlxvr.errors import CheckpointError, ConfigError, RecipeError
 from mlxvr.model.loading import load_model
 from mlxvr.model.network import VideoModel
-from mlxvr.porting.quantize import convert
 
 MODES = [("affine", 4, 64), ("affine", 5, 32), ("mxfp4", 4, 32), ("nvfp4", 4, 16), ("mxfp8", 8, 32)]
 
@@ -59,7 +59,7 @@ def test_every_format_is_what_mlx_makes_and_loads(family, mode, bits, group_size
 
 @pytest.mark.parametrize(("mode", "bits", "group_size"), MODES)
 def test_dequantizing_gives_what_mlx_gives(mode, bits, group_size, tmp_path, monkeypatch):
-    monkeypatch.setattr("mlxvr.porting.stream._CHUNK_BYTES", 2000)  # a few rows at a time
+    monkeypatch.setattr("mlxvr.conversion.stream._CHUNK_BYTES", 2000)  # a few rows at a time
     source = write_checkpoint(tmp_path / "source", "qwen3_vl", dtype="BF16")
     fixed = {} if mode != "affine" else {"bits": bits, "group_size": group_size}
     convert(source, tmp_path / "packed", recipe=write_plain(tmp_path), mode=mode, **fixed)
@@ -153,7 +153,7 @@ def write_fp8(folder: Path, family: str, block: tuple[int, int], *, scale_dtype:
 )
 @pytest.mark.parametrize("family", FAMILIES)
 def test_fp8_blocks_are_what_torch_reads(family, block, scale_dtype, tmp_path, monkeypatch):
-    monkeypatch.setattr("mlxvr.porting.stream._CHUNK_BYTES", 4000)
+    monkeypatch.setattr("mlxvr.conversion.stream._CHUNK_BYTES", 4000)
     meant = write_fp8(tmp_path / "source", family, block, scale_dtype=scale_dtype)
     assert len(meant) == 3 * 7
     convert(tmp_path / "source", tmp_path / "out", bits=0)

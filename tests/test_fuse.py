@@ -9,11 +9,11 @@ import pytest
 from checkpoints import FAMILIES, write_checkpoint
 from recipes import write_plain
 
+from mlxvr.conversion.fusing import fuse
+from mlxvr.conversion.quantize import convert
 from mlxvr.errors import CheckpointError, ConfigError
 from mlxvr.fuse import main
 from mlxvr.model.loading import load_model
-from mlxvr.porting.fuse import fuse
-from mlxvr.porting.quantize import convert
 
 KEYS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
 
@@ -73,7 +73,7 @@ def plain(source, tmp_path):
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_unquantized_weights(kind, source, tmp_path, monkeypatch):
-    monkeypatch.setattr("mlxvr.porting.stream._CHUNK_BYTES", 5000)  # rows in many pieces
+    monkeypatch.setattr("mlxvr.conversion.stream._CHUNK_BYTES", 5000)  # rows in many pieces
     convert(source, tmp_path / "model", bits=0, dtype="float32")
     adapter = write_adapter(tmp_path / "adapter", tmp_path / "model", kind=kind)
     report = fuse(tmp_path / "model", adapter, tmp_path / "out")

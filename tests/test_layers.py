@@ -260,7 +260,7 @@ def test_other_packages_stay_where_they_belong(imports):
         (upward, "mlxvr.media.image", "from mlxvr.model import network", "mlxvr.model.network"),
         (upward, "mlxvr.media.image", "from ..model import network", "mlxvr.model.network"),
         (upward, "mlxvr.media", "from ..model import network", "mlxvr.model.network"),
-        (upward, "mlxvr.model.decode", "from mlxvr.porting.upload import upload", "mlxvr.porting.upload"),
+        (upward, "mlxvr.model.decode", "from mlxvr.conversion.upload import upload", "mlxvr.conversion.upload"),
         (upward, "mlxvr.model.decode", 'import_module("mlxvr.reasoner")', "mlxvr.reasoner"),
         (upward, "mlxvr.checkpoint.hub", "def f():\n    import mlxvr.evaluation.metrics", "mlxvr.evaluation.metrics"),
         (

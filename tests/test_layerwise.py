@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from checkpoints import random_media
 
+from mlxvr.conversion.measure.layerwise import Layer, LayerwiseModel, Piece
+from mlxvr.conversion.quantize import convert
 from mlxvr.errors import Cancelled
 from mlxvr.media.patches import normalise
 from mlxvr.model.decode import decode, prefill
 from mlxvr.model.loading import load_model
 from mlxvr.model.network import VideoModel
 from mlxvr.model.prompt import Prompt, build_prompt
-from mlxvr.porting.layerwise import Layer, LayerwiseModel, Piece
-from mlxvr.porting.quantize import convert
 from mlxvr.runtime.device_memory import backend
 
 LIMITS = (None, 1_500_000, 0)  # everything stays, some layers stay, nothing stays
@@ -278,7 +278,7 @@ import sys
 from pathlib import Path
 import mlx.core as mx
 from mlxvr.model.prompt import build_prompt
-from mlxvr.porting.layerwise import Layer, LayerwiseModel, Piece
+from mlxvr.conversion.measure.layerwise import Layer, LayerwiseModel, Piece
 layerwise = LayerwiseModel.open(Path(sys.argv[1]), memory_limit=None if sys.argv[2] == "all" else int(sys.argv[2]))
 model = layerwise.model
 prompts = [build_prompt(model.tokenizer, model.family, model.config, [], f"Question {n}?") for n in range(1)]

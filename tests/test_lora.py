@@ -13,6 +13,8 @@ from groups import make_group, stir, tiny_model
 from mlx.utils import tree_flatten
 from recipes import write_plain
 
+from mlxvr.conversion.fusing import fuse
+from mlxvr.conversion.quantize import convert
 from mlxvr.errors import CheckpointError, ConfigError
 from mlxvr.grpo.gradient import group_gradient, group_logprobs
 from mlxvr.grpo.lora import LoraConfig, adapters_off, attach, attach_saved, lora_weights, save_adapter, snapshot
@@ -20,8 +22,6 @@ from mlxvr.grpo.loss import LossConfig
 from mlxvr.model.adapter import find_layers
 from mlxvr.model.loading import load_model
 from mlxvr.model.network import VideoModel
-from mlxvr.porting.fuse import fuse
-from mlxvr.porting.quantize import convert
 
 SOME = LoraConfig(rank=4, scale=1.5, keys=("q_proj", "down_proj"))
 

@@ -127,7 +127,7 @@ def test_weights_take_what_was_planned_to_the_byte(tmp_path, family, stored, dty
 def test_packed_weights_take_what_was_planned_to_the_byte(tmp_path):
     from mlx.utils import tree_flatten
 
-    from mlxvr.porting.quantize import convert
+    from mlxvr.conversion.quantize import convert
 
     source = checkpoints.write_checkpoint(tmp_path / "model", "qwen3_vl")
     convert(source, tmp_path / "packed", bits=4, group_size=32)

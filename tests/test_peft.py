@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from checkpoints import random_media
 
+from mlxvr.conversion.fusing import fuse
+from mlxvr.conversion.quantize import convert
 from mlxvr.media.patches import normalise
 from mlxvr.model.loading import load_model
 from mlxvr.model.prompt import build_prompt
-from mlxvr.porting.fuse import fuse
-from mlxvr.porting.quantize import convert
 
 pytestmark = [
     pytest.mark.parity,

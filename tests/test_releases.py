@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from checkpoints import random_media
 
+from mlxvr.conversion.quantize import convert
 from mlxvr.media.patches import normalise
 from mlxvr.model.families.base import family_of
 from mlxvr.model.loading import load_model
 from mlxvr.model.prompt import build_prompt
-from mlxvr.porting.quantize import convert
 
 FILES = [json.loads(path.read_text()) for path in sorted((Path(__file__).parent / "releases" / "configs").glob("*"))]
 CONFIGS = {f"{file['transformers']}/{name}": config for file in FILES for name, config in file["configs"].items()}

@@ -10,18 +10,18 @@ from pathlib import Path
 import pytest
 from checkpoints import write_checkpoint
 
+from mlxvr.conversion import shards
+from mlxvr.conversion.quantize import convert
 from mlxvr.errors import CheckpointError, ConfigError
-from mlxvr.porting import shards
-from mlxvr.porting.quantize import convert
 
 # Converts with shards of 30 kB and kills itself at the n-th of all operations that change the disk.
 DIES_AT = """
 import os, signal, sys
 from pathlib import Path
 
-import mlxvr.porting.shards as shards
-from mlxvr.porting import plan
-from mlxvr.porting.quantize import convert
+import mlxvr.conversion.shards as shards
+from mlxvr.conversion import plan
+from mlxvr.conversion.quantize import convert
 
 operations = 0
 
@@ -51,7 +51,7 @@ def source(tmp_path):
 
 @pytest.fixture
 def small_shards(monkeypatch):
-    monkeypatch.setattr("mlxvr.porting.plan.plan_shards", lambda groups: shards.plan_shards(groups, 30_000))
+    monkeypatch.setattr("mlxvr.conversion.tensor_plan.plan_shards", lambda groups: shards.plan_shards(groups, 30_000))
 
 
 def run(source: Path, out: Path, dies_at: int) -> subprocess.CompletedProcess[str]:

@@ -11,14 +11,14 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxvr.checkpoint import recipe as recipes
 from mlxvr.checkpoint.recipe import Precision, Quantization, Recipe, Rule
+from mlxvr.conversion.measure import mixed_precision
+from mlxvr.conversion.measure.layerwise import LayerwiseModel
+from mlxvr.conversion.measure.mixed_precision import assign, candidates, choose_precisions, measure
+from mlxvr.conversion.measure.probes import Probe
+from mlxvr.conversion.source import Checkpoint
 from mlxvr.convert import convert
 from mlxvr.errors import Cancelled, ConfigError
 from mlxvr.model.loading import load_model
-from mlxvr.porting import sensitivity
-from mlxvr.porting.checkpoint import Checkpoint
-from mlxvr.porting.layerwise import LayerwiseModel
-from mlxvr.porting.probes import Probe
-from mlxvr.porting.sensitivity import assign, candidates, choose_precisions, measure
 from tests.checkpoints import FAMILIES, random_media, write_checkpoint
 
 EMBEDDING, HEAD = "language_model.model.embed_tokens", "language_model.lm_head"
@@ -32,7 +32,7 @@ PROBES = [
 @pytest.fixture(autouse=True)
 def short_answers(monkeypatch):
     """Random weights close no box."""
-    monkeypatch.setattr("mlxvr.porting.first_answers.MOST_TOKENS", 6)
+    monkeypatch.setattr("mlxvr.conversion.measure.first_answers.MOST_TOKENS", 6)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def open_answered(folder, **options):
     parts = (model.model.tokenizer, model.model.family, model.model.config)
     video = random_media(model.model.family.name, "video", (2, 4, 8))
     prompts = [build_prompt(*parts, [video], "What moves?"), build_prompt(*parts, [], "Is two more than one?")]
-    return model, sensitivity._answer(model, prompts, None)
+    return model, mixed_precision._answer(model, prompts, None)
 
 
 def whole_squares(folder, answered):
@@ -95,7 +95,7 @@ def whole_squares(folder, answered):
 def test_squared_gradients_are_those_of_the_whole_model(checkpoint):
     model, answered = open_answered(checkpoint, memory_limit=0)
     found = {}
-    for module, _, squares in sensitivity._Backward(model, answered, 1 << 40).squares():
+    for module, _, squares in mixed_precision._Backward(model, answered, 1 << 40).squares():
         found[module] = np.concatenate([found[module], np.array(squares)]) if module in found else np.array(squares)
     expected = whole_squares(checkpoint, answered)
     assert found.keys() == expected.keys()
@@ -106,10 +106,10 @@ def test_squared_gradients_are_those_of_the_whole_model(checkpoint):
 
 def test_rows_of_a_vocabulary_may_come_in_parts(one_checkpoint, monkeypatch):
     model, answered = open_answered(one_checkpoint)
-    whole = {m: np.array(s) for m, _, s in sensitivity._Backward(model, answered, 1 << 40).squares()}
-    monkeypatch.setattr(sensitivity, "_ROWS", 100)
+    whole = {m: np.array(s) for m, _, s in mixed_precision._Backward(model, answered, 1 << 40).squares()}
+    monkeypatch.setattr(mixed_precision, "_ROWS", 100)
     model, answered = open_answered(one_checkpoint)
-    parts = [(m, np.array(s)) for m, _, s in sensitivity._Backward(model, answered, 1 << 40).squares()]
+    parts = [(m, np.array(s)) for m, _, s in mixed_precision._Backward(model, answered, 1 << 40).squares()]
     for module in (EMBEDDING, HEAD):
         own = [squares for name, squares in parts if name == module]
         if module in whole:
@@ -119,9 +119,9 @@ def test_rows_of_a_vocabulary_may_come_in_parts(one_checkpoint, monkeypatch):
 
 def test_what_goes_into_layers_may_be_kept_in_bfloat16(one_checkpoint):
     model, answered = open_answered(one_checkpoint)
-    exact = {m: float(s.sum().item()) for m, _, s in sensitivity._Backward(model, answered, 1 << 40).squares()}
+    exact = {m: float(s.sum().item()) for m, _, s in mixed_precision._Backward(model, answered, 1 << 40).squares()}
     model, answered = open_answered(one_checkpoint)
-    rounded = {m: float(s.sum().item()) for m, _, s in sensitivity._Backward(model, answered, 0).squares()}
+    rounded = {m: float(s.sum().item()) for m, _, s in mixed_precision._Backward(model, answered, 0).squares()}
     assert rounded != exact
     assert rounded == {module: pytest.approx(total, rel=0.1) for module, total in exact.items()}
 
@@ -130,10 +130,10 @@ def test_the_cost_is_the_weighted_error_of_rounding(one_checkpoint):
     options = candidates(Checkpoint.open(one_checkpoint), make_recipe("qwen3_vl"))
     costs = measure(one_checkpoint, options, probes=PROBES)
     model = LayerwiseModel.open(one_checkpoint, dtype="float32")
-    prompts = sensitivity.build_prompts(
-        model.model, PROBES, sensitivity.load_media(PROBES, sensitivity.budgeted(model.model.spec))
+    prompts = mixed_precision.build_prompts(
+        model.model, PROBES, mixed_precision.load_media(PROBES, mixed_precision.budgeted(model.model.spec))
     )
-    expected = whole_squares(one_checkpoint, sensitivity._answer(model, prompts, None))
+    expected = whole_squares(one_checkpoint, mixed_precision._answer(model, prompts, None))
     module = "language_model.model.layers.1.mlp.down_proj"
     weight = load_model(one_checkpoint).network.language_model.model.layers[1].mlp.down_proj.weight
     for option, cost in zip(options[module], costs[module], strict=True):
@@ -170,7 +170,7 @@ def sizes(options, index):
 
 
 def total_bytes(folder, chosen):
-    from mlxvr.porting.plan import make_plan
+    from mlxvr.conversion.tensor_plan import make_plan
 
     plan = make_plan(Checkpoint.open(folder), chosen.get, "bfloat16")
     return plan, plan.nbytes
@@ -188,7 +188,7 @@ def tensor_bytes(folder):
 
 
 def test_a_conversion_has_the_size_that_was_predicted(one_checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(sensitivity, "clip_probes", lambda: PROBES)
+    monkeypatch.setattr(mixed_precision, "clip_probes", lambda: PROBES)
     recipe = recipes.load("qwen3_vl")
     options = candidates(Checkpoint.open(one_checkpoint), recipe)
     fixed = total_bytes(one_checkpoint, dict.fromkeys(options))[1] - sizes(options, -1)
@@ -272,8 +272,8 @@ def test_a_target_out_of_reach_is_refused(tmp_path):
 
 
 def test_only_clips_are_asked_about_by_default():
-    assert {probe.source.suffix for probe in sensitivity.clip_probes()} == {".mp4"}
-    assert len({probe.source for probe in sensitivity.clip_probes()}) == 6
+    assert {probe.source.suffix for probe in mixed_precision.clip_probes()} == {".mp4"}
+    assert len({probe.source for probe in mixed_precision.clip_probes()}) == 6
 
 
 def brute_force(items, budget):
@@ -306,7 +306,7 @@ def test_a_greedy_choice_would_be_wrong_here():
 
 
 def test_sizes_without_a_common_divisor_still_fit(monkeypatch):
-    monkeypatch.setattr(sensitivity, "_UNITS", 50)
+    monkeypatch.setattr(mixed_precision, "_UNITS", 50)
     draw = np.random.default_rng(1)
     items = [[(int(size), 1 / size) for size in draw.integers(10_000, 90_001, 5)] for _ in range(20)]
     least = sum(min(size for size, _ in item) for item in items)

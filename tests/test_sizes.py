@@ -11,9 +11,9 @@ import pytest
 from checkpoints import make_config, tensor_shapes, text_settings, train_tokenizer, vision_settings, write_side_files
 
 from mlxvr.checkpoint import recipe
-from mlxvr.porting.checkpoint import Checkpoint
-from mlxvr.porting.plan import make_plan
-from mlxvr.porting.shards import MAX_SHARD_BYTES
+from mlxvr.conversion.shards import MAX_SHARD_BYTES
+from mlxvr.conversion.source import Checkpoint
+from mlxvr.conversion.tensor_plan import make_plan
 
 # From the public config.json files: layers, hidden, intermediate, heads, key heads, vocabulary, tied.
 TEXT = {

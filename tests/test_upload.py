@@ -12,9 +12,9 @@ from hub_server import Repo
 from hub_uploads import Account, UploadServer, serve_uploads
 
 from mlxvr.checkpoint import hub
+from mlxvr.conversion.upload import check_upload, upload
 from mlxvr.convert import convert, main
 from mlxvr.errors import CheckpointError, ConfigError
-from mlxvr.porting.upload import check_upload, upload
 
 ALICE = {"secret": Account("alice", orgs={"lab": "write", "club": "read"})}
 

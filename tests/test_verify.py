@@ -14,18 +14,18 @@ from recipes import write_plain
 
 import mlxvr
 from mlxvr.checkpoint.recipe import Limits
+from mlxvr.conversion.measure.first_answers import Draft, opening, write_answers
+from mlxvr.conversion.measure.layerwise import LayerwiseModel
+from mlxvr.conversion.measure.probes import Probe, budgeted, build_prompts, bundled, load_media
+from mlxvr.conversion.measure.verification import Divergence, ProbeResult, VerificationReport, compare_logits
+from mlxvr.conversion.measure.verify import verify
+from mlxvr.conversion.quantize import convert
 from mlxvr.errors import Cancelled, CheckpointError, ConfigError
 from mlxvr.media import VisionSpec
 from mlxvr.model.decode import prefill, suppression
 from mlxvr.model.loading import load_model
 from mlxvr.model.network import VideoModel
 from mlxvr.model.prompt import Prompt
-from mlxvr.porting.first_answers import Draft, opening, write_answers
-from mlxvr.porting.layerwise import LayerwiseModel
-from mlxvr.porting.probes import Probe, budgeted, build_prompts, bundled, load_media
-from mlxvr.porting.quantize import convert
-from mlxvr.porting.verification import Divergence, ProbeResult, VerificationReport, compare_logits
-from mlxvr.porting.verify import verify
 from mlxvr.reasoner import demo_folder
 
 SOURCE = demo_folder() / "checkpoint"

@@ -8,9 +8,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+from mlxvr.conversion.card import with_threshold
 from mlxvr.errors import CheckpointError, ConfigError
 from mlxvr.evaluation.calibrate import Calibration
-from mlxvr.porting.card import with_threshold
 from mlxvr.storage.atomic import replace_file
 
 __all__ = ["check_writable", "save_threshold", "write_threshold"]

@@ -35,15 +35,15 @@ from mlxvr.answering.confidence import score_first_answer
 from mlxvr.answering.loop import Outcome, think_once
 from mlxvr.checkpoint import recipe as recipes
 from mlxvr.checkpoint.recipe import Precision, Quantization, Rule
+from mlxvr.conversion.measure import mixed_precision
+from mlxvr.conversion.measure.verify import compare_logits
+from mlxvr.conversion.source import Checkpoint
+from mlxvr.conversion.tensor_plan import make_plan
 from mlxvr.media import load_vision
 from mlxvr.model.decode import decode, prefill
 from mlxvr.model.loading import load_model
 from mlxvr.model.network import VisionFeatures
 from mlxvr.model.prompt import Prompt, build_prompt
-from mlxvr.porting import sensitivity
-from mlxvr.porting.checkpoint import Checkpoint
-from mlxvr.porting.plan import make_plan
-from mlxvr.porting.verify import compare_logits
 from mlxvr.reasoner import demo_folder
 from tests.checkpoints import FAMILIES, random_media, write_checkpoint
 from tests.reference import Reference
@@ -458,8 +458,8 @@ def chosen_schemes(bench: Bench) -> dict[str, Stored]:
     Ours is measured on the bundled probes about clips, mlx-lm's on the questions of those clips; none is asked again.
     """
     free = replace(recipes.load("shellgame"), quantization=Quantization())  # its rules would be floors
-    options = sensitivity.candidates(bench.checkpoint, free)
-    costs = sensitivity.measure(bench.folder, options, probes=sensitivity.clip_probes())
+    options = mixed_precision.candidates(bench.checkpoint, free)
+    costs = mixed_precision.measure(bench.folder, options, probes=mixed_precision.clip_probes())
     rest = bench.nbytes({}) - sum(own[-1].nbytes for own in options.values())
     clips = (demo_folder() / "clips.jsonl").read_text(encoding="utf-8")
     calibration = Bench(bench.folder, demo_folder(), [json.loads(line) for line in clips.splitlines()])
@@ -472,7 +472,7 @@ def chosen_schemes(bench: Bench) -> dict[str, Stored]:
         found[name] = bench.stored(quantization)
         size = bench.nbytes(found[name])
         items = [[(one.nbytes, cost) for one, cost in zip(options[m], costs[m])] for m in options]
-        picks = sensitivity.assign(items, size - rest)
+        picks = mixed_precision.assign(items, size - rest)
         found[f"ours, at most as large as {name}"] = {m: options[m][pick].precision for m, pick in zip(options, picks)}
         found[f"mlx-lm's {low} or 8 bits, at most as large as {name}"] = choose_by_threshold(
             bench, calibration, low, size

@@ -20,19 +20,19 @@ from mlxvr.checkpoint import hub
 from mlxvr.checkpoint import recipe as recipes
 from mlxvr.checkpoint.defaults import find_recipe
 from mlxvr.checkpoint.recipe import Limits, Precision, Quantization, Recipe
+from mlxvr.conversion import card
+from mlxvr.conversion.shards import is_finished, write_index
+from mlxvr.conversion.source import Checkpoint
+from mlxvr.conversion.stream import write_shards
+from mlxvr.conversion.summary import ConversionReport, peak_memory
+from mlxvr.conversion.tensor_plan import Plan, make_plan
 from mlxvr.errors import ConfigError, RecipeError, VerificationError
-from mlxvr.porting import card
-from mlxvr.porting.checkpoint import Checkpoint
-from mlxvr.porting.plan import Plan, make_plan
-from mlxvr.porting.report import ConversionReport, peak_memory
-from mlxvr.porting.shards import is_finished, write_index
-from mlxvr.porting.stream import write_shards
 from mlxvr.runtime.device_lock import use_device
 from mlxvr.runtime.hooks import Progress
 from mlxvr.storage.staging import check_target, staged
 
 if TYPE_CHECKING:
-    from mlxvr.porting.verify import VerificationReport
+    from mlxvr.conversion.measure.verify import VerificationReport
 
 __all__ = ["ConversionReport", "Judge", "choose_recipe", "convert", "write_model"]
 
@@ -116,7 +116,7 @@ def convert(
         settings["quantization"] |= {"bits": "auto", "target_bytes": target_bytes}
 
     def judge(stage: Path) -> "VerificationReport":
-        from mlxvr.porting.verify import verify as compare
+        from mlxvr.conversion.measure.verify import verify as compare
 
         return compare(checkpoint.folder, stage, threshold=settings["threshold"], progress=progress)
 
@@ -247,7 +247,7 @@ def _measured(
     checkpoint: Checkpoint, recipe: Recipe, target_bytes: int, progress: Progress | None
 ) -> Callable[[str], Precision | None]:
     """Choose each module's precision by what it does to confidence; rules are for those who do not measure."""
-    from mlxvr.porting.sensitivity import choose_precisions
+    from mlxvr.conversion.measure.mixed_precision import choose_precisions
 
     recipe = dataclasses.replace(recipe, quantization=dataclasses.replace(recipe.quantization, rules=()))
     return choose_precisions(checkpoint, recipe, target_bytes=target_bytes, progress=progress).get

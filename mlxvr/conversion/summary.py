@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mlxvr.checkpoint.recipe import Limits
-    from mlxvr.porting.verify import VerificationReport
+    from mlxvr.conversion.measure.verify import VerificationReport
 
 __all__ = ["ConversionReport", "format_bytes", "peak_memory"]
 

@@ -32,14 +32,14 @@ from mlxvr.answering.confidence import should_exit
 from mlxvr.checkpoint import hub
 from mlxvr.checkpoint.defaults import Defaults
 from mlxvr.checkpoint.folder import ModelFolder
+from mlxvr.conversion.measure.first_answers import MOST_TOKENS, Draft, choose_greedily, opening, write_answers
+from mlxvr.conversion.measure.layerwise import LayerwiseModel
+from mlxvr.conversion.measure.probes import Probe, budgeted, build_prompts, bundled, load_media
+from mlxvr.conversion.measure.verification import ProbeResult, VerificationReport, compare_logits
 from mlxvr.errors import CheckpointError, ConfigError
 from mlxvr.model.decode import suppression
 from mlxvr.model.network import VideoModel
 from mlxvr.model.prompt import Prompt
-from mlxvr.porting.first_answers import MOST_TOKENS, Draft, choose_greedily, opening, write_answers
-from mlxvr.porting.layerwise import LayerwiseModel
-from mlxvr.porting.probes import Probe, budgeted, build_prompts, bundled, load_media
-from mlxvr.porting.verification import ProbeResult, VerificationReport, compare_logits
 from mlxvr.runtime import device_memory
 from mlxvr.runtime.device_lock import use_device
 from mlxvr.runtime.hooks import Progress, ShouldStop
@@ -67,7 +67,7 @@ def verify(
     Args:
         source, converted: model folders, or Hub ids; the source may be opened already, with key rules of its own.
         threshold: confidence from which a first answer stands; None: the converted model's own, else its family's.
-        probes: what they are asked; None: `mlxvr.porting.probes.bundled()`.
+        probes: what they are asked; None: `mlxvr.conversion.measure.probes.bundled()`.
         memory_limit: bytes that weights may take; None: 40% of the machine's memory.
         dtype: "float32", "float16" or "bfloat16", what both compute in; None: each its own, but float32 on a CPU.
         progress: called with ("verify", done, total).

@@ -12,10 +12,10 @@ import mlx.core as mx
 import numpy as np
 
 from mlxvr.checkpoint.weight_formats import as_mlx, as_numpy
+from mlxvr.conversion.shards import ShardWriter, is_finished
+from mlxvr.conversion.source import all_finite
+from mlxvr.conversion.tensor_plan import Job, Plan
 from mlxvr.errors import CheckpointError
-from mlxvr.porting.checkpoint import all_finite
-from mlxvr.porting.plan import Job, Plan
-from mlxvr.porting.shards import ShardWriter, is_finished
 from mlxvr.runtime.hooks import Progress
 
 __all__ = ["write_shards"]

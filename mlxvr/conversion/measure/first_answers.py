@@ -13,9 +13,9 @@ import mlx.core as mx
 
 from mlxvr.answering.confidence import FirstAnswer, score_first_answer
 from mlxvr.answering.transcript import DualAnswerParser
+from mlxvr.conversion.measure.layerwise import LayerwiseModel, Track
 from mlxvr.model.decode import not_finite
 from mlxvr.model.tokenizer import ChatTokenizer
-from mlxvr.porting.layerwise import LayerwiseModel, Track
 from mlxvr.runtime.hooks import ShouldStop
 
 __all__ = ["MOST_TOKENS", "Draft", "choose_greedily", "opening", "write_answers"]

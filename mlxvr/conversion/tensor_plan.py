@@ -15,8 +15,8 @@ import mlx.core as mx
 import numpy as np
 
 from mlxvr.checkpoint.recipe import Precision, Quantization
-from mlxvr.porting.checkpoint import Checkpoint, SourceTensor
-from mlxvr.porting.shards import OutputTensor, plan_shards
+from mlxvr.conversion.shards import OutputTensor, plan_shards
+from mlxvr.conversion.source import Checkpoint, SourceTensor
 
 __all__ = ["DTYPE_CODES", "Job", "Plan", "Update", "make_plan", "packed_tensors"]
 

@@ -56,15 +56,15 @@ from mlx.utils import tree_flatten
 from mlxvr.checkpoint.defaults import Defaults
 from mlxvr.checkpoint.folder import ModelFolder
 from mlxvr.checkpoint.recipe import Precision, Recipe
+from mlxvr.conversion.measure.first_answers import Draft, opening, write_answers
+from mlxvr.conversion.measure.layerwise import Layer, LayerwiseModel, Track
+from mlxvr.conversion.measure.probes import Probe, budgeted, build_prompts, bundled, load_media
+from mlxvr.conversion.source import Checkpoint
+from mlxvr.conversion.summary import format_bytes
+from mlxvr.conversion.tensor_plan import DTYPE_CODES, make_plan, packed_tensors
 from mlxvr.errors import ConfigError
 from mlxvr.model.decode import suppression
 from mlxvr.model.prompt import Prompt
-from mlxvr.porting.checkpoint import Checkpoint
-from mlxvr.porting.first_answers import Draft, opening, write_answers
-from mlxvr.porting.layerwise import Layer, LayerwiseModel, Track
-from mlxvr.porting.plan import DTYPE_CODES, make_plan, packed_tensors
-from mlxvr.porting.probes import Probe, budgeted, build_prompts, bundled, load_media
-from mlxvr.porting.report import format_bytes
 from mlxvr.runtime import device_memory
 from mlxvr.runtime.device_lock import use_device
 from mlxvr.runtime.hooks import Progress, ShouldStop
@@ -122,7 +122,7 @@ def choose_precisions(
             its own bits, group size and mode play no part. Matrices of the vision tower that it does not keep are
             stored as it says.
         target_bytes: of all tensors together.
-        probes: what is asked; None: those of `mlxvr.porting.probes.bundled()` that are about a clip.
+        probes: what is asked; None: those of `mlxvr.conversion.measure.probes.bundled()` that are about a clip.
         memory_limit: bytes that weights may take while this is measured; None: 40% of the machine's memory.
         progress: called with ("sensitivity", layers done, layers in all).
         should_stop: asked between layers and tokens.

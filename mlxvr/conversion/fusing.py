@@ -19,14 +19,14 @@ import mlx.core as mx
 
 from mlxvr.checkpoint import hub
 from mlxvr.checkpoint.recipe import Precision, Quantization, Recipe
+from mlxvr.conversion import card
+from mlxvr.conversion.quantize import choose_recipe, write_model
+from mlxvr.conversion.source import Checkpoint
+from mlxvr.conversion.summary import ConversionReport
+from mlxvr.conversion.tensor_plan import DTYPE_CODES, Update, make_plan
 from mlxvr.errors import CheckpointError
 from mlxvr.model.adapter import Adapter
 from mlxvr.model.adapter_base import describe_base, warn_of_another_base
-from mlxvr.porting import card
-from mlxvr.porting.checkpoint import Checkpoint
-from mlxvr.porting.plan import DTYPE_CODES, Update, make_plan
-from mlxvr.porting.quantize import choose_recipe, write_model
-from mlxvr.porting.report import ConversionReport
 from mlxvr.runtime.hooks import Progress
 from mlxvr.storage.staging import check_target
 
