@@ -25,7 +25,7 @@ if TYPE_CHECKING:
         RecipeError,
         VerificationError,
     )
-    from mlxvr.reasoner import Answer, Clip, FirstAnswer, Option, Reasoner, ReasoningDelta, Usage, load
+    from mlxvr.reasoner.reasoner import Answer, Clip, FirstAnswer, Option, Reasoner, ReasoningDelta, Usage, load
 
 __version__ = "0.1.0"
 
@@ -55,7 +55,7 @@ _FROM_REASONER = frozenset({"Answer", "Clip", "FirstAnswer", "Option", "Reasoner
 def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module 'mlxvr' has no attribute {name!r}")
-    value = getattr(import_module("mlxvr.reasoner" if name in _FROM_REASONER else "mlxvr.errors"), name)
+    value = getattr(import_module("mlxvr.reasoner.reasoner" if name in _FROM_REASONER else "mlxvr.errors"), name)
     globals()[name] = value
     return value
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO, get_args
 
-from mlxvr import reasoner
 from mlxvr.answering.events import Answer, Event, FirstAnswer, ReasoningDelta
 from mlxvr.answering.loop import Kind, Mode, Question
 from mlxvr.checkpoint.bundled import demo_folder, is_demo_model
@@ -25,6 +24,7 @@ from mlxvr.media.container import check_file
 from mlxvr.media.sequence import folder_frames
 from mlxvr.media.spec import SAMPLE_BY
 from mlxvr.model.loading import DTYPES
+from mlxvr.reasoner import reasoner
 from mlxvr.storage.paths import local_path
 
 __all__ = ["main", "make_parser"]

@@ -27,7 +27,7 @@ from mlxvr.grpo.learning import Learner
 from mlxvr.grpo.lora import lora_weights
 from mlxvr.grpo.state import state_file
 from mlxvr.grpo.trainer import train
-from mlxvr.reasoner import demo_folder
+from mlxvr.reasoner.reasoner import demo_folder
 
 __all__ = ["CLIPS", "REWARD", "command", "entries", "exact", "flags", "make_settings", "run", "write_small_model"]
 

@@ -17,7 +17,7 @@ from mlxvr.evaluation.calibrate import calibrate
 from mlxvr.evaluation.calibration import fit_temperature, scale
 from mlxvr.evaluation.samples import Sample, decide
 from mlxvr.evaluation.thresholds import save_threshold, write_threshold
-from mlxvr.reasoner import demo_folder
+from mlxvr.reasoner.reasoner import demo_folder
 
 
 def make(count, seed=0, *, labelled=True, skill=1.0, think=0.8, per_clip=1, levels=None, task=lambda number: ""):

@@ -27,7 +27,7 @@ from mlxvr.convert import convert
 from mlxvr.model.decode import decode, prefill
 from mlxvr.model.loading import load_model
 from mlxvr.model.prompt import SYSTEM_PROMPT, build_prompt, question_text
-from mlxvr.reasoner import demo_folder
+from mlxvr.reasoner.reasoner import demo_folder
 
 COUNT = 32  # greedy tokens
 QUESTION = "What does the person hold at the end?"

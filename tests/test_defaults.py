@@ -15,7 +15,7 @@ from mlxvr.errors import CheckpointError
 from mlxvr.grpo import setup
 from mlxvr.grpo.config import TrainConfig
 from mlxvr.model.prompt import SYSTEM_PROMPT
-from mlxvr.reasoner import demo_folder
+from mlxvr.reasoner.reasoner import demo_folder
 from tests.checkpoints import write_checkpoint
 from tests.clips import write_clip
 

@@ -14,7 +14,7 @@ from mlxvr.checkpoint.folder import ModelFolder
 from mlxvr.errors import ConfigError
 from mlxvr.media import load_vision
 from mlxvr.media.spec import VisionSpec
-from mlxvr.reasoner import demo_folder
+from mlxvr.reasoner.reasoner import demo_folder
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 

@@ -11,7 +11,7 @@ from mlxvr.checkpoint.folder import ModelFolder
 from mlxvr.media import VisionSpec, load_vision, normalise
 from mlxvr.model.loading import load_model
 from mlxvr.model.prompt import build_prompt
-from mlxvr.reasoner import demo_folder
+from mlxvr.reasoner.reasoner import demo_folder
 
 pytestmark = pytest.mark.parity
 

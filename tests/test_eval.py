@@ -25,7 +25,7 @@ from mlxvr.evaluation.runner import read_questions
 from mlxvr.evaluation.samples import Sample, read_samples, write_samples
 from mlxvr.grading import math_equality
 from mlxvr.media import VisionSpec
-from mlxvr.reasoner import demo_folder
+from mlxvr.reasoner.reasoner import demo_folder
 
 ROWS = 40
 
@@ -233,7 +233,7 @@ def test_every_setting_of_the_model_reaches_it(monkeypatch, tmp_path, data):
         given.update(options, model=model)
         raise Loaded
 
-    monkeypatch.setattr("mlxvr.reasoner.load", load)
+    monkeypatch.setattr("mlxvr.reasoner.reasoner.load", load)
     settings = {"adapter": tmp_path / "a", "revision": "r", "dtype": "float16", "kv_bits": 6, "prefill_step_size": 99}
     with pytest.raises(Loaded):
         runner.evaluate(EvalConfig(model="org/m", data=data, output=tmp_path / "run", **settings))

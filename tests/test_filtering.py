@@ -28,7 +28,7 @@ from mlxvr.grpo.rollout import rollout
 from mlxvr.grpo.setup import read_training_rows
 from mlxvr.grpo.trainer import train
 from mlxvr.model.loading import load_model
-from mlxvr.reasoner import demo_folder
+from mlxvr.reasoner.reasoner import demo_folder
 from mlxvr.train import main
 
 RIGHT, WRONG = "\\boxed{B}<think>So.</think>\\boxed{A}", "\\boxed{A}<think>So.</think>\\boxed{B}"

@@ -17,7 +17,7 @@ from mlxvr.model.head import Head
 from mlxvr.model.loading import load_model
 from mlxvr.model.network import VideoModel
 from mlxvr.model.prompt import build_prompt
-from mlxvr.reasoner import demo_folder
+from mlxvr.reasoner.reasoner import demo_folder
 
 ROWS, WIDTH = 300, 128
 HALVES = [mx.bfloat16, mx.float16]

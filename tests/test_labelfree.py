@@ -27,7 +27,7 @@ from mlxvr.grpo.labelfree import (
     label_free_reward,
 )
 from mlxvr.model.network import VideoModel
-from mlxvr.reasoner import demo_folder
+from mlxvr.reasoner.reasoner import demo_folder
 
 
 def said(first: str, second: str) -> str:

@@ -17,7 +17,7 @@ from mlxvr.grpo.config import TrainConfig
 from mlxvr.grpo.lengths import measure_prompts
 from mlxvr.grpo.prompts import write_prompt
 from mlxvr.grpo.setup import check_lengths, estimate_memory
-from mlxvr.reasoner import demo_folder
+from mlxvr.reasoner.reasoner import demo_folder
 
 
 @pytest.fixture(scope="module")

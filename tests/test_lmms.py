@@ -19,7 +19,7 @@ from mlxvr.evaluation.lmms.answering import Asked, answer_all, open_log, read_co
 from mlxvr.evaluation.lmms.options import LmmsOptions
 from mlxvr.evaluation.samples import read_run, read_samples
 from mlxvr.model.prompt import KINDS, question_text
-from mlxvr.reasoner import demo_folder
+from mlxvr.reasoner.reasoner import demo_folder
 
 ROWS = [json.loads(line) for line in (demo_folder() / "clips.jsonl").read_text(encoding="utf-8").splitlines()]
 BOX = "Put your final answer in \\boxed{}."

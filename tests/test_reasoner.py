@@ -313,14 +313,14 @@ def test_reading_frames_can_be_cancelled(qwen3, clip_path, monkeypatch):
         raise Cancelled("reading")
 
     with monkeypatch.context() as patch:
-        patch.setattr("mlxvr.reasoner.load_vision", read)
+        patch.setattr("mlxvr.reasoner.reasoner.load_vision", read)
         with pytest.raises(Cancelled, match="reading"):
             qwen3.open(clip_path, **MODEST)
     assert qwen3.open(clip_path, **MODEST).grid[0] == 3
 
 
 def test_a_reasoner_and_its_clips_say_what_they_are(folders, clip_path, saved_clip, caplog):
-    with mlxvr.load(folders["qwen3_vl"], kv_bits=4) as loaded, caplog.at_level("DEBUG", "mlxvr.reasoner"):
+    with mlxvr.load(folders["qwen3_vl"], kv_bits=4) as loaded, caplog.at_level("DEBUG", "mlxvr.reasoner.reasoner"):
         assert repr(loaded) == f"<Reasoner {folders['qwen3_vl']} (qwen3_vl), threshold 0.98>"
         clip = loaded.open(clip_path, **MODEST)
         assert clip.path == clip_path
@@ -601,7 +601,7 @@ def test_reading_a_clips_frames_can_be_stopped(qwen3, clip_path, monkeypatch):
         qwen3.cancel()
         return load_vision(*args, **kwargs)
 
-    monkeypatch.setattr("mlxvr.reasoner.load_vision", stopped_as_it_begins)
+    monkeypatch.setattr("mlxvr.reasoner.reasoner.load_vision", stopped_as_it_begins)
     with pytest.raises(Cancelled):
         qwen3.open(clip_path, **MODEST)
     monkeypatch.undo()

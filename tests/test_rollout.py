@@ -16,7 +16,7 @@ from mlxvr.grpo.prompts import EncodedPrompt, encode_row
 from mlxvr.grpo.rollout import rollout
 from mlxvr.model.decode import decode, prefill
 from mlxvr.model.loading import load_model
-from mlxvr.reasoner import demo_folder
+from mlxvr.reasoner.reasoner import demo_folder
 
 FAMILIES = ("qwen2_5_vl", "qwen3_vl")
 

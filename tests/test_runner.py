@@ -25,7 +25,7 @@ from mlxvr.evaluation import generation, plots, runner, sharding
 from mlxvr.evaluation.config import EvalConfig
 from mlxvr.evaluation.generation import digest, group_rows
 from mlxvr.evaluation.samples import Sample, SampleWriter, decide, read_run, read_samples, write_samples
-from mlxvr.reasoner import demo_folder
+from mlxvr.reasoner.reasoner import demo_folder
 from mlxvr.runtime.distributed import Ranks
 
 DTYPE = "float32"  # a CPU computes bfloat16 many times slower
@@ -250,7 +250,7 @@ def test_rows_that_failed_are_asked_again_on_request(folder, whole, tmp_path):
 
 
 def test_memory_that_runs_out_costs_a_row(folder, tmp_path, monkeypatch):
-    from mlxvr import reasoner
+    from mlxvr.reasoner import reasoner
 
     calls = []
     extend = reasoner.Prefix.extend

@@ -23,7 +23,7 @@ from mlxvr.grpo.config import TrainConfig
 from mlxvr.grpo.learning import Learner
 from mlxvr.grpo.order import batches
 from mlxvr.grpo.state import state_file
-from mlxvr.reasoner import demo_folder
+from mlxvr.reasoner.reasoner import demo_folder
 from mlxvr.train import _history, main, make_parser, read_config
 
 FIGURES = {

@@ -18,7 +18,7 @@ from mlxvr.errors import ConfigError
 from mlxvr.grpo.order import batches
 from mlxvr.grpo.state import state_file
 from mlxvr.grpo.together import check_same, have_same_bits, shared_state
-from mlxvr.reasoner import demo_folder
+from mlxvr.reasoner.reasoner import demo_folder
 from mlxvr.runtime.distributed import Ranks
 
 # Two orders of adding up the same float32 gradients differ in the last bits of a sum. AdamW divides by the gradient's

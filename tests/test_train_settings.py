@@ -9,7 +9,7 @@ from safetensors.numpy import load_file
 from small_runs import CLIPS, entries, exact, run
 
 from mlxvr.grpo import learning, trainer
-from mlxvr.reasoner import demo_folder
+from mlxvr.reasoner.reasoner import demo_folder
 
 SHORT = {"steps": 1, "batch_size": 1, "group_size": 2, "max_completion_tokens": 4}
 

@@ -26,7 +26,7 @@ from mlxvr.grpo.rollout import prefill_step, rollout
 from mlxvr.grpo.trainer import train
 from mlxvr.model.families.base import family_of
 from mlxvr.model.loading import load_model
-from mlxvr.reasoner import demo_folder
+from mlxvr.reasoner.reasoner import demo_folder
 
 on_cpu = pytest.mark.skipif(mx.default_device() != mx.Device(mx.cpu), reason="peaks are calibrated on the CPU")
 

@@ -23,7 +23,7 @@ from groups import NOTHING
 
 from mlxvr.grpo.config import TrainConfig
 from mlxvr.grpo.trainer import train
-from mlxvr.reasoner import demo_folder
+from mlxvr.reasoner.reasoner import demo_folder
 
 GOLDEN = Path(__file__).parent / "golden" / "trajectory.json"
 EARLY = Path(__file__).parents[1] / "examples" / "shellgame" / "early"

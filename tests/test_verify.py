@@ -26,7 +26,7 @@ from mlxvr.model.decode import prefill, suppression
 from mlxvr.model.loading import load_model
 from mlxvr.model.network import VideoModel
 from mlxvr.model.prompt import Prompt
-from mlxvr.reasoner import demo_folder
+from mlxvr.reasoner.reasoner import demo_folder
 
 SOURCE = demo_folder() / "checkpoint"
 NAMES = ("clip02-0", "clip02-1", "clip02-2", "disc", "text-0")

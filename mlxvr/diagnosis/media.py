@@ -9,7 +9,7 @@ from mlxvr.diagnosis import reference
 from mlxvr.diagnosis.findings import Finding, judge
 from mlxvr.media import read_image, read_video
 from mlxvr.media.spec import VisionSpec
-from mlxvr.reasoner import demo_folder
+from mlxvr.reasoner.reasoner import demo_folder
 
 __all__ = ["check_answer", "check_frames"]
 

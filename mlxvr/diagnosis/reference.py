@@ -28,7 +28,7 @@ from mlxvr.media import VisionInput, patchify
 from mlxvr.model.loading import load_model
 from mlxvr.model.network import VideoModel
 from mlxvr.model.prompt import Prompt, build_prompt
-from mlxvr.reasoner import demo_folder
+from mlxvr.reasoner.reasoner import demo_folder
 
 __all__ = [
     "ADVANTAGES",

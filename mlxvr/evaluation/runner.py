@@ -38,7 +38,7 @@ from mlxvr.runtime.distributed import Ranks
 from mlxvr.runtime.hooks import Progress
 
 if TYPE_CHECKING:
-    from mlxvr.reasoner import Reasoner
+    from mlxvr.reasoner.reasoner import Reasoner
 
 __all__ = ["EvalReport", "Questions", "evaluate", "read_questions"]
 
@@ -134,7 +134,7 @@ def read_questions(config: EvalConfig) -> Questions:
 
 
 def _load(config: EvalConfig, progress: Progress | None = None) -> "Reasoner":
-    from mlxvr import reasoner
+    from mlxvr.reasoner import reasoner
 
     return reasoner.load(
         config.model,

@@ -23,7 +23,7 @@ from mlxvr.grpo.state import read_progress, state_file
 from mlxvr.media.spec import VisionSpec
 from mlxvr.model.loading import load_model
 from mlxvr.model.network import VideoModel
-from mlxvr.reasoner import find_folder
+from mlxvr.reasoner.reasoner import find_folder
 from mlxvr.runtime import device_memory
 from mlxvr.runtime.hooks import Progress
 

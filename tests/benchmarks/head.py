@@ -28,7 +28,7 @@ from mlxvr.model.decode import decode, prefill
 from mlxvr.model.head import Head
 from mlxvr.model.network import VideoModel
 from mlxvr.model.prompt import build_prompt
-from mlxvr.reasoner import demo_folder
+from mlxvr.reasoner.reasoner import demo_folder
 
 SHAPES = {"8b": (151_936, 4096), "demo": (151_936, 512)}
 

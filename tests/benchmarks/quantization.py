@@ -44,7 +44,7 @@ from mlxvr.model.decode import decode, prefill
 from mlxvr.model.loading import load_model
 from mlxvr.model.network import VisionFeatures
 from mlxvr.model.prompt import Prompt, build_prompt
-from mlxvr.reasoner import demo_folder
+from mlxvr.reasoner.reasoner import demo_folder
 from tests.checkpoints import FAMILIES, random_media, write_checkpoint
 from tests.reference import Reference
 

@@ -28,7 +28,7 @@ from mlxvr.media.patches import VisionInput
 from mlxvr.model.adapter import find_layers
 from mlxvr.model.network import VideoModel
 from mlxvr.model.prompt import Prompt, build_prompt
-from mlxvr.reasoner import demo_folder
+from mlxvr.reasoner.reasoner import demo_folder
 from tests.checkpoints import write_checkpoint
 from tests.reference import Reference
 

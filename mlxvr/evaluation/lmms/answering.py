@@ -26,7 +26,7 @@ from mlxvr.model.prompt import KINDS, question_text
 from mlxvr.storage.paths import PICTURE_SUFFIXES
 
 if TYPE_CHECKING:
-    from mlxvr.reasoner import Clip, Reasoner
+    from mlxvr.reasoner.reasoner import Clip, Reasoner
 
 __all__ = ["Asked", "Response", "answer_all", "open_log", "read_context", "read_visuals"]
 

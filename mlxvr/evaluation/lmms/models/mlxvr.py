@@ -19,7 +19,7 @@ from mlxvr.evaluation.lmms.answering import Asked, Response, answer_all, open_lo
 from mlxvr.evaluation.lmms.options import LmmsOptions
 from mlxvr.evaluation.samples import SampleWriter
 from mlxvr.model.prompt import evaluation_copy
-from mlxvr.reasoner import Reasoner, load
+from mlxvr.reasoner.reasoner import Reasoner, load
 
 __all__ = ["Mlxvr"]
 

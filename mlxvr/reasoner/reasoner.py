@@ -40,12 +40,12 @@ from mlxvr.checkpoint import hub
 from mlxvr.checkpoint.bundled import NOT_OF_THE_DEMO, demo_folder, is_bundled, is_demo
 from mlxvr.checkpoint.defaults import Defaults, EffectiveSetting
 from mlxvr.checkpoint.folder import ModelFolder
-from mlxvr.clip_cache import ClipCache
 from mlxvr.errors import Cancelled, ConfigError
 from mlxvr.media import VisionInput, load_vision
 from mlxvr.model import decode, loading
 from mlxvr.model.prefix import Prefix, PrefixCost
 from mlxvr.model.prompt import Prompt, build_prompt
+from mlxvr.reasoner.clip_cache import ClipCache
 from mlxvr.runtime import device_memory
 from mlxvr.runtime.hooks import Progress, ShouldStop
 from mlxvr.runtime.worker import Worker
