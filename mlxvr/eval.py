@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlxvr.cli.parser import VerbParser, add_settings, run_verb, told_settings
 from mlxvr.cli.progress import Bars
-from mlxvr.evaluation.config import EvalConfig
+from mlxvr.evaluation.eval_config import EvalConfig
 
 if TYPE_CHECKING:
     from mlxvr.evaluation.runner import EvalReport, evaluate
@@ -58,8 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _eval(args: argparse.Namespace) -> None:
     config = EvalConfig(**told_settings(args, EvalConfig))
+    from mlxvr.evaluation.console import table
     from mlxvr.evaluation.runner import evaluate
-    from mlxvr.evaluation.tables import table
 
     with Bars() as bars:
         report = evaluate(config, progress=bars)

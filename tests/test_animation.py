@@ -12,7 +12,7 @@ import pytest
 from PIL import Image, features
 
 from mlxvr.errors import Cancelled, MediaError
-from mlxvr.evaluation.gallery import read_thumbnails
+from mlxvr.evaluation.report.gallery import read_thumbnails
 from mlxvr.media import VisionSpec, load_vision, probe
 from mlxvr.media.animation.animation_reader import is_animation, read_animation
 from mlxvr.media.animation.apng import read_apng

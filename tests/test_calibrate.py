@@ -12,11 +12,11 @@ import pytest
 
 from mlxvr.convert import convert
 from mlxvr.errors import CheckpointError, ConfigError, DataError
-from mlxvr.evaluation import thresholds
-from mlxvr.evaluation.calibrate import calibrate
-from mlxvr.evaluation.calibration import fit_temperature, scale
+from mlxvr.evaluation import threshold_file
+from mlxvr.evaluation.reliability import fit_temperature, scale
 from mlxvr.evaluation.samples import Sample, decide
-from mlxvr.evaluation.thresholds import save_threshold, write_threshold
+from mlxvr.evaluation.threshold_file import save_threshold, write_threshold
+from mlxvr.evaluation.threshold_search import calibrate
 from mlxvr.reasoner.reasoner import demo_folder
 
 
@@ -409,7 +409,7 @@ def test_a_full_disk_is_told_as_such(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(thresholds.os, "fsync", fail)
+    monkeypatch.setattr(threshold_file.os, "fsync", fail)
     with pytest.raises(ConfigError, match=r"^the disk of .*mine\.json is full; free some space and run again$"):
         save_threshold(path, calibrate(make(100, 9), "ratio", budget=0.3))
     assert path.read_text() == before
@@ -422,7 +422,7 @@ def test_a_write_that_fails_leaves_the_old(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(thresholds.os, "replace", fail)
+    monkeypatch.setattr(threshold_file.os, "replace", fail)
     with pytest.raises(ConfigError, match=r"mlxvr\.json cannot be written \(Read-only file system\)"):
         write_threshold(folder, calibrate(make(60), "accuracy"))
     assert json.loads((folder / "mlxvr.json").read_text()) == {"threshold": 0.97}

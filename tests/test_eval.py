@@ -18,9 +18,10 @@ import mlxvr
 from mlxvr import eval as verb
 from mlxvr.data.rows import load_rows, make_row
 from mlxvr.errors import ConfigError
-from mlxvr.evaluation import generation, plots, runner
-from mlxvr.evaluation.config import EvalConfig
+from mlxvr.evaluation import generation, runner
+from mlxvr.evaluation.eval_config import EvalConfig
 from mlxvr.evaluation.generation import digest
+from mlxvr.evaluation.report import plots
 from mlxvr.evaluation.runner import read_questions
 from mlxvr.evaluation.samples import Sample, read_samples, write_samples
 from mlxvr.grading import math_equality

@@ -9,17 +9,10 @@ import numpy as np
 import pytest
 
 from mlxvr.errors import ConfigError, DataError
-from mlxvr.evaluation.calibration import (
-    auroc,
-    brier,
-    expected_calibration_error,
-    fit_temperature,
-    reliability,
-    scale,
-)
+from mlxvr.evaluation.bootstrap import Bootstrap, Estimate, clusters_of, wilson
 from mlxvr.evaluation.compare import compare
 from mlxvr.evaluation.metrics import Distribution, summarise, sweep
-from mlxvr.evaluation.resampling import Bootstrap, Estimate, clusters_of, wilson
+from mlxvr.evaluation.reliability import auroc, brier, expected_calibration_error, fit_temperature, reliability, scale
 from mlxvr.evaluation.samples import Sample, decide
 
 FALLBACK = "Let's analyze the problem step by step."

@@ -18,7 +18,7 @@ from groups import tiny_model
 
 import mlxvr.cli.parser
 from mlxvr import convert, fuse, generate
-from mlxvr.evaluation.config import EvalConfig
+from mlxvr.evaluation.eval_config import EvalConfig
 from mlxvr.evaluation.runner import evaluate
 from mlxvr.grpo.config import _TRAINING_ONLY, TrainConfig, idle_options
 from mlxvr.grpo.lora import LoraConfig, attach, save_adapter

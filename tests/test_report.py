@@ -21,16 +21,17 @@ from clips import write_clip
 from PIL import Image
 
 from mlxvr.errors import ConfigError, DataError, MediaError
-from mlxvr.evaluation import charts, numerals
-from mlxvr.evaluation.calibrate import calibrate
-from mlxvr.evaluation.calibration import reliability
+from mlxvr.evaluation import formatting
+from mlxvr.evaluation.bootstrap import Estimate
 from mlxvr.evaluation.compare import compare
-from mlxvr.evaluation.gallery import read_thumbnails
-from mlxvr.evaluation.judged import curve, judge
+from mlxvr.evaluation.graded_rows import curve, judge
 from mlxvr.evaluation.metrics import SweepRow, summarise, sweep
-from mlxvr.evaluation.report import write_report
-from mlxvr.evaluation.resampling import Estimate
+from mlxvr.evaluation.reliability import reliability
+from mlxvr.evaluation.report import charts
+from mlxvr.evaluation.report.gallery import read_thumbnails
+from mlxvr.evaluation.report.report_files import write_report
 from mlxvr.evaluation.samples import Sample
+from mlxvr.evaluation.threshold_search import calibrate
 
 FALLBACK = "Let's analyze the problem step by step."
 VOID = {"meta", "input", "img", "br", "hr", "link"}
@@ -139,13 +140,13 @@ def test_tables_show_the_summary(write):
             f"{100 * figures.accuracy.high:.0f}",
         ]
         assert modes[name][2].split()[0] == ("100%" if figures.pair_accuracy.value == 1 else "0%")
-        assert modes[name][3].split()[0] == numerals.tokens(figures.tokens.mean)
+        assert modes[name][3].split()[0] == formatting.tokens(figures.tokens.mean)
     for name, group in summary.per_task.items():
         cells = next(cells for cells in reader.rows if cells[0] == name)
         assert cells[1] == str(group.count)
         for cell, figures in zip(cells[3:6], (group.direct, group.think, group.auto)):
             assert cell.split()[0] == f"{100 * figures.accuracy.value:.0f}%"
-        assert cells[6].split()[0] == numerals.points(group.gain, group.count)
+        assert cells[6].split()[0] == formatting.points(group.gain, group.count)
         assert cells[8].split()[0] == f"{100 * group.think_ratio.value:.0f}%"
 
 
@@ -428,7 +429,7 @@ def test_comparison(write):
     assert table["think ratio"][1:3] == ["67%", "56%"]
     cells = table["tokens a question"]
     # 9 rows; of this run 1, 2, 4 and 9 exit, of the other 1, 4 and 9
-    assert cells[1:3] == [numerals.tokens((3 * 5 + 6 * 105) / 9), numerals.tokens((4 * 5 + 5 * 105) / 9)]
+    assert cells[1:3] == [formatting.tokens((3 * 5 + 6 * 105) / 9), formatting.tokens((4 * 5 + 5 * 105) / 9)]
 
 
 def test_comparison_of_other_rows_is_refused(write):
@@ -443,7 +444,7 @@ def test_calibration_is_shown(write):
     assert data_of(path)["calibration"] == json.loads(json.dumps(found.to_dict()))
     text = path.read_text()
     assert "at most 60% of the rows reason" in text
-    assert f"All rows choose <b>{numerals.confidence(found.threshold)}</b>" in text
+    assert f"All rows choose <b>{formatting.confidence(found.threshold)}</b>" in text
     cells = next(cells for cells in Reader(text).rows if cells[0] == "held-out folds")
     assert cells[5].split()[0] == f"{100 * found.held_out.think_ratio.value:.0f}%"
     assert "other figures of this page" not in text
@@ -499,9 +500,8 @@ def test_plots_without_matplotlib(write, monkeypatch, caplog):
 
 
 def test_page_needs_no_matplotlib():
-    code = (
-        "import sys, mlxvr.evaluation.report as r; sys.exit('matplotlib' in sys.modules or 'mlx.core' in sys.modules)"
-    )
+    heavy = "'matplotlib' in sys.modules or 'mlx.core' in sys.modules"
+    code = f"import sys, mlxvr.evaluation.report.report_files; sys.exit({heavy})"
     assert subprocess.run([sys.executable, "-c", code], timeout=300).returncode == 0
 
 
@@ -577,32 +577,32 @@ def test_think_ratio_bars():
 @pytest.mark.parametrize(
     ("found", "wanted"),
     [
-        (numerals.share(Estimate(value=0.8434, low=0.82, high=0.86), 2000), "84.3%"),
-        (numerals.share(Estimate(value=0.8434, low=0.76, high=0.91), 2000), "84%"),
-        (numerals.share(Estimate(value=0.8434, low=0.84, high=0.85), 20), "84%"),
-        (numerals.share(0.8434, 999), "84%"),
-        (numerals.share(0.8434, 1000), "84.3%"),
-        (numerals.share(None), "–"),
-        (numerals.interval(Estimate(value=0.8, low=0.76, high=0.91), 200), "76 to 91"),
-        (numerals.interval(Estimate(value=0.8, low=0.78, high=0.82), 200), "78.0 to 82.0"),
-        (numerals.interval(Estimate(value=0.5, low=0.5, high=0.5), 200), ""),
-        (numerals.interval(Estimate(value=1, low=None, high=None), 200), ""),
-        (numerals.points(Estimate(value=-0.008, low=-0.02, high=0.01), 500), "−0.8"),
-        (numerals.points(Estimate(value=-0.001, low=-0.2, high=0.1), 500), "0"),
-        (numerals.points_interval(Estimate(value=0, low=-0.021, high=0.005), 500), "−2.1 to +0.5"),
-        (numerals.tokens(1234.5), "1,234"),
-        (numerals.tokens(6.54), "6.5"),
-        (numerals.seconds(0.354), "0.35 s"),
-        (numerals.seconds(4.54), "4.5 s"),
-        (numerals.seconds(0), "0 s"),
-        (numerals.confidence(0.97), "0.97"),
-        (numerals.confidence(0.99997), "0.99997"),
-        (numerals.confidence(math.nextafter(1, 2)), "above 1"),
-        (numerals.confidence(1.0), "1"),
-        (numerals.plain(0.8765, 1000), "0.876"),
-        (numerals.plain(0.8765, 10), "0.88"),
-        (numerals.count(1, "clip"), "1 clip"),
-        (numerals.count(2000, "clip"), "2,000 clips"),
+        (formatting.share(Estimate(value=0.8434, low=0.82, high=0.86), 2000), "84.3%"),
+        (formatting.share(Estimate(value=0.8434, low=0.76, high=0.91), 2000), "84%"),
+        (formatting.share(Estimate(value=0.8434, low=0.84, high=0.85), 20), "84%"),
+        (formatting.share(0.8434, 999), "84%"),
+        (formatting.share(0.8434, 1000), "84.3%"),
+        (formatting.share(None), "–"),
+        (formatting.interval(Estimate(value=0.8, low=0.76, high=0.91), 200), "76 to 91"),
+        (formatting.interval(Estimate(value=0.8, low=0.78, high=0.82), 200), "78.0 to 82.0"),
+        (formatting.interval(Estimate(value=0.5, low=0.5, high=0.5), 200), ""),
+        (formatting.interval(Estimate(value=1, low=None, high=None), 200), ""),
+        (formatting.points(Estimate(value=-0.008, low=-0.02, high=0.01), 500), "−0.8"),
+        (formatting.points(Estimate(value=-0.001, low=-0.2, high=0.1), 500), "0"),
+        (formatting.points_interval(Estimate(value=0, low=-0.021, high=0.005), 500), "−2.1 to +0.5"),
+        (formatting.tokens(1234.5), "1,234"),
+        (formatting.tokens(6.54), "6.5"),
+        (formatting.seconds(0.354), "0.35 s"),
+        (formatting.seconds(4.54), "4.5 s"),
+        (formatting.seconds(0), "0 s"),
+        (formatting.confidence(0.97), "0.97"),
+        (formatting.confidence(0.99997), "0.99997"),
+        (formatting.confidence(math.nextafter(1, 2)), "above 1"),
+        (formatting.confidence(1.0), "1"),
+        (formatting.plain(0.8765, 1000), "0.876"),
+        (formatting.plain(0.8765, 10), "0.88"),
+        (formatting.count(1, "clip"), "1 clip"),
+        (formatting.count(2000, "clip"), "2,000 clips"),
     ],
 )
 def test_numbers(found, wanted):

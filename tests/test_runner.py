@@ -21,9 +21,10 @@ from clips import write_clip
 import mlxvr
 from mlxvr.data.rows import load_rows
 from mlxvr.errors import ConfigError, DataError
-from mlxvr.evaluation import generation, plots, runner, sharding
-from mlxvr.evaluation.config import EvalConfig
+from mlxvr.evaluation import generation, runner, sharding
+from mlxvr.evaluation.eval_config import EvalConfig
 from mlxvr.evaluation.generation import digest, group_rows
+from mlxvr.evaluation.report import plots
 from mlxvr.evaluation.samples import Sample, SampleWriter, decide, read_run, read_samples, write_samples
 from mlxvr.reasoner.reasoner import demo_folder
 from mlxvr.runtime.distributed import Ranks
@@ -378,7 +379,7 @@ CODE = """
 import signal
 import sys
 from pathlib import Path
-from mlxvr.evaluation.config import EvalConfig
+from mlxvr.evaluation.eval_config import EvalConfig
 from mlxvr.evaluation.runner import evaluate
 
 if __name__ == "__main__":

@@ -24,8 +24,8 @@ import numpy as np
 
 from mlxvr.cli.plotting import BLUE, GREEN, ORANGE, write_plot
 from mlxvr.data.rows import load_rows
-from mlxvr.evaluation.calibration import auroc
-from mlxvr.evaluation.resampling import Bootstrap, Estimate
+from mlxvr.evaluation.bootstrap import Bootstrap, Estimate
+from mlxvr.evaluation.reliability import auroc
 from mlxvr.grading.reward import Weights
 from mlxvr.grpo.config import TrainConfig
 from mlxvr.grpo.lora import attach_saved

@@ -12,13 +12,13 @@ from typing import Any
 from mlxvr.data.rows import Row
 from mlxvr.errors import ConfigError, DataError, MlxvrError
 from mlxvr.evaluation import sharding
-from mlxvr.evaluation.calibrate import Calibration
 from mlxvr.evaluation.compare import Comparison, compare
-from mlxvr.evaluation.config import EvalConfig
+from mlxvr.evaluation.eval_config import EvalConfig
 from mlxvr.evaluation.metrics import Summary, SweepRow, summarise, sweep
-from mlxvr.evaluation.report import write_report
+from mlxvr.evaluation.report.report_files import write_report
 from mlxvr.evaluation.samples import Sample, read_samples
-from mlxvr.evaluation.thresholds import save_threshold, write_threshold
+from mlxvr.evaluation.threshold_file import save_threshold, write_threshold
+from mlxvr.evaluation.threshold_search import Calibration
 from mlxvr.grading import math_equality
 from mlxvr.runtime.hooks import Progress
 

@@ -25,8 +25,8 @@ import numpy as np
 
 from mlxvr.answering.transcript import is_fallback
 from mlxvr.errors import ConfigError
-from mlxvr.evaluation.calibration import Bin, auroc, brier, expected_calibration_error, reliability
-from mlxvr.evaluation.resampling import Bootstrap, Estimate, clusters_of
+from mlxvr.evaluation.bootstrap import Bootstrap, Estimate, clusters_of
+from mlxvr.evaluation.reliability import Bin, auroc, brier, expected_calibration_error, reliability
 from mlxvr.evaluation.samples import Sample, decide, ordered
 from mlxvr.grading.lenient import Grade, grade_parts
 
@@ -86,7 +86,7 @@ class Figures:
 
 @dataclass(frozen=True, kw_only=True)
 class Confidence:
-    """How well the confidence of first answers tells right from wrong (`mlxvr.evaluation.calibration`).
+    """How well the confidence of first answers tells right from wrong (`mlxvr.evaluation.reliability`).
 
     Attributes:
         count: labelled rows that have a confidence.

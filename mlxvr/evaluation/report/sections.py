@@ -3,11 +3,12 @@
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 
-from mlxvr.evaluation import charts, numerals
-from mlxvr.evaluation.content import Content, score_name
-from mlxvr.evaluation.judged import Judged
-from mlxvr.evaluation.markup import difference_cell, figures_of, gallery_link, share_cell, table
+from mlxvr.evaluation import formatting
+from mlxvr.evaluation.graded_rows import Judged
 from mlxvr.evaluation.metrics import Distribution, Figures, Group, Summary
+from mlxvr.evaluation.report import charts
+from mlxvr.evaluation.report.content import Content, score_name
+from mlxvr.evaluation.report.markup import difference_cell, figures_of, gallery_link, share_cell, table
 
 __all__ = ["breakdown_section", "confidence_section", "cost_section", "format_section", "modes_section"]
 
@@ -27,7 +28,7 @@ def modes_section(content: Content) -> str:
     body = []
     for name, note, figures in modes:
         cells = [f"{name} <small>{note}</small>", *_score_cells(figures, group.direct, sizes)]
-        cells += [_spread(figures.tokens, numerals.tokens), _spread(figures.seconds, numerals.seconds)]
+        cells += [_spread(figures.tokens, formatting.tokens), _spread(figures.seconds, formatting.seconds)]
         body.append(cells)
     notes = [
         "In small print 95% intervals; of tokens and seconds, which are those of generating, the 50th, 90th and 95th "
@@ -36,8 +37,8 @@ def modes_section(content: Content) -> str:
     rows = group.auto.labelled
     for label, estimate in (("Thinking gains", group.gain), ("Auto against think:", group.auto_vs_think)):
         if estimate is not None:
-            told = numerals.points_interval(estimate, rows)
-            notes.append(f"{label} {numerals.points(estimate, rows)} points{f' ({told})' if told else ''}, paired.")
+            told = formatting.points_interval(estimate, rows)
+            notes.append(f"{label} {formatting.points(estimate, rows)} points{f' ({told})' if told else ''}, paired.")
     return table(columns, body) + f'<p class="note">{" ".join(notes)}</p>'
 
 
@@ -158,21 +159,21 @@ def confidence_section(content: Content) -> str:
     ]
     said = []
     if found.auroc is not None:
-        area = numerals.plain(found.auroc, found.count)
+        area = formatting.plain(found.auroc, found.count)
         reach = ""
         if found.auroc.low is not None and found.auroc.high is not None:
-            reach = (
-                f" ({numerals.plain(found.auroc.low, found.count)} to {numerals.plain(found.auroc.high, found.count)})"
-            )
+            low, high = (formatting.plain(end, found.count) for end in (found.auroc.low, found.auroc.high))
+            reach = f" ({low} to {high})"
         said.append(f"AUROC <b>{area}</b>{reach}: how often a right first answer is surer than a wrong one.")
     else:
         said.append("All first answers are right, or all are wrong: the confidence has nothing to tell apart.")
     said.append(
-        f"ECE <b>{numerals.plain(found.ece, found.count)}</b>, Brier <b>{numerals.plain(found.brier, found.count)}</b>."
+        f"ECE <b>{formatting.plain(found.ece, found.count)}</b>, "
+        f"Brier <b>{formatting.plain(found.brier, found.count)}</b>."
     )
     said.append(
-        f"{numerals.count(found.count, 'graded first answer')} with a confidence, "
-        f"{numerals.share(found.accuracy, found.count)} of them right."
+        f"{formatting.count(found.count, 'graded first answer')} with a confidence, "
+        f"{formatting.share(found.accuracy, found.count)} of them right."
     )
     return f"<p>{' '.join(said)}</p>{figures_of(drawn)}"
 
@@ -196,10 +197,10 @@ def breakdown_section(groups: Mapping[str, Group], title: str, key: str, *, with
             cells += [share_cell(figures.score, rows) for figures in modes]
         if has_labels and think is not None:
             cells += [difference_cell(group.gain, rows), difference_cell(group.auto_vs_think, rows)]
-        cells += [share_cell(group.think_ratio, group.count), numerals.tokens(group.auto.tokens.mean)]
+        cells += [share_cell(group.think_ratio, group.count), formatting.tokens(group.auto.tokens.mean)]
         if think is not None:
             always = think.tokens.mean
-            cells.append(numerals.share(group.auto.tokens.mean / always, 1) if always else "–")
+            cells.append(formatting.share(group.auto.tokens.mean / always, 1) if always else "–")
         body.append(cells)
     chart = ""
     if with_chart:
@@ -248,7 +249,7 @@ def format_section(summary: Summary) -> str:
         )
         is_open = " open" if len(summary.errors) <= 10 else ""
         parts.append(
-            f"<details{is_open}><summary>{numerals.count(len(summary.errors), 'row')} failed</summary>"
+            f"<details{is_open}><summary>{formatting.count(len(summary.errors), 'row')} failed</summary>"
             f"<ul class=errors>{items}</ul></details>"
         )
     elif summary.count:

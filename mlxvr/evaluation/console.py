@@ -2,14 +2,14 @@
 
 from typing import TYPE_CHECKING
 
-from mlxvr.evaluation import numerals
+from mlxvr.evaluation import formatting
+from mlxvr.evaluation.bootstrap import Estimate
 from mlxvr.evaluation.compare import Comparison
 from mlxvr.evaluation.metrics import Figures, Group
-from mlxvr.evaluation.resampling import Estimate
 
 if TYPE_CHECKING:
-    from mlxvr.evaluation.calibrate import Calibration
     from mlxvr.evaluation.finishing import EvalReport
+    from mlxvr.evaluation.threshold_search import Calibration
 
 __all__ = ["table"]
 
@@ -23,7 +23,7 @@ def table(report: "EvalReport") -> str:
     if group is None:
         return lines[0]
     failed = f", {len(summary.errors)} failed" if summary.errors else ""
-    size = f"{numerals.count(group.count, 'question')} about {numerals.count(group.clips, 'clip')}{failed}"
+    size = f"{formatting.count(group.count, 'question')} about {formatting.count(group.clips, 'clip')}{failed}"
     lines += [
         f"{size}; in brackets 95% intervals over clips",
         "",
@@ -33,7 +33,9 @@ def table(report: "EvalReport") -> str:
     for name, one in summary.per_task.items() if len(summary.per_task) > 1 else ():
         modes = [figures.score for figures in (one.direct, one.think, one.auto) if figures is not None]
         scores = " / ".join("-" if score is None else f"{score.value:.3f}" for score in modes)
-        lines.append(f"{name:24} {scores}, thinks {one.think_ratio.value:.2f}, {numerals.count(one.count, 'question')}")
+        lines.append(
+            f"{name:24} {scores}, thinks {one.think_ratio.value:.2f}, {formatting.count(one.count, 'question')}"
+        )
     if report.calibration is not None:
         lines += ["", *_calibration(report.calibration)]
     if report.threshold_file is not None:
@@ -108,7 +110,9 @@ def _calibration(found: "Calibration") -> list[str]:
 
 def _comparison(found: Comparison) -> list[str]:
     before, after = found.thresholds
-    lines = [f"against the other run: {numerals.count(found.count, 'row')} in both, thresholds {before:g} -> {after:g}"]
+    lines = [
+        f"against the other run: {formatting.count(found.count, 'row')} in both, thresholds {before:g} -> {after:g}"
+    ]
     for name, change in (("direct", found.direct), ("think", found.think), ("auto", found.auto)):
         if change is not None:
             lines.append(

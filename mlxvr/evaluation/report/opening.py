@@ -2,11 +2,11 @@
 
 from html import escape
 
-from mlxvr.evaluation import numerals
-from mlxvr.evaluation.content import Content, score_name
-from mlxvr.evaluation.markup import gallery_link
+from mlxvr.evaluation import formatting
+from mlxvr.evaluation.bootstrap import Estimate
 from mlxvr.evaluation.metrics import Group, Summary
-from mlxvr.evaluation.resampling import Estimate
+from mlxvr.evaluation.report.content import Content, score_name
+from mlxvr.evaluation.report.markup import gallery_link
 
 __all__ = ["cautions", "lead", "subtitle", "tiles", "verdict"]
 
@@ -23,25 +23,25 @@ def lead(summary: Summary) -> str:
     if group is None and not summary.count:
         return "There are no rows."
     if group is None:
-        return f"No figure could be worked out: all {numerals.count(summary.count, 'row')} failed."
+        return f"No figure could be worked out: all {formatting.count(summary.count, 'row')} failed."
     size, auto = group.count, group.auto
-    tau = numerals.confidence(summary.threshold)
-    ratio = numerals.share(group.think_ratio, size)
-    where = f"{numerals.count(size, 'question')} on {numerals.count(group.clips, 'clip')}"
+    tau = formatting.confidence(summary.threshold)
+    ratio = formatting.share(group.think_ratio, size)
+    where = f"{formatting.count(size, 'question')} on {formatting.count(group.clips, 'clip')}"
     if auto.score is None:
         said = f"At threshold {tau} the model reasons on <b>{ratio}</b> of {where} (no labels, so nothing is graded)"
     else:
         said = (
-            f"At threshold {tau} the model scores <b>{numerals.share(auto.score, auto.labelled)}</b>"
+            f"At threshold {tau} the model scores <b>{formatting.share(auto.score, auto.labelled)}</b>"
             f"{_named(group)} over {where}, reasoning on <b>{ratio}</b> of them"
         )
-    said += f", with <b>{numerals.tokens(auto.tokens.mean)}</b> generated tokens a question on average"
+    said += f", with <b>{formatting.tokens(auto.tokens.mean)}</b> generated tokens a question on average"
     if group.think is None:
         return f"{said}; it stopped early for real, so what thinking would have given is not known."
     always = group.think.tokens.mean
     saved = 1 - auto.tokens.mean / always if always else 0.0
-    said += f" against {numerals.tokens(always)} for always thinking"
-    said += f": the early exit saves <b>{numerals.share(saved, 1)}</b> of the tokens"
+    said += f" against {formatting.tokens(always)} for always thinking"
+    said += f": the early exit saves <b>{formatting.share(saved, 1)}</b> of the tokens"
     if group.auto_vs_think is None:
         return f"{said}."
     return f"{said} and {_cost(group)}."
@@ -50,7 +50,7 @@ def lead(summary: Summary) -> str:
 def _named(group: Group) -> str:
     """The name of auto's score with its interval."""
     assert group.auto.score is not None
-    told = numerals.interval(group.auto.score, group.auto.labelled)
+    told = formatting.interval(group.auto.score, group.auto.labelled)
     notes = ["mean of accuracy and IoU"] if score_name(group) == "Score" else []
     notes += [f"95% interval {told}"] if told else []
     name = "" if score_name(group) == "Score" else f" {_noun(group)}"
@@ -61,8 +61,8 @@ def _cost(group: Group) -> str:
     change = group.auto_vs_think
     assert change is not None
     rows = group.auto.labelled
-    told = numerals.points_interval(change, rows)
-    size = numerals.points(change, rows).lstrip("+−")
+    told = formatting.points_interval(change, rows)
+    size = formatting.points(change, rows).lstrip("+−")
     if change.value == 0:
         said = f"costs <b>no</b> {_noun(group)}" + ("" if told or change.low is None else " (the same in every row)")
     else:
@@ -91,7 +91,7 @@ def verdict(summary: Summary) -> str:
     if group is None or change is None or change.low is None or change.high is None or change.low == change.high:
         return ""
     rows, name = group.auto.labelled, _noun(group)
-    low, high = (numerals.points(Estimate(value=end, low=change.low, high=change.high), rows) for end in
+    low, high = (formatting.points(Estimate(value=end, low=change.low, high=change.high), rows) for end in
                  (change.low, change.high))  # fmt: skip
     if change.high < 0:
         said = f"The early exit loses {name}: even the best end of the interval is {high} points."
@@ -112,21 +112,21 @@ def tiles(summary: Summary) -> str:
     auto, think, rows = group.auto, group.think, group.auto.labelled
     tiles = []
     if auto.score is not None:
-        versus = [f"direct {numerals.share(group.direct.score, rows)}"]
-        versus += [f"think {numerals.share(think.score, rows)}"] if think is not None else []
-        tiles.append((f"Auto {_noun(group)}", numerals.share(auto.score, rows), ", ".join(versus)))
-    told = numerals.interval(group.think_ratio, group.count)
-    tiles.append(("Think ratio", numerals.share(group.think_ratio, group.count), f"interval {told}" if told else ""))
-    versus = [f"direct {numerals.tokens(group.direct.tokens.mean)}"]
-    versus += [f"think {numerals.tokens(think.tokens.mean)}"] if think is not None else []
-    tiles.append(("Tokens a question", numerals.tokens(auto.tokens.mean), ", ".join(versus)))
+        versus = [f"direct {formatting.share(group.direct.score, rows)}"]
+        versus += [f"think {formatting.share(think.score, rows)}"] if think is not None else []
+        tiles.append((f"Auto {_noun(group)}", formatting.share(auto.score, rows), ", ".join(versus)))
+    told = formatting.interval(group.think_ratio, group.count)
+    tiles.append(("Think ratio", formatting.share(group.think_ratio, group.count), f"interval {told}" if told else ""))
+    versus = [f"direct {formatting.tokens(group.direct.tokens.mean)}"]
+    versus += [f"think {formatting.tokens(think.tokens.mean)}"] if think is not None else []
+    tiles.append(("Tokens a question", formatting.tokens(auto.tokens.mean), ", ".join(versus)))
     shared = summary.shared["decode_seconds"] + summary.shared["prefill_seconds"]
     if auto.seconds.mean or shared:
-        parts = f"{numerals.seconds(auto.seconds.mean)} to generate, {numerals.seconds(shared)} to read the clip"
-        parts += f"; think {numerals.seconds(shared + think.seconds.mean)}" if think is not None else ""
-        tiles.append(("Time a question", numerals.seconds(shared + auto.seconds.mean), parts))
+        parts = f"{formatting.seconds(auto.seconds.mean)} to generate, {formatting.seconds(shared)} to read the clip"
+        parts += f"; think {formatting.seconds(shared + think.seconds.mean)}" if think is not None else ""
+        tiles.append(("Time a question", formatting.seconds(shared + auto.seconds.mean), parts))
     if group.confidence is not None and group.confidence.auroc is not None:
-        area = numerals.plain(group.confidence.auroc, group.confidence.count)
+        area = formatting.plain(group.confidence.auroc, group.confidence.count)
         tiles.append(("Confidence AUROC", area, "0.5 says nothing, 1 tells right from wrong"))
     cells = "".join(
         f"<div><dt>{escape(name)}</dt><dd><b>{escape(value)}</b><small>{escape(note)}</small></dd></div>"
@@ -140,7 +140,7 @@ def cautions(content: Content) -> str:
     summary, group, told = content.summary, content.summary.overall, []
     if summary.errors:
         told.append(
-            f"{numerals.count(len(summary.errors), 'row')} of {summary.count:,} failed and "
+            f"{formatting.count(len(summary.errors), 'row')} of {summary.count:,} failed and "
             f"{'is' if len(summary.errors) == 1 else 'are'} in no figure. {gallery_link('Show', result='failed')}"
         )
     if group is not None:
@@ -149,7 +149,7 @@ def cautions(content: Content) -> str:
             told.append("One independent clip only: no interval can be given.")
         elif group.clips < _FEW_CLIPS:
             told.append(
-                f"Only {numerals.count(group.clips, 'independent clip')}: the intervals are wide, and still "
+                f"Only {formatting.count(group.clips, 'independent clip')}: the intervals are wide, and still "
                 "narrower than they should be."
             )
         if auto.labelled and auto.labelled < group.count:
@@ -158,7 +158,7 @@ def cautions(content: Content) -> str:
             )
         if group.missing_boxes:
             told.append(
-                f"{numerals.count(group.missing_boxes, 'row')} without a first answer box: these always reason. "
+                f"{formatting.count(group.missing_boxes, 'row')} without a first answer box: these always reason. "
                 f"{gallery_link('Show', format='no_box')}"
             )
         if not summary.live and group.think_ratio.value == 1:
@@ -171,7 +171,7 @@ def cautions(content: Content) -> str:
         )
         if sure:
             told.append(
-                f"{numerals.count(sure, 'answer')} given early {'is' if sure == 1 else 'are'} wrong. "
+                f"{formatting.count(sure, 'answer')} given early {'is' if sure == 1 else 'are'} wrong. "
                 f"{gallery_link('Show', result='wrong', decision='exited')}"
             )
     if not told:

@@ -7,7 +7,7 @@ certainty.
 
 import math
 
-from mlxvr.evaluation.resampling import Estimate
+from mlxvr.evaluation.bootstrap import Estimate
 
 __all__ = [
     "confidence",

@@ -14,13 +14,19 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
-from mlxvr.evaluation import numerals
-from mlxvr.evaluation.content import Content, score_name
+from mlxvr.evaluation import formatting
+from mlxvr.evaluation.bootstrap import Estimate
 from mlxvr.evaluation.metrics import Group
-from mlxvr.evaluation.opening import cautions, lead, subtitle, tiles, verdict
-from mlxvr.evaluation.outcomes import calibration_section, comparison_section
-from mlxvr.evaluation.resampling import Estimate
-from mlxvr.evaluation.sections import breakdown_section, confidence_section, cost_section, format_section, modes_section
+from mlxvr.evaluation.report.content import Content, score_name
+from mlxvr.evaluation.report.opening import cautions, lead, subtitle, tiles, verdict
+from mlxvr.evaluation.report.outcomes import calibration_section, comparison_section
+from mlxvr.evaluation.report.sections import (
+    breakdown_section,
+    confidence_section,
+    cost_section,
+    format_section,
+    modes_section,
+)
 
 __all__ = ["make_page"]
 
@@ -77,7 +83,7 @@ def _gallery(content: Content) -> str:
     if content.clips_left_out:
         shown = sum(bool(clip["frames"]) for clip in content.clips)
         note = (
-            f"<p class=note>Frames of {numerals.count(shown, 'clip')} are in the page, those whose rows tell most; "
+            f"<p class=note>Frames of {formatting.count(shown, 'clip')} are in the page, those whose rows tell most; "
             f"those of {content.clips_left_out:,} more would make it too large.</p>"
         )
     return (
@@ -130,7 +136,7 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]
 def _embedded(content: Content) -> str:
     data = {
         **content.figures,
-        "digits": numerals.decimals(*_scored(content.summary.overall)),
+        "digits": formatting.decimals(*_scored(content.summary.overall)),
         "score_name": score_name(content.summary.overall),
         "rows": list(content.records),
         "clips": list(content.clips),

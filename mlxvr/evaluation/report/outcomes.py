@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from html import escape
 
-from mlxvr.evaluation import numerals
-from mlxvr.evaluation.calibrate import Calibration, Outcome
+from mlxvr.evaluation import formatting
 from mlxvr.evaluation.compare import Change, Comparison
-from mlxvr.evaluation.content import Content
-from mlxvr.evaluation.judged import Judged
-from mlxvr.evaluation.markup import difference_cell, gallery_link, share_cell, table
+from mlxvr.evaluation.graded_rows import Judged
+from mlxvr.evaluation.report.content import Content
+from mlxvr.evaluation.report.markup import difference_cell, gallery_link, share_cell, table
+from mlxvr.evaluation.threshold_search import Calibration, Outcome
 
 __all__ = ["calibration_section", "comparison_section"]
 
@@ -28,9 +28,9 @@ def calibration_section(content: Content) -> str:
     points = None if found.margin is None else f"{100 * found.margin:g}"
     margin = f"{points} {'point' if points == '1' else 'points'}"
     goal = _GOALS[found.goal].format(margin=margin, budget=found.budget)
-    spread = sorted({numerals.confidence(one) for one in found.fold_thresholds})
+    spread = sorted({formatting.confidence(one) for one in found.fold_thresholds})
     said = [
-        f"Goal: {goal}. All rows choose <b>{numerals.confidence(found.threshold)}</b>; "
+        f"Goal: {goal}. All rows choose <b>{formatting.confidence(found.threshold)}</b>; "
         f"the {found.folds} folds chose {_between(spread)}."
     ]
     if found.threshold > 1:
@@ -39,7 +39,7 @@ def calibration_section(content: Content) -> str:
         said.append(f"{found.caution}.")
     if found.threshold != content.summary.threshold:
         said.append(
-            f"The other figures of this page are those of threshold {numerals.confidence(content.summary.threshold)}."
+            f"The other figures of this page are those of threshold {formatting.confidence(content.summary.threshold)}."
         )
     outcomes = table(
         ["", *("Auto", "Think", "Direct", "Auto − think", "Think ratio", "Tokens", "Always thinking")],
@@ -50,7 +50,7 @@ def calibration_section(content: Content) -> str:
     parts.append(_task_thresholds(found))
     if found.temperature is not None:
         fit = found.temperature
-        before, after = ((numerals.plain(one, fit.count) for one in pair) for pair in
+        before, after = ((formatting.plain(one, fit.count) for one in pair) for pair in
                          ((fit.ece, fit.brier), (fit.ece_scaled, fit.brier_scaled)))  # fmt: skip
         parts.append(f"<h3>Temperature scaling</h3><p>T = {fit.temperature:.3g}, over {fit.count:,} answers, held out. "
                      "It changes what a confidence reads as, not which answers stand.</p>")  # fmt: skip
@@ -64,11 +64,11 @@ def _task_thresholds(found: Calibration) -> str:
     body = [
         [
             escape(name),
-            numerals.confidence(task.threshold),
+            formatting.confidence(task.threshold),
             f"{task.count:,}",
             difference_cell(task.held_out.difference, task.held_out.count),
             share_cell(task.held_out.think_ratio, task.held_out.count),
-            numerals.tokens(task.held_out.tokens.value),
+            formatting.tokens(task.held_out.tokens.value),
         ]
         for name, task in found.per_task.items()
         if task.held_out is not None
@@ -77,7 +77,7 @@ def _task_thresholds(found: Calibration) -> str:
     listed = (
         table(["Task", "Threshold", "Rows", "Auto − think, held out", "Think ratio", "Tokens"], body) if body else ""
     )
-    said = f"{numerals.count(others, 'task')} with too few rows take the common threshold." if others else ""
+    said = f"{formatting.count(others, 'task')} with too few rows take the common threshold." if others else ""
     return f"<h3>Thresholds of tasks</h3>{listed}<p class=note>{said}</p>"
 
 
@@ -94,8 +94,8 @@ def _outcome(name: str, found: Outcome) -> list[str]:
         share_cell(found.direct, rows),
         difference_cell(found.difference, rows),
         share_cell(found.think_ratio, rows),
-        numerals.tokens(found.tokens.value),
-        numerals.tokens(found.always_tokens),
+        formatting.tokens(found.tokens.value),
+        formatting.tokens(found.always_tokens),
     ]
 
 
@@ -113,26 +113,27 @@ def comparison_section(content: Content) -> str:
     costs = table(
         ["Auto", before, content.title, "Difference"],
         [
-            ["think ratio", numerals.share(before_costs[0], found.count), numerals.share(after_costs[0], found.count),
+            ["think ratio", formatting.share(before_costs[0], found.count),
+             formatting.share(after_costs[0], found.count),
              difference_cell(found.think_ratio, found.count, is_cost=True)],
-            ["tokens a question", numerals.tokens(before_costs[1]), numerals.tokens(after_costs[1]),
+            ["tokens a question", formatting.tokens(before_costs[1]), formatting.tokens(after_costs[1]),
              _tokens_cell(found)],
         ],
     )  # fmt: skip
     began, stopped = len(found.began_to_think), len(found.stopped_thinking)
-    said = [f"{numerals.count(found.count, 'row')} in both runs, on {numerals.count(found.clips, 'clip')}."]
+    said = [f"{formatting.count(found.count, 'row')} in both runs, on {formatting.count(found.clips, 'clip')}."]
     if found.thresholds[0] != found.thresholds[1]:
-        told = " and ".join(numerals.confidence(one) for one in found.thresholds)
+        told = " and ".join(formatting.confidence(one) for one in found.thresholds)
         said.append(f"Thresholds: {told}.")
-    changed = numerals.count(found.answers_changed, "first answer")
+    changed = formatting.count(found.answers_changed, "first answer")
     said.append(
-        f"<b>{numerals.share(found.flipped, found.count)}</b> of the decisions flipped: "
+        f"<b>{formatting.share(found.flipped, found.count)}</b> of the decisions flipped: "
         f"{gallery_link(f'{began:,} began to think', rows=began, against='began_to_think')}, "
         f"{gallery_link(f'{stopped:,} stopped', rows=stopped, against='stopped_thinking')}. "
         f"{gallery_link(f'{changed} read otherwise', rows=found.answers_changed, against='answer_changed')}."
     )
     if found.confidence_drift is not None:
-        said.append(f"Confidences moved by {numerals.confidence(round(found.confidence_drift.value, 6))} on average.")
+        said.append(f"Confidences moved by {formatting.confidence(round(found.confidence_drift.value, 6))} on average.")
     if found.only_first or found.only_second:
         said.append(
             f"Left out, since the other run lacks them or failed there: {len(found.only_first):,} of {escape(before)}, "
@@ -148,8 +149,8 @@ def _difference_sentence(found: Comparison, before: str) -> str:
     if change is None:
         return ""
     difference = change.difference
-    told = numerals.points_interval(difference, change.labelled)
-    size = numerals.points(difference, change.labelled)
+    told = formatting.points_interval(difference, change.labelled)
+    size = formatting.points(difference, change.labelled)
     said = f"{size} {'point' if size in ('+1', '−1') else 'points'}" + (f" ({told})" if told else "")
     kind = ""
     verdict = "no difference can be shown on these rows"
@@ -184,7 +185,7 @@ def _means(rows: Sequence[Judged], found: Comparison, run: int) -> tuple[float, 
 
 def _tokens_cell(found: Comparison) -> str:
     def signed(value: float) -> str:
-        text = numerals.tokens(abs(value))
+        text = formatting.tokens(abs(value))
         return text if not text.strip("0.") else f"{'+' if value > 0 else '−'}{text}"
 
     change = found.tokens

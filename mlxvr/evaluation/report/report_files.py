@@ -2,8 +2,8 @@
 
     write_report(Path("report"), samples=read_samples("report/samples.jsonl"), threshold=0.97, title="My clips")
 
-`report.html` is one file that needs no network (`mlxvr.evaluation.page`); `report.json` holds every figure of it;
-`plots/` is written where matplotlib is installed. Each file is replaced in one step, the page last.
+`report.html` is one file that needs no network (`mlxvr.evaluation.report.page`); `report.json` holds every figure of
+it; `plots/` is written where matplotlib is installed. Each file is replaced in one step, the page last.
 """
 
 import json
@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from mlxvr.errors import ConfigError
-from mlxvr.evaluation.calibrate import Calibration
 from mlxvr.evaluation.compare import Comparison, compare
-from mlxvr.evaluation.content import Against, Content
-from mlxvr.evaluation.gallery import embed_frames, gallery_rows
-from mlxvr.evaluation.judged import Judged, curve, judge
+from mlxvr.evaluation.graded_rows import Judged, curve, judge
 from mlxvr.evaluation.metrics import summarise
-from mlxvr.evaluation.page import make_page
+from mlxvr.evaluation.report.content import Against, Content
+from mlxvr.evaluation.report.gallery import embed_frames, gallery_rows
+from mlxvr.evaluation.report.page import make_page
 from mlxvr.evaluation.samples import Sample
+from mlxvr.evaluation.threshold_search import Calibration
 from mlxvr.runtime.hooks import Progress
 from mlxvr.storage.atomic import replace_file
 
@@ -125,7 +125,7 @@ def _write_text(path: Path, text: str) -> None:
 
 
 def _write_plots(content: Content, folder: Path, wanted: bool | None) -> None:
-    from mlxvr.evaluation.plots import have_matplotlib, write_plots
+    from mlxvr.evaluation.report.plots import have_matplotlib, write_plots
 
     if wanted is False:
         return

@@ -33,10 +33,10 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from mlxvr.errors import ConfigError, DataError
-from mlxvr.evaluation import numerals
-from mlxvr.evaluation.calibration import brier, expected_calibration_error, fit_temperature, reliability, scale
+from mlxvr.evaluation import formatting
+from mlxvr.evaluation.bootstrap import Bootstrap, Clustered, Estimate, clusters_of
 from mlxvr.evaluation.metrics import direct_grade, mode_grade, usable
-from mlxvr.evaluation.resampling import Bootstrap, Clustered, Estimate, clusters_of
+from mlxvr.evaluation.reliability import brier, expected_calibration_error, fit_temperature, reliability, scale
 from mlxvr.evaluation.samples import Sample, ordered
 
 __all__ = [
@@ -303,11 +303,11 @@ def _fit(samples: list[Sample], plan: _Plan) -> tuple[float, list[float], Outcom
 def check_enough(rows: Sequence[Clustered], folds: int) -> None:
     """Refuse rows, generated or still to be asked, that are too few to choose a threshold: raises `DataError`."""
     if len(rows) < _LEAST_ROWS:
-        count = numerals.count(len(rows), "row")
+        count = formatting.count(len(rows), "row")
         raise DataError(f"too few rows to choose a threshold: {count}; at least {_LEAST_ROWS} are needed")
     clips = int(clusters_of(rows).max()) + 1
     if clips < folds:
-        count = numerals.count(clips, "independent clip")
+        count = formatting.count(clips, "independent clip")
         raise DataError(f"too few clips for {folds} folds: {count}; use more clips, or fewer folds")
 
 

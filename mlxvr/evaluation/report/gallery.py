@@ -16,7 +16,7 @@ from typing import Any
 from mlxvr.answering.transcript import is_fallback
 from mlxvr.data.rows import strip_letters
 from mlxvr.errors import ConfigError, DataError, MediaError
-from mlxvr.evaluation.judged import Judged
+from mlxvr.evaluation.graded_rows import Judged
 from mlxvr.evaluation.samples import Sample
 from mlxvr.grading.intervals import find_named_interval, segments_of
 from mlxvr.grading.lenient import Grade, final_answer

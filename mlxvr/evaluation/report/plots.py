@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlxvr.cli.plotting import BLUE, GRAY, ORANGE, RED, VIOLET, have_matplotlib, write_plot
-from mlxvr.evaluation import numerals
-from mlxvr.evaluation.charts import histogram, nines
-from mlxvr.evaluation.content import Content, score_name
-from mlxvr.evaluation.judged import Judged
-from mlxvr.evaluation.resampling import wilson
+from mlxvr.evaluation import formatting
+from mlxvr.evaluation.bootstrap import wilson
+from mlxvr.evaluation.graded_rows import Judged
+from mlxvr.evaluation.report.charts import histogram, nines
+from mlxvr.evaluation.report.content import Content, score_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -112,7 +112,7 @@ def _confidence(axes: "Axes", content: Content) -> None:
     axes.axhline(0, color="#333333", linewidth=0.8)
     axes.locator_params(axis="y", integer=True)
     axes.yaxis.set_major_formatter(lambda value, _: f"{abs(value):,g}")
-    label = f"threshold {numerals.confidence(content.summary.threshold)}"
+    label = f"threshold {formatting.confidence(content.summary.threshold)}"
     axes.axvline(nines(min(1.0, content.summary.threshold)), color=RED, linestyle="--", linewidth=1, label=label)
     axes.set_xticks([nines(value) for value in _TICKS], [f"{value:g}" for value in _TICKS])
     axes.set_xlabel("confidence (axis stretched towards 1)")
@@ -140,4 +140,4 @@ def _think_ratio(axes: "Axes", content: Content) -> None:
 
 
 def _at(content: Content) -> str:
-    return f"{content.title}, threshold {numerals.confidence(content.summary.threshold)}"
+    return f"{content.title}, threshold {formatting.confidence(content.summary.threshold)}"

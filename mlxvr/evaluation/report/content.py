@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlxvr.evaluation.calibrate import Calibration
 from mlxvr.evaluation.compare import Comparison
-from mlxvr.evaluation.judged import Judged
+from mlxvr.evaluation.graded_rows import Judged
 from mlxvr.evaluation.metrics import Group, Summary, SweepRow
+from mlxvr.evaluation.threshold_search import Calibration
 
 __all__ = ["Against", "Content", "score_name"]
 
@@ -31,7 +31,7 @@ class Content:
         title, settings: as `write_report` was given them.
         summary, curve, calibration: the figures.
         rows: every row with its grades.
-        records, clips: the gallery's (`mlxvr.evaluation.gallery`); records know their clip.
+        records, clips: the gallery's (`mlxvr.evaluation.report.gallery`); records know their clip.
         clips_left_out: how many clips have no frames in the page because it would grow too large.
         against: another run, or None.
     """

@@ -4,8 +4,8 @@ import json
 from collections.abc import Sequence
 from html import escape
 
-from mlxvr.evaluation import numerals
-from mlxvr.evaluation.resampling import Estimate
+from mlxvr.evaluation import formatting
+from mlxvr.evaluation.bootstrap import Estimate
 
 __all__ = ["difference_cell", "figures_of", "gallery_link", "share_cell", "table"]
 
@@ -24,19 +24,19 @@ def table(columns: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 
 def share_cell(estimate: Estimate | None, rows: int) -> str:
     """A share of so many rows with its interval in small print."""
-    told = numerals.interval(estimate, rows)
-    return numerals.share(estimate, rows) + (f" <small>{told}</small>" if told else "")
+    told = formatting.interval(estimate, rows)
+    return formatting.share(estimate, rows) + (f" <small>{told}</small>" if told else "")
 
 
 def difference_cell(estimate: Estimate | None, rows: int, *, is_cost: bool = False) -> str:
     """Points with their interval, coloured as better or worse unless they are a cost."""
     if estimate is None:
         return "–"
-    told = numerals.points_interval(estimate, rows)
+    told = formatting.points_interval(estimate, rows)
     kind = ""
     if estimate.low is not None and estimate.high is not None and told and not is_cost:
         kind = " class=better" if estimate.low > 0 else " class=worse" if estimate.high < 0 else ""
-    return f"<span{kind}>{numerals.points(estimate, rows)}</span>" + (f" <small>{told}</small>" if told else "")
+    return f"<span{kind}>{formatting.points(estimate, rows)}</span>" + (f" <small>{told}</small>" if told else "")
 
 
 def figures_of(drawn: Sequence[tuple[str, str]]) -> str:

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
 
-from mlxvr.evaluation import numerals
-from mlxvr.evaluation.calibration import Bin
+from mlxvr.evaluation import formatting
+from mlxvr.evaluation.bootstrap import Estimate, wilson
 from mlxvr.evaluation.metrics import SweepRow
-from mlxvr.evaluation.resampling import Estimate, wilson
+from mlxvr.evaluation.reliability import Bin
 
 __all__ = [
     "Axis",
@@ -153,8 +153,8 @@ def reliability_chart(bins: Sequence[Bin]) -> str:
         low, high = wilson(one.accuracy * one.count, one.count)
         x = across.at(one.confidence)
         told = (
-            f"confidence {one.low:g} to {one.high:g}: {numerals.count(one.count, 'answer')}, mean confidence "
-            f"{one.confidence:.3f}, right {numerals.share(one.accuracy, one.count)}"
+            f"confidence {one.low:g} to {one.high:g}: {formatting.count(one.count, 'answer')}, mean confidence "
+            f"{one.confidence:.3f}, right {formatting.share(one.accuracy, one.count)}"
         )
         width = across.at(one.high) - across.at(one.low) - 2
         parts.append(
@@ -200,13 +200,13 @@ def bars_chart(rows: Sequence[tuple[str, Estimate, int]], axis_name: str) -> str
         parts.append(_text(across.at(value), bottom + 17, f"{100 * value:.0f}%", "tick", "middle"))
     for index, (name, estimate, size) in enumerate(rows):
         middle = 10 + step * index + step / 2
-        told = f"{name}: {numerals.share(estimate, size)} of {numerals.count(size, 'row')}"
+        told = f"{name}: {formatting.share(estimate, size)} of {formatting.count(size, 'row')}"
         short = name if len(name) <= 20 else f"{name[:19]}…"
         parts.append(_text(left - 8, middle + 4, short, "tick", "end"))
         parts.append(_rect(left, middle - 8, across.at(estimate.value) - left, 16, "bar", told))
         if estimate.low is not None and estimate.high is not None:
             parts.append(_line(across.at(estimate.low), middle, across.at(estimate.high), middle, "whisker"))
-        parts.append(_text(right + 8, middle + 4, numerals.share(estimate, size), "tick", "start"))
+        parts.append(_text(right + 8, middle + 4, formatting.share(estimate, size), "tick", "start"))
     parts.append(_text((left + right) / 2, bottom + 36, axis_name, "name", "middle"))
     return _svg(parts, axis_name, height=bottom + 44)
 
@@ -241,7 +241,7 @@ def _frame(
 def _mark(point: Point, x: float, up: Axis, kind: str, *, is_main: bool) -> list[str]:
     """A mode's dot with its interval, and for the run itself its name."""
     y = up.at(point.score.value)
-    told = f"{point.name}: {numerals.share(point.score)} at {numerals.tokens(point.tokens)} tokens"
+    told = f"{point.name}: {formatting.share(point.score)} at {formatting.tokens(point.tokens)} tokens"
     parts = []
     if point.score.low is not None and point.score.high is not None:
         parts.append(_line(x, up.at(point.score.low), x, up.at(point.score.high), f"whisker {kind}"))
@@ -264,7 +264,7 @@ def _mark(point: Point, x: float, up: Axis, kind: str, *, is_main: bool) -> list
 def _threshold_mark(across: Axis, threshold: float) -> list[str]:
     x = across.at(nines(min(threshold, 1.0)))
     at_end = x > (_LEFT + _RIGHT) / 2
-    said = f"threshold {numerals.confidence(threshold)}"
+    said = f"threshold {formatting.confidence(threshold)}"
     return [
         _line(x, _TOP, x, _BOTTOM, "threshold"),
         _text(x - 6 if at_end else x + 6, _TOP + 10, said, "label", "end" if at_end else "start"),

@@ -1,0 +1,1 @@
+"""The report of an evaluation: one HTML page, the same figures as JSON, and plots."""
