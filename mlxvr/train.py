@@ -18,8 +18,8 @@ from mlxvr.cli.parser import VerbParser, add_settings, run_verb, told_settings
 from mlxvr.cli.progress import Bars
 from mlxvr.cli.settings import read_settings
 from mlxvr.errors import ConfigError
-from mlxvr.grpo.config import TrainConfig
-from mlxvr.grpo.report import TrainReport
+from mlxvr.grpo.monitor.train_report import TrainReport
+from mlxvr.grpo.train_config import TrainConfig
 from mlxvr.runtime.hooks import ShouldStop
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def read_config(args: argparse.Namespace) -> TrainConfig:
 def _train(args: argparse.Namespace) -> int | None:
     config = read_config(args)
     from mlxvr.grpo.filtering import FilterReport
-    from mlxvr.grpo.live import LiveView
+    from mlxvr.grpo.monitor.live_view import LiveView
     from mlxvr.grpo.trainer import train
 
     view: LiveView | None = None
@@ -133,7 +133,7 @@ def _train(args: argparse.Namespace) -> int | None:
 
 def _history(config: TrainConfig, first: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """What a run that is gone on with had recorded before its first entry of this time."""
-    from mlxvr.grpo.journal import FILE_NAME, read_entries
+    from mlxvr.grpo.monitor.metrics_log import FILE_NAME, read_entries
 
     if not config.resume:
         return []

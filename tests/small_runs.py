@@ -22,10 +22,10 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from mlxvr.grpo.config import TrainConfig
-from mlxvr.grpo.learning import Learner
-from mlxvr.grpo.lora import lora_weights
-from mlxvr.grpo.state import state_file
+from mlxvr.grpo.step.lora import lora_weights
+from mlxvr.grpo.step.policy_update import Learner
+from mlxvr.grpo.train_config import TrainConfig
+from mlxvr.grpo.train_state import state_file
 from mlxvr.grpo.trainer import train
 from mlxvr.reasoner.reasoner import demo_folder
 

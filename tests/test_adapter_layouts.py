@@ -14,7 +14,7 @@ import pytest
 
 from mlxvr.conversion.fusing import fuse
 from mlxvr.errors import CheckpointError
-from mlxvr.grpo.lora import attach_saved, save_adapter
+from mlxvr.grpo.step.lora import attach_saved, save_adapter
 from mlxvr.model.adapter import Adapter
 from mlxvr.model.loading import load_model
 

@@ -10,8 +10,8 @@ from PIL import Image
 
 from mlxvr.cli import plotting
 from mlxvr.errors import ConfigError, DataError
-from mlxvr.grpo import curves
-from mlxvr.grpo.curves import check_plot, plot_curves, smooth, thin
+from mlxvr.grpo.monitor import curves
+from mlxvr.grpo.monitor.curves import check_plot, plot_curves, smooth, thin
 
 STEP = ("loss", "kl", "reward", "first", "second", "format", "fallback", "first_accuracy", "second_accuracy")
 STEP += ("think_ratio", "tokens_mean", "tokens_max", "grad_norm", "learning_rate")

@@ -13,7 +13,7 @@ from mlxvr.checkpoint.folder import ModelFolder
 from mlxvr.conversion.quantize import convert
 from mlxvr.errors import CheckpointError
 from mlxvr.grpo import setup
-from mlxvr.grpo.config import TrainConfig
+from mlxvr.grpo.train_config import TrainConfig
 from mlxvr.model.prompt import SYSTEM_PROMPT
 from mlxvr.reasoner.reasoner import demo_folder
 from tests.checkpoints import write_checkpoint

@@ -9,10 +9,10 @@ import pytest
 
 from mlxvr.data.rows import Row
 from mlxvr.grading.reward import Reward
-from mlxvr.grpo import figures
-from mlxvr.grpo.figures import figures_of, sum_up
-from mlxvr.grpo.gradient import GroupStats
-from mlxvr.grpo.judging import Judgement
+from mlxvr.grpo.monitor import step_metrics
+from mlxvr.grpo.monitor.step_metrics import figures_of, sum_up
+from mlxvr.grpo.step.gradient import GroupStats
+from mlxvr.grpo.step.reward_model import Judgement
 
 ROW = Row(id="a", question="Which?", answer="A")
 SEEN = {"sure": 0.99, "unsure": 0.4, "declines": None}  # the confidence of each text's first answer
@@ -50,9 +50,9 @@ def looked_at(monkeypatch):
         confidence = SEEN[one.text]
         return SimpleNamespace(scored=None if confidence is None else SimpleNamespace(confidence=confidence))
 
-    monkeypatch.setattr(figures, "look_at", look_at)
+    monkeypatch.setattr(step_metrics, "look_at", look_at)
     monkeypatch.setattr(
-        figures, "should_exit", lambda scored, threshold: bool(scored and scored.confidence >= threshold)
+        step_metrics, "should_exit", lambda scored, threshold: bool(scored and scored.confidence >= threshold)
     )
 
 

@@ -20,12 +20,12 @@ from mlxvr.data.rows import Row, load_rows
 from mlxvr.errors import Cancelled, ConfigError, DataError, MediaError
 from mlxvr.grading import math_equality
 from mlxvr.grading.reward import Reward, score
-from mlxvr.grpo.config import TrainConfig
 from mlxvr.grpo.filtering import FilterReport, Sampling, filter_rows, make_sampler, progress_file
-from mlxvr.grpo.lora import LoraConfig, attach, save_adapter
-from mlxvr.grpo.prompts import encode_row
-from mlxvr.grpo.rollout import rollout
 from mlxvr.grpo.setup import read_training_rows
+from mlxvr.grpo.step.lora import LoraConfig, attach, save_adapter
+from mlxvr.grpo.step.prompts import encode_row
+from mlxvr.grpo.step.rollout import rollout
+from mlxvr.grpo.train_config import TrainConfig
 from mlxvr.grpo.trainer import train
 from mlxvr.model.loading import load_model
 from mlxvr.reasoner.reasoner import demo_folder
@@ -77,8 +77,8 @@ def test_completions_of_a_model(demo, monkeypatch):
         asked["rollout"] = (model, prompt, options)
         return SimpleNamespace(texts=[RIGHT, RIGHT, "", "cut"])
 
-    monkeypatch.setitem(sys.modules, "mlxvr.grpo.prompts", SimpleNamespace(encode_row=encode_row))
-    monkeypatch.setitem(sys.modules, "mlxvr.grpo.rollout", SimpleNamespace(rollout=rollout))
+    monkeypatch.setitem(sys.modules, "mlxvr.grpo.step.prompts", SimpleNamespace(encode_row=encode_row))
+    monkeypatch.setitem(sys.modules, "mlxvr.grpo.step.rollout", SimpleNamespace(rollout=rollout))
     (row,) = text_rows(1)
     sampling = Sampling(max_tokens=7, temperature=0.5, top_p=0.9, max_prompt_tokens=99, prefill_step_size=33)
     texts = make_sampler(demo, samples=4, sampling=sampling)(row, 12)

@@ -14,14 +14,14 @@ from mlx.utils import tree_flatten
 
 from mlxvr.data.rows import Row
 from mlxvr.errors import ConfigError
-from mlxvr.grpo import forward
-from mlxvr.grpo.forward import completion_logprobs
-from mlxvr.grpo.gradient import group_gradient, group_logprobs
-from mlxvr.grpo.lora import LoraConfig, attach, lora_weights, snapshot
-from mlxvr.grpo.loss import IMPORTANCE, LOSS_TYPES, LossConfig
-from mlxvr.grpo.packing import pack
-from mlxvr.grpo.prompts import EncodedPrompt
-from mlxvr.grpo.rollout import rollout
+from mlxvr.grpo.step import forward
+from mlxvr.grpo.step.forward import completion_logprobs
+from mlxvr.grpo.step.gradient import group_gradient, group_logprobs
+from mlxvr.grpo.step.lora import LoraConfig, attach, lora_weights, snapshot
+from mlxvr.grpo.step.loss import IMPORTANCE, LOSS_TYPES, LossConfig
+from mlxvr.grpo.step.packing import pack
+from mlxvr.grpo.step.prompts import EncodedPrompt
+from mlxvr.grpo.step.rollout import rollout
 from mlxvr.model.network import VideoModel
 
 TOLERANCE = 1e-4  # relative, of every array of the gradient; float32 gives 3e-6

@@ -12,9 +12,9 @@ import pytest
 from checkpoints import FAMILIES, random_media
 from groups import difference, flat, stir, tiny_model
 
-from mlxvr.grpo.gradient import group_gradient
-from mlxvr.grpo.lora import LoraConfig, attach
-from mlxvr.grpo.loss import LossConfig
+from mlxvr.grpo.step.gradient import group_gradient
+from mlxvr.grpo.step.lora import LoraConfig, attach
+from mlxvr.grpo.step.loss import LossConfig
 from mlxvr.media.patches import normalise
 from mlxvr.model.adapter import LORA_PARTS, find_layers
 from mlxvr.model.prompt import build_prompt

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mlxvr.errors import ConfigError
-from mlxvr.grpo.loss import IMPORTANCE, LOSS_TYPES, LossConfig, advantages, objective
+from mlxvr.grpo.step.loss import IMPORTANCE, LOSS_TYPES, LossConfig, advantages, objective
 
 G, T = 5, 7
 

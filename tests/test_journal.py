@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mlxvr.errors import ConfigError, DataError
-from mlxvr.grpo.journal import Journal, make_sinks
+from mlxvr.grpo.monitor.metrics_log import Journal, make_sinks
 
 
 def read(folder):
@@ -77,7 +77,7 @@ def test_a_torn_last_line_is_dropped_and_overwritten(tmp_path, torn):
 
 def test_killed_after_a_write_nothing_is_lost(tmp_path):
     code = (
-        "import os, sys, pathlib; from mlxvr.grpo.journal import Journal\n"
+        "import os, sys, pathlib; from mlxvr.grpo.monitor.metrics_log import Journal\n"
         "journal = Journal(pathlib.Path(sys.argv[1]))\n"
         "for step in range(1, 4): journal.write({'step': step})\n"
         "os.kill(os.getpid(), 9)"

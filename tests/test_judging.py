@@ -9,7 +9,7 @@ import pytest
 from mlxvr.data.rows import Row
 from mlxvr.errors import ConfigError, DataError
 from mlxvr.grading.reward import Reward, Weights
-from mlxvr.grpo.judging import Judge
+from mlxvr.grpo.step.reward_model import Judge
 
 ROW = Row(id="a", question="Which?", answer="B", line="rows.jsonl:7")
 GOOD = "\\boxed{B}<think>So.</think>\\boxed{B}"

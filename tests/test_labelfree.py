@@ -16,9 +16,9 @@ from mlxvr.answering.transcript import FALLBACK
 from mlxvr.data.rows import Row
 from mlxvr.errors import ConfigError, DataError
 from mlxvr.grading.reward import Weights, score
-from mlxvr.grpo import labelfree, trainer
-from mlxvr.grpo.config import TrainConfig
-from mlxvr.grpo.labelfree import (
+from mlxvr.grpo import trainer
+from mlxvr.grpo.step import label_free_rewards
+from mlxvr.grpo.step.label_free_rewards import (
     CollapseGuard,
     GroupAnswer,
     agreement,
@@ -26,6 +26,7 @@ from mlxvr.grpo.labelfree import (
     group_answer,
     label_free_reward,
 )
+from mlxvr.grpo.train_config import TrainConfig
 from mlxvr.model.network import VideoModel
 from mlxvr.reasoner.reasoner import demo_folder
 
@@ -231,13 +232,13 @@ def test_coherence_is_the_naive_one(model: VideoModel, temperature: float) -> No
 
 def test_one_pass_for_every_answer_that_differs(model: VideoModel, monkeypatch: pytest.MonkeyPatch) -> None:
     passes = []
-    run = labelfree.completion_logprobs
+    run = label_free_rewards.completion_logprobs
 
     def count(model, packed, **options):
         passes.append(packed.mask.shape[0])
         return run(model, packed, **options)
 
-    monkeypatch.setattr(labelfree, "completion_logprobs", count)
+    monkeypatch.setattr(label_free_rewards, "completion_logprobs", count)
     coherence(model, roll(model, [said("A", "B"), said("C", "B"), said("A", " A"), NO_SECOND]))
     assert passes == [2]
     assert coherence(model, roll(model, WITHOUT)).tolist() == [0.0] * len(WITHOUT)
@@ -293,7 +294,9 @@ def test_only_the_answers_tokens_count(answer: str, flavour: str, monkeypatch: p
     ids = tokenizer.encode(f"\\boxed{{{answer}}}<think>It is {answer}</think>\\boxed{{{answer}}}<|im_end|>")
     completion = SimpleNamespace(ids=np.array(ids, np.int32), logprobs=logprobs_of(ids, -1.0))
     monkeypatch.setattr(
-        labelfree, "completion_logprobs", lambda _, packed, **__: logprobs_of(packed.targets[0].tolist(), -2.5)[None]
+        label_free_rewards,
+        "completion_logprobs",
+        lambda _, packed, **__: logprobs_of(packed.targets[0].tolist(), -2.5)[None],
     )
     fake = SimpleNamespace(tokenizer=SimpleNamespace(encode=encode, decode=tokenizer.decode))
     found = coherence(fake, SimpleNamespace(prompt=prompt, completions=(completion,)))

@@ -8,11 +8,11 @@ import pytest
 from groups import make_group, stir, tiny_model
 from test_gradient import naive_gradient, naive_logprobs
 
-from mlxvr.grpo import learning
-from mlxvr.grpo.config import TrainConfig
-from mlxvr.grpo.learning import Group, Learner
-from mlxvr.grpo.lora import LoraConfig, adapters_off, attach, lora_weights
 from mlxvr.grpo.setup import loss_config
+from mlxvr.grpo.step import policy_update
+from mlxvr.grpo.step.lora import LoraConfig, adapters_off, attach, lora_weights
+from mlxvr.grpo.step.policy_update import Group, Learner
+from mlxvr.grpo.train_config import TrainConfig
 from mlxvr.runtime.distributed import Ranks
 
 RATE, DECAY, CUT, BETA = 2e-3, 0.1, 0.5, 0.2
@@ -118,8 +118,10 @@ def test_groups_without_anything_to_learn_cost_no_pass_and_change_nothing(
     model, tmp_path, monkeypatch, settings, advantages, truncated, learns
 ):
     passes = []
-    whole = learning.group_gradient
-    monkeypatch.setattr(learning, "group_gradient", lambda *given, **named: passes.append(1) or whole(*given, **named))
+    whole = policy_update.group_gradient
+    monkeypatch.setattr(
+        policy_update, "group_gradient", lambda *given, **named: passes.append(1) or whole(*given, **named)
+    )
     before = weights_of(model)
     found = learner_of(model, tmp_path, **settings).update([group_of(model, advantages, truncated=truncated)], RATE)
     assert (len(passes) == 1, found.stats[0] is not None, found.grad_norm > 0.0) == (learns, learns, learns)

@@ -12,11 +12,11 @@ from mlxvr.data.media_size import outline_row
 from mlxvr.data.prefetch import load_row
 from mlxvr.data.rows import Row, load_rows
 from mlxvr.errors import DataError
-from mlxvr.grpo import lengths
-from mlxvr.grpo.config import TrainConfig
-from mlxvr.grpo.lengths import measure_prompts
-from mlxvr.grpo.prompts import write_prompt
+from mlxvr.grpo import prompt_lengths
+from mlxvr.grpo.prompt_lengths import measure_prompts
 from mlxvr.grpo.setup import check_lengths, estimate_memory
+from mlxvr.grpo.step.prompts import write_prompt
+from mlxvr.grpo.train_config import TrainConfig
 from mlxvr.reasoner.reasoner import demo_folder
 
 
@@ -104,8 +104,8 @@ def test_little_time_goes_to_the_likely_longest(model, media):
     one = measure_prompts(model, rows, model.spec, max_prompt_tokens=8192, seconds=0.0)
     assert (one.measured, one.longest) == (1, len(write_prompt(model, largest, load_row(largest, model.spec)).ids))
     assert one.describe().endswith("in 1 of 42 rows")
-    assert [rows[index].id for index in list(lengths._likely_longest(rows))[:3]] == [largest.id, "t20", "short"]
-    assert sorted(lengths._likely_longest(rows)) == list(range(42))
+    assert [rows[index].id for index in list(prompt_lengths._likely_longest(rows))[:3]] == [largest.id, "t20", "short"]
+    assert sorted(prompt_lengths._likely_longest(rows)) == list(range(42))
 
 
 def test_the_time_is_kept_with_many_rows(model):

@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 
-from mlxvr.grpo.live import LiveView, duration, sparkline
+from mlxvr.grpo.monitor.live_view import LiveView, duration, sparkline
 
 STEP = {
     "step": 1,

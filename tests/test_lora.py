@@ -16,9 +16,9 @@ from recipes import write_plain
 from mlxvr.conversion.fusing import fuse
 from mlxvr.conversion.quantize import convert
 from mlxvr.errors import CheckpointError, ConfigError
-from mlxvr.grpo.gradient import group_gradient, group_logprobs
-from mlxvr.grpo.lora import LoraConfig, adapters_off, attach, attach_saved, lora_weights, save_adapter, snapshot
-from mlxvr.grpo.loss import LossConfig
+from mlxvr.grpo.step.gradient import group_gradient, group_logprobs
+from mlxvr.grpo.step.lora import LoraConfig, adapters_off, attach, attach_saved, lora_weights, save_adapter, snapshot
+from mlxvr.grpo.step.loss import LossConfig
 from mlxvr.model.adapter import find_layers
 from mlxvr.model.loading import load_model
 from mlxvr.model.network import VideoModel

@@ -20,8 +20,8 @@ import mlxvr.cli.parser
 from mlxvr import convert, fuse, generate
 from mlxvr.evaluation.eval_config import EvalConfig
 from mlxvr.evaluation.runner import evaluate
-from mlxvr.grpo.config import _TRAINING_ONLY, TrainConfig, idle_options
-from mlxvr.grpo.lora import LoraConfig, attach, save_adapter
+from mlxvr.grpo.step.lora import LoraConfig, attach, save_adapter
+from mlxvr.grpo.train_config import _TRAINING_ONLY, TrainConfig, idle_options
 from mlxvr.grpo.trainer import train
 
 # Functions that look at options without acting on them.

@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from mlxvr.errors import ConfigError
-from mlxvr.grpo.order import batches
+from mlxvr.grpo.data_order import batches
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 8, 9, 64, 100])
@@ -47,7 +47,7 @@ def test_the_order_is_written_down():
     digests = {index: hashlib.sha256(f"7/1/{index}".encode()).hexdigest() for index in range(6)}
     expected = tuple(sorted(digests, key=digests.get))
     assert batches(6, batch_size=4, seed=7, epoch=1) == [expected[:4], expected[4:]]
-    code = "from mlxvr.grpo.order import batches; print(batches(6, batch_size=4, seed=7, epoch=1))"
+    code = "from mlxvr.grpo.data_order import batches; print(batches(6, batch_size=4, seed=7, epoch=1))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
     assert done.stdout.strip() == "[(3, 4, 0, 1), (5, 2)]"
 

@@ -6,8 +6,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxvr.grpo import forward
-from mlxvr.grpo.packing import Packed, pack, tree_mask
+from mlxvr.grpo.step import forward
+from mlxvr.grpo.step.packing import Packed, pack, tree_mask
 
 
 def make_prompt(length: int, *, next_position: int | None = None) -> SimpleNamespace:

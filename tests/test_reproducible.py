@@ -17,14 +17,14 @@ from groups import make_group, stir, tiny_model
 from mlx.utils import tree_flatten
 from test_gradient import ADVANTAGES
 
-from mlxvr.grpo import forward
-from mlxvr.grpo.config import TrainConfig
-from mlxvr.grpo.forward import completion_logprobs
-from mlxvr.grpo.learning import Group, Learner
-from mlxvr.grpo.lora import LoraConfig, attach, lora_weights
-from mlxvr.grpo.loss import LossConfig, objective
-from mlxvr.grpo.packing import pack
 from mlxvr.grpo.setup import loss_config
+from mlxvr.grpo.step import forward
+from mlxvr.grpo.step.forward import completion_logprobs
+from mlxvr.grpo.step.lora import LoraConfig, attach, lora_weights
+from mlxvr.grpo.step.loss import LossConfig, objective
+from mlxvr.grpo.step.packing import pack
+from mlxvr.grpo.step.policy_update import Group, Learner
+from mlxvr.grpo.train_config import TrainConfig
 from mlxvr.runtime.distributed import Ranks
 
 

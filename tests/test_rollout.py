@@ -11,9 +11,9 @@ import pytest
 
 from mlxvr.data.rows import Row, load_rows
 from mlxvr.errors import Cancelled, ConfigError, DataError
-from mlxvr.grpo.gradient import group_logprobs
-from mlxvr.grpo.prompts import EncodedPrompt, encode_row
-from mlxvr.grpo.rollout import rollout
+from mlxvr.grpo.step.gradient import group_logprobs
+from mlxvr.grpo.step.prompts import EncodedPrompt, encode_row
+from mlxvr.grpo.step.rollout import rollout
 from mlxvr.model.decode import decode, prefill
 from mlxvr.model.loading import load_model
 from mlxvr.reasoner.reasoner import demo_folder

@@ -10,9 +10,9 @@ from groups import tiny_model
 
 import mlxvr
 from mlxvr.errors import ConfigError, DataError, MediaError, OutOfMemoryError
-from mlxvr.grpo.config import TrainConfig
 from mlxvr.grpo.setup import frame_spec
-from mlxvr.grpo.state import read_progress, state_file
+from mlxvr.grpo.train_config import TrainConfig
+from mlxvr.grpo.train_state import read_progress, state_file
 from mlxvr.grpo.trainer import train
 from mlxvr.model.loading import load_model
 from mlxvr.runtime import device_memory

@@ -19,10 +19,10 @@ from small_runs import CLIPS, command, entries, exact, flags, make_settings, run
 import mlxvr
 from mlxvr.data.rows import load_rows
 from mlxvr.errors import CheckpointError, ConfigError, DataError, OutOfMemoryError
-from mlxvr.grpo.config import TrainConfig
-from mlxvr.grpo.learning import Learner
-from mlxvr.grpo.order import batches
-from mlxvr.grpo.state import state_file
+from mlxvr.grpo.data_order import batches
+from mlxvr.grpo.step.policy_update import Learner
+from mlxvr.grpo.train_config import TrainConfig
+from mlxvr.grpo.train_state import state_file
 from mlxvr.reasoner.reasoner import demo_folder
 from mlxvr.train import _history, main, make_parser, read_config
 

@@ -15,9 +15,9 @@ from small_runs import EQUAL, command, make_settings
 from test_ranks import hosts_file
 
 from mlxvr.errors import ConfigError
-from mlxvr.grpo.order import batches
-from mlxvr.grpo.state import state_file
-from mlxvr.grpo.together import check_same, have_same_bits, shared_state
+from mlxvr.grpo.data_order import batches
+from mlxvr.grpo.shared_state import check_same, have_same_bits, shared_state
+from mlxvr.grpo.train_state import state_file
 from mlxvr.reasoner.reasoner import demo_folder
 from mlxvr.runtime.distributed import Ranks
 

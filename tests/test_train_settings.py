@@ -8,7 +8,8 @@ import pytest
 from safetensors.numpy import load_file
 from small_runs import CLIPS, entries, exact, run
 
-from mlxvr.grpo import learning, trainer
+from mlxvr.grpo import trainer
+from mlxvr.grpo.step import policy_update
 from mlxvr.reasoner.reasoner import demo_folder
 
 SHORT = {"steps": 1, "batch_size": 1, "group_size": 2, "max_completion_tokens": 4}
@@ -69,7 +70,7 @@ def test_frames(tmp_path, small_model, monkeypatch, how, rows, most):
 
 def test_sampling(tmp_path, small_model, monkeypatch):
     """What rollouts are given; validation takes the most probable token, whatever training samples with."""
-    drawn = noted(monkeypatch, learning, "rollout")
+    drawn = noted(monkeypatch, policy_update, "rollout")
     measured = noted(monkeypatch, trainer, "rollout")
     how = {"temperature": 0.7, "top_p": 0.9, "prefill_step_size": 33, "valid": CLIPS, "valid_limit": 1}
     run(tmp_path, small_model, **SHORT, **how)

@@ -17,12 +17,12 @@ from groups import make_group
 from mlx.utils import tree_flatten
 
 from mlxvr.errors import OutOfMemoryError
-from mlxvr.grpo.config import TrainConfig
-from mlxvr.grpo.gradient import group_gradient
-from mlxvr.grpo.lora import LoraConfig, attach, lora_weights
-from mlxvr.grpo.loss import LossConfig
-from mlxvr.grpo.memory import estimate, estimate_training
-from mlxvr.grpo.rollout import prefill_step, rollout
+from mlxvr.grpo.memory_estimate import estimate, estimate_training
+from mlxvr.grpo.step.gradient import group_gradient
+from mlxvr.grpo.step.lora import LoraConfig, attach, lora_weights
+from mlxvr.grpo.step.loss import LossConfig
+from mlxvr.grpo.step.rollout import prefill_step, rollout
+from mlxvr.grpo.train_config import TrainConfig
 from mlxvr.grpo.trainer import train
 from mlxvr.model.families.base import family_of
 from mlxvr.model.loading import load_model

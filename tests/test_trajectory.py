@@ -21,7 +21,7 @@ import mlx.core as mx
 import pytest
 from groups import NOTHING
 
-from mlxvr.grpo.config import TrainConfig
+from mlxvr.grpo.train_config import TrainConfig
 from mlxvr.grpo.trainer import train
 from mlxvr.reasoner.reasoner import demo_folder
 

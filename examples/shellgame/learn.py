@@ -27,10 +27,10 @@ from mlxvr.data.rows import load_rows
 from mlxvr.evaluation.bootstrap import Bootstrap, Estimate
 from mlxvr.evaluation.reliability import auroc
 from mlxvr.grading.reward import Weights
-from mlxvr.grpo.config import TrainConfig
-from mlxvr.grpo.lora import attach_saved
-from mlxvr.grpo.prompts import encode_row
-from mlxvr.grpo.rollout import rollout
+from mlxvr.grpo.step.lora import attach_saved
+from mlxvr.grpo.step.prompts import encode_row
+from mlxvr.grpo.step.rollout import rollout
+from mlxvr.grpo.train_config import TrainConfig
 from mlxvr.grpo.trainer import train
 from mlxvr.grpo.validation import judge_answer
 from mlxvr.model.loading import load_model

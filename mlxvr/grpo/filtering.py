@@ -212,8 +212,8 @@ def make_sampler(
     should_stop: ShouldStop | None = None,
 ) -> Sampler:
     """Sample completions of a row from a model, by one rollout."""
-    from mlxvr.grpo.prompts import encode_row
-    from mlxvr.grpo.rollout import rollout
+    from mlxvr.grpo.step.prompts import encode_row
+    from mlxvr.grpo.step.rollout import rollout
 
     def sample(row: Row, seed: int) -> list[str]:
         prompt = encode_row(

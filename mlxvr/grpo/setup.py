@@ -13,13 +13,13 @@ from mlxvr.data.training_sets import read_rows
 from mlxvr.errors import CheckpointError, ConfigError, DataError, MediaError
 from mlxvr.grading import math_equality
 from mlxvr.grading.reward import Weights
-from mlxvr.grpo.config import TrainConfig
-from mlxvr.grpo.lengths import PromptLengths, first_too_long
-from mlxvr.grpo.lora import LoraConfig
-from mlxvr.grpo.loss import LossConfig
-from mlxvr.grpo.memory import MemoryEstimate, estimate_training
-from mlxvr.grpo.rollout import prefill_step
-from mlxvr.grpo.state import read_progress, state_file
+from mlxvr.grpo.memory_estimate import MemoryEstimate, estimate_training
+from mlxvr.grpo.prompt_lengths import PromptLengths, first_too_long
+from mlxvr.grpo.step.lora import LoraConfig
+from mlxvr.grpo.step.loss import LossConfig
+from mlxvr.grpo.step.rollout import prefill_step
+from mlxvr.grpo.train_config import TrainConfig
+from mlxvr.grpo.train_state import read_progress, state_file
 from mlxvr.media.spec import VisionSpec
 from mlxvr.model.loading import load_model
 from mlxvr.model.network import VideoModel

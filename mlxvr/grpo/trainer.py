@@ -34,20 +34,13 @@ from mlxvr.data.prefetch import read_ahead
 from mlxvr.data.rows import Row, to_record
 from mlxvr.errors import ConfigError, DataError, MediaError
 from mlxvr.grading.reward import RewardFunction, load_reward
-from mlxvr.grpo.config import TrainConfig, idle_options
-from mlxvr.grpo.curves import plot_curves
-from mlxvr.grpo.figures import figures_of, sum_up
+from mlxvr.grpo.data_order import batches
 from mlxvr.grpo.filtering import FilterReport, Sampling, filter_rows
-from mlxvr.grpo.journal import FILE_NAME, Journal, make_sinks
-from mlxvr.grpo.judging import Judge
-from mlxvr.grpo.labelfree import CollapseGuard, GroupAnswer
-from mlxvr.grpo.learning import Group, Learner, NotFinite
-from mlxvr.grpo.lengths import measure_prompts
-from mlxvr.grpo.lora import adapter_digest, attach, attach_saved, lora_weights, save_adapter, snapshot
-from mlxvr.grpo.order import batches
-from mlxvr.grpo.prompts import encode_row
-from mlxvr.grpo.report import TrainReport
-from mlxvr.grpo.rollout import rollout
+from mlxvr.grpo.monitor.curves import plot_curves
+from mlxvr.grpo.monitor.metrics_log import FILE_NAME, Journal, make_sinks
+from mlxvr.grpo.monitor.step_metrics import figures_of, sum_up
+from mlxvr.grpo.monitor.train_report import TrainReport
+from mlxvr.grpo.prompt_lengths import measure_prompts
 from mlxvr.grpo.schedule import learning_rate
 from mlxvr.grpo.setup import (
     check_lengths,
@@ -64,8 +57,15 @@ from mlxvr.grpo.setup import (
     read_validation_rows,
     reward_weights,
 )
-from mlxvr.grpo.state import Progress, load_state, read_progress, save_state, state_file
-from mlxvr.grpo.together import check_same, have_same_bits, shared_state
+from mlxvr.grpo.shared_state import check_same, have_same_bits, shared_state
+from mlxvr.grpo.step.label_free_rewards import CollapseGuard, GroupAnswer
+from mlxvr.grpo.step.lora import adapter_digest, attach, attach_saved, lora_weights, save_adapter, snapshot
+from mlxvr.grpo.step.policy_update import Group, Learner, NotFinite
+from mlxvr.grpo.step.prompts import encode_row
+from mlxvr.grpo.step.reward_model import Judge
+from mlxvr.grpo.step.rollout import rollout
+from mlxvr.grpo.train_config import TrainConfig, idle_options
+from mlxvr.grpo.train_state import Progress, load_state, read_progress, save_state, state_file
 from mlxvr.grpo.validation import Judged, judge_answer, summarise
 from mlxvr.media.spec import VisionSpec
 from mlxvr.model.network import VideoModel

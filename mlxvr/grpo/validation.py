@@ -13,7 +13,7 @@ from mlxvr.answering.confidence import should_exit
 from mlxvr.answering.loop import Outcome, think_once
 from mlxvr.data.rows import Row
 from mlxvr.grading.reward import RewardFunction, Weights, ask_reward, most, score
-from mlxvr.grpo.rollout import Completion, Rollout
+from mlxvr.grpo.step.rollout import Completion, Rollout
 from mlxvr.model.decode import Token
 from mlxvr.model.network import VideoModel
 

@@ -37,11 +37,11 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlxvr.data.rows import Row
-from mlxvr.grpo.gradient import group_gradient, group_logprobs
-from mlxvr.grpo.lora import LoraConfig, attach
-from mlxvr.grpo.loss import LossConfig, advantages
-from mlxvr.grpo.prompts import EncodedPrompt
-from mlxvr.grpo.rollout import Completion, Rollout, rollout
+from mlxvr.grpo.step.gradient import group_gradient, group_logprobs
+from mlxvr.grpo.step.lora import LoraConfig, attach
+from mlxvr.grpo.step.loss import LossConfig, advantages
+from mlxvr.grpo.step.prompts import EncodedPrompt
+from mlxvr.grpo.step.rollout import Completion, Rollout, rollout
 from mlxvr.media import normalise
 from mlxvr.model.adapter import find_layers
 from mlxvr.model.network import VideoModel

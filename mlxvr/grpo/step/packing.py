@@ -23,7 +23,7 @@ import numpy as np
 from mlxvr.model.network import VisionFeatures
 
 if TYPE_CHECKING:
-    from mlxvr.grpo.prompts import EncodedPrompt
+    from mlxvr.grpo.step.prompts import EncodedPrompt
 
 __all__ = ["Packed", "pack", "tree_mask"]
 

@@ -44,14 +44,14 @@ from mlxvr.answering.detokenizer import Detokenizer
 from mlxvr.data.rows import Row
 from mlxvr.errors import ConfigError
 from mlxvr.grading.reward import Reward, Weights, agree, answers, format_reward
-from mlxvr.grpo.config import LABEL_FREE
-from mlxvr.grpo.forward import completion_logprobs
-from mlxvr.grpo.packing import pack
+from mlxvr.grpo.step.forward import completion_logprobs
+from mlxvr.grpo.step.packing import pack
+from mlxvr.grpo.train_config import LABEL_FREE
 from mlxvr.model.network import VideoModel
 from mlxvr.model.tokenizer import ChatTokenizer
 
 if TYPE_CHECKING:
-    from mlxvr.grpo.rollout import Rollout
+    from mlxvr.grpo.step.rollout import Rollout
 
 __all__ = ["PARTS", "CollapseGuard", "GroupAnswer", "agreement", "coherence", "group_answer", "label_free_reward"]
 

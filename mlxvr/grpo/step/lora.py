@@ -22,7 +22,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlxvr.errors import CheckpointError, ConfigError
-from mlxvr.grpo.config import PROJECTIONS
+from mlxvr.grpo.train_config import PROJECTIONS
 from mlxvr.model.adapter import LORA_PARTS, Adapter, add_layers, apply_adapter, find_layers, swap_modules
 from mlxvr.model.adapter_base import warn_of_another_base
 from mlxvr.model.network import VideoModel

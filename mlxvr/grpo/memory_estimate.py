@@ -26,8 +26,8 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from mlxvr.errors import OutOfMemoryError
-from mlxvr.grpo.forward import LOGITS_AT_ONCE, QUERIES_AT_ONCE, SCORES_AT_ONCE
-from mlxvr.grpo.lora import PROJECTIONS, lora_weights
+from mlxvr.grpo.step.forward import LOGITS_AT_ONCE, QUERIES_AT_ONCE, SCORES_AT_ONCE
+from mlxvr.grpo.step.lora import PROJECTIONS, lora_weights
 from mlxvr.model.adapter import find_layers
 from mlxvr.model.cache import CACHE_STEP
 from mlxvr.model.families.base import family_of

@@ -19,12 +19,12 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxvr.data.rows import Row
 from mlxvr.errors import DataError
-from mlxvr.grpo.config import TrainConfig
-from mlxvr.grpo.gradient import GroupStats, group_gradient
-from mlxvr.grpo.judging import Judge, Judgement
-from mlxvr.grpo.loss import LossConfig, advantages
-from mlxvr.grpo.prompts import EncodedPrompt
-from mlxvr.grpo.rollout import Rollout, rollout
+from mlxvr.grpo.step.gradient import GroupStats, group_gradient
+from mlxvr.grpo.step.loss import LossConfig, advantages
+from mlxvr.grpo.step.prompts import EncodedPrompt
+from mlxvr.grpo.step.reward_model import Judge, Judgement
+from mlxvr.grpo.step.rollout import Rollout, rollout
+from mlxvr.grpo.train_config import TrainConfig
 from mlxvr.model.network import VideoModel
 from mlxvr.runtime.distributed import Ranks
 from mlxvr.runtime.hooks import ShouldStop

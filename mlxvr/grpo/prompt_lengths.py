@@ -14,7 +14,7 @@ from mlxvr.data.media_size import outline_row
 from mlxvr.data.prefetch import load_row
 from mlxvr.data.rows import Row
 from mlxvr.errors import Cancelled, DataError, MediaError
-from mlxvr.grpo.prompts import refuse_length, write_prompt
+from mlxvr.grpo.step.prompts import refuse_length, write_prompt
 from mlxvr.media.patches import VisionInput
 from mlxvr.media.spec import VisionSpec
 from mlxvr.model.network import VideoModel

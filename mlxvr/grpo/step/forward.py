@@ -29,7 +29,7 @@ from typing import Any, cast
 import mlx.core as mx
 import numpy as np
 
-from mlxvr.grpo.packing import Packed
+from mlxvr.grpo.step.packing import Packed
 from mlxvr.model.network import VideoModel
 
 __all__ = ["LOGITS_AT_ONCE", "QUERIES_AT_ONCE", "SCORES_AT_ONCE", "completion_logprobs"]

@@ -12,8 +12,8 @@ import numpy as np
 
 from mlxvr.answering.confidence import should_exit
 from mlxvr.grading.reward import most
-from mlxvr.grpo.gradient import GroupStats
-from mlxvr.grpo.learning import Group
+from mlxvr.grpo.step.gradient import GroupStats
+from mlxvr.grpo.step.policy_update import Group
 from mlxvr.grpo.validation import RIGHT, look_at
 from mlxvr.model.network import VideoModel
 

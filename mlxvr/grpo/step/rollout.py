@@ -24,7 +24,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlxvr.errors import Cancelled, ConfigError, DataError
-from mlxvr.grpo.prompts import EncodedPrompt
+from mlxvr.grpo.step.prompts import EncodedPrompt
 from mlxvr.model.decode import Sampler, not_finite, prefill, suppression
 from mlxvr.model.network import VideoModel
 from mlxvr.runtime.device_memory import backend

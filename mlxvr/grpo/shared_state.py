@@ -17,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlxvr.errors import ConfigError
-from mlxvr.grpo.state import state_file
+from mlxvr.grpo.train_state import state_file
 from mlxvr.runtime.distributed import Ranks
 
 __all__ = ["check_same", "have_same_bits", "shared_state"]

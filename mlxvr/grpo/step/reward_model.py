@@ -7,8 +7,8 @@ import numpy as np
 
 from mlxvr.errors import DataError
 from mlxvr.grading.reward import Reward, RewardFunction, Weights, ask_reward, score
-from mlxvr.grpo.labelfree import GroupAnswer, agreement, coherence, group_answer, label_free_reward
-from mlxvr.grpo.rollout import Rollout
+from mlxvr.grpo.step.label_free_rewards import GroupAnswer, agreement, coherence, group_answer, label_free_reward
+from mlxvr.grpo.step.rollout import Rollout
 from mlxvr.model.network import VideoModel
 
 __all__ = ["Judge", "Judgement"]

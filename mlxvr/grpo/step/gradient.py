@@ -15,15 +15,15 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlxvr.errors import ConfigError
-from mlxvr.grpo.forward import completion_logprobs
-from mlxvr.grpo.lora import adapters_off
-from mlxvr.grpo.loss import LossConfig, objective
-from mlxvr.grpo.packing import Packed, pack
+from mlxvr.grpo.step.forward import completion_logprobs
+from mlxvr.grpo.step.lora import adapters_off
+from mlxvr.grpo.step.loss import LossConfig, objective
+from mlxvr.grpo.step.packing import Packed, pack
 from mlxvr.model.adapter import find_layers
 from mlxvr.model.network import VideoModel
 
 if TYPE_CHECKING:
-    from mlxvr.grpo.rollout import Rollout
+    from mlxvr.grpo.step.rollout import Rollout
 
 __all__ = ["GroupStats", "group_gradient", "group_logprobs"]
 

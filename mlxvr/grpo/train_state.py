@@ -16,7 +16,7 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxvr.errors import CheckpointError, ConfigError
-from mlxvr.grpo.lora import lora_weights
+from mlxvr.grpo.step.lora import lora_weights
 from mlxvr.model.adapter import find_layers
 from mlxvr.model.network import VideoModel
 

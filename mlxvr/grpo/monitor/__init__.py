@@ -1,0 +1,1 @@
+"""What a training run reports: metrics, a live view, curves and a summary."""
