@@ -12,7 +12,7 @@ import pytest
 
 import mlxvr
 from mlxvr import doctor
-from mlxvr.diagnosis import environment, numbers, reference, speed, training
+from mlxvr.diagnosis import check_logits, check_speed, check_training, environment, reference
 from mlxvr.diagnosis.checks import CHECKS, find
 from mlxvr.diagnosis.findings import Finding, judge, worst
 from mlxvr.diagnosis.supervisor import CHILD, run_checks
@@ -87,7 +87,7 @@ class TestWrongKernels:
     def test_logits_are_red(self, monkeypatch, module, kernel, way):
         right = getattr(module, kernel)
         monkeypatch.setattr(module, kernel, lambda *arrays, **options: right(*arrays, **options) * 1.2)
-        monkeypatch.setattr(numbers, "_WAYS", {way: numbers._WAYS[way]})
+        monkeypatch.setattr(check_logits, "_WAYS", {way: check_logits._WAYS[way]})
         assert "red" in statuses("logits")
 
     def test_quantized_products_are_red(self, monkeypatch):
@@ -115,18 +115,18 @@ class TestWrongKernels:
 
     def test_gradients_that_vary_are_yellow(self, monkeypatch):
         calls = iter(range(10))
-        right = training._gradient
+        right = check_training._gradient
 
         def varying(kind):
             number = next(calls)
             return {name: array + 1e-6 * number for name, array in right(kind).items()}
 
-        monkeypatch.setattr(training, "_gradient", varying)
+        monkeypatch.setattr(check_training, "_gradient", varying)
         assert statuses("repeats") == {"yellow"}
 
     def test_a_wrong_gradient_is_red(self, monkeypatch):
-        right = training._gradient
-        monkeypatch.setattr(training, "_gradient", lambda kind: {n: a * 1.1 for n, a in right(kind).items()})
+        right = check_training._gradient
+        monkeypatch.setattr(check_training, "_gradient", lambda kind: {n: a * 1.1 for n, a in right(kind).items()})
         assert statuses("gradient") == {"red"}
 
 
@@ -239,8 +239,8 @@ class TestVersions:
 class TestSpeed:
     def test_the_prediction_by_hand(self):
         """36 layers, 27 blocks, 6,100 tokens of which 5,760 are 23,040 patches."""
-        timings = speed.Timings(token=1e-6, context=1e-9, step=1e-4, head=2e-3, patch=1e-6, around=3e-6)
-        found = speed.predict(timings)
+        timings = check_speed.Timings(token=1e-6, context=1e-9, step=1e-4, head=2e-3, patch=1e-6, around=3e-6)
+        found = check_speed.predict(timings)
         assert found.prompt_tokens == 6100
         assert found.vision_seconds == pytest.approx(30 * 23_040e-6)
         assert found.prefill_seconds == pytest.approx(36 * 6100 * (1e-6 + 1e-9 * 3050) + 2e-3)
@@ -250,21 +250,21 @@ class TestSpeed:
         assert found.peak_bytes > 5.76e9 + 147_456 * 6144
 
     def test_a_machine_that_is_too_small_or_slow_is_yellow(self, monkeypatch):
-        quick = speed.Timings(token=1e-6, context=0.0, step=1e-4, head=1e-3, patch=1e-6, around=0.0)
-        monkeypatch.setattr(speed, "measure", lambda: quick)
-        monkeypatch.setattr(speed, "usable_memory", lambda: 64e9)
+        quick = check_speed.Timings(token=1e-6, context=0.0, step=1e-4, head=1e-3, patch=1e-6, around=0.0)
+        monkeypatch.setattr(check_speed, "measure", lambda: quick)
+        monkeypatch.setattr(check_speed, "usable_memory", lambda: 64e9)
         assert statuses("speed") == {"green"}
-        monkeypatch.setattr(speed, "usable_memory", lambda: 4e9)
+        monkeypatch.setattr(check_speed, "usable_memory", lambda: 4e9)
         assert statuses("speed") == {"yellow"}
-        monkeypatch.setattr(speed, "usable_memory", lambda: 64e9)
-        slow = speed.Timings(token=1.0, context=0.0, step=1.0, head=1.0, patch=1.0, around=0.0)
-        monkeypatch.setattr(speed, "measure", lambda: slow)
+        monkeypatch.setattr(check_speed, "usable_memory", lambda: 64e9)
+        slow = check_speed.Timings(token=1.0, context=0.0, step=1.0, head=1.0, patch=1.0, around=0.0)
+        monkeypatch.setattr(check_speed, "measure", lambda: slow)
         assert statuses("speed") == {"yellow"}
 
     @pytest.mark.slow
     def test_layers_are_timed(self, monkeypatch):
-        monkeypatch.setattr(speed, "_ENOUGH", 0.0)  # the smallest sizes
-        found = speed.measure()
+        monkeypatch.setattr(check_speed, "_ENOUGH", 0.0)  # the smallest sizes
+        found = check_speed.measure()
         assert found.token > 0.0
         assert found.step > 0.0
         assert found.head > 0.0

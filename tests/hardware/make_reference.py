@@ -21,7 +21,7 @@ import torch
 import transformers
 from PIL import Image
 
-from mlxvr.diagnosis import media as clip_check
+from mlxvr.diagnosis import check_decoding as clip_check
 from mlxvr.diagnosis import reference
 from mlxvr.media import load_vision, normalise
 from mlxvr.media.patches import VisionInput
