@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from small_runs import EQUAL, command, make_settings
-from test_ranks import hosts_file
+from test_distributed import hosts_file
 
 from mlxvr.errors import ConfigError
 from mlxvr.grpo.data_order import batches

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from test_asking import END, FULL
+from test_answer_loop import END, FULL
 
 from mlxvr.data.rows import Row
 from mlxvr.grading.reward import Weights
