@@ -1,4 +1,4 @@
-"""Which choice an answer names; what each form means is worked by hand. See also `test_grading` and `test_answer_loop`."""
+"""Which choice an answer names; what each form means is worked by hand (see also `test_grading`)."""
 
 import pytest
 
