@@ -1,6 +1,6 @@
-"""The README cannot go stale: its `--help` blocks are what the verbs print, its files exist, its Python parses.
+"""The pages cannot go stale: the `--help` blocks are what the verbs print, named files exist, Python parses.
 
-`python -m tests.test_docs` writes the blocks anew.
+`python -m tests.test_docs` writes the blocks of examples/commands.md anew.
 """
 
 import ast
@@ -14,6 +14,7 @@ from mlxvr.__main__ import VERBS, main
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
+COMMANDS = ROOT / "examples" / "commands.md"
 
 
 def help_of(verb: str) -> str:
@@ -29,9 +30,9 @@ def block(verb: str) -> re.Pattern[str]:
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_the_readme_shows_the_help_of_every_verb(verb):
-    shown = block(verb).search(README.read_text(encoding="utf-8"))
-    assert shown, f"README has no help block for {verb}"
+def test_the_page_of_commands_shows_the_help_of_every_verb(verb):
+    shown = block(verb).search(COMMANDS.read_text(encoding="utf-8"))
+    assert shown, f"examples/commands.md has no help block for {verb}"
     # Line breaks differ between Python versions, words do not.
     assert shown.group(1).split() == help_of(verb).split(), "run: python -m tests.test_docs"
 
@@ -77,7 +78,14 @@ def test_such_commands_are_found():
     assert not VERB_AS_MODULE.search("python -m mlxvr.eval; mlxvr eval; mlxvr.convert.verify(a, b); mlxvr.evaluation")
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "convert/README.md", "examples/shellgame/README.md"])
+PAGES = [
+    page.relative_to(ROOT).as_posix()
+    for pattern in ("*.md", "convert/*.md", "examples/**/*.md", "tests/**/*.md")
+    for page in sorted(ROOT.glob(pattern))
+]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_links_between_pages_lead_somewhere(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", text):
@@ -114,11 +122,11 @@ def test_the_readme_names_the_two_commands_that_ci_runs():
 
 
 if __name__ == "__main__":
-    page = README.read_text(encoding="utf-8")
+    page = COMMANDS.read_text(encoding="utf-8")
     for name in VERBS:
         fresh = f"<!-- help: {name} -->\n\n```text\n{help_of(name)}```\n"
         if block(name).search(page):
             page = block(name).sub(lambda _, fresh=fresh: fresh, page)
         else:
             page = page.replace(f"<!-- help: {name} -->\n", fresh)
-    README.write_text(page, encoding="utf-8")
+    COMMANDS.write_text(page, encoding="utf-8")
