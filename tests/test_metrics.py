@@ -9,10 +9,19 @@ import numpy as np
 import pytest
 
 from mlxvr.errors import ConfigError, DataError
-from mlxvr.evaluation.bootstrap import Bootstrap, Estimate, clusters_of, wilson
-from mlxvr.evaluation.compare import compare
-from mlxvr.evaluation.metrics import Distribution, summarise, sweep
-from mlxvr.evaluation.reliability import auroc, brier, expected_calibration_error, fit_temperature, reliability, scale
+from mlxvr.evaluation.analysis.bootstrap import Bootstrap, Estimate, clusters_of, wilson
+from mlxvr.evaluation.analysis.compare import compare
+from mlxvr.evaluation.analysis.metrics import summarise
+from mlxvr.evaluation.analysis.reliability import (
+    auroc,
+    brier,
+    expected_calibration_error,
+    fit_temperature,
+    reliability,
+    scale,
+)
+from mlxvr.evaluation.analysis.run_summary import Distribution
+from mlxvr.evaluation.analysis.sweep import sweep
 from mlxvr.evaluation.samples import Sample, decide
 
 FALLBACK = "Let's analyze the problem step by step."

@@ -22,16 +22,17 @@ from PIL import Image
 
 from mlxvr.errors import ConfigError, DataError, MediaError
 from mlxvr.evaluation import formatting
-from mlxvr.evaluation.bootstrap import Estimate
-from mlxvr.evaluation.compare import compare
+from mlxvr.evaluation.analysis.bootstrap import Estimate
+from mlxvr.evaluation.analysis.compare import compare
+from mlxvr.evaluation.analysis.metrics import summarise
+from mlxvr.evaluation.analysis.reliability import reliability
+from mlxvr.evaluation.analysis.sweep import SweepRow, sweep
+from mlxvr.evaluation.analysis.threshold_search import calibrate
 from mlxvr.evaluation.graded_rows import curve, judge
-from mlxvr.evaluation.metrics import SweepRow, summarise, sweep
-from mlxvr.evaluation.reliability import reliability
 from mlxvr.evaluation.report import charts
 from mlxvr.evaluation.report.gallery import read_thumbnails
 from mlxvr.evaluation.report.report_files import write_report
 from mlxvr.evaluation.samples import Sample
-from mlxvr.evaluation.threshold_search import calibrate
 
 FALLBACK = "Let's analyze the problem step by step."
 VOID = {"meta", "input", "img", "br", "hr", "link"}

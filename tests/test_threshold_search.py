@@ -13,10 +13,10 @@ import pytest
 from mlxvr.convert import convert
 from mlxvr.errors import CheckpointError, ConfigError, DataError
 from mlxvr.evaluation import threshold_file
-from mlxvr.evaluation.reliability import fit_temperature, scale
+from mlxvr.evaluation.analysis.reliability import fit_temperature, scale
+from mlxvr.evaluation.analysis.threshold_search import calibrate
 from mlxvr.evaluation.samples import Sample, decide
 from mlxvr.evaluation.threshold_file import save_threshold, write_threshold
-from mlxvr.evaluation.threshold_search import calibrate
 from mlxvr.reasoner.reasoner import demo_folder
 
 

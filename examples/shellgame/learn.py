@@ -24,8 +24,8 @@ import numpy as np
 
 from mlxvr.cli.plotting import BLUE, GREEN, ORANGE, write_plot
 from mlxvr.data.rows import load_rows
-from mlxvr.evaluation.bootstrap import Bootstrap, Estimate
-from mlxvr.evaluation.reliability import auroc
+from mlxvr.evaluation.analysis.bootstrap import Bootstrap, Estimate
+from mlxvr.evaluation.analysis.reliability import auroc
 from mlxvr.grading.reward import Weights
 from mlxvr.grpo.step.lora import attach_saved
 from mlxvr.grpo.step.prompts import encode_row

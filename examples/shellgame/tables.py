@@ -11,11 +11,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from mlxvr.evaluation.bootstrap import Estimate
-from mlxvr.evaluation.compare import compare
-from mlxvr.evaluation.metrics import summarise, sweep
+from mlxvr.evaluation.analysis.bootstrap import Estimate
+from mlxvr.evaluation.analysis.calibration import Calibration
+from mlxvr.evaluation.analysis.compare import compare
+from mlxvr.evaluation.analysis.metrics import summarise
+from mlxvr.evaluation.analysis.sweep import sweep
+from mlxvr.evaluation.analysis.threshold_search import calibrate
 from mlxvr.evaluation.samples import Sample, read_samples
-from mlxvr.evaluation.threshold_search import Calibration, calibrate
 
 TAUS = (0.0, 0.3, 0.34, 0.35, 0.36, 0.5, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.999, 1.0)
 GOALS = (("no_loss", None), ("accuracy", None), ("ratio", 0.25), ("tokens", 30.0))

@@ -3,13 +3,13 @@
 from typing import TYPE_CHECKING
 
 from mlxvr.evaluation import formatting
-from mlxvr.evaluation.bootstrap import Estimate
-from mlxvr.evaluation.compare import Comparison
-from mlxvr.evaluation.metrics import Figures, Group
+from mlxvr.evaluation.analysis.bootstrap import Estimate
+from mlxvr.evaluation.analysis.compare import Comparison
+from mlxvr.evaluation.analysis.run_summary import Figures, GroupSummary
 
 if TYPE_CHECKING:
+    from mlxvr.evaluation.analysis.calibration import Calibration
     from mlxvr.evaluation.finishing import EvalReport
-    from mlxvr.evaluation.threshold_search import Calibration
 
 __all__ = ["table"]
 
@@ -45,7 +45,7 @@ def table(report: "EvalReport") -> str:
     return "\n".join([*lines, "", f"written to {report.page or report.output}"])
 
 
-def _modes(group: Group) -> list[str]:
+def _modes(group: GroupSummary) -> list[str]:
     modes = [("direct", group.direct, 0.0), ("think", group.think, 1.0), ("auto", group.auto, group.think_ratio.value)]
     shown = [(name, figures, ratio) for name, figures, ratio in modes if figures is not None]
     rows: list[tuple[str, list[str]]] = [
@@ -67,7 +67,7 @@ def _modes(group: Group) -> list[str]:
     ]
 
 
-def _confidence(group: Group) -> list[str]:
+def _confidence(group: GroupSummary) -> list[str]:
     lines = []
     if group.gain is not None:
         lines.append(f"gain from thinking  {_signed(group.gain)}")

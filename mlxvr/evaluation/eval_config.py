@@ -13,8 +13,9 @@ from typing import get_args
 from mlxvr.checkpoint.bundled import is_demo_model
 from mlxvr.cli.settings import flag
 from mlxvr.errors import ConfigError, DataError
+from mlxvr.evaluation.analysis.calibration import Calibration, Goal
+from mlxvr.evaluation.analysis.threshold_search import calibrate
 from mlxvr.evaluation.samples import Sample
-from mlxvr.evaluation.threshold_search import Calibration, Goal, calibrate
 
 __all__ = ["EvalConfig"]
 
@@ -196,7 +197,7 @@ class EvalConfig:
             self.calibration_of(())
 
     def calibration_of(self, samples: Iterable[Sample]) -> Calibration:
-        """Do what `calibrate` asks for; raises as `mlxvr.evaluation.threshold_search.calibrate`."""
+        """Do what `calibrate` asks for; raises as `mlxvr.evaluation.analysis.threshold_search.calibrate`."""
         goal, budget = self.goal
         return calibrate(
             samples,

@@ -12,13 +12,15 @@ from typing import Any
 from mlxvr.data.rows import Row
 from mlxvr.errors import ConfigError, DataError, MlxvrError
 from mlxvr.evaluation import sharding
-from mlxvr.evaluation.compare import Comparison, compare
+from mlxvr.evaluation.analysis.calibration import Calibration
+from mlxvr.evaluation.analysis.compare import Comparison, compare
+from mlxvr.evaluation.analysis.metrics import summarise
+from mlxvr.evaluation.analysis.run_summary import Summary
+from mlxvr.evaluation.analysis.sweep import SweepRow, sweep
 from mlxvr.evaluation.eval_config import EvalConfig
-from mlxvr.evaluation.metrics import Summary, SweepRow, summarise, sweep
 from mlxvr.evaluation.report.report_files import write_report
 from mlxvr.evaluation.samples import Sample, read_samples
 from mlxvr.evaluation.threshold_file import save_threshold, write_threshold
-from mlxvr.evaluation.threshold_search import Calibration
 from mlxvr.grading import math_equality
 from mlxvr.runtime.hooks import Progress
 

@@ -7,7 +7,7 @@ certainty.
 
 import math
 
-from mlxvr.evaluation.bootstrap import Estimate
+from mlxvr.evaluation.analysis.bootstrap import Estimate
 
 __all__ = [
     "confidence",

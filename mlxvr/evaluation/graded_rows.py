@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mlxvr.evaluation.metrics import SweepRow, direct_grade, mode_grade
+from mlxvr.evaluation.analysis.grades import direct_grade, mode_grade
+from mlxvr.evaluation.analysis.sweep import SweepRow
 from mlxvr.evaluation.samples import Sample, decide, ordered
 from mlxvr.grading.lenient import Grade
 

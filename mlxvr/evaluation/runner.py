@@ -24,14 +24,14 @@ from mlxvr.data.benchmarks import read_benchmark
 from mlxvr.data.rows import Row, load_rows
 from mlxvr.errors import ConfigError, DataError
 from mlxvr.evaluation import sharding
-from mlxvr.evaluation.compare import check_comparable
+from mlxvr.evaluation.analysis.compare import check_comparable
+from mlxvr.evaluation.analysis.grades import usable
+from mlxvr.evaluation.analysis.threshold_search import check_enough
 from mlxvr.evaluation.eval_config import EvalConfig
 from mlxvr.evaluation.finishing import EvalReport, Other, compare_finished, read_other, relabelled, work_out
 from mlxvr.evaluation.generation import Asking, digest, generate, group_rows
-from mlxvr.evaluation.metrics import usable
 from mlxvr.evaluation.samples import Sample, SampleWriter, read_samples, write_samples
 from mlxvr.evaluation.threshold_file import check_writable
-from mlxvr.evaluation.threshold_search import check_enough
 from mlxvr.media import VisionSpec
 from mlxvr.model.prompt import evaluation_copy
 from mlxvr.runtime.distributed import Ranks

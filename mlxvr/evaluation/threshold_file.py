@@ -10,7 +10,7 @@ from typing import Any
 
 from mlxvr.conversion.card import with_threshold
 from mlxvr.errors import CheckpointError, ConfigError
-from mlxvr.evaluation.threshold_search import Calibration
+from mlxvr.evaluation.analysis.calibration import Calibration
 from mlxvr.storage.atomic import replace_file
 
 __all__ = ["check_writable", "save_threshold", "write_threshold"]

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from html import escape
 
 from mlxvr.evaluation import formatting
-from mlxvr.evaluation.bootstrap import Estimate, wilson
-from mlxvr.evaluation.metrics import SweepRow
-from mlxvr.evaluation.reliability import Bin
+from mlxvr.evaluation.analysis.bootstrap import Estimate, wilson
+from mlxvr.evaluation.analysis.reliability import Bin
+from mlxvr.evaluation.analysis.sweep import SweepRow
 
 __all__ = [
     "Axis",

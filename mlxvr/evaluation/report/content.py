@@ -4,10 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlxvr.evaluation.compare import Comparison
+from mlxvr.evaluation.analysis.calibration import Calibration
+from mlxvr.evaluation.analysis.compare import Comparison
+from mlxvr.evaluation.analysis.run_summary import GroupSummary, Summary
+from mlxvr.evaluation.analysis.sweep import SweepRow
 from mlxvr.evaluation.graded_rows import Judged
-from mlxvr.evaluation.metrics import Group, Summary, SweepRow
-from mlxvr.evaluation.threshold_search import Calibration
 
 __all__ = ["Against", "Content", "score_name"]
 
@@ -49,7 +50,7 @@ class Content:
     figures: Mapping[str, Any] = field(default_factory=dict)
 
 
-def score_name(group: Group | None) -> str:
+def score_name(group: GroupSummary | None) -> str:
     """What the score of these rows is called."""
     figures = None if group is None else group.direct
     if figures is None or figures.miou is None:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from html import escape
 
 from mlxvr.evaluation import formatting
-from mlxvr.evaluation.bootstrap import Estimate
+from mlxvr.evaluation.analysis.bootstrap import Estimate
 
 __all__ = ["difference_cell", "figures_of", "gallery_link", "share_cell", "table"]
 

@@ -3,8 +3,8 @@
 from html import escape
 
 from mlxvr.evaluation import formatting
-from mlxvr.evaluation.bootstrap import Estimate
-from mlxvr.evaluation.metrics import Group, Summary
+from mlxvr.evaluation.analysis.bootstrap import Estimate
+from mlxvr.evaluation.analysis.run_summary import GroupSummary, Summary
 from mlxvr.evaluation.report.content import Content, score_name
 from mlxvr.evaluation.report.markup import gallery_link
 
@@ -47,7 +47,7 @@ def lead(summary: Summary) -> str:
     return f"{said} and {_cost(group)}."
 
 
-def _named(group: Group) -> str:
+def _named(group: GroupSummary) -> str:
     """The name of auto's score with its interval."""
     assert group.auto.score is not None
     told = formatting.interval(group.auto.score, group.auto.labelled)
@@ -57,7 +57,7 @@ def _named(group: Group) -> str:
     return name + (f" ({'; '.join(notes)})" if notes else "")
 
 
-def _cost(group: Group) -> str:
+def _cost(group: GroupSummary) -> str:
     change = group.auto_vs_think
     assert change is not None
     rows = group.auto.labelled
@@ -71,7 +71,7 @@ def _cost(group: Group) -> str:
     return said + (f" (difference {told})" if told else "")
 
 
-def _noun(group: Group) -> str:
+def _noun(group: GroupSummary) -> str:
     return {"Accuracy": "accuracy", "mIoU": "mIoU", "Score": "score"}[score_name(group)]
 
 

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from html import escape
 
 from mlxvr.evaluation import formatting
-from mlxvr.evaluation.compare import Change, Comparison
+from mlxvr.evaluation.analysis.calibration import Calibration, ThresholdOutcome
+from mlxvr.evaluation.analysis.compare import Change, Comparison
 from mlxvr.evaluation.graded_rows import Judged
 from mlxvr.evaluation.report.content import Content
 from mlxvr.evaluation.report.markup import difference_cell, gallery_link, share_cell, table
-from mlxvr.evaluation.threshold_search import Calibration, Outcome
 
 __all__ = ["calibration_section", "comparison_section"]
 
@@ -85,7 +85,7 @@ def _between(spread: Sequence[str]) -> str:
     return spread[0] if len(spread) == 1 else f"from {spread[0]} to {spread[-1]}"
 
 
-def _outcome(name: str, found: Outcome) -> list[str]:
+def _outcome(name: str, found: ThresholdOutcome) -> list[str]:
     rows = found.count
     return [
         name,

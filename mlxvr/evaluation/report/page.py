@@ -15,8 +15,8 @@ from importlib.resources import files
 from typing import Any
 
 from mlxvr.evaluation import formatting
-from mlxvr.evaluation.bootstrap import Estimate
-from mlxvr.evaluation.metrics import Group
+from mlxvr.evaluation.analysis.bootstrap import Estimate
+from mlxvr.evaluation.analysis.run_summary import GroupSummary
 from mlxvr.evaluation.report.content import Content, score_name
 from mlxvr.evaluation.report.opening import cautions, lead, subtitle, tiles, verdict
 from mlxvr.evaluation.report.outcomes import calibration_section, comparison_section
@@ -149,7 +149,7 @@ def _embedded(content: Content) -> str:
     return text
 
 
-def _scored(group: Group | None) -> tuple[Estimate | float, int]:
+def _scored(group: GroupSummary | None) -> tuple[Estimate | float, int]:
     if group is None or group.auto.score is None:
         return 0.0, 0 if group is None else group.count
     return group.auto.score, group.auto.labelled

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlxvr.cli.plotting import BLUE, GRAY, ORANGE, RED, VIOLET, have_matplotlib, write_plot
 from mlxvr.evaluation import formatting
-from mlxvr.evaluation.bootstrap import wilson
+from mlxvr.evaluation.analysis.bootstrap import wilson
 from mlxvr.evaluation.graded_rows import Judged
 from mlxvr.evaluation.report.charts import histogram, nines
 from mlxvr.evaluation.report.content import Content, score_name

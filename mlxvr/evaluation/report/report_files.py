@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from mlxvr.errors import ConfigError
-from mlxvr.evaluation.compare import Comparison, compare
+from mlxvr.evaluation.analysis.calibration import Calibration
+from mlxvr.evaluation.analysis.compare import Comparison, compare
+from mlxvr.evaluation.analysis.metrics import summarise
 from mlxvr.evaluation.graded_rows import Judged, curve, judge
-from mlxvr.evaluation.metrics import summarise
 from mlxvr.evaluation.report.content import Against, Content
 from mlxvr.evaluation.report.gallery import embed_frames, gallery_rows
 from mlxvr.evaluation.report.page import make_page
 from mlxvr.evaluation.samples import Sample
-from mlxvr.evaluation.threshold_search import Calibration
 from mlxvr.runtime.hooks import Progress
 from mlxvr.storage.atomic import replace_file
 

@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 
 from mlxvr.evaluation import formatting
+from mlxvr.evaluation.analysis.run_summary import Distribution, Figures, GroupSummary, Summary
 from mlxvr.evaluation.graded_rows import Judged
-from mlxvr.evaluation.metrics import Distribution, Figures, Group, Summary
 from mlxvr.evaluation.report import charts
 from mlxvr.evaluation.report.content import Content, score_name
 from mlxvr.evaluation.report.markup import difference_cell, figures_of, gallery_link, share_cell, table
@@ -124,7 +124,7 @@ def cost_section(content: Content) -> str:
     return f'{legend}{figures_of(figures)}{slider}<p class="note">{note}</p>'
 
 
-def _points(group: Group) -> list[charts.Point]:
+def _points(group: GroupSummary) -> list[charts.Point]:
     modes = [("direct", group.direct), ("think", group.think), ("auto", group.auto)]
     return [
         charts.Point(name, mode.tokens.mean, mode.score)
@@ -178,7 +178,7 @@ def confidence_section(content: Content) -> str:
     return f"<p>{' '.join(said)}</p>{figures_of(drawn)}"
 
 
-def breakdown_section(groups: Mapping[str, Group], title: str, key: str, *, with_chart: bool = False) -> str:
+def breakdown_section(groups: Mapping[str, GroupSummary], title: str, key: str, *, with_chart: bool = False) -> str:
     """The figures by task or category; `key` is the gallery's filter of that name."""
     if not groups:
         return ""

@@ -18,167 +18,23 @@ Seconds are those of generating. Reading frames and prefill are the same in ever
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from mlxvr.answering.transcript import is_fallback
-from mlxvr.errors import ConfigError
-from mlxvr.evaluation.bootstrap import Bootstrap, Estimate, clusters_of
-from mlxvr.evaluation.reliability import Bin, auroc, brier, expected_calibration_error, reliability
+from mlxvr.evaluation.analysis.bootstrap import Bootstrap, Estimate, clusters_of
+from mlxvr.evaluation.analysis.grades import direct_grade, is_live, mode_grade, usable
+from mlxvr.evaluation.analysis.reliability import auroc, brier, expected_calibration_error, reliability
+from mlxvr.evaluation.analysis.run_summary import Confidence, Distribution, Figures, GroupSummary, Summary
 from mlxvr.evaluation.samples import Sample, decide, ordered
-from mlxvr.grading.lenient import Grade, grade_parts
+from mlxvr.grading.lenient import Grade
 
-__all__ = [
-    "Confidence",
-    "Distribution",
-    "Figures",
-    "Group",
-    "Summary",
-    "SweepRow",
-    "direct_grade",
-    "mode_grade",
-    "summarise",
-    "sweep",
-    "usable",
-]
+__all__ = ["summarise"]
 
 _RECALLS = (0.3, 0.5, 0.7)
 _GROUNDED_IOP = 0.5  # NExT-GQA: grounded when at least half of the predicted interval lies in the segment
-
-
-@dataclass(frozen=True, kw_only=True)
-class Distribution:
-    """Mean and percentiles of a cost."""
-
-    mean: float
-    p50: float
-    p90: float
-    p95: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Figures:
-    """One mode over one set of rows; a figure that the rows do not have is None.
-
-    Attributes:
-        labelled: how many rows were graded.
-        score: mean score.
-        accuracy: share of right answers (exact_match, math, and the answers of grounded questions).
-        miou: mean temporal IoU (grounding, grounded questions).
-        recall: share of rows with an IoU of at least 0.3, 0.5, 0.7, by "0.3", "0.5", "0.7".
-        grounded_accuracy: NExT-GQA's Acc@GQA: the answer is right and at least half of the interval is in the segment.
-        pair_accuracy: share of pairs with every row right.
-        tokens, seconds: generated, and in what time.
-    """
-
-    labelled: int
-    score: Estimate | None
-    accuracy: Estimate | None
-    miou: Estimate | None
-    recall: dict[str, Estimate]
-    grounded_accuracy: Estimate | None
-    pair_accuracy: Estimate | None
-    tokens: Distribution
-    seconds: Distribution
-
-
-@dataclass(frozen=True, kw_only=True)
-class Confidence:
-    """How well the confidence of first answers tells right from wrong (`mlxvr.evaluation.reliability`).
-
-    Attributes:
-        count: labelled rows that have a confidence.
-        accuracy: how many of their first answers are right; an interval is right from an IoU of 0.5.
-        bins: the reliability curve.
-        ece, brier: expected calibration error and Brier score; 0 is best.
-        auroc: 0.5 says nothing, 1 separates; None when all are right or all are wrong. It has no interval where all
-            resamples agree, such as where it is 1.
-    """
-
-    count: int
-    accuracy: Estimate
-    bins: list[Bin]
-    ece: float
-    brier: Estimate
-    auroc: Estimate | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Group:
-    """A set of rows: the whole, a task or a category.
-
-    Attributes:
-        count: rows without an error.
-        clips: independent clusters of them (rows that share a clip or a pair are one).
-        direct, think, auto: the modes; `think` is None for a live run.
-        think_ratio: share of rows that reason in auto.
-        gain: score of think minus score of direct, paired.
-        auto_vs_think: score of auto minus score of think, paired; below 0 the early exit loses.
-        confidence: None when no labelled row has one.
-        fallbacks: rows whose first box declines to answer.
-        missing_boxes: rows without a first box.
-        problems: rows with each departure from the format, by its name.
-    """
-
-    count: int
-    clips: int
-    direct: Figures
-    think: Figures | None
-    auto: Figures
-    think_ratio: Estimate
-    gain: Estimate | None
-    auto_vs_think: Estimate | None
-    confidence: Confidence | None
-    fallbacks: int
-    missing_boxes: int
-    problems: dict[str, int]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Summary:
-    """The figures of a run at one threshold.
-
-    Attributes:
-        threshold: from which confidence a first answer stands in auto.
-        live: whether the run stopped early itself.
-        count: rows, those that failed included.
-        errors: rows that failed, by id, with the reason.
-        shared: mean seconds of reading frames ("decode_seconds") and of prefill ("prefill_seconds"), mean tokens of the
-            prompt ("prompt_tokens", "video_tokens"): what every mode pays.
-        overall: all rows that did not fail; None: there are none.
-        per_task, per_category: the same by name, sorted; rows without a name are in none.
-        bootstrap, seed: resamples behind the intervals.
-    """
-
-    threshold: float
-    live: bool
-    count: int
-    errors: dict[str, str]
-    shared: dict[str, float]
-    overall: Group | None
-    per_task: dict[str, Group] = field(default_factory=dict)
-    per_category: dict[str, Group] = field(default_factory=dict)
-    bootstrap: int
-    seed: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON-ready values, nested."""
-        return asdict(self)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SweepRow:
-    """Auto at one threshold; `score`, `accuracy` and `miou` as in `Figures`, None without labels."""
-
-    tau: float
-    score: float | None
-    accuracy: float | None
-    miou: float | None
-    think_ratio: float
-    mean_tokens: float
-    mean_seconds: float
 
 
 def summarise(samples: Iterable[Sample], *, threshold: float, bootstrap: int = 1000, seed: int = 0) -> Summary:
@@ -194,10 +50,10 @@ def summarise(samples: Iterable[Sample], *, threshold: float, bootstrap: int = 1
     """
     every = ordered(samples)
     kept = usable(every)
-    live = _is_live(kept)
+    live = is_live(kept)
     table = _Table.of(kept, threshold, live)
 
-    def groups(names: Sequence[str]) -> dict[str, Group]:
+    def groups(names: Sequence[str]) -> dict[str, GroupSummary]:
         return {
             name: _group(table.only([own == name for own in names]), bootstrap, seed)
             for name in sorted(set(names))
@@ -216,50 +72,6 @@ def summarise(samples: Iterable[Sample], *, threshold: float, bootstrap: int = 1
         bootstrap=bootstrap,
         seed=seed,
     )
-
-
-def sweep(samples: Iterable[Sample], thresholds: Iterable[float]) -> list[SweepRow]:
-    """Auto at each of the thresholds, in their order.
-
-    Raises `ConfigError` for a live run or when every row failed, and `DataError` as `summarise`.
-    """
-    kept = usable(ordered(samples))
-    if not kept:
-        raise ConfigError("there is no sample without an error; nothing can be swept")
-    if _is_live(kept):
-        raise ConfigError("a live run stopped at its own threshold and cannot tell of others: generate without --live")
-    direct, think = [direct_grade(sample) for sample in kept], [mode_grade(sample, sample.final) for sample in kept]
-    rows = []
-    for tau in thresholds:
-        decisions = [decide(sample, tau) for sample in kept]
-        grades = [after if made.reasoned else first for made, first, after in zip(decisions, direct, think)]
-        rows.append(
-            SweepRow(
-                tau=tau,
-                score=_mean_of(grades, lambda one: one.score),
-                accuracy=_mean_of(grades, lambda one: one.accuracy),
-                miou=_mean_of(grades, lambda one: one.iou),
-                think_ratio=sum(made.reasoned for made in decisions) / len(kept),
-                mean_tokens=sum(made.tokens for made in decisions) / len(kept),
-                mean_seconds=math.fsum(made.seconds for made in decisions) / len(kept),
-            )
-        )
-    return rows
-
-
-def usable(samples: Iterable[Sample]) -> list[Sample]:
-    """The samples of rows that did not fail."""
-    return [sample for sample in samples if sample.error is None]
-
-
-def direct_grade(sample: Sample) -> Grade | None:
-    """The grade of the first answer; a missing one is wrong. None: the row has no label."""
-    return mode_grade(sample, sample.first)
-
-
-def mode_grade(sample: Sample, text: str | None) -> Grade | None:
-    """The grade of a text as the answer to a sample's question; None: the row has no label."""
-    return grade_parts(sample.kind, text, sample.answer, sample.options) if sample.is_labelled else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -303,7 +115,7 @@ class _Table:
         return [after if on else first for on, first, after in zip(self.reasoned, self.direct, self.think)]
 
 
-def _group(table: _Table, bootstrap: int, seed: int) -> Group:
+def _group(table: _Table, bootstrap: int, seed: int) -> GroupSummary:
     samples, reasoned = table.samples, table.reasoned
     clusters = clusters_of(samples)
     resamples = Bootstrap(clusters, count=bootstrap, seed=seed)
@@ -317,7 +129,7 @@ def _group(table: _Table, bootstrap: int, seed: int) -> Group:
         return _figures(samples, grades, tokens, np.where(went_on, total_seconds, first_seconds), resamples)
 
     auto = table.auto
-    return Group(
+    return GroupSummary(
         count=len(samples),
         clips=int(clusters.max()) + 1,
         direct=figures(table.direct, np.zeros(len(samples), dtype=bool)),
@@ -418,10 +230,6 @@ def _shared(samples: list[Sample]) -> dict[str, float]:
     return {name: math.fsum(getattr(sample, name) for sample in samples) / max(1, len(samples)) for name in names}
 
 
-def _is_live(samples: list[Sample]) -> bool:
-    return any(not sample.reasoned for sample in samples)
-
-
 def _column(samples: list[Sample], value: Callable[[Sample], float]) -> np.ndarray:
     return np.array([value(sample) for sample in samples], dtype=np.float64)
 
@@ -430,11 +238,6 @@ def _masked(values: Sequence[float | None]) -> tuple[np.ndarray, np.ndarray]:
     """The values with 0 for None, and where they are not None."""
     among = np.array([value is not None for value in values], dtype=bool)
     return np.array([value or 0.0 for value in values], dtype=np.float64), among
-
-
-def _mean_of(grades: Sequence[Grade | None], part: Callable[[Grade], float | None]) -> float | None:
-    values = [value for one in grades if one is not None and (value := part(one)) is not None]
-    return math.fsum(values) / len(values) if values else None
 
 
 def _distribution(values: np.ndarray) -> Distribution:

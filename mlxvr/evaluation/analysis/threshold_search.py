@@ -27,126 +27,23 @@ the mapped threshold are the same, and thresholds here are always of the raw con
 import contextlib
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, get_args
+from dataclasses import dataclass
+from typing import get_args
 
 import numpy as np
 
 from mlxvr.errors import ConfigError, DataError
 from mlxvr.evaluation import formatting
-from mlxvr.evaluation.bootstrap import Bootstrap, Clustered, Estimate, clusters_of
-from mlxvr.evaluation.metrics import direct_grade, mode_grade, usable
-from mlxvr.evaluation.reliability import brier, expected_calibration_error, fit_temperature, reliability, scale
+from mlxvr.evaluation.analysis.bootstrap import Bootstrap, Clustered, Estimate, clusters_of
+from mlxvr.evaluation.analysis.calibration import Calibration, Goal, TaskThreshold, TemperatureFit, ThresholdOutcome
+from mlxvr.evaluation.analysis.grades import direct_grade, is_live, mode_grade, usable
+from mlxvr.evaluation.analysis.reliability import brier, expected_calibration_error, fit_temperature, reliability, scale
 from mlxvr.evaluation.samples import Sample, ordered
 
-__all__ = [
-    "Calibration",
-    "Goal",
-    "Outcome",
-    "TaskThreshold",
-    "TemperatureFit",
-    "calibrate",
-    "check_enough",
-]
-
-Goal = Literal["no_loss", "ratio", "tokens", "accuracy"]
+__all__ = ["calibrate", "check_enough"]
 
 _BUDGETS = ("ratio", "tokens")
 _LEAST_ROWS = 20
-_TAIL = 0.025  # beyond one end of a 95% interval
-
-
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """What thresholds do to a set of rows; scores are None without labels.
-
-    Attributes:
-        count, clips: rows, and independent clusters of them.
-        think_ratio: share of rows that reason.
-        tokens: mean generated tokens; `always_tokens` when every row reasons.
-        auto, think, direct: mean scores (`Grade.score`).
-        difference: auto minus think, paired.
-    """
-
-    count: int
-    clips: int
-    think_ratio: Estimate
-    tokens: Estimate
-    always_tokens: float
-    auto: Estimate | None
-    think: Estimate | None
-    direct: Estimate | None
-    difference: Estimate | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class TaskThreshold:
-    """A task's threshold; `held_out` is None where it has too few rows and takes the common one."""
-
-    threshold: float
-    count: int
-    held_out: Outcome | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class TemperatureFit:
-    """Temperature scaling: the temperature of all rows, and what scaling does to held-out confidences."""
-
-    temperature: float
-    count: int
-    ece: float
-    ece_scaled: float
-    brier: float
-    brier_scaled: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Calibration:
-    """A threshold and the evidence for it.
-
-    Attributes:
-        threshold: from all rows; just above 1 when some confidence is 1 and no direct answer may stand.
-        goal, margin, budget: what was asked for; the one that does not belong to the goal is None.
-        fold_thresholds: what each fold's training rows chose: how firm the choice is.
-        held_out: every row decided by a threshold that it had no part in.
-        in_sample: every row decided by `threshold`; flatters it.
-        per_task: by task, where it was asked for.
-        temperature: where it was asked for.
-        folds, bootstrap, seed: how it was done.
-    """
-
-    threshold: float
-    goal: Goal
-    margin: float | None
-    budget: float | None
-    fold_thresholds: tuple[float, ...]
-    held_out: Outcome
-    in_sample: Outcome
-    per_task: dict[str, TaskThreshold] = field(default_factory=dict)
-    temperature: TemperatureFit | None = None
-    folds: int
-    bootstrap: int
-    seed: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON-ready values, nested, with the caution."""
-        return asdict(self) | {"fold_thresholds": list(self.fold_thresholds), "caution": self.caution}
-
-    @property
-    def caution(self) -> str:
-        """For `no_loss`, in one sentence: the loss that so few clips cannot rule out; "" where that is in the margin.
-
-        If a share p of clips loses its answer, n clips show none of it with probability (1 - p)^n; the p at which that
-        is 2.5% is the upper end of the exact 95% interval (Clopper and Pearson 1934) of a share that was never seen.
-        """
-        clips = self.in_sample.clips
-        if self.margin is None or (unseen := 1 - _TAIL ** (1 / clips)) <= self.margin:
-            return ""
-        said = f"{clips} clips that show no loss leave room for one of {unseen:.3f}, more than {self.margin:g}"
-        if self.margin == 0:
-            return said
-        needed = math.ceil(math.log(_TAIL) / math.log1p(-self.margin))
-        return f"{said}: it takes {needed} clips to rule out more than that"
 
 
 def calibrate(
@@ -277,7 +174,7 @@ class _Rows:
 
 def _eligible(samples: Iterable[Sample], plan: _Plan) -> list[Sample]:
     kept = usable(ordered(samples))
-    if any(not sample.reasoned for sample in kept):
+    if is_live(kept):
         raise ConfigError("a live run stopped at its own threshold and cannot tell of others: generate without --live")
     if plan.needs_labels:
         failed = len(kept)
@@ -287,7 +184,7 @@ def _eligible(samples: Iterable[Sample], plan: _Plan) -> list[Sample]:
     return kept
 
 
-def _fit(samples: list[Sample], plan: _Plan) -> tuple[float, list[float], Outcome, Outcome]:
+def _fit(samples: list[Sample], plan: _Plan) -> tuple[float, list[float], ThresholdOutcome, ThresholdOutcome]:
     """The threshold from all rows, those of the folds, and the outcomes on held-out rows and on all."""
     check_enough(samples, plan.folds)
     rows = _Rows.of(samples)
@@ -361,7 +258,7 @@ def _thresholds(confidence: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return thresholds, np.where(np.isnan(confidence), -1, np.searchsorted(levels, confidence))
 
 
-def _outcome(rows: _Rows, thresholds: np.ndarray, plan: _Plan) -> Outcome:
+def _outcome(rows: _Rows, thresholds: np.ndarray, plan: _Plan) -> ThresholdOutcome:
     """What a threshold per row comes to."""
     exits = rows.confidence >= thresholds
     resamples = Bootstrap(rows.clusters, count=plan.bootstrap, seed=plan.seed)
@@ -371,7 +268,7 @@ def _outcome(rows: _Rows, thresholds: np.ndarray, plan: _Plan) -> Outcome:
         assert estimate is not None, "there are rows"
         return estimate
 
-    return Outcome(
+    return ThresholdOutcome(
         count=len(rows),
         clips=int(rows.clusters.max()) + 1,
         think_ratio=sure(resamples.share(1.0 - exits)),

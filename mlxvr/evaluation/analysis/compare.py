@@ -12,8 +12,8 @@ import numpy as np
 
 from mlxvr.data.rows import Row
 from mlxvr.errors import DataError
-from mlxvr.evaluation.bootstrap import Bootstrap, Estimate, clusters_of
-from mlxvr.evaluation.metrics import mode_grade, usable
+from mlxvr.evaluation.analysis.bootstrap import Bootstrap, Estimate, clusters_of
+from mlxvr.evaluation.analysis.grades import mode_grade, usable
 from mlxvr.evaluation.samples import Sample, decide, ordered
 from mlxvr.grading.lenient import Grade
 
