@@ -27,7 +27,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from mlxvr import ranks as module
+from mlxvr.runtime import distributed as module
 from mlxvr.errors import ConfigError
 from mlxvr.runtime.distributed import Ranks
 

@@ -87,7 +87,7 @@ def test_a_local_folder_comes_back_untouched(tmp_path, no_network, monkeypatch):
 
 
 def test_a_local_folder_does_not_import_the_hub_client(tmp_path):
-    code = f"import sys; from mlxvr.conversion import hub; hub.resolve({str(tmp_path)!r}); "
+    code = f"import sys; from mlxvr.checkpoint import hub; hub.resolve({str(tmp_path)!r}); "
     code += "assert 'huggingface_hub' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -270,7 +270,7 @@ def test_no_server_at_all(at):
 
 
 def test_the_environment_decides_in_a_fresh_process(tmp_path):
-    code = "from mlxvr.conversion import hub; from mlxvr.errors import CheckpointError\n"
+    code = "from mlxvr.checkpoint import hub; from mlxvr.errors import CheckpointError\n"
     code += "try: print(hub.resolve('org/name'))\nexcept CheckpointError as error: print(error)"
 
     def run(**changes: str) -> str:
@@ -355,9 +355,9 @@ def test_a_file_that_two_names_share(at):
 
 @pytest.mark.parametrize("moment", ["before the check", "during the download"])
 def test_a_process_that_died_before_the_check_leaves_it_to_the_next(moment, tmp_path):
-    where = "arrivals.check" if moment == "before the check" else "file_download._create_symlink"
+    where = "download_check.check" if moment == "before the check" else "file_download._create_symlink"
     code = (
-        "import os, sys; from huggingface_hub import file_download; from mlxvr.conversion import arrivals, hub\n"
+        "import os, sys; from huggingface_hub import file_download; from mlxvr.checkpoint import download_check, hub\n"
         "from mlxvr.errors import CheckpointError\n"
         f"if 'die' in sys.argv: {where} = lambda *args, **kwargs: os._exit(9)\n"
         "try: print(hub.resolve('org/name'))\nexcept CheckpointError as error: print(error)"

@@ -149,10 +149,10 @@ def test_the_clock_on_the_wall_does_not_count(fake):
 def test_what_was_cut_off_is_asked_again(stand_in):
     """It is wrong that once; the answers around it are remembered."""
     code = """
-    from mlxvr import mathematics
+    from mlxvr.grading import math_equality
     print(are_equal("spin 9 7", "7", seconds=0.1))
     print(are_equal("spin 0.01 7", "7", seconds=0.1), are_equal("spin 9 7", "7", seconds=0.1))
-    print(mathematics._ask.cache_info().misses, mathematics._ask.cache_info().currsize)
+    print(math_equality._ask.cache_info().misses, math_equality._ask.cache_info().currsize)
     """
     assert run(stand_in, code) == "False\nTrue False\n3 1\n"
 
@@ -242,9 +242,9 @@ def test_it_ends_with_the_program(stand_in, asks, end):
     """However the program ends, and whatever is being computed."""
     code = f"""
     import os, threading, time
-    from mlxvr import mathematics
+    from mlxvr.grading import math_equality
     {asks}
-    print(mathematics._WORKER._process.pid, flush=True)
+    print(math_equality._WORKER._process.pid, flush=True)
     {end}
     """
     assert not alive(int(run(stand_in, code)))

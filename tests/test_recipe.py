@@ -72,7 +72,7 @@ def test_another_family_is_refused(config):
 
 
 def test_finding_a_recipe_needs_neither_mlx_nor_the_hub():
-    code = "import sys; from mlxvr.conversion import recipe; recipe.for_config({'model_type': 'qwen3_vl'}); "
+    code = "import sys; from mlxvr.checkpoint import recipe; recipe.for_config({'model_type': 'qwen3_vl'}); "
     code += "assert not {'mlx', 'mlx.core', 'huggingface_hub', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 

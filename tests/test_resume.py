@@ -20,7 +20,7 @@ import os, signal, sys
 from pathlib import Path
 
 import mlxvr.conversion.shards as shards
-from mlxvr.conversion import plan
+from mlxvr.conversion import tensor_plan
 from mlxvr.conversion.quantize import convert
 
 operations = 0
@@ -34,7 +34,7 @@ def counted(function):
         return function(*args, **options)
     return call
 
-plan.plan_shards = lambda groups: shards.plan_shards(groups, 30_000)
+tensor_plan.plan_shards = lambda groups: shards.plan_shards(groups, 30_000)
 os.fsync = counted(os.fsync)
 Path.rename = counted(Path.rename)
 Path.unlink = counted(Path.unlink)

@@ -4,7 +4,7 @@ Whatever looks like a path is never sent over the network: a mistyped folder is 
 looked up on the Hub. A Hub id is fetched with `huggingface_hub.snapshot_download`, which brings the cache,
 the resuming of broken downloads, `HF_ENDPOINT`, `HF_HUB_OFFLINE`, `HF_TOKEN` and `hf auth login`. Only the
 files that a model needs are fetched, and pickle weights are not among them; what arrived is compared with
-the hashes that the Hub announced (`arrivals`). Each way in which this goes wrong becomes one
+the hashes that the Hub announced (`download_check`). Each way in which this goes wrong becomes one
 `CheckpointError` line that says what to do (`hub_errors`).
 
 A broken line is resumed where it broke. After a broken call, the next one fetches only the files that are

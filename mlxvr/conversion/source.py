@@ -2,7 +2,7 @@
 
 Everything that can be known without reading weights is checked here, before a byte of output exists: tensors that
 are missing, extra, there twice, of a wrong shape or of a type that cannot be converted, and weights that are quantized
-already. How tensors lie on disk and how they are read is told in `encodings`.
+already. How tensors lie on disk and how they are read is told in `weight_formats`.
 """
 
 import json
