@@ -13,8 +13,18 @@ from mlxvr.errors import ConfigError, DataError
 from mlxvr.grpo.monitor import curves
 from mlxvr.grpo.monitor.curves import check_plot, plot_curves, smooth, thin
 
-STEP = ("loss", "kl", "reward", "first", "second", "format", "fallback", "first_accuracy", "second_accuracy")
-STEP += ("think_ratio", "tokens_mean", "tokens_max", "grad_norm", "learning_rate")
+STEP = (
+    "loss",
+    "kl",
+    "reward",
+    "rewards/first/mean",
+    "rewards/second/mean",
+    "rewards/format/mean",
+    "rewards/fallback/mean",
+    "first_accuracy",
+    "second_accuracy",
+)
+STEP += ("think_ratio", "completions/mean_length", "completions/max_length", "grad_norm", "learning_rate")
 VALID = (
     "first_accuracy",
     "second_accuracy",
@@ -64,12 +74,12 @@ def test_every_figure_is_in_its_panel(drawn):
     entries += [{**entry(step, valid=step == 3), "reward": 1.5 * step, "kl": step / 100} for step in range(1, 4)]
     panels = drawn(entries)
     assert {title: set(lines) for title, lines in panels.items()} == {
-        "reward": {"reward", "first answer", "reviewed answer", "format", "fallback", "reward, validation"},
+        "reward": {"reward", "first answer", "second answer", "format", "fallback", "reward, validation"},
         "accuracy": {
             "first answer",
-            "reviewed answer",
+            "second answer",
             "first, validation",
-            "reviewed, validation",
+            "second, validation",
             "auto, validation",
         },
         "confidence, think ratio, format": {
@@ -90,7 +100,7 @@ def test_every_figure_is_in_its_panel(drawn):
 
 
 def test_rewards_without_labels(drawn):
-    panels = drawn([{"step": 1, "reward": 1.0, "agreement": 0.5, "coherence": 0.25}])
+    panels = drawn([{"step": 1, "reward": 1.0, "rewards/agreement/mean": 0.5, "rewards/coherence/mean": 0.25}])
     assert panels["reward"] == {"reward": ([1], [1.0]), "agreement": ([1], [0.5]), "coherence": ([1], [0.25])}
 
 
@@ -239,7 +249,16 @@ def test_steps_begin_at_0(tmp_path, monkeypatch):
 
 
 def test_lines_that_coincide_can_be_told_apart(tmp_path, monkeypatch):
-    entries = [{"step": step, "second": 1.0, "format": 1.0, "fallback": 1.0, "first": 1.0} for step in range(1, 5)]
+    entries = [
+        {
+            "step": step,
+            "rewards/second/mean": 1.0,
+            "rewards/format/mean": 1.0,
+            "rewards/fallback/mean": 1.0,
+            "rewards/first/mean": 1.0,
+        }
+        for step in range(1, 5)
+    ]
     lines = limits(tmp_path, monkeypatch, entries)["reward"].lines
     assert len({line.get_linestyle() for line in lines if line.get_label() != "first answer"}) == 3
 

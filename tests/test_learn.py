@@ -73,7 +73,9 @@ def test_the_curve(tmp_path):
     for seed in range(2):
         file = tmp_path / f"{seed}.jsonl"
         file.write_text(
-            "".join(json.dumps({"step": n, "second_accuracy": n / 9, "format": 1.0}) + "\n" for n in range(9))
+            "".join(
+                json.dumps({"step": n, "second_accuracy": n / 9, "rewards/format/mean": 1.0}) + "\n" for n in range(9)
+            )
         )
         journals.append(file)
     learn.draw({"paper": journals, "equal": []}, tmp_path / "curve.png")

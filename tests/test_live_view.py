@@ -17,12 +17,12 @@ STEP = {
     "kl": 0.00123,
     "reward": 1.734,
     "reward_std": 0.41,
-    "format": 0.991,
+    "rewards/format/mean": 0.991,
     "first_accuracy": 0.5,
     "second_accuracy": 0.7125,
     "think_ratio": 0.62,
-    "tokens_mean": 143.4,
-    "tokens_max": 1256,
+    "completions/mean_length": 143.4,
+    "completions/max_length": 1256,
     "grad_norm": 0.53,
     "learning_rate": 1e-5,
     "tokens_per_second": 812.2,
@@ -380,11 +380,11 @@ def test_a_thread_draws_the_view_anew(clock):
 def test_completions_that_were_cut_off_are_shown():
     """With a limit of 16 tokens all were, and nothing said so."""
     screen, plain = Screen(), io.StringIO()
-    LiveView(10, screen).update({**STEP, "truncated": 1.0})
-    assert "cut off 100.0%" in " ".join(screen.lines(100))
+    LiveView(10, screen).update({**STEP, "completions/clipped_ratio": 1.0})
+    assert "truncated 100.0%" in " ".join(screen.lines(100))
     view = LiveView(10, plain)
-    view.update({**STEP, "truncated": 0.25})
-    view.update({**STEP, "step": 2, "truncated": 0.0})
+    view.update({**STEP, "completions/clipped_ratio": 0.25})
+    view.update({**STEP, "step": 2, "completions/clipped_ratio": 0.0})
     first, second = plain.getvalue().splitlines()
-    assert "cut off 25.0%" in first
-    assert "cut off" not in second
+    assert "truncated 25.0%" in first
+    assert "truncated" not in second

@@ -27,9 +27,18 @@ from mlxvr.reasoner.reasoner import demo_folder
 from mlxvr.train import _history, main, make_parser, read_config
 
 FIGURES = {
-    *("loss", "kl", "clip_share", "grad_norm", "learning_rate", "entropy", "zero_variance"),
-    *("reward", "reward_std", "first", "second", "format", "fallback", "first_accuracy", "second_accuracy"),
-    *("think_ratio", "tokens_mean", "tokens_max", "truncated"),
+    *("loss", "kl", "clip_ratio/region_mean", "grad_norm", "learning_rate", "entropy", "frac_reward_zero_std"),
+    *(
+        "reward",
+        "reward_std",
+        "rewards/first/mean",
+        "rewards/second/mean",
+        "rewards/format/mean",
+        "rewards/fallback/mean",
+        "first_accuracy",
+        "second_accuracy",
+    ),
+    *("think_ratio", "completions/mean_length", "completions/max_length", "completions/clipped_ratio"),
     *("tokens_per_second", "rollout_seconds", "update_seconds", "peak_memory"),
 }
 # Of the bundled checkpoint, under the paper's reward.
@@ -200,9 +209,13 @@ def test_the_journal_has_every_figure(tmp_path):
         assert set(entry) >= FIGURES
         assert entry["learning_rate"] == pytest.approx(1e-3)
         assert entry["reward"] == pytest.approx(
-            0.5 * entry["first"] + 0.7 * entry["second"] + 0.25 * entry["format"] + 0.1 * entry["fallback"], abs=1e-5
+            0.5 * entry["rewards/first/mean"]
+            + 0.7 * entry["rewards/second/mean"]
+            + 0.25 * entry["rewards/format/mean"]
+            + 0.1 * entry["rewards/fallback/mean"],
+            abs=1e-5,
         )
-    assert any(entry["first"] > 0 for entry in found)
+    assert any(entry["rewards/first/mean"] > 0 for entry in found)
     assert report.steps == 2
     assert not report.stopped
     assert json.loads(json.dumps(report.to_dict()))["steps"] == 2
@@ -220,14 +233,14 @@ def test_rewards_of_ones_own_and_rows_without_answers(tmp_path, small_model, mon
         run(tmp_path / "a", small_model, reward=(), **options)
     run(tmp_path / "b", None, **{**BUNDLED, **options, "reward": ("agreement", "coherence"), "group_size": 2})
     (figures,) = entries(tmp_path / "b")
-    assert 0.0 <= figures["agreement"] <= 1.0
-    assert 0.0 <= figures["coherence"] <= 1.0
+    assert 0.0 <= figures["rewards/agreement/mean"] <= 1.0
+    assert 0.0 <= figures["rewards/coherence/mean"] <= 1.0
     (tmp_path / "ours.py").write_text("def by_length(text, row):\n    return float(len(text) % 7)\n")
     monkeypatch.syspath_prepend(tmp_path)
     run(tmp_path / "c", small_model, reward=("ours:by_length",), **options)
     (figures,) = entries(tmp_path / "c")
     assert 0.0 < figures["reward"] <= 6.0
-    assert figures["first"] is None
+    assert figures["rewards/first/mean"] is None
 
 
 def test_bad_rows_are_named_or_left_out(tmp_path, small_model):

@@ -91,7 +91,7 @@ def test_the_share_of_probability_that_is_drawn_from(tmp_path, small_model):
     """Nearly none of it leaves the most probable token alone, so that completions of a row are the same."""
     for top_p, equal in ((1e-6, 1.0), (1.0, 0.0)):
         run(tmp_path / str(top_p), small_model, **SHORT, top_p=top_p)
-        assert entries(tmp_path / str(top_p))[0]["zero_variance"] == equal
+        assert entries(tmp_path / str(top_p))[0]["frac_reward_zero_std"] == equal
 
 
 def test_scaled_advantages(tmp_path, small_model):
@@ -137,4 +137,4 @@ def test_what_watches_training_without_labels_goes_on_as_well(tmp_path, small_mo
     _, notes, _ = whole = exact(tmp_path / "whole")
     assert json.loads(notes)["guard"], "it has seen something"
     assert exact(tmp_path / "cut") == whole
-    assert np.isfinite([entry["agreement"] for entry in entries(tmp_path / "cut")]).all()
+    assert np.isfinite([entry["rewards/agreement/mean"] for entry in entries(tmp_path / "cut")]).all()

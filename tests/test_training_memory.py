@@ -156,7 +156,7 @@ def test_a_run_takes_what_it_said_before(tmp_path, how):
     settings = {"data": demo_folder() / "clips.jsonl", "dtype": "float32", "max_completion_tokens": 8, "steps": 1}
     train(TrainConfig(output=tmp_path, **settings, skip_unanimous=False, temperature=1.5, **how), on_note=told.append)
     entry = json.loads((tmp_path / "metrics.jsonl").read_text())
-    assert entry["truncated"] > 0.5
+    assert entry["completions/clipped_ratio"] > 0.5
     said = next(line.split() for line in told if line.startswith("peak"))
     assert said[2] == "MB"
     assert 1e6 * float(said[1]) == pytest.approx(entry["peak_memory"], rel=0.2)

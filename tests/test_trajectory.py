@@ -28,8 +28,18 @@ from mlxvr.reasoner.reasoner import demo_folder
 GOLDEN = Path(__file__).parent / "golden" / "trajectory.json"
 EARLY = Path(__file__).parents[1] / "examples" / "shellgame" / "early"
 # How far the mean of a figure may be on other backends than the CPU, about three times what two seeds differ by.
-SPREAD = {"reward": 0.1, "format": 0.1, "tokens_mean": 5.0, "entropy": 0.005}
-FIGURES = ("reward", "first", "second", "format", "tokens_mean", "entropy", "kl", "grad_norm", "zero_variance")
+SPREAD = {"reward": 0.1, "rewards/format/mean": 0.1, "completions/mean_length": 5.0, "entropy": 0.005}
+FIGURES = (
+    "reward",
+    "rewards/first/mean",
+    "rewards/second/mean",
+    "rewards/format/mean",
+    "completions/mean_length",
+    "entropy",
+    "kl",
+    "grad_norm",
+    "frac_reward_zero_std",
+)
 
 
 def walk(output: Path) -> list[dict[str, float | None]]:

@@ -202,7 +202,9 @@ def draw(journals: Mapping[str, Sequence[Path]], file: Path) -> None:
 
     def paint(figure: Any) -> None:
         panels = figure.subplots(1, 2, sharex=True)
-        for axes, name, label in zip(panels, ("second_accuracy", "format"), ("second answer right", "format kept")):
+        for axes, name, label in zip(
+            panels, ("second_accuracy", "rewards/format/mean"), ("second answer right", "format kept")
+        ):
             for variant, files in journals.items():
                 runs = [[entry[name] for entry in _read(one) if entry.get(name) is not None] for one in files]
                 runs = [_smooth(run) for run in runs if run]  # rows without answers are not known to be right

@@ -38,7 +38,7 @@ from mlxvr.grpo.data_order import batches
 from mlxvr.grpo.filtering import FilterReport, Sampling, filter_rows
 from mlxvr.grpo.monitor.curves import plot_curves
 from mlxvr.grpo.monitor.metrics_log import FILE_NAME, Journal, make_sinks
-from mlxvr.grpo.monitor.step_metrics import figures_of, sum_up
+from mlxvr.grpo.monitor.step_metrics import step_metrics, summarise_group
 from mlxvr.grpo.monitor.train_report import TrainReport
 from mlxvr.grpo.prompt_lengths import measure_prompts
 from mlxvr.grpo.schedule import learning_rate
@@ -341,7 +341,8 @@ class _Run:
         ended = clock()
         own = {
             "groups": [
-                sum_up(self.model, group, stats, threshold=self.threshold) for group, stats in zip(groups, update.stats)
+                summarise_group(self.model, group, stats, threshold=self.threshold)
+                for group, stats in zip(groups, update.stats)
             ],
             "skipped": skipped,
             "stop": should_stop is not None and should_stop(),
@@ -355,7 +356,7 @@ class _Run:
         if not records and len(self.state.skipped) == len(self.rows):
             reason = next(iter(self.state.skipped.values()))
             raise DataError(f"none of the {len(self.rows)} rows can be used; the first: {reason}")
-        figures: dict[str, Any] = figures_of(records)
+        figures: dict[str, Any] = step_metrics(records)
         self._watch(records, figures["entropy"])
         tokens = sum(count for record in records for count in record["tokens"])
         figures |= {

@@ -31,12 +31,12 @@ _WINDOWS = 30  # the mean is over this part of the run
 _LARGEST = 1e30  # no figure of a training is larger, and sums of such figures would have no end
 _SMOOTH = {"learning_rate"}  # figures that do not jump about
 _PARTS = (
-    ("first answer", "first", ORANGE, "-"),
-    ("reviewed answer", "second", GREEN, "-"),
-    ("format", "format", GRAY, ":"),
-    ("fallback", "fallback", VIOLET, "-."),
-    ("agreement", "agreement", ORANGE, "--"),
-    ("coherence", "coherence", GREEN, "--"),
+    ("first answer", "rewards/first/mean", ORANGE, "-"),
+    ("second answer", "rewards/second/mean", GREEN, "-"),
+    ("format", "rewards/format/mean", GRAY, ":"),
+    ("fallback", "rewards/fallback/mean", VIOLET, "-."),
+    ("agreement", "rewards/agreement/mean", ORANGE, "--"),
+    ("coherence", "rewards/coherence/mean", GREEN, "--"),
 )
 _LEAST_SPAN = {"loss": 1e-3, "kl": 1e-4}  # of an axis: less is rounding
 
@@ -117,9 +117,9 @@ def _draw_reward(axes: "Axes", entries: Sequence[Mapping[str, Any]]) -> None:
 def _draw_accuracies(axes: "Axes", entries: Sequence[Mapping[str, Any]]) -> None:
     axes.set_title("accuracy")
     _draw_curve(axes, entries, "first_accuracy", "first answer", ORANGE)
-    _draw_curve(axes, entries, "second_accuracy", "reviewed answer", GREEN, style="--")
+    _draw_curve(axes, entries, "second_accuracy", "second answer", GREEN, style="--")
     _draw_validation(axes, entries, "valid_first_accuracy", "first, validation", ORANGE)
-    _draw_validation(axes, entries, "valid_second_accuracy", "reviewed, validation", GREEN)
+    _draw_validation(axes, entries, "valid_second_accuracy", "second, validation", GREEN)
     _draw_validation(axes, entries, "valid_auto_accuracy", "auto, validation", RED)
     _finish(axes, percent=True)
 
@@ -127,7 +127,7 @@ def _draw_accuracies(axes: "Axes", entries: Sequence[Mapping[str, Any]]) -> None
 def _draw_shares(axes: "Axes", entries: Sequence[Mapping[str, Any]]) -> None:
     axes.set_title("confidence, think ratio, format")
     _draw_curve(axes, entries, "think_ratio", "think ratio", VIOLET)
-    _draw_curve(axes, entries, "format", "format", GRAY, style=":")
+    _draw_curve(axes, entries, "rewards/format/mean", "format", GRAY, style=":")
     _draw_validation(axes, entries, "valid_confidence", "confidence, validation", BLUE)
     _draw_validation(axes, entries, "valid_think_ratio", "think ratio, validation", VIOLET)
     _draw_validation(axes, entries, "valid_format", "format, validation", GRAY)
@@ -136,8 +136,8 @@ def _draw_shares(axes: "Axes", entries: Sequence[Mapping[str, Any]]) -> None:
 
 def _draw_lengths(axes: "Axes", entries: Sequence[Mapping[str, Any]]) -> None:
     axes.set_title("tokens of a completion")
-    _draw_curve(axes, entries, "tokens_mean", "mean", BLUE)
-    _draw_curve(axes, entries, "tokens_max", "longest", GRAY)
+    _draw_curve(axes, entries, "completions/mean_length", "mean", BLUE)
+    _draw_curve(axes, entries, "completions/max_length", "longest", GRAY)
     _draw_validation(axes, entries, "valid_tokens", "mean, validation", BLUE)
     axes.set_ylim(bottom=0)
     _finish(axes)

@@ -213,7 +213,7 @@ class LiveView:
             ("first", _percent(last, "first_accuracy", 6)),
             ("second", _percent(last, "second_accuracy", 6)),
             ("think", _percent(last, "think_ratio", 6)),
-            ("format", _percent(last, "format", 6)),
+            ("format", _percent(last, "rewards/format/mean", 6)),
         )
         update = _known(
             ("kl", _small(last, "kl", 7)),
@@ -221,9 +221,9 @@ class LiveView:
             ("learning rate", _small(last, "learning_rate", 7)),
         )
         cost = _known(
-            ("tokens", _whole(last, "tokens_mean", 6)),
-            ("longest", _whole(last, "tokens_max", 6)),
-            ("cut off", _percent(last, "truncated", 6)),
+            ("tokens", _whole(last, "completions/mean_length", 6)),
+            ("longest", _whole(last, "completions/max_length", 6)),
+            ("truncated", _percent(last, "completions/clipped_ratio", 6)),
             ("tokens/s", _whole(last, "tokens_per_second", 6)),
             ("memory", _memory(last)),
         )
@@ -240,9 +240,12 @@ class LiveView:
                 ("first", _percent(entry, "first_accuracy")),
                 ("second", _percent(entry, "second_accuracy")),
                 ("think", _percent(entry, "think_ratio")),
-                ("format", _percent(entry, "format")),
-                ("tokens", _whole(entry, "tokens_mean")),
-                ("cut off", _percent(entry, "truncated") if _number(entry, "truncated") else ""),
+                ("format", _percent(entry, "rewards/format/mean")),
+                ("tokens", _whole(entry, "completions/mean_length")),
+                (
+                    "truncated",
+                    _percent(entry, "completions/clipped_ratio") if _number(entry, "completions/clipped_ratio") else "",
+                ),
                 ("kl", _small(entry, "kl")),
                 ("grad", _small(entry, "grad_norm")),
                 ("lr", _small(entry, "learning_rate")),
