@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO, get_args
 
 from mlxvr.answering.events import Answer, Event, FirstAnswer, ReasoningDelta
-from mlxvr.answering.loop import Kind, Mode, Question
+from mlxvr.answering.loop import AskRequest, Kind, Mode
 from mlxvr.checkpoint.bundled import demo_folder, is_demo_model
 from mlxvr.checkpoint.defaults import Defaults
 from mlxvr.checkpoint.folder import ModelFolder
@@ -137,7 +137,7 @@ def _generate(args: argparse.Namespace) -> int:
         name: getattr(args, name) for name in ("mode", "threshold", "max_tokens", "temperature", "top_p", "seed")
     }
     (folder_frames if video.is_dir() else check_file)(video)  # what can be found wrong before the model is loaded is
-    asked = [replace(one, options=Question(one.prompt, one.options, one.kind, **sampling).options) for one in asked]
+    asked = [replace(one, options=AskRequest(one.prompt, one.options, one.kind, **sampling).options) for one in asked]
     answers = []
     with (
         Bars() as progress,

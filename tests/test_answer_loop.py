@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from mlxvr.answering.events import FirstAnswer, Option, ReasoningDelta, Usage
-from mlxvr.answering.loop import Outcome, Question, make_answer, think_once
+from mlxvr.answering.loop import AskRequest, Outcome, make_answer, run_answer_loop
 from mlxvr.errors import ConfigError
 from mlxvr.model.prompt import question_text
 
@@ -59,7 +59,7 @@ class Scripted:
         outcome = Outcome()
         ends = frozenset(number for number, (text, _) in enumerate(self.script) if text == END)
         events = list(
-            think_once(
+            run_answer_loop(
                 self,
                 self.detokenize,
                 outcome,
@@ -249,7 +249,7 @@ def test_numbers_that_are_not_finite_are_null_in_json():
 )
 def test_a_question_refuses_what_it_cannot_use(wrong, says):
     with pytest.raises(ConfigError, match=says):
-        Question(**wrong)
+        AskRequest(**wrong)
 
 
 class Opened(Scripted):
@@ -266,7 +266,7 @@ class Opened(Scripted):
         outcome = Outcome()
         ids = range(1000, 1000 + len(self.opening))
         asked = {"mode": "auto", "threshold": 0.97, "max_tokens": 100, **options}
-        events = list(think_once(self, self.detokenize, outcome, opening_ids=list(ids), **asked))
+        events = list(run_answer_loop(self, self.detokenize, outcome, response_prefix_ids=list(ids), **asked))
         return events, outcome, make_answer(outcome, asked["threshold"], Usage())
 
 
@@ -308,9 +308,9 @@ def test_an_answer_that_is_begun_for_the_model(opening, written, first, confiden
 
 def test_an_opening_that_leaves_nothing_to_answer_is_refused():
     for opening in (r"\boxed{A}", "<think>", r"\boxed{A}<think>x</think>"):
-        with pytest.raises(ConfigError, match="answer_opening"):
-            Question("What?", answer_opening=opening)
-    assert Question("What?", answer_opening=r"\boxed{Answer:").answer_opening == r"\boxed{Answer:"
+        with pytest.raises(ConfigError, match="response_prefix"):
+            AskRequest("What?", response_prefix=opening)
+    assert AskRequest("What?", response_prefix=r"\boxed{Answer:").response_prefix == r"\boxed{Answer:"
 
 
 COLORS = ("red", "blue", "a green cup")
@@ -343,7 +343,7 @@ def test_the_option_that_an_answer_names(content, index):
     scripted, outcome = Scripted(script), Outcome()
     ends = frozenset({3})
     options = {"mode": "think", "threshold": 0.5, "max_tokens": 9, "stop_ids": ends, "options": COLORS}
-    (first,) = think_once(scripted, scripted.detokenize, outcome, **options)
+    (first,) = run_answer_loop(scripted, scripted.detokenize, outcome, **options)
     assert first.option == option
     answer = make_answer(outcome, 0.5, Usage(), COLORS)
     assert (answer.option, answer.first_option, answer.second_option) == (option, option, None)
@@ -354,7 +354,7 @@ def test_the_option_that_an_answer_names(content, index):
 
 def test_both_answers_have_an_option_of_their_own():
     scripted, outcome = Scripted(FULL), Outcome()
-    list(think_once(scripted, scripted.detokenize, outcome, mode="think", threshold=0.5, max_tokens=99))
+    list(run_answer_loop(scripted, scripted.detokenize, outcome, mode="think", threshold=0.5, max_tokens=99))
     answer = make_answer(outcome, 0.5, Usage(), COLORS)
     assert (answer.first_option.text, answer.second_option.text, answer.option.letter) == ("blue", "a green cup", "C")
 
@@ -373,7 +373,7 @@ def test_both_answers_have_an_option_of_their_own():
     ],
 )
 def test_options_are_lettered_once(options, expected):
-    assert Question("Which?", options).options == expected
+    assert AskRequest("Which?", options).options == expected
     if expected:
         lettered = "\n".join(f"{letter}. {text}" for letter, text in zip("ABC", expected))
         assert (
@@ -392,9 +392,9 @@ def test_options_are_lettered_once(options, expected):
 )
 def test_options_that_cannot_be_told_apart_or_are_no_texts(options, told):
     with pytest.raises(ConfigError, match=told):
-        Question("Which?", options)
+        AskRequest("Which?", options)
     if "are both" in told:
-        assert len(Question("Which?", options, options_may_repeat=True).options) == len(options)
+        assert len(AskRequest("Which?", options, options_may_repeat=True).options) == len(options)
     else:
         with pytest.raises(ConfigError, match="no text: give every choice as a text"):
             question_text("Which?", options)

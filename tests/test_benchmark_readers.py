@@ -331,7 +331,7 @@ def test_mvp(release):
         release.videos(*(f"videos/ssv2/{number}{which}.webm" for which in (0, 1)))
     rows = release.read("mvp").rows
     assert len(rows) == 8
-    assert shown(rows[2], "id", "options", "answer", "task", "category", "pair", "answer_opening", "media") == (
+    assert shown(rows[2], "id", "options", "answer", "task", "category", "pair", "response_prefix", "media") == (
         "intuitive_physics/ssv2_12_0",
         ("left", "right"),
         "A",

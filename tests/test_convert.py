@@ -20,7 +20,7 @@ from recipes import write_plain
 
 import mlxvr
 from mlxvr import convert as verb
-from mlxvr.answering.loop import Question
+from mlxvr.answering.loop import AskRequest
 from mlxvr.checkpoint import hub
 from mlxvr.conversion import shards
 from mlxvr.conversion import source as checkpoint
@@ -448,7 +448,7 @@ def test_a_system_prompt_of_its_own_travels_and_is_used(source, tmp_path):
     assert "system_prompt" not in read_json(tmp_path / "usual" / "mlxvr.json")
     for name, system in [("own", "Look twice."), ("usual", SYSTEM_PROMPT)]:
         with mlxvr.load(tmp_path / name) as reasoner, reasoner.open(np.zeros((64, 64, 3), np.uint8)) as clip:
-            prompt = clip._prompt(reasoner._network, Question("What is it?"))
+            prompt = clip._prompt(reasoner._network, AskRequest("What is it?"))
             text = reasoner._network.tokenizer.decode(prompt.ids.tolist())
             assert text.startswith(f"<|im_start|>system\n{system}<|im_end|>")
             assert clip.ask("What is it?", max_tokens=2).usage.prompt_tokens == len(prompt.ids)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import mlxvr
-from mlxvr.answering.loop import Question
+from mlxvr.answering.loop import AskRequest
 from mlxvr.checkpoint.defaults import Defaults, find_recipe
 from mlxvr.checkpoint.folder import ModelFolder
 from mlxvr.conversion.quantize import convert
@@ -57,7 +57,7 @@ def test_every_name_gives_the_same_prompt(names, family, long_clip):
     for folder in names:
         with mlxvr.load(folder) as reasoner, reasoner.open(long_clip, fps=30.0) as clip:
             assert clip.grid[0] == 128  # 256 frames, of 280
-            prompt = clip._prompt(reasoner._network, Question("What happens?", ["this", "that"]))
+            prompt = clip._prompt(reasoner._network, AskRequest("What happens?", ["this", "that"]))
             prompts.append(prompt)
             values = {one.name: one.value for one in reasoner.settings}
             described.append((reasoner.threshold, reasoner.spec, reasoner.system_prompt, values))

@@ -274,7 +274,7 @@ def test_how_an_answer_is_begun_reaches_the_question():
             yield mlxvr.Answer("B", 0.9, False, "B", None, "B", 0.97)
 
     row = make_row(
-        {"id": "1", "question": "Which?", "options": ["x", "y"], "answer": "B", "answer_opening": "\\boxed{Answer:"},
+        {"id": "1", "question": "Which?", "options": ["x", "y"], "answer": "B", "response_prefix": "\\boxed{Answer:"},
         line="f:1",
         locate=Path,
     )
@@ -290,7 +290,7 @@ def test_how_an_answer_is_begun_reaches_the_question():
         "max_tokens": 7,
     }
     assert {name: asked[name] for name in expected} == expected
-    assert asked["answer_opening"] == "\\boxed{Answer:"
+    assert asked["response_prefix"] == "\\boxed{Answer:"
 
 
 def test_what_was_made_from_the_demo_has_its_clips(model, tmp_path):

@@ -17,7 +17,7 @@ from mlxvr.errors import ConfigError
 from mlxvr.grpo.step import forward
 from mlxvr.grpo.step.forward import completion_logprobs
 from mlxvr.grpo.step.gradient import group_gradient, group_logprobs
-from mlxvr.grpo.step.lora import LoraConfig, attach, lora_weights, snapshot
+from mlxvr.grpo.step.lora import LoraConfig, adapter_state, attach, lora_weights
 from mlxvr.grpo.step.loss import IMPORTANCE, LOSS_TYPES, LossConfig
 from mlxvr.grpo.step.packing import pack
 from mlxvr.grpo.step.prompts import EncodedPrompt
@@ -243,7 +243,7 @@ def test_log_probs_whatever_the_head_computes_at_once(model, group, tokens_at_on
 def test_the_reference_is_at_the_temperature_of_the_samples(model, group) -> None:
     """The reference is the policy itself here, so that there is no distance at any temperature."""
     config = LossConfig(beta=0.1)
-    reference = snapshot(model)
+    reference = adapter_state(model)
     gradient, stats = group_gradient(model, group, ADVANTAGES, config=config, temperature=0.6, reference=reference)
     assert stats.kl == pytest.approx(0.0, abs=1e-9)
     for index, completion in enumerate(group.completions):
@@ -301,7 +301,7 @@ def test_nothing_has_moved_before_the_first_update(dora, tmp_path) -> None:
 
 def test_updates_on_one_rollout(model, group) -> None:
     """Two steps: the second knows the first one's log-probs; afterwards everything is as it was."""
-    kept = snapshot(model)
+    kept = adapter_state(model)
     config = LossConfig(beta=0.1, clip_high=0.1)
     first, stats = group_gradient(model, group, ADVANTAGES, config=config)
     assert stats.reference_logprobs is not None
@@ -328,7 +328,7 @@ def test_updates_on_one_rollout(model, group) -> None:
 
 
 def test_the_reference_may_be_the_adapter_that_training_began_with(model, group) -> None:
-    begun = snapshot(model)
+    begun = adapter_state(model)
     without, from_start = (
         group_gradient(model, group, ADVANTAGES, config=LossConfig(beta=0.1), reference=start)[1]
         for start in (None, begun)

@@ -84,7 +84,7 @@ def test_arguments_are_read_as_lmms_eval_makes_them_of_the_command_line():
         ({"mode": "sometimes"}, r"mode 'sometimes' is unknown"),
         ({"threshold": 97}, r"threshold 97.0 is outside \[0, 1\]"),
         ({"max_new_tokens": 0}, r"max_tokens 0 leaves no room"),
-        ({"answer_opening": r"\boxed{A}"}, r"close no box"),
+        ({"response_prefix": r"\boxed{A}"}, r"close no box"),
     ],
 )
 def test_wrong_arguments_are_refused_in_one_line(arguments, told):

@@ -17,7 +17,15 @@ from mlxvr.conversion.fusing import fuse
 from mlxvr.conversion.quantize import convert
 from mlxvr.errors import CheckpointError, ConfigError
 from mlxvr.grpo.step.gradient import group_gradient, group_logprobs
-from mlxvr.grpo.step.lora import LoraConfig, adapters_off, attach, attach_saved, lora_weights, save_adapter, snapshot
+from mlxvr.grpo.step.lora import (
+    LoraConfig,
+    adapter_state,
+    attach,
+    attach_saved,
+    disable_adapters,
+    lora_weights,
+    save_adapter,
+)
 from mlxvr.grpo.step.loss import LossConfig
 from mlxvr.model.adapter import find_layers
 from mlxvr.model.loading import load_model
@@ -90,7 +98,7 @@ def test_the_seed_decides_where_training_begins(tmp_path):
 
 @pytest.mark.parametrize("bits", [None, 4])
 @pytest.mark.parametrize("dora", [False, True])
-def test_adapters_off_is_the_base_model(family, dora, bits, tmp_path):
+def test_disable_adapters_is_the_base_model(family, dora, bits, tmp_path):
     model = tiny_model(tmp_path / "m", family, bits=bits)
     group = make_group(model)
     base, base_logprobs = logits_of(model), group_logprobs(model, group)
@@ -98,11 +106,11 @@ def test_adapters_off_is_the_base_model(family, dora, bits, tmp_path):
     stir(model)
     adapted = logits_of(model)
     assert error(adapted, base) > 0.05
-    with adapters_off(model):
+    with disable_adapters(model):
         np.testing.assert_array_equal(logits_of(model), base)
         np.testing.assert_array_equal(group_logprobs(model, group), base_logprobs)
     np.testing.assert_array_equal(logits_of(model), adapted)
-    with pytest.raises(KeyError), adapters_off(model):
+    with pytest.raises(KeyError), disable_adapters(model):
         raise KeyError
     np.testing.assert_array_equal(logits_of(model), adapted)
 
@@ -111,10 +119,10 @@ def test_a_snapshot_is_the_adapter_as_it_was(tmp_path):
     model = tiny_model(tmp_path / "m", "qwen3_vl")
     attach(model, SOME, seed=0)
     stir(model, seed=1)
-    begun, start = logits_of(model), snapshot(model)
+    begun, start = logits_of(model), adapter_state(model)
     stir(model, seed=2)
     now = logits_of(model)
-    with adapters_off(model, start):
+    with disable_adapters(model, start):
         np.testing.assert_array_equal(logits_of(model), begun)
     np.testing.assert_array_equal(logits_of(model), now)
     assert error(now, begun) > 0.01
@@ -205,7 +213,7 @@ def test_lora_around_packed_floats(tmp_path):
         stir(model)
         gradient, _ = group_gradient(model, make_group(model), np.array([1, -1, 0.5, 0]), config=LossConfig(beta=0.0))
         assert all(mx.isfinite(array).all() for _, array in tree_flatten(gradient))
-        with adapters_off(model):
+        with disable_adapters(model):
             np.testing.assert_array_equal(logits_of(model), base)
         for name, layer in find_layers(model.network).items():
             parent = model.network

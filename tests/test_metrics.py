@@ -99,14 +99,14 @@ def test_by_hand():
 
 def test_what_every_mode_pays_is_a_mean_over_rows():
     costs = [
-        {"decode_seconds": 1.0, "prefill_seconds": 0.5, "prompt_tokens": 100, "video_tokens": 60},
-        {"decode_seconds": 0.0, "prefill_seconds": 1.5, "prompt_tokens": 300, "video_tokens": 60},
-        {"decode_seconds": 9.0, "prefill_seconds": 9.0, "prompt_tokens": 999, "video_tokens": 999, "error": "gone"},
+        {"media_seconds": 1.0, "prefill_seconds": 0.5, "prompt_tokens": 100, "video_tokens": 60},
+        {"media_seconds": 0.0, "prefill_seconds": 1.5, "prompt_tokens": 300, "video_tokens": 60},
+        {"media_seconds": 9.0, "prefill_seconds": 9.0, "prompt_tokens": 999, "video_tokens": 999, "error": "gone"},
     ]
     summary = summarise(
         [row(str(n), "A", "A", 0.99, **cost) for n, cost in enumerate(costs)], threshold=0.9, bootstrap=0
     )
-    assert summary.shared == {"decode_seconds": 0.5, "prefill_seconds": 1.0, "prompt_tokens": 200, "video_tokens": 60}
+    assert summary.shared == {"media_seconds": 0.5, "prefill_seconds": 1.0, "prompt_tokens": 200, "video_tokens": 60}
 
 
 @pytest.mark.parametrize(
@@ -196,10 +196,10 @@ def random_samples(count, seed, **others):
 def test_against_loops(seed):
     """The same figures counted row by row from the decisions."""
     samples = random_samples(60, seed)
-    tau = random.Random(seed).choice([0.0, 0.5, 0.7, 1.0])
-    whole = summarise(samples, threshold=tau, bootstrap=20).overall
+    threshold = random.Random(seed).choice([0.0, 0.5, 0.7, 1.0])
+    whole = summarise(samples, threshold=threshold, bootstrap=20).overall
     kept = [sample for sample in samples if sample.error is None]
-    decisions = [decide(sample, tau) for sample in kept]
+    decisions = [decide(sample, threshold) for sample in kept]
     scores = [float(made.text == s.answer) for s, made in zip(kept, decisions) if s.answer]
     first = [float(s.first == s.answer) for s in kept if s.answer]
     last = [float((s.second or s.text) == s.answer) for s in kept if s.answer]
@@ -220,7 +220,7 @@ def test_against_loops(seed):
     assert (whole.auto.pair_accuracy.value if both else None) == (
         pytest.approx(sum(both) / len(both)) if both else None
     )
-    (swept,) = sweep(samples, [tau])
+    (swept,) = sweep(samples, [threshold])
     assert (swept.accuracy, swept.score) == pytest.approx((whole.auto.accuracy.value, whole.auto.score.value))
     assert (swept.think_ratio, swept.mean_tokens, swept.mean_seconds) == pytest.approx(
         (whole.think_ratio.value, whole.auto.tokens.mean, whole.auto.seconds.mean)

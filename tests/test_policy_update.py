@@ -10,7 +10,7 @@ from test_gradient import naive_gradient, naive_logprobs
 
 from mlxvr.grpo.setup import loss_config
 from mlxvr.grpo.step import policy_update
-from mlxvr.grpo.step.lora import LoraConfig, adapters_off, attach, lora_weights
+from mlxvr.grpo.step.lora import LoraConfig, attach, disable_adapters, lora_weights
 from mlxvr.grpo.step.policy_update import Group, Learner
 from mlxvr.grpo.train_config import TrainConfig
 from mlxvr.runtime.distributed import Ranks
@@ -51,7 +51,7 @@ def naive_updates(model, group, groups, updates):
     begun = weights_of(model)
     count = len(group.completions)
     old = [np.array(naive_logprobs(model, group, index)) for index in range(count)]
-    with adapters_off(model):
+    with disable_adapters(model):
         reference = [np.array(naive_logprobs(model, group, index)) for index in range(count)]
     weights, first = begun, dict.fromkeys(begun, 0.0)
     second, cut, shares, lengths = dict(first), 0, [], []

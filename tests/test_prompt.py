@@ -247,13 +247,13 @@ def test_a_tokenizer_of_another_model(checkpoint: Checkpoint) -> None:
 def test_an_answer_that_is_begun_follows_the_prompt(checkpoint: Checkpoint) -> None:
     media = random_media(checkpoint.name, "video", (2, 4, 4))
     opening = "\\boxed{Answer:"
-    plain, begun = checkpoint.prompt([media]), checkpoint.prompt([media], answer_opening=opening)
-    assert begun.opening_ids == tuple(checkpoint.tokenizer.encode(opening))
-    assert plain.opening_ids == ()
-    np.testing.assert_array_equal(begun.ids, [*plain.ids, *begun.opening_ids])
+    plain, begun = checkpoint.prompt([media]), checkpoint.prompt([media], response_prefix=opening)
+    assert begun.response_prefix_ids == tuple(checkpoint.tokenizer.encode(opening))
+    assert plain.response_prefix_ids == ()
+    np.testing.assert_array_equal(begun.ids, [*plain.ids, *begun.response_prefix_ids])
     assert begun.prefix_length == plain.prefix_length
     assert begun.positions.shape == (3, len(begun.ids))
     np.testing.assert_array_equal(begun.positions[:, : len(plain.ids)], plain.positions)
-    assert begun.next_position == plain.next_position + len(begun.opening_ids)
-    literal = checkpoint.prompt([media], answer_opening="<|im_end|>").opening_ids
+    assert begun.next_position == plain.next_position + len(begun.response_prefix_ids)
+    literal = checkpoint.prompt([media], response_prefix="<|im_end|>").response_prefix_ids
     assert not set(literal) & set(checkpoint.tokenizer.special_ids.values())

@@ -79,11 +79,11 @@ def test_a_follow_up_equals_a_fresh_prompt(reasoner, clip_path):
     assert_same(second, reasoner.ask(clip_path, "Which?", options=["left", "right"], **MODEST, **asked))
     assert_same(third, reasoner.ask(clip_path, "the box is open", kind="grounding", **MODEST, **asked))
     assert first.usage.cached_tokens == 0
-    assert first.usage.decode_seconds > 0
+    assert first.usage.media_seconds > 0
     assert first.usage.vision_seconds > 0
     for later in (second, third, again):
         assert later.usage.cached_tokens > later.usage.video_tokens > 0
-        assert later.usage.decode_seconds == later.usage.vision_seconds == 0
+        assert later.usage.media_seconds == later.usage.vision_seconds == 0
 
 
 def test_a_small_prefill_step_gives_the_same_answer(folders, clip_path):
@@ -852,7 +852,7 @@ def test_wrong_values_are_refused(qwen3, clip_path, tmp_path):
         ({"options": ["a", None]}, "option 2 is None, no text"),
         ({"options": 7}, "options 7 are no list of texts"),
         ({"options": "ab"}, "options 'ab' are no list of texts"),
-        ({"answer_opening": 3}, "answer_opening 3 is no text"),
+        ({"response_prefix": 3}, "response_prefix 3 is no text"),
         ({"mode": 3}, "mode 3 is unknown"),
         ({"kind": ["qa"]}, r"kind \['qa'\] is unknown"),
         ({"optons": ["a"]}, "there is no option 'optons': did you mean 'options'?"),

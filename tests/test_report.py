@@ -172,12 +172,12 @@ def test_curve_equals_sweep():
     samples = [*random_samples(80, 1), *HAND[2:]]
     samples = [replace(sample, id=f"{index}") for index, sample in enumerate(samples)]
     rows = curve(judge(samples, 0.97), 0.97)
-    expected = sweep(samples, [one.tau for one in rows])
+    expected = sweep(samples, [one.threshold for one in rows])
     for found, wanted in zip(rows, expected, strict=True):
         assert vars(found) == pytest.approx(vars(wanted), abs=1e-9)
-    assert rows[0].tau == 0
+    assert rows[0].threshold == 0
     assert rows[-1].think_ratio == 1
-    assert 0.97 in [one.tau for one in rows]
+    assert 0.97 in [one.threshold for one in rows]
     ratios = [one.think_ratio for one in rows]
     assert len(set(ratios)) == 2 + len({s.confidence for s in samples if not s.error and s.confidence is not None}) - 1
     assert len(curve(judge(samples, 0.97), 0.97, most=5)) <= 8
@@ -522,13 +522,19 @@ def test_nines_and_histogram():
 
 
 def test_cost_chart_by_hand():
-    def at(tau, score, tokens):
+    def sweep_row(threshold, score, tokens):
         return SweepRow(
-            tau=tau, score=score, accuracy=score, miou=None, think_ratio=0, mean_tokens=tokens, mean_seconds=0
+            threshold=threshold,
+            score=score,
+            accuracy=score,
+            miou=None,
+            think_ratio=0,
+            mean_tokens=tokens,
+            mean_seconds=0,
         )
 
     point = charts.Point("auto", 50, Estimate(value=0.6, low=0.5, high=0.7))
-    svg = charts.cost_chart([charts.Curve("run", [at(0, 0.5, 0), at(1, 0.7, 100)], [point])], "Accuracy")
+    svg = charts.cost_chart([charts.Curve("run", [sweep_row(0, 0.5, 0), sweep_row(1, 0.7, 100)], [point])], "Accuracy")
     # x: 0..104 over 48..446; y: 0.48..0.72 (0.02 beyond both) over 252..14
     line = re.search(r'points="([^"]*)"', svg)[1]
     assert line == f"48,{252 - 238 * 0.02 / 0.24:.2f} {48 + 398 * 100 / 104:.2f},{252 - 238 * 0.22 / 0.24:.2f}"
@@ -536,7 +542,7 @@ def test_cost_chart_by_hand():
     assert [float(dot[1]), float(dot[2])] == pytest.approx([48 + 398 * 50 / 104, 133], abs=0.01)
     whisker = re.search(r'class="whisker run0" x1="[\d.]+" y1="([\d.]+)" x2="[\d.]+" y2="([\d.]+)"', svg)
     assert [float(whisker[1]), float(whisker[2])] == pytest.approx([232.17, 33.83], abs=0.01)
-    assert charts.cost_chart([charts.Curve("run", [at(0, None, 5)])], "Accuracy") == ""
+    assert charts.cost_chart([charts.Curve("run", [sweep_row(0, None, 5)])], "Accuracy") == ""
 
 
 def test_reliability_chart_by_hand():

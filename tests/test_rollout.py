@@ -196,7 +196,7 @@ def test_rows_of_the_bundled_world(demo):
 
 def test_the_beginning_of_an_answer_is_part_of_its_text(demo):
     row = load_rows(demo_folder() / "clips.jsonl")[0]
-    opened = dataclasses.replace(row, answer_opening="\\boxed{")
+    opened = dataclasses.replace(row, response_prefix="\\boxed{")
     made = rollout(demo, encode_row(demo, opened), group_size=2, max_tokens=40, seed=0)
     assert all(text.startswith("\\boxed{") for text in made.texts)
     assert not made.completions[0].text.startswith("\\boxed{")

@@ -34,7 +34,7 @@ def write(tmp_path):
 
 def test_a_full_row(write, tmp_path):
     more = {"start": 1, "end": 4.5, "task": "t", "category": "c", "pair": "p", "subtitles": "Hi.", "unknown": [1]}
-    path = write({**QUESTION, **more, "answer_opening": r"\boxed{Answer:"})
+    path = write({**QUESTION, **more, "response_prefix": r"\boxed{Answer:"})
     assert load_rows(path) == [
         Row(
             id="a",
@@ -49,7 +49,7 @@ def test_a_full_row(write, tmp_path):
             category="c",
             pair="p",
             subtitles="Hi.",
-            answer_opening=r"\boxed{Answer:",
+            response_prefix=r"\boxed{Answer:",
             media="a.mp4",
             line=f"{path}:1",
         )
@@ -62,7 +62,7 @@ def test_a_full_row(write, tmp_path):
     [
         {},
         {"answer": None},
-        {"task": "t", "category": "c", "pair": "p", "subtitles": "Hi.", "answer_opening": "Answer:"},
+        {"task": "t", "category": "c", "pair": "p", "subtitles": "Hi.", "response_prefix": "Answer:"},
         {"start": 0, "end": 4.5, "frames_fps": 3},
     ],
 )

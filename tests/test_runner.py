@@ -92,7 +92,7 @@ def samples_of(report):
 
 
 def untimed(sample):
-    return replace(sample, first_seconds=0, total_seconds=0, prefill_seconds=0, decode_seconds=0)
+    return replace(sample, first_seconds=0, total_seconds=0, prefill_seconds=0, media_seconds=0)
 
 
 @pytest.mark.slow
@@ -125,7 +125,7 @@ def test_each_sample_is_what_the_reasoner_says(folder, reasoner, whole):
 def test_the_time_of_a_clip_is_counted_once(whole):
     timed = {sample.id: sample for sample in read_samples(whole.samples)}
     for first, second in (("clip00-0", "clip00-1"), ("clip02-0", "clip02-1")):
-        assert timed[first].decode_seconds > 0 == timed[second].decode_seconds
+        assert timed[first].media_seconds > 0 == timed[second].media_seconds
         assert timed[first].prefill_seconds > timed[second].prefill_seconds > 0
         for name in (first, second):
             assert 0 < timed[name].first_seconds < timed[name].total_seconds
@@ -223,7 +223,7 @@ def test_what_does_not_belong_together_is_refused(folder, whole, tmp_path):
         {"question": "Which?"},
         {"start": 1.0},
         {"subtitles": "Hello."},
-        {"answer_opening": "\\boxed{It is"},
+        {"response_prefix": "\\boxed{It is"},
     ):
         changed = write_rows(folder / "changed.jsonl", [rows[0] | change, *rows[1:]])
         with pytest.raises(ConfigError, match=r"changed.jsonl:1: row 'clip00-0' is asked otherwise"):

@@ -310,7 +310,7 @@ BOTH = Sample(
 
 
 @pytest.mark.parametrize(
-    ("changes", "tau", "decision"),
+    ("changes", "threshold", "decision"),
     [
         ({}, 0.9, Decision("1", 3, 0.25, False)),
         ({}, 0.9001, Decision("2", 40, 2.0, True)),
@@ -321,8 +321,8 @@ BOTH = Sample(
         ({"reasoned": False, "second": None}, 0.5, Decision("1", 3, 0.25, False)),
     ],
 )
-def test_decisions(changes, tau, decision):
-    assert decide(Sample(**{**vars(BOTH), **changes}), tau) == decision
+def test_decisions(changes, threshold, decision):
+    assert decide(Sample(**{**vars(BOTH), **changes}), threshold) == decision
 
 
 def test_a_live_run_does_not_know_what_it_would_have_reasoned():

@@ -47,9 +47,9 @@ def make(count, seed=0, *, labelled=True, skill=1.0, think=0.8, per_clip=1, leve
     return samples
 
 
-def at(samples, tau):
+def figures_at(samples, threshold):
     """Think ratio, mean tokens and accuracy at a threshold, counted row by row."""
-    made = [decide(sample, tau) for sample in samples]
+    made = [decide(sample, threshold) for sample in samples]
     return (
         sum(one.reasoned for one in made) / len(made),
         sum(one.tokens for one in made) / len(made),
@@ -75,8 +75,12 @@ LEVELS = [None, [0.5, 0.9, 0.97, 1.0], [0.0, 0.3, 0.9999999, 1.0]]
 def test_the_ratio_goal_thinks_as_much_as_it_may(levels, budget):
     samples = make(120, 1, labelled=False, levels=levels)
     found = calibrate(samples, "ratio", budget=budget, bootstrap=0)
-    ratio = at(samples, found.threshold)[0]
-    allowed = [value for value in (at(samples, tau)[0] for tau in every_threshold(samples)) if value <= budget]
+    ratio = figures_at(samples, found.threshold)[0]
+    allowed = [
+        value
+        for value in (figures_at(samples, threshold)[0] for threshold in every_threshold(samples))
+        if value <= budget
+    ]
     assert ratio == max(allowed) == pytest.approx(found.in_sample.think_ratio.value)
     assert found.in_sample.auto is None
     assert (found.goal, found.budget, found.margin) == ("ratio", budget, None)
@@ -87,8 +91,12 @@ def test_the_ratio_goal_thinks_as_much_as_it_may(levels, budget):
 def test_the_tokens_goal_spends_as_much_as_it_may(levels, budget):
     samples = make(120, 2, labelled=False, levels=levels)
     found = calibrate(samples, "tokens", budget=budget, bootstrap=0)
-    tokens = at(samples, found.threshold)[1]
-    allowed = [value for value in (at(samples, tau)[1] for tau in every_threshold(samples)) if value <= budget]
+    tokens = figures_at(samples, found.threshold)[1]
+    allowed = [
+        value
+        for value in (figures_at(samples, threshold)[1] for threshold in every_threshold(samples))
+        if value <= budget
+    ]
     assert tokens == max(allowed) == pytest.approx(found.in_sample.tokens.value)
 
 
@@ -97,7 +105,10 @@ def test_the_tokens_goal_spends_as_much_as_it_may(levels, budget):
 def test_the_accuracy_goal_finds_the_best_that_thinks_least(levels, seed):
     samples = make(90, seed, levels=levels)
     found = calibrate(samples, "accuracy", bootstrap=0)
-    tried = [(at(samples, tau)[2], -at(samples, tau)[0], tau) for tau in every_threshold(samples)]
+    tried = [
+        (figures_at(samples, threshold)[2], -figures_at(samples, threshold)[0], threshold)
+        for threshold in every_threshold(samples)
+    ]
     assert same_decisions(samples, found.threshold, max(tried)[2])
 
 
@@ -108,15 +119,15 @@ def test_the_no_loss_goal_walks_down_to_the_first_failure(seed, margin):
     found = calibrate(samples, "no_loss", margin=margin, bootstrap=200, seed=5)
     drawn = np.random.default_rng(5).multinomial(10, np.full(10, 1 / 10), size=200)
     best = None
-    for tau in reversed(every_threshold(samples)):
-        differences = [float(decide(sample, tau).text == "A") - float(sample.second == "A") for sample in samples]
+    for threshold in reversed(every_threshold(samples)):
+        differences = [float(decide(sample, threshold).text == "A") - float(sample.second == "A") for sample in samples]
         means = []
         for counts in drawn:
             rows = [n for clip, times in enumerate(counts) for n in [*range(clip**2, (clip + 1) ** 2)] * times]
             means.append(sum(differences[n] for n in rows) / len(rows))
         if np.percentile(means, 2.5) < -margin - 1e-12:
             break
-        best = tau
+        best = threshold
     assert best is not None
     assert same_decisions(samples, found.threshold, best)
     assert found.in_sample.difference.low >= -margin - 1e-12
@@ -140,11 +151,11 @@ def test_no_loss_always_thinks_where_nothing_else_is_safe():
 def test_no_loss_keeps_its_promise():
     """On fresh rows of the same kind the loss is within the margin, for nearly all sets that chose a threshold."""
     fresh = make(5000, 99)
-    always = at(fresh, 2.0)[2]
+    always = figures_at(fresh, 2.0)[2]
     kept = 0
     for seed in range(20):
-        tau = calibrate(make(300, seed), "no_loss", margin=0.05, bootstrap=200, folds=2).threshold
-        kept += at(fresh, tau)[2] - always > -0.05
+        threshold = calibrate(make(300, seed), "no_loss", margin=0.05, bootstrap=200, folds=2).threshold
+        kept += figures_at(fresh, threshold)[2] - always > -0.05
     assert kept >= 19
 
 
@@ -175,7 +186,10 @@ def test_held_out_figures_against_a_loop():
     made = []
     for fold in range(5):
         training = [sample for sample, own in zip(samples, folds) if own != fold]
-        tried = [(at(training, tau)[2], -at(training, tau)[0], tau) for tau in every_threshold(training)]
+        tried = [
+            (figures_at(training, threshold)[2], -figures_at(training, threshold)[0], threshold)
+            for threshold in every_threshold(training)
+        ]
         assert same_decisions(training, found.fold_thresholds[fold], max(tried)[2])
         test = [sample for sample, own in zip(samples, folds) if own == fold]
         assert len(test) == 30

@@ -116,7 +116,7 @@ def test_rollout_takes_what_was_estimated(tmp_path, family):
     model.tokenizer.eos_ids = frozenset()
     lengths = [16] * 8
     group = make_group(model, lengths=lengths, media=clip(40))
-    group.prompt.row = SimpleNamespace(line="row 1", answer_opening="")
+    group.prompt.row = SimpleNamespace(line="row 1", response_prefix="")
     need = estimate_training(model, checkpoint=False, **asked(group, lengths))
     found = taken(lambda: rollout(model, group.prompt, group_size=8, max_tokens=16, seed=0))
     assert found == pytest.approx(need.cache + max(need.prefill, need.decode), rel=0.2)

@@ -55,14 +55,14 @@ def modes_table(runs: Runs, threshold: float) -> str:
     return _markdown(header, rows)
 
 
-def sweep_table(runs: Runs, taus: Sequence[float]) -> str:
+def sweep_table(runs: Runs, thresholds: Sequence[float]) -> str:
     """Auto's score, think ratio and mean tokens at each threshold, one column a run."""
-    columns = [sweep(samples, taus) for samples in runs.values()]
+    columns = [sweep(samples, thresholds) for samples in runs.values()]
     rows = [
-        (f"{tau:g}", *(f"{at.score:.3f} / {at.think_ratio:.3f} / {at.mean_tokens:.1f}" for at in across))
-        for tau, across in zip(taus, zip(*columns, strict=True), strict=True)
+        (f"{threshold:g}", *(f"{at.score:.3f} / {at.think_ratio:.3f} / {at.mean_tokens:.1f}" for at in across))
+        for threshold, across in zip(thresholds, zip(*columns, strict=True), strict=True)
     ]
-    return _markdown(("tau", *runs), rows)
+    return _markdown(("threshold", *runs), rows)
 
 
 def calibration_table(runs: Runs) -> tuple[str, dict[str, dict]]:

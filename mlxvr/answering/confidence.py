@@ -67,7 +67,7 @@ def score_first_answer(
     token_logprobs: Sequence[float],
     detokenize: Callable[[list[int]], str],
     *,
-    opening_tokens: int = 0,
+    response_prefix_tokens: int = 0,
 ) -> FirstAnswer | None:
     """Find the direct answer in what was generated, and say how sure it is.
 
@@ -75,8 +75,8 @@ def score_first_answer(
         token_ids: everything generated so far; what follows the first box changes nothing.
         token_logprobs: natural log of each token's probability at temperature 1; -inf gives confidence 0.
         detokenize: token ids -> text.
-        opening_tokens: so many of the first tokens were put into the model's mouth. They are no part of the answer,
-            and the last token of what follows counts alone.
+        response_prefix_tokens: so many of the first tokens were put into the model's mouth. They are no part of
+            the answer, and the last token of what follows counts alone.
 
     Returns:
         None when there is no direct answer to be sure of: no box before the reasoning, a box that is not closed, an
@@ -95,8 +95,8 @@ def score_first_answer(
     if parser.first_span is None:
         return None
     offset, end = parser.first_span
-    if opening_tokens:
-        offset = min(max(offset, parser.token_spans[opening_tokens - 1][1]), end)
+    if response_prefix_tokens:
+        offset = min(max(offset, parser.token_spans[response_prefix_tokens - 1][1]), end)
     content = parser.text[offset:end]
     start, stop = answer_span(content)
     if start == stop or is_fallback(content):
@@ -104,7 +104,7 @@ def score_first_answer(
     tokens = _overlapping(parser.token_spans, offset + start, offset + stop)
     if not tokens:
         return None
-    if opening_tokens:
+    if response_prefix_tokens:
         tokens = tokens[-1:]
     return FirstAnswer(
         text=content[start:stop],

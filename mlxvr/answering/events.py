@@ -63,7 +63,7 @@ class Usage:
         cached_tokens: how many of them were not computed for this question, because the clip's prefix already was.
         first_answer_tokens: generated up to and with the token that closes the first box.
         reasoning_tokens: generated after it.
-        decode_seconds: reading, resizing and cutting the frames (0 for a follow-up question, as are vision_seconds).
+        media_seconds: reading, resizing and cutting the frames (0 for a follow-up question, as are vision_seconds).
         vision_seconds: the vision tower.
         prefill_seconds: the prompt through the language model.
         first_answer_seconds: generating the first answer.
@@ -76,7 +76,7 @@ class Usage:
     cached_tokens: int = 0
     first_answer_tokens: int = 0
     reasoning_tokens: int = 0
-    decode_seconds: float = 0.0
+    media_seconds: float = 0.0
     vision_seconds: float = 0.0
     prefill_seconds: float = 0.0
     first_answer_seconds: float = 0.0
@@ -92,7 +92,7 @@ class Usage:
     def total_seconds(self) -> float:
         """All the time that is accounted for."""
         return (
-            self.decode_seconds
+            self.media_seconds
             + self.vision_seconds
             + self.prefill_seconds
             + self.first_answer_seconds

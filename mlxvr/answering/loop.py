@@ -15,13 +15,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
-from numbers import Integral, Real
 from string import ascii_uppercase
 from typing import Literal, Protocol, TypedDict, get_args
 
 from mlxvr.answering.confidence import FirstAnswer as ScoredAnswer
 from mlxvr.answering.confidence import score_first_answer, should_exit
 from mlxvr.answering.events import Answer, Event, FirstAnswer, Option, ReasoningDelta, Usage
+from mlxvr.answering.sampling_config import SamplingConfig, is_number
 from mlxvr.answering.transcript import DualAnswerParser, Transcript, is_fallback, parse
 from mlxvr.data.rows import strip_letters
 from mlxvr.errors import ConfigError
@@ -29,16 +29,14 @@ from mlxvr.grading.choices import find_choice
 
 __all__ = [
     "AskOptions",
+    "AskRequest",
     "Kind",
     "Mode",
     "Outcome",
-    "Question",
     "TokenLike",
     "check_names",
-    "is_number",
-    "is_whole",
     "make_answer",
-    "think_once",
+    "run_answer_loop",
 ]
 
 Kind = Literal["qa", "grounding", "grounded_qa"]
@@ -46,8 +44,8 @@ Mode = Literal["auto", "direct", "think"]
 
 
 @dataclass(frozen=True)
-class Question:
-    r"""A question and how to answer it; refuses values that cannot be used when it is built.
+class AskRequest(SamplingConfig):
+    r"""A question and how to answer it, with the fields of `SamplingConfig`; refuses values that cannot be used.
 
     Attributes:
         text: the question, or for `grounding` the description of the segment to find.
@@ -56,11 +54,7 @@ class Question:
         kind: which of the public prompts is used.
         mode: "auto" reasons only when the first answer is not sure enough; "direct" never; "think" always.
         threshold: confidence at which "auto" takes the first answer, in [0, 1]; None: the checkpoint's own.
-        max_tokens: the most tokens that are generated.
-        temperature: 0 decodes greedily; above 0 samples. Confidence is read at temperature 1 either way.
-        top_p: sample from the smallest set of tokens that holds this much probability.
-        seed: makes sampling repeatable.
-        answer_opening: text that the answer is begun with for the model, such as ``\boxed{Answer:``; "" leaves the
+        response_prefix: text that the answer is begun with for the model, such as ``\boxed{Answer:``; "" leaves the
             beginning to the model. It is no part of the answer, and the last token of what follows it in the first box
             alone counts for confidence.
         options_may_repeat: accept choices that are equal, as some rows of public benchmarks have them.
@@ -71,14 +65,11 @@ class Question:
     kind: Kind = "qa"
     mode: Mode = "auto"
     threshold: float | None = None
-    max_tokens: int = 4096
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int | None = None
-    answer_opening: str = ""
+    response_prefix: str = ""
     options_may_repeat: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         object.__setattr__(self, "options", self._checked_options(_choices(self.options)))
         if not isinstance(self.text, str) or not self.text.strip():
             raise ConfigError("the question is empty: ask something, for example 'What happens at the end?'")
@@ -88,26 +79,15 @@ class Question:
         ):
             if value not in allowed:
                 raise ConfigError(f"{name} {value!r} is unknown: use one of {', '.join(allowed)}")
-        for name, number in (("threshold", self.threshold), ("temperature", self.temperature), ("top_p", self.top_p)):
-            if not (name == "threshold" and number is None) and not is_number(number):
-                raise ConfigError(f"{name} {number!r} is no number: give one such as 0.97")
-        if not is_whole(self.max_tokens):
-            raise ConfigError(f"max_tokens {self.max_tokens!r} is no whole number: give one such as 4096")
-        if self.seed is not None and not (is_whole(self.seed) and 0 <= self.seed < 2**64):
-            raise ConfigError(f"seed {self.seed!r} cannot be used: give a whole number from 0 on")
-        if not isinstance(self.answer_opening, str):
-            raise ConfigError(f"answer_opening {self.answer_opening!r} is no text: give one, or leave it out")
+        if self.threshold is not None and not is_number(self.threshold):
+            raise ConfigError(f"threshold {self.threshold!r} is no number: give one such as 0.97")
+        if not isinstance(self.response_prefix, str):
+            raise ConfigError(f"response_prefix {self.response_prefix!r} is no text: give one, or leave it out")
         if self.threshold is not None and not 0.0 <= self.threshold <= 1.0:
             raise ConfigError(f"threshold {self.threshold} is outside [0, 1]: it is compared with a probability")
-        if self.max_tokens < 1:
-            raise ConfigError(f"max_tokens {self.max_tokens} leaves no room for an answer: use at least 1")
-        if not 0.0 <= self.temperature < float("inf"):
-            raise ConfigError(f"temperature {self.temperature} cannot be used: 0 is greedy, 1 the model's own")
-        if not 0.0 < self.top_p <= 1.0:
-            raise ConfigError(f"top_p {self.top_p} is outside (0, 1]: 1 keeps every token")
-        begun = parse(self.answer_opening)
+        begun = parse(self.response_prefix)
         if begun.first is not None or begun.reasoning is not None:
-            raise ConfigError(f"answer_opening {self.answer_opening!r} leaves no direct answer to give: close no box")
+            raise ConfigError(f"response_prefix {self.response_prefix!r} leaves no direct answer to give: close no box")
 
     def without_effect(self) -> str:
         """One line that names the options that change nothing beside the others; empty if there are none."""
@@ -124,16 +104,6 @@ class Question:
             if first != number and not self.options_may_repeat:
                 raise ConfigError(f"options {first} and {number} are both {option.strip()!r}: give every choice once")
         return options or None
-
-
-def is_whole(value: object) -> bool:
-    """Whether a value is a whole number, and no bool."""
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def is_number(value: object) -> bool:
-    """Whether a value is a real number, and no bool."""
-    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def check_names(options: Mapping[str, object], also: Iterable[str] = ()) -> None:
@@ -162,7 +132,7 @@ def _choices(options: object) -> tuple[str, ...]:
 
 
 class AskOptions(TypedDict, total=False):
-    """The optional arguments of `Clip.ask` and `Clip.stream`: those of `Question`, with any sequence as options."""
+    """The optional arguments of `Clip.ask` and `Clip.stream`: those of `AskRequest`, with any sequence as options."""
 
     options: Sequence[str] | None
     kind: Kind
@@ -172,7 +142,7 @@ class AskOptions(TypedDict, total=False):
     temperature: float
     top_p: float
     seed: int | None
-    answer_opening: str
+    response_prefix: str
     options_may_repeat: bool
 
 
@@ -209,7 +179,7 @@ class Outcome:
     reasoning_seconds: float = 0.0
 
 
-def think_once(
+def run_answer_loop(
     tokens: Iterable[TokenLike],
     detokenize: Callable[[list[int]], str],
     outcome: Outcome,
@@ -218,7 +188,7 @@ def think_once(
     threshold: float,
     max_tokens: int,
     stop_ids: frozenset[int] = frozenset(),
-    opening_ids: Sequence[int] = (),
+    response_prefix_ids: Sequence[int] = (),
     options: Sequence[str] = (),
 ) -> Iterator[Event]:
     """Read tokens, yield `FirstAnswer` and `ReasoningDelta` events, and fill `outcome`.
@@ -227,19 +197,19 @@ def think_once(
         tokens: decoded one by one; a token is only taken when it is needed.
         detokenize: ids to text, special tokens included.
         outcome: filled as the tokens come.
-        mode: see `Question`.
-        threshold: see `Question`.
+        mode: see `AskRequest`.
+        threshold: see `AskRequest`.
         max_tokens: stop after this many.
         stop_ids: end-of-turn tokens: recorded, never part of the text.
-        opening_ids: what the answer was begun with before `tokens`; neither recorded nor counted.
+        response_prefix_ids: what the answer was begun with before `tokens`; neither recorded nor counted.
         options: the choices, without letters; empty: there are none.
 
     Raises `ConfigError` when the confidence is not a number: that is no doubt of the model's.
     """
     parser = DualAnswerParser(detokenize)
-    for opening_id in opening_ids:
-        parser.push(opening_id)
-    opened = parser.token_spans[-1][1] if opening_ids else 0
+    for prefix_id in response_prefix_ids:
+        parser.push(prefix_id)
+    prefix_characters = parser.token_spans[-1][1] if response_prefix_ids else 0
     started = time.perf_counter()
     closed_at: float | None = None
     ended = False
@@ -257,16 +227,16 @@ def think_once(
             closed_at = time.perf_counter()
             outcome.first_answer_tokens = len(outcome.token_ids)
             outcome.scored = score_first_answer(
-                [*opening_ids, *outcome.token_ids],
-                [*(0.0 for _ in opening_ids), *outcome.token_logprobs],
+                [*response_prefix_ids, *outcome.token_ids],
+                [*(0.0 for _ in response_prefix_ids), *outcome.token_logprobs],
                 detokenize,
-                opening_tokens=len(opening_ids),
+                response_prefix_tokens=len(response_prefix_ids),
             )
             if outcome.scored is not None and math.isnan(outcome.scored.confidence):
                 raise ConfigError(_NO_CONFIDENCE)
             outcome.exited = mode == "direct" or (mode == "auto" and should_exit(outcome.scored, threshold))
             confidence = None if outcome.scored is None else outcome.scored.confidence
-            first = _first_from(parser.text, parser.first_span, opened)
+            first = _first_from(parser.text, parser.first_span, prefix_characters)
             chosen = _option(first, options)
             yield FirstAnswer(first or "", confidence, threshold, reasons=not outcome.exited, option=chosen)
             if outcome.exited:
@@ -276,7 +246,7 @@ def think_once(
         if len(outcome.token_ids) >= max_tokens:
             break
     hit_limit = not ended and not outcome.exited and len(outcome.token_ids) >= max_tokens
-    outcome.transcript = _without_opening(parser.finish(hit_limit=hit_limit), opened)
+    outcome.transcript = _without_response_prefix(parser.finish(hit_limit=hit_limit), prefix_characters)
     if closed_at is not None and (told := parser.take_reasoning()):
         yield ReasoningDelta(told)
     now = time.perf_counter()
@@ -324,17 +294,17 @@ def _option(text: str | None, options: Sequence[str]) -> Option | None:
     return None if index is None else Option(index, options[index], ascii_uppercase[index])
 
 
-def _without_opening(transcript: Transcript, opened: int) -> Transcript:
-    """A transcript whose direct answer begins after the first `opened` characters."""
-    if not opened:
+def _without_response_prefix(transcript: Transcript, prefix_characters: int) -> Transcript:
+    """A transcript whose direct answer begins after the first `prefix_characters` characters."""
+    if not prefix_characters:
         return transcript
-    first = _first_from(transcript.text, transcript.first_span, opened)
+    first = _first_from(transcript.text, transcript.first_span, prefix_characters)
     return replace(transcript, first=first, is_fallback=first is not None and is_fallback(first))
 
 
-def _first_from(text: str, span: tuple[int, int] | None, opened: int) -> str | None:
+def _first_from(text: str, span: tuple[int, int] | None, prefix_characters: int) -> str | None:
     """What the model wrote into the first box, outer white space removed."""
-    return None if span is None else text[max(span[0], opened) : span[1]].strip()
+    return None if span is None else text[max(span[0], prefix_characters) : span[1]].strip()
 
 
 _NO_CONFIDENCE = (

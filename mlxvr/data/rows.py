@@ -19,7 +19,7 @@ Fields. `id`, `question` and `answer` are needed; `video` or `image` names a fil
 The names that `Clip.ask` has for them (`qa`, `grounding`, `grounded_qa`) are understood too. `start` and `end` cut a
 video, in seconds. `task` and `category` group rows in a report (`about` and `group`, as the bundled clips say, stand in
 for them), `pair` joins the rows of a minimal pair, `subtitles` is text that goes before the question, `frames_fps` says
-that `video` is a folder of frames taken at that rate, `answer_opening` is text that the answer is begun with. Other
+that `video` is a folder of frames taken at that rate, `response_prefix` is text that the answer is begun with. Other
 keys are ignored.
 
 A row is refused, with file and line, when it could only be misread. Media paths are relative to the file and may not
@@ -70,7 +70,7 @@ _OPTIONAL = (
     "category",
     "pair",
     "subtitles",
-    "answer_opening",
+    "response_prefix",
 )
 _LETTER = re.compile(r"\(?([A-Z])(?:\)|[.:)]\s.*|[.:]|$)", re.DOTALL)
 _SUBTITLES = "This video's subtitles are listed below:"  # Video-MME's own words
@@ -94,7 +94,7 @@ class Row:
         task, category: what a report groups by.
         pair: rows of one minimal pair share it; "" is no pair.
         subtitles: what is said in the video; "" adds nothing.
-        answer_opening: how the answer is begun for the model, before it writes; "" leaves that to the model.
+        response_prefix: how the answer is begun for the model, before it writes; "" leaves that to the model.
         media: the video's or image's path as the file gives it; "" without one.
         line: "file:line", for messages.
     """
@@ -113,7 +113,7 @@ class Row:
     category: str = ""
     pair: str = ""
     subtitles: str = ""
-    answer_opening: str = ""
+    response_prefix: str = ""
     media: str = ""
     line: str = ""
 
@@ -338,7 +338,7 @@ class _Checker:
             category=self.text("category") or self.text("group"),
             pair=self.text("pair"),
             subtitles=self.text("subtitles"),
-            answer_opening=self.text("answer_opening"),
+            response_prefix=self.text("response_prefix"),
             media=video or image,
             line=line,
         )

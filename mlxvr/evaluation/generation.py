@@ -48,7 +48,7 @@ def group_rows(rows: Iterable[Row]) -> list[tuple[Row, ...]]:
 
 def digest(row: Row) -> str:
     """Tells rows apart that are asked differently; labels and what a report groups by are not in it."""
-    parts = (row.kind, row.text, row.options, row.media, row.start, row.end, row.frames_fps, row.answer_opening)
+    parts = (row.kind, row.text, row.options, row.media, row.start, row.end, row.frames_fps, row.response_prefix)
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
@@ -67,7 +67,7 @@ def generate(reasoner: "Reasoner", groups: Sequence[tuple[Row, ...]], asking: As
                     yield sample
 
 
-def _ask(reasoner: "Reasoner", clip: "Clip", row: Row, asking: Asking, decode_seconds: float) -> Sample:
+def _ask(reasoner: "Reasoner", clip: "Clip", row: Row, asking: Asking, media_seconds: float) -> Sample:
     reasoned = True
     try:
         events = clip.stream(
@@ -77,7 +77,7 @@ def _ask(reasoner: "Reasoner", clip: "Clip", row: Row, asking: Asking, decode_se
             mode=asking.mode,
             threshold=asking.threshold,
             max_tokens=asking.max_tokens,
-            answer_opening=row.answer_opening,
+            response_prefix=row.response_prefix,
             options_may_repeat=True,
         )
         with closing(events):
@@ -91,7 +91,7 @@ def _ask(reasoner: "Reasoner", clip: "Clip", row: Row, asking: Asking, decode_se
     assert isinstance(event, Answer), "a stream ends with its Answer"
     text = event.second
     if text is None:
-        text = final_answer(row.answer_opening + reasoner.detokenize(event.token_ids))
+        text = final_answer(row.response_prefix + reasoner.detokenize(event.token_ids))
     usage = event.usage
     return _sample(
         row,
@@ -107,7 +107,7 @@ def _ask(reasoner: "Reasoner", clip: "Clip", row: Row, asking: Asking, decode_se
         first_seconds=usage.first_answer_seconds,
         total_seconds=usage.first_answer_seconds + usage.reasoning_seconds,
         prefill_seconds=usage.vision_seconds + usage.prefill_seconds,
-        decode_seconds=decode_seconds,
+        media_seconds=media_seconds,
         problems=event.problems,
         reasoned=reasoned,
     )

@@ -92,7 +92,7 @@ def curve(rows: Sequence[Judged], threshold: float, most: int = _MOST_THRESHOLDS
     )
     return [
         SweepRow(
-            tau=float(tau),
+            threshold=float(threshold),
             score=score,
             accuracy=accuracy,
             miou=miou,
@@ -100,7 +100,7 @@ def curve(rows: Sequence[Judged], threshold: float, most: int = _MOST_THRESHOLDS
             mean_tokens=float(tokens[index]),
             mean_seconds=float(times[index]),
         )
-        for index, (tau, score, accuracy, miou) in enumerate(columns)
+        for index, (threshold, score, accuracy, miou) in enumerate(columns)
     ]
 
 

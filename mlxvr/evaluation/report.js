@@ -26,7 +26,7 @@ const percent = (value, digits) => `${(100 * value).toFixed(digits)}%`;
 const tokens = (value) => (Math.abs(value) >= 20 ? Math.round(value).toLocaleString("en") : value.toFixed(1));
 
 // The tried threshold.
-const slider = document.getElementById("tau");
+const slider = document.getElementById("threshold");
 if (slider && data.curve.length) {
   const chart = document.getElementById("cost-chart"), probe = document.getElementById("probe");
   const axis = (name) => chart.getAttribute(name).split(" ").map(Number);
@@ -34,7 +34,7 @@ if (slider && data.curve.length) {
   const digits = data.digits;
   const move = () => {
     const row = data.curve[Number(slider.value)];
-    const said = [`threshold ${sureness(row.tau)}`];
+    const said = [`threshold ${sureness(row.threshold)}`];
     if (row.score !== null) said.push(`${data.score_name === "mIoU" ? "mIoU" : data.score_name.toLowerCase()} ${percent(row.score, digits)}`);
     said.push(`${percent(row.think_ratio, digits)} of rows reason`, `${tokens(row.mean_tokens)} tokens a question`);
     document.getElementById("tried").textContent = said.join(" · ");

@@ -51,7 +51,7 @@ class Sample:
         total_tokens: generated in all.
         prompt_tokens, video_tokens: length of the prompt, and how much of it is visual.
         first_seconds, total_seconds: generating up to the first box, and in all.
-        prefill_seconds, decode_seconds: the prompt through the model, and reading the frames.
+        prefill_seconds, media_seconds: the prompt through the model, and reading the frames.
         problems: departures from the format (`mlxvr.answering.transcript.Transcript.problems`).
         reasoned: whether the model went on after the first box; False only for a live run that stopped there.
         error: why the row failed, in one line; no figure comes from a row that failed.
@@ -81,7 +81,7 @@ class Sample:
     first_seconds: float = 0.0
     total_seconds: float = 0.0
     prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
+    media_seconds: float = 0.0
     problems: tuple[str, ...] = ()
     reasoned: bool = True
     error: str | None = None
@@ -124,18 +124,18 @@ class Decision:
     reasoned: bool
 
 
-def decide(sample: Sample, tau: float) -> Decision:
-    """Take the first answer when there is one at least as sure as `tau`, else the answer after reasoning.
+def decide(sample: Sample, threshold: float) -> Decision:
+    """Take the first answer when there is one at least as sure as `threshold`, else the answer after reasoning.
 
     Raises `ConfigError` for a sample of a live run that stopped before it got there: what it would have reasoned is
     not known.
     """
-    if sample.confidence is not None and sample.confidence >= tau:
+    if sample.confidence is not None and sample.confidence >= threshold:
         return Decision(sample.first or "", sample.first_tokens, sample.first_seconds, reasoned=False)
     if not sample.reasoned:
         raise ConfigError(
-            f"sample {sample.id} stopped at its first answer (live run), so threshold {tau:g} cannot be tried on it: "
-            "generate without --live"
+            f"sample {sample.id} stopped at its first answer (live run), so threshold {threshold:g} cannot be tried "
+            "on it: generate without --live"
         )
     return Decision(sample.final, sample.total_tokens, sample.total_seconds, reasoned=True)
 

@@ -59,7 +59,7 @@ from mlxvr.grpo.setup import (
 )
 from mlxvr.grpo.shared_state import check_same, have_same_bits, shared_state
 from mlxvr.grpo.step.label_free_rewards import CollapseGuard, GroupAnswer
-from mlxvr.grpo.step.lora import adapter_digest, attach, attach_saved, lora_weights, save_adapter, snapshot
+from mlxvr.grpo.step.lora import adapter_digest, adapter_state, attach, attach_saved, lora_weights, save_adapter
 from mlxvr.grpo.step.policy_update import Group, Learner, NotFinite
 from mlxvr.grpo.step.prompts import encode_row
 from mlxvr.grpo.step.reward_model import Judge
@@ -170,7 +170,7 @@ class _Run:
             reference = None
         else:
             self.lora = attach_saved(model, config.adapter)
-            reference = snapshot(model)
+            reference = adapter_state(model)
         judge = Judge(weights=self.weights, own=own, label_free=config.label_free, temperature=config.temperature)
         self.learner = Learner(model, config, loss_config(config), judge, ranks, reference=reference)
         self.guard = CollapseGuard()

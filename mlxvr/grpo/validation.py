@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mlxvr.answering.confidence import should_exit
-from mlxvr.answering.loop import Outcome, think_once
+from mlxvr.answering.loop import Outcome, run_answer_loop
 from mlxvr.data.rows import Row
 from mlxvr.grading.reward import RewardFunction, Weights, ask_reward, most, score
 from mlxvr.grpo.step.rollout import Completion, Rollout
@@ -50,8 +50,8 @@ def look_at(model: VideoModel, row: Row, completion: Completion) -> Outcome:
     """Read a completion as the reasoner would: the direct answer, its confidence, and where it ends."""
     outcome = Outcome()
     tokens = [Token(*pair) for pair in zip(completion.ids.tolist(), completion.logprobs.tolist())]
-    opening = model.tokenizer.encode(row.answer_opening, literal=(0, len(row.answer_opening)))
-    for _ in think_once(
+    opening = model.tokenizer.encode(row.response_prefix, literal=(0, len(row.response_prefix)))
+    for _ in run_answer_loop(
         tokens,
         model.tokenizer.decode,
         outcome,
@@ -59,7 +59,7 @@ def look_at(model: VideoModel, row: Row, completion: Completion) -> Outcome:
         threshold=1.0,
         max_tokens=len(tokens) + 1,
         stop_ids=model.eos_ids,
-        opening_ids=opening,
+        response_prefix_ids=opening,
     ):
         pass
     return outcome

@@ -24,8 +24,8 @@ class VisionInput:
     kind: Literal["video", "image"]
     patches: np.ndarray  # uint8 (t * h * w, 3 * temporal * patch * patch)
     grid: tuple[int, int, int]  # (t, h, w) in patches
-    seconds: tuple[float, ...]  # source time of each temporal row; () for an image
-    second_per_grid: float  # seconds between temporal rows at the sampling rate; 0 for an image
+    seconds: tuple[float, ...]  # source time of each temporal patch; () for an image
+    second_per_grid: float  # seconds between temporal patches at the sampling rate; 0 for an image
 
     def token_count(self, merge_size: int) -> int:
         """Tokens that this input takes in a prompt."""
@@ -79,7 +79,7 @@ def normalise(patches: np.ndarray, spec: VisionSpec) -> np.ndarray:
 
 
 def row_seconds(seconds: np.ndarray, temporal_patch_size: int) -> tuple[float, ...]:
-    """Mean source time of each temporal row's frames; a last frame that fills up a row counts again."""
+    """Mean source time of each temporal patch's frames; a last frame that fills up a patch counts again."""
     short = -len(seconds) % temporal_patch_size
     filled = np.concatenate([seconds, np.repeat(seconds[-1:], short)])
     return tuple(filled.reshape(-1, temporal_patch_size).mean(axis=1).tolist())

@@ -63,7 +63,7 @@ class Prompt:
         media_mask: bool (n,), True for visual tokens.
         prefix_length: tokens up to the end of the last vision block: the same for every question about these media.
         next_position: of the first token that is generated.
-        opening_ids: the last of `ids`, with which the answer is begun for the model; empty: it begins itself.
+        response_prefix_ids: the last of `ids`, with which the answer is begun for the model; empty: it begins itself.
     """
 
     ids: np.ndarray
@@ -72,7 +72,7 @@ class Prompt:
     media_mask: np.ndarray
     prefix_length: int
     next_position: int
-    opening_ids: tuple[int, ...] = ()
+    response_prefix_ids: tuple[int, ...] = ()
 
 
 def evaluation_copy(system: str) -> str:
@@ -115,7 +115,7 @@ def build_prompt(
     *,
     options: Sequence[str] | None = None,
     kind: str = "qa",
-    answer_opening: str = "",
+    response_prefix: str = "",
     system: str = SYSTEM_PROMPT,
 ) -> Prompt:
     """Write a question about some media as a prompt.
@@ -124,7 +124,7 @@ def build_prompt(
         tokenizer, family, config: the checkpoint's (`VideoModel` has all three).
         media: videos and images in the order in which they are shown; may be empty.
         question, options, kind: see `question_text`.
-        answer_opening: text that the model's turn is begun with, read literally.
+        response_prefix: text that the model's turn is begun with, read literally.
         system: what the checkpoint was trained to be told first (`VideoModel.system_prompt`).
 
     Raises:
@@ -144,8 +144,8 @@ def build_prompt(
     names = {kind: _token_text(tokenizer, config, kind) for kind in ("image", "video", "vision_start", "vision_end")}
     opening, blocks = _write_vision(rendered[:start], family, config, media, names)
     ids = tokenizer.encode(opening + rendered[start:], literal=(len(opening), len(opening) + len(text)))
-    opening_ids = tokenizer.encode(answer_opening, literal=(0, len(answer_opening)))
-    ids += opening_ids
+    response_prefix_ids = tokenizer.encode(response_prefix, literal=(0, len(response_prefix)))
+    ids += response_prefix_ids
     expanded, mask, prefix_length = _expand(ids, blocks, config)
     context = int(text_settings(config)["max_position_embeddings"])
     if len(expanded) >= context:
@@ -155,7 +155,7 @@ def build_prompt(
         )
     convention = MRopeConvention.of_config(config)
     positions, next_position = rope_positions(mask, blocks, time_is_extent=convention.time_is_extent)
-    return Prompt(expanded, positions, tuple(media), mask, prefix_length, next_position, tuple(opening_ids))
+    return Prompt(expanded, positions, tuple(media), mask, prefix_length, next_position, tuple(response_prefix_ids))
 
 
 def _lettered(options: Sequence[str] | None) -> str:

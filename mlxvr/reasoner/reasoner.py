@@ -27,15 +27,14 @@ from typing import TYPE_CHECKING, Any, Unpack
 from mlxvr.answering.events import Answer, Event, FirstAnswer, Option, ReasoningDelta, Usage
 from mlxvr.answering.loop import (
     AskOptions,
+    AskRequest,
     Outcome,
-    Question,
     TokenLike,
     check_names,
-    is_number,
-    is_whole,
     make_answer,
-    think_once,
+    run_answer_loop,
 )
+from mlxvr.answering.sampling_config import is_number, is_whole
 from mlxvr.checkpoint import hub
 from mlxvr.checkpoint.bundled import NOT_OF_THE_DEMO, demo_folder, is_bundled, is_demo
 from mlxvr.checkpoint.defaults import Defaults, EffectiveSetting
@@ -270,8 +269,8 @@ class Reasoner:
             )
         )
         path = Path(source) if isinstance(source, str | PathLike) else None
-        clip = Clip(self, vision, path=path, decode_seconds=time.perf_counter() - started, progress=progress)
-        logger.debug("opened %r in %.2f s", clip, clip._decode_seconds)
+        clip = Clip(self, vision, path=path, media_seconds=time.perf_counter() - started, progress=progress)
+        logger.debug("opened %r in %.2f s", clip, clip._media_seconds)
         return clip
 
     def ask(self, source: "VisionSource", question: str, **options: Any) -> Answer:
@@ -295,7 +294,7 @@ class Reasoner:
 
         def work(_: ShouldStop) -> Clip:
             prefix = self._load_prefix(file)
-            clip = Clip(self, prefix.media[0] if prefix.media else None, decode_seconds=0.0, file=file)
+            clip = Clip(self, prefix.media[0] if prefix.media else None, media_seconds=0.0, file=file)
             clip._prefix = prefix
             self._cache.touch(clip)
             return clip
@@ -386,7 +385,7 @@ class Clip:
         reasoner: Reasoner,
         vision: VisionInput | None,
         *,
-        decode_seconds: float,
+        media_seconds: float,
         path: Path | None = None,
         progress: Progress | None = None,
         file: Path | None = None,
@@ -396,7 +395,7 @@ class Clip:
         self._reasoner = reasoner
         self._vision = vision
         self._prefix: Prefix | None = None
-        self._decode_seconds = decode_seconds
+        self._media_seconds = media_seconds
         self._file = file
         self._progress = progress
 
@@ -407,7 +406,7 @@ class Clip:
 
     @property
     def seconds(self) -> tuple[float, ...]:
-        """Source time of each temporal row of patches (the mean of its frames); empty for an image."""
+        """Source time of each temporal patch (the mean of its frames); empty for an image."""
         return () if self._vision is None else self._vision.seconds
 
     def __repr__(self) -> str:
@@ -423,8 +422,8 @@ class Clip:
         Args:
             question: the question, or for kind "grounding" the description of the segment to find.
             **options: `options` (choices without letters), `kind` ("qa", "grounding", "grounded_qa"), `mode` ("auto",
-                "direct", "think"), `threshold`, `max_tokens`, `temperature`, `top_p`, `seed`, `answer_opening`,
-                `options_may_repeat`; `mlxvr.answering.loop.Question` describes them and their defaults.
+                "direct", "think"), `threshold`, `max_tokens`, `temperature`, `top_p`, `seed`, `response_prefix`,
+                `options_may_repeat`; `mlxvr.answering.loop.AskRequest` describes them and their defaults.
 
         Raises:
             ConfigError: an option has a value that cannot be used, or the prompt is longer than the model's context.
@@ -442,7 +441,7 @@ class Clip:
         are those of `ask`.
         """
         check_names(options)
-        asked = Question(question, **options)
+        asked = AskRequest(question, **options)
         self._reasoner._warn_once(asked.without_effect())
         self._reasoner._alive()
         return self._reasoner._worker.stream(lambda should_stop: self._answer(asked, should_stop))
@@ -457,7 +456,7 @@ class Clip:
             raise ConfigError("a clip without media has nothing to save: ask its questions anew")
 
         def work(should_stop: ShouldStop) -> None:
-            prompt = self._prompt(network, Question("?"))
+            prompt = self._prompt(network, AskRequest("?"))
             prefix, _ = self._prepare(network, prompt, self._make_room(network, prompt, 0), should_stop)
             prefix.save(Path(path), network, self._reasoner._prefix_settings())
 
@@ -476,7 +475,7 @@ class Clip:
 
     # What follows runs on the reasoner's thread.
 
-    def _answer(self, question: Question, should_stop: ShouldStop) -> Iterator[Event]:
+    def _answer(self, question: AskRequest, should_stop: ShouldStop) -> Iterator[Event]:
         """Answer, and forget the prefix if that fails: what a failed evaluation left of it is not built upon.
 
         A rewind takes back what was refused or stopped, as it takes back an answer.
@@ -490,7 +489,7 @@ class Clip:
             device_memory.give_back()
             raise
 
-    def _think(self, question: Question, should_stop: ShouldStop) -> Iterator[Event]:
+    def _think(self, question: AskRequest, should_stop: ShouldStop) -> Iterator[Event]:
         """Prefill, decode and decide; yields events, the `Answer` last."""
         network = self._reasoner._alive()
         threshold = self._reasoner.threshold if question.threshold is None else question.threshold
@@ -524,7 +523,7 @@ class Clip:
             )
             outcome = Outcome()
             with closing(tokens):
-                yield from think_once(
+                yield from run_answer_loop(
                     _until(tokens, should_stop),
                     network.tokenizer.decode,
                     outcome,
@@ -532,7 +531,7 @@ class Clip:
                     threshold=threshold,
                     max_tokens=max_tokens,
                     stop_ids=network.eos_ids,
-                    opening_ids=prompt.opening_ids,
+                    response_prefix_ids=prompt.response_prefix_ids,
                     options=question.options or (),
                 )
             usage = Usage(
@@ -541,7 +540,7 @@ class Clip:
                 cached_tokens=0 if fresh else prefix.length,
                 first_answer_tokens=outcome.first_answer_tokens,
                 reasoning_tokens=len(outcome.token_ids) - outcome.first_answer_tokens,
-                decode_seconds=self._decode_seconds if fresh else 0.0,
+                media_seconds=self._media_seconds if fresh else 0.0,
                 vision_seconds=cost.vision_seconds,
                 prefill_seconds=prefill_seconds,
                 first_answer_seconds=outcome.first_answer_seconds,
@@ -559,7 +558,7 @@ class Clip:
         self._reasoner._cache.touch(self)
         yield make_answer(outcome, threshold, usage, question.options or ())
 
-    def _prompt(self, network: "VideoModel", question: Question) -> Prompt:
+    def _prompt(self, network: "VideoModel", question: AskRequest) -> Prompt:
         return build_prompt(
             network.tokenizer,
             network.family,
@@ -568,7 +567,7 @@ class Clip:
             question.text,
             options=question.options,
             kind=question.kind,
-            answer_opening=question.answer_opening,
+            response_prefix=question.response_prefix,
             system=self._reasoner.system_prompt,
         )
 

@@ -8,8 +8,22 @@ Both are called on the thread that does the work, and should return at once.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
-__all__ = ["Progress", "ShouldStop"]
+__all__ = ["Hooks", "Progress", "ShouldStop"]
 
 Progress = Callable[[str, int, int], None]
 ShouldStop = Callable[[], bool]
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """Both, for functions that pass them on; None: nobody listens, and nobody stops the work.
+
+    Attributes:
+        progress: see above.
+        should_stop: see above.
+    """
+
+    progress: Progress | None = None
+    should_stop: ShouldStop | None = None

@@ -32,7 +32,7 @@ import torch
 
 from examples.shellgame.evaluate import load_rows
 from mlxvr.answering.confidence import score_first_answer
-from mlxvr.answering.loop import Outcome, think_once
+from mlxvr.answering.loop import Outcome, run_answer_loop
 from mlxvr.checkpoint import recipe as recipes
 from mlxvr.checkpoint.recipe import Precision, Quantization, Rule
 from mlxvr.conversion.measure import mixed_precision
@@ -335,7 +335,9 @@ class Bench:
         outcome = Outcome()
         tokens = [_Token(*pair) for pair in zip(one.ids, chosen)]
         decoder = self.model.tokenizer.decode
-        for _ in think_once(tokens, decoder, outcome, mode="direct", threshold=THRESHOLD, max_tokens=LONGEST_FIRST):
+        for _ in run_answer_loop(
+            tokens, decoder, outcome, mode="direct", threshold=THRESHOLD, max_tokens=LONGEST_FIRST
+        ):
             pass
         if not outcome.exited and one.ids[-1] not in self.model.eos_ids and len(one.ids) < LONGEST_FIRST:
             return None
@@ -355,7 +357,7 @@ class Bench:
         logits = prefill(self.model, prompt.ids, prompt.positions, kv, features=features, media_mask=prompt.media_mask)
         outcome, stop = Outcome(), self.model.eos_ids
         with closing(decode(self.model, logits, kv, prompt.next_position, max_tokens=400, stop_ids=stop)) as tokens:
-            for _ in think_once(
+            for _ in run_answer_loop(
                 tokens,
                 self.model.tokenizer.decode,
                 outcome,

@@ -93,7 +93,7 @@ def verify(
         _check_pair(original.model, ours.model, named, str(converted))
         assert ours.model.folder is not None, "made by load_model"
         defaults = Defaults.of(ours.model.folder)
-        at = defaults.threshold if threshold is None else threshold
+        threshold = defaults.threshold if threshold is None else threshold
         prompts = _ask_both(original.model, ours.model, defaults, asked, f"{converted} was not converted from {named}")
         counter = _Counter(progress, 2 * MOST_TOKENS + len(original.model.layers) + len(ours.model.layers))
         source_run = _how(original)
@@ -104,12 +104,12 @@ def verify(
         scripts = [answer.tokens for answer in expected]
         own: list[Draft] = []
         found = _read_and_write(ours, prompts, counter, should_stop, scripts=scripts, own=own)
-        results = tuple(_judge(*four, at) for four in zip(asked, expected, found, own, strict=True))
+        results = tuple(_judge(*four, threshold) for four in zip(asked, expected, found, own, strict=True))
         held = peak.bytes
     return VerificationReport(
         source=named,
         converted=str(converted),
-        threshold=at,
+        threshold=threshold,
         probes=results,
         source_run=source_run,
         seconds=time.perf_counter() - started,

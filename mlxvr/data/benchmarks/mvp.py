@@ -11,7 +11,7 @@ Files, as `facebook/minimal_video_pairs` has them and lmms-eval's `mvp` tasks re
 `task` is the subset, `category` the source, `pair` the id without which of the two. A pair counts when both are right.
 
 VideoAuto-R1's evaluator begins the model's turn with `\boxed{Answer:` on this benchmark and counts only the answer's
-last token for confidence; rows say so by `answer_opening`.
+last token for confidence; rows say so by `response_prefix`.
 """
 
 from collections.abc import Iterator
@@ -42,6 +42,6 @@ def read(folder: Folder, *, subtitles: bool, split: str) -> Iterator[Entry]:
                     "task": subset,
                     "category": record.get("source"),
                     "pair": f"{subset}/{name.rpartition('_')[0]}",
-                    "answer_opening": _OPENING,
+                    "response_prefix": _OPENING,
                 }
                 yield Entry(line, row, video, folder.find(video, _VIDEOS))

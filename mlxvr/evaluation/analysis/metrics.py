@@ -226,7 +226,7 @@ def _problems(samples: list[Sample]) -> dict[str, int]:
 
 
 def _shared(samples: list[Sample]) -> dict[str, float]:
-    names = ("decode_seconds", "prefill_seconds", "prompt_tokens", "video_tokens")
+    names = ("media_seconds", "prefill_seconds", "prompt_tokens", "video_tokens")
     return {name: math.fsum(getattr(sample, name) for sample in samples) / max(1, len(samples)) for name in names}
 
 

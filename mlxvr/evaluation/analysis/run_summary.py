@@ -106,7 +106,7 @@ class Summary:
         live: whether the run stopped early itself.
         count: rows, those that failed included.
         errors: rows that failed, by id, with the reason.
-        shared: mean seconds of reading frames ("decode_seconds") and of prefill ("prefill_seconds"), mean tokens of the
+        shared: mean seconds of reading frames ("media_seconds") and of prefill ("prefill_seconds"), mean tokens of the
             prompt ("prompt_tokens", "video_tokens"): what every mode pays.
         overall: all rows that did not fail; None: there are none.
         per_task, per_category: the same by name, sorted; rows without a name are in none.

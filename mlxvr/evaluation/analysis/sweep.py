@@ -16,7 +16,7 @@ __all__ = ["SweepRow", "sweep"]
 class SweepRow:
     """Auto at one threshold; `score`, `accuracy` and `miou` as in `Figures`, None without labels."""
 
-    tau: float
+    threshold: float
     score: float | None
     accuracy: float | None
     miou: float | None
@@ -37,12 +37,12 @@ def sweep(samples: Iterable[Sample], thresholds: Iterable[float]) -> list[SweepR
         raise ConfigError("a live run stopped at its own threshold and cannot tell of others: generate without --live")
     direct, think = [direct_grade(sample) for sample in kept], [mode_grade(sample, sample.final) for sample in kept]
     rows = []
-    for tau in thresholds:
-        decisions = [decide(sample, tau) for sample in kept]
+    for threshold in thresholds:
+        decisions = [decide(sample, threshold) for sample in kept]
         grades = [after if made.reasoned else first for made, first, after in zip(decisions, direct, think)]
         rows.append(
             SweepRow(
-                tau=tau,
+                threshold=threshold,
                 score=_mean_of(grades, lambda one: one.score),
                 accuracy=_mean_of(grades, lambda one: one.accuracy),
                 miou=_mean_of(grades, lambda one: one.iou),

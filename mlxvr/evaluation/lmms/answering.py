@@ -243,7 +243,7 @@ def _write(
             "first_seconds": usage.first_answer_seconds,
             "total_seconds": usage.first_answer_seconds + usage.reasoning_seconds,
             "prefill_seconds": usage.vision_seconds + usage.prefill_seconds,
-            "decode_seconds": usage.decode_seconds,
+            "media_seconds": usage.media_seconds,
             "problems": answer.problems,
             "reasoned": options.mode == "think" or (options.mode == "auto" and not exited),
         }

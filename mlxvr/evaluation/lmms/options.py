@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, get_type_hints
 
-from mlxvr.answering.loop import AskOptions, Mode, Question
+from mlxvr.answering.loop import AskOptions, AskRequest, Mode
 from mlxvr.errors import ConfigError
 
 __all__ = ["LmmsOptions"]
@@ -32,7 +32,7 @@ class LmmsOptions:
         dtype: what to compute in; None: the checkpoint's.
         kv_bits: keep keys and values in 2, 3, 4, 6 or 8 bits; None: as computed.
         max_new_tokens: the most tokens that are generated.
-        answer_opening: how the answer is begun for the model, ``\boxed{Answer:`` in the public evaluation of MVP.
+        response_prefix: how the answer is begun for the model, ``\boxed{Answer:`` in the public evaluation of MVP.
         log_file: JSONL that gets a line per question: first answer, confidence, reasoning, tokens, seconds.
     """
 
@@ -49,11 +49,11 @@ class LmmsOptions:
     dtype: str | None = None
     kv_bits: int | None = None
     max_new_tokens: int = 4096
-    answer_opening: str = ""
+    response_prefix: str = ""
     log_file: str | None = None
 
     def __post_init__(self) -> None:
-        Question("?", **self.asking())
+        AskRequest("?", **self.asking())
 
     @classmethod
     def from_arguments(cls, arguments: Mapping[str, Any]) -> "LmmsOptions":
@@ -73,7 +73,7 @@ class LmmsOptions:
             "mode": self.mode,
             "threshold": self.threshold,
             "max_tokens": self.max_new_tokens,
-            "answer_opening": self.answer_opening,
+            "response_prefix": self.response_prefix,
         }
 
 

@@ -131,7 +131,7 @@ def ratio_chart(curves: Sequence[Curve], threshold: float) -> str:
     for number, one in enumerate(curves):
         line: list[tuple[float, float]] = []
         for row in one.rows:
-            x, y = across.at(nines(min(row.tau, 1.0))), up.at(row.think_ratio)
+            x, y = across.at(nines(min(row.threshold, 1.0))), up.at(row.think_ratio)
             line += [(x, line[-1][1])] if line else []
             line.append((x, y))
         parts.append(_path(line, f"line run{number}", one.name))

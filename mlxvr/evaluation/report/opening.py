@@ -25,14 +25,16 @@ def lead(summary: Summary) -> str:
     if group is None:
         return f"No figure could be worked out: all {formatting.count(summary.count, 'row')} failed."
     size, auto = group.count, group.auto
-    tau = formatting.confidence(summary.threshold)
+    threshold = formatting.confidence(summary.threshold)
     ratio = formatting.share(group.think_ratio, size)
     where = f"{formatting.count(size, 'question')} on {formatting.count(group.clips, 'clip')}"
     if auto.score is None:
-        said = f"At threshold {tau} the model reasons on <b>{ratio}</b> of {where} (no labels, so nothing is graded)"
+        said = (
+            f"At threshold {threshold} the model reasons on <b>{ratio}</b> of {where} (no labels, so nothing is graded)"
+        )
     else:
         said = (
-            f"At threshold {tau} the model scores <b>{formatting.share(auto.score, auto.labelled)}</b>"
+            f"At threshold {threshold} the model scores <b>{formatting.share(auto.score, auto.labelled)}</b>"
             f"{_named(group)} over {where}, reasoning on <b>{ratio}</b> of them"
         )
     said += f", with <b>{formatting.tokens(auto.tokens.mean)}</b> generated tokens a question on average"
@@ -120,7 +122,7 @@ def tiles(summary: Summary) -> str:
     versus = [f"direct {formatting.tokens(group.direct.tokens.mean)}"]
     versus += [f"think {formatting.tokens(think.tokens.mean)}"] if think is not None else []
     tiles.append(("Tokens a question", formatting.tokens(auto.tokens.mean), ", ".join(versus)))
-    shared = summary.shared["decode_seconds"] + summary.shared["prefill_seconds"]
+    shared = summary.shared["media_seconds"] + summary.shared["prefill_seconds"]
     if auto.seconds.mean or shared:
         parts = f"{formatting.seconds(auto.seconds.mean)} to generate, {formatting.seconds(shared)} to read the clip"
         parts += f"; think {formatting.seconds(shared + think.seconds.mean)}" if think is not None else ""

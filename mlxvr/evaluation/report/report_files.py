@@ -79,8 +79,8 @@ def write_report(
     rows = judge(run, threshold)
     against = None
     if other is not None:
-        tau = threshold if other_threshold is None else other_threshold
-        against = _against(other[0], list(other[1]), tau, run, threshold, bootstrap, seed)
+        earlier_threshold = threshold if other_threshold is None else other_threshold
+        against = _against(other[0], list(other[1]), earlier_threshold, run, threshold, bootstrap, seed)
     others = None if against is None else {row.sample.id: row for row in against.rows}
     changes = None if against is None else _changes(against.comparison, rows, others or {})
     records = gallery_rows(rows, others, changes)
@@ -136,15 +136,28 @@ def _write_plots(content: Content, folder: Path, wanted: bool | None) -> None:
 
 
 def _against(
-    title: str, samples: list[Sample], tau: float, run: list[Sample], threshold: float, bootstrap: int, seed: int
+    title: str,
+    samples: list[Sample],
+    earlier_threshold: float,
+    run: list[Sample],
+    threshold: float,
+    bootstrap: int,
+    seed: int,
 ) -> Against:
-    rows = judge(samples, tau)
+    rows = judge(samples, earlier_threshold)
     return Against(
         title=title,
-        comparison=compare(samples, run, threshold=tau, other_threshold=threshold, bootstrap=bootstrap, seed=seed),
+        comparison=compare(
+            samples, run, threshold=earlier_threshold, other_threshold=threshold, bootstrap=bootstrap, seed=seed
+        ),
         rows=rows,
-        summary=summarise(samples, threshold=tau, bootstrap=bootstrap, seed=seed),
-        curve=curve(rows, tau),
+        summary=summarise(
+            samples,
+            threshold=earlier_threshold,
+            bootstrap=bootstrap,
+            seed=seed,
+        ),
+        curve=curve(rows, earlier_threshold),
     )
 
 

@@ -106,11 +106,13 @@ def cost_section(content: Content) -> str:
     if len(runs) > 1:
         legend = "".join(f'<span class="key run{number}">{escape(run.name)}</span>' for number, run in enumerate(runs))
         legend = f'<p class="legend">{legend}</p>'
-    place = min(range(len(content.curve)), key=lambda index: abs(content.curve[index].tau - content.summary.threshold))
+    place = min(
+        range(len(content.curve)), key=lambda index: abs(content.curve[index].threshold - content.summary.threshold)
+    )
     slider = (
-        '<div class="slider"><label for="tau">Try a threshold</label>'
-        f'<input id="tau" type="range" min="0" max="{len(content.curve) - 1}" step="1" value="{place}">'
-        '<output id="tried" for="tau"></output></div>'
+        '<div class="slider"><label for="threshold">Try a threshold</label>'
+        f'<input id="threshold" type="range" min="0" max="{len(content.curve) - 1}" step="1" value="{place}">'
+        '<output id="tried" for="threshold"></output></div>'
     )
     reach = "" if content.curve[0].think_ratio == 0 else "Rows without a direct answer always reason."
     figures = [

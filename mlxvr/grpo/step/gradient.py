@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten
 
 from mlxvr.errors import ConfigError
 from mlxvr.grpo.step.forward import completion_logprobs
-from mlxvr.grpo.step.lora import adapters_off
+from mlxvr.grpo.step.lora import disable_adapters
 from mlxvr.grpo.step.loss import LossConfig, objective
 from mlxvr.grpo.step.packing import Packed, pack
 from mlxvr.model.adapter import find_layers
@@ -79,7 +79,7 @@ def group_gradient(
             of the memory for about 40% more time, and the same gradient.
         old_logprobs: float32 (G, T), of the policy that sampled; None: it is this one, and every ratio is exactly 1.
         reference_logprobs: float32 (G, T); None: computed here, when `config.beta` is positive.
-        reference: the adapter that the reference policy has, a `lora.snapshot`; None: none.
+        reference: the adapter that the reference policy has, a `lora.adapter_state`; None: none.
         seed: decides what dropout drops, where the adapter has dropout.
 
     Returns:
@@ -101,7 +101,7 @@ def group_gradient(
         if given is not None and given.shape != mask.shape:
             raise ValueError(f"log-probs of the shape {given.shape}; expected {mask.shape}")
     if config.beta > 0.0 and reference_logprobs is None:
-        with adapters_off(model, reference):
+        with disable_adapters(model, reference):
             reference_logprobs = _logprobs(model, packed, temperature)
 
     def loss(_: Any) -> tuple[mx.array, dict[str, mx.array]]:

@@ -5,7 +5,7 @@ Everything else is frozen, vision tower and embeddings included. The layers are 
 matrices are float32 whatever the model computes in: a step of 1e-6 is lost in bfloat16.
 
 The reference policy is the same model with its adapters off: no second copy of the weights. When training begins from
-an adapter, it is the model with that adapter as it was: a `snapshot`.
+an adapter, it is the model with that adapter as it was: an `adapter_state`.
 """
 
 import hashlib
@@ -31,12 +31,12 @@ __all__ = [
     "PROJECTIONS",
     "LoraConfig",
     "adapter_digest",
-    "adapters_off",
+    "adapter_state",
     "attach",
     "attach_saved",
+    "disable_adapters",
     "lora_weights",
     "save_adapter",
-    "snapshot",
 ]
 
 
@@ -145,8 +145,8 @@ def lora_weights(model: VideoModel) -> dict[str, mx.array]:
     }
 
 
-def snapshot(model: VideoModel) -> dict[str, mx.array]:
-    """A copy of the trained weights as they are now, for `adapters_off`."""
+def adapter_state(model: VideoModel) -> dict[str, mx.array]:
+    """A copy of the trained weights as they are now, for `disable_adapters`."""
     copies = {name: mx.array(array) for name, array in lora_weights(model).items()}
     mx.eval(copies)
     return copies
@@ -204,12 +204,12 @@ def save_adapter(folder: Path, model: VideoModel, config: LoraConfig) -> None:
 
 
 @contextmanager
-def adapters_off(model: VideoModel, start: Mapping[str, mx.array] | None = None) -> Iterator[None]:
+def disable_adapters(model: VideoModel, start: Mapping[str, mx.array] | None = None) -> Iterator[None]:
     """The reference policy, while the context lasts.
 
     Args:
         model: with LoRA layers.
-        start: None: the model without its adapters, bit for bit; a `snapshot`: the model with them as they were.
+        start: None: the model without its adapters, bit for bit; an `adapter_state`: the model with them as they were.
     """
     layers = find_layers(model.network)
     if start is None:

@@ -105,7 +105,7 @@ def write_prompt(model: VideoModel, row: Row, vision: VisionInput | None) -> Pro
             row.text,
             options=row.options,
             kind=row.ask_kind,
-            answer_opening=row.answer_opening,
+            response_prefix=row.response_prefix,
             system=model.system_prompt,
         )
     except ConfigError as error:  # the row's question, or its length

@@ -65,7 +65,7 @@ class Rollout:
     @property
     def texts(self) -> list[str]:
         """What each answer says, from the beginning that the row gives it on."""
-        return [self.prompt.row.answer_opening + one.text for one in self.completions]
+        return [self.prompt.row.response_prefix + one.text for one in self.completions]
 
 
 def rollout(
