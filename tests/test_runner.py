@@ -315,7 +315,7 @@ def test_a_benchmark_brings_its_budgets(tmp_path, budgets):
     assert listed == ["BBBBB.mp4: the video is not there"]
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_benchmark_is_told_what_the_public_evaluator_tells(tmp_path, workers):
     """Its copy of the system prompt ends with one more newline, a token of its own here; a data file gets none."""
     root = tmp_path / "charades"
@@ -341,6 +341,7 @@ def test_a_benchmark_is_told_what_the_public_evaluator_tells(tmp_path, workers):
         assert after[name].prompt_tokens == before[name].prompt_tokens + 1
 
 
+@pytest.mark.slow
 def test_frames_in_a_folder_and_an_image(tmp_path, reasoner):
     from PIL import Image
 
@@ -415,7 +416,8 @@ def wait_for_lines(process, output, least):
     pytest.fail(f"no samples came: {process.communicate()}")
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_killed_and_gone_on(folder, whole, tmp_path, how):
     output = tmp_path / "run"
     process = start(folder / "rows.jsonl", output)

@@ -93,7 +93,7 @@ def taken(work):
     ("family", "rows", "lengths", "checkpoint", "how"),
     [
         ("qwen3_vl", 12, [32] * 4, False, {}),
-        ("qwen3_vl", 12, [32] * 4, True, {"bits": 4}),
+        pytest.param("qwen3_vl", 12, [32] * 4, True, {"bits": 4}, marks=pytest.mark.slow),
         pytest.param("qwen2_5_vl", 40, [24] * 6, True, {}, marks=pytest.mark.slow),
         pytest.param("qwen2_5_vl", 40, [24] * 6, False, {"keys": ("q_proj", "v_proj")}, marks=pytest.mark.slow),
         pytest.param("qwen3_vl", 12, [64] * 12, True, {"vocab_size": 16384}, marks=pytest.mark.slow),
