@@ -1,7 +1,7 @@
 """The errors that mlxvr raises on purpose, in one tree.
 
     MlxvrError
-    ├── MediaError          a video or an image cannot be read, or a range of it holds nothing
+    ├── MediaError          a video or an image cannot be read, or the requested range holds no frame
     ├── CheckpointError     a model folder is incomplete, damaged, unsupported or unsafe
     ├── RecipeError         a conversion recipe is wrong
     ├── DataError           a dataset row is wrong
@@ -11,8 +11,7 @@
     └── Cancelled           the caller asked for the work to stop
 
 Every message is one line: what was found, what was expected, and what to do. The command line prints that line and
-exits with 2 for all of them, since each is something that the caller can put right; any other exception is a failure
-of ours and exits with 1.
+exits with 2, since the caller can put each of these right. Any other exception is a bug of mlxvr and exits with 1.
 """
 
 from typing import Any
@@ -35,7 +34,7 @@ class MlxvrError(Exception):
 
 
 class MediaError(MlxvrError):
-    """A video or an image cannot be read, or the requested range of it holds nothing."""
+    """A video or an image cannot be read, or the requested range holds no frame."""
 
 
 class CheckpointError(MlxvrError):
@@ -59,7 +58,7 @@ class OutOfMemoryError(MlxvrError):
 
 
 class VerificationError(MlxvrError):
-    """A converted model is further from its source than its recipe allows; `report` holds the figures."""
+    """A converted model is further from its source than its recipe allows; `report` holds the measurements."""
 
     def __init__(self, message: str, report: Any = None):
         """`report`: a `mlxvr.conversion.measure.verify.VerificationReport`."""
@@ -68,4 +67,4 @@ class VerificationError(MlxvrError):
 
 
 class Cancelled(MlxvrError):
-    """The caller asked for the work to stop; everything that was begun has been given back."""
+    """The caller asked for the work to stop; the resources that it took have been released."""

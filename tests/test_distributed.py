@@ -40,7 +40,7 @@ def work(ranks, folder):
         "half": mx.array(numbers.standard_normal(7), dtype=mx.bfloat16),
         "one": mx.array(float(ranks.rank), dtype=mx.float32),
     }
-    module._AT_ONCE, module._BYTES_AT_ONCE = 300, 4  # several messages
+    module._MESSAGE_NUMBERS, module._MESSAGE_BYTES = 300, 4  # several messages
     np.savez(folder / f"sum{ranks.rank}.npz", **{name: np.array(one) for name, one in ranks.sum(arrays).items()})
     told = [ranks.gather(data).__repr__() for data in (b"x" * (3 * ranks.rank), str(ranks.rank).encode(), b"")]
     told.append(repr(ranks.share(b"rank 0 says so" if ranks.rank == 0 else b"nobody listens to this one")))
@@ -178,7 +178,7 @@ def test_a_rank_that_dies_is_an_error_for_the_others(tmp_path, how, collective):
     assert len(lines) == 2
     for line in lines:
         assert line.startswith("another rank is gone (")
-        assert line.endswith("start all of them again; the work goes on where it was last saved")
+        assert line.endswith("start all ranks again; the work continues from where it was last saved")
 
 
 @pytest.mark.parametrize(

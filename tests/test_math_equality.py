@@ -60,7 +60,7 @@ def stand_in(tmp_path_factory):
 def fake(stand_in, monkeypatch):
     """The module, with a process of its own that asks the stand-in."""
     monkeypatch.syspath_prepend(str(stand_in))
-    worker = math_equality._Worker()
+    worker = math_equality._VerifierProcess()
     monkeypatch.setattr(math_equality, "_ask", worker.ask)
     yield math_equality
     worker.stop()
@@ -244,7 +244,7 @@ def test_it_ends_with_the_program(stand_in, asks, end):
     import os, threading, time
     from mlxvr.grading import math_equality
     {asks}
-    print(math_equality._WORKER._process.pid, flush=True)
+    print(math_equality._PROCESS._process.pid, flush=True)
     {end}
     """
     assert not alive(int(run(stand_in, code)))
@@ -280,8 +280,8 @@ def test_ctrl_c_is_not_for_it(stand_in):
 def test_a_package_that_does_not_start(tmp_path, monkeypatch):
     (tmp_path / "math_verify.py").write_text("raise ImportError\n", encoding="utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(ConfigError, match="is installed and does not start"):
-        math_equality._Worker().ask("1", "1", 5.0)
+    with pytest.raises(ConfigError, match="is installed but does not start"):
+        math_equality._VerifierProcess().ask("1", "1", 5.0)
 
 
 # ---- without the package

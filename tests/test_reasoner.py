@@ -386,7 +386,7 @@ def test_a_forgotten_reasoner_gives_its_memory_back(folders, clip_path):
     before = mx.get_active_memory()
     loaded = mlxvr.load(folders["qwen3_vl"])
     loaded.ask(clip_path, "What?", max_tokens=4, **MODEST)
-    ended = loaded._worker._line.ended
+    ended = loaded._worker._queue.ended
     del loaded
     gc.collect()
     assert ended.wait(10)

@@ -15,7 +15,7 @@ import pytest
 from mlxvr.data.rows import Row
 from mlxvr.errors import ConfigError, DataError
 from mlxvr.grading import math_equality
-from mlxvr.grading.reward import Reward, Weights, agree, answers, format_reward, load_reward, score
+from mlxvr.grading.reward import Reward, Weights, answers, compare_answers, format_reward, load_reward, score
 
 DECLINED = "Let's analyze the problem step by step."
 
@@ -451,14 +451,14 @@ def test_truths_of_another_form(truth, kind, message):
     ],
 )
 def test_agreement(one, other, kind, far):
-    assert agree(one, other, kind) == agree(other, one, kind) == pytest.approx(far)
+    assert compare_answers(one, other, kind) == compare_answers(other, one, kind) == pytest.approx(far)
 
 
 @pytest.mark.parametrize("kind", ["exact_match", "math", "iou", "gqa"])
 @pytest.mark.parametrize("nothing", ["", " \n", DECLINED, f" {DECLINED}"])
 def test_nothing_agrees_with_nothing(kind, nothing):
     for other in (nothing, "A", "[1, 2]"):
-        assert agree(nothing, other, kind) == agree(other, nothing, kind) == 0
+        assert compare_answers(nothing, other, kind) == compare_answers(other, nothing, kind) == 0
 
 
 @pytest.mark.parametrize(
@@ -467,15 +467,15 @@ def test_nothing_agrees_with_nothing(kind, nothing):
 )
 def test_formulas_agree(one, other, far):
     pytest.importorskip("math_verify")
-    assert agree(one, other, "math") == agree(other, one, "math") == far
+    assert compare_answers(one, other, "math") == compare_answers(other, one, "math") == far
 
 
 def test_agreement_raises_as_score(monkeypatch):
     with pytest.raises(DataError, match="kind 'qa' has no reward"):
-        agree("A", "B", "qa")
+        compare_answers("A", "B", "qa")
     monkeypatch.setattr(math_equality, "is_available", lambda: False)
     with pytest.raises(ConfigError, match="math-verify"):
-        agree("x+1", "1+x", "math")
+        compare_answers("x+1", "1+x", "math")
 
 
 # ---- any text

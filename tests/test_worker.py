@@ -245,7 +245,7 @@ def test_finished_work_leaves_nothing_behind(worker):
     assert worker.call(lambda _: 1) == 1  # the one before is surely done with
     gc.collect()
     assert gone() is None
-    assert worker._line.pending == set()
+    assert worker._queue.pending == set()
 
 
 def test_work_on_the_callers_thread_is_stopped_too(worker):
@@ -472,5 +472,5 @@ def test_what_has_ended_is_not_kept():
         with pytest.raises(ZeroDivisionError):
             worker.call(lambda _: 1 / 0)
     worker.call(lambda _: None)
-    assert worker._line.pending == set()
+    assert worker._queue.pending == set()
     worker.close()

@@ -1,7 +1,7 @@
-"""Plots as files, PNG and SVG by the suffix, for slides and papers; needs matplotlib (extra `plot`).
+"""Write plots as PNG or SVG files, by their suffix, for slides and papers; needs matplotlib (extra `plot`).
 
-What every plot of this package has in common: its colours, its frame, and files that come out the same every time. What
-is drawn is said by the caller. Reports of an evaluation and the curves of a training are such plots.
+Here is what all plots of this package share: colours, axes, and files with the same bytes every time. The caller draws
+the content: the figures of an evaluation's report, or the curves of a training run.
 """
 
 from collections.abc import Callable
@@ -33,12 +33,12 @@ _SETTINGS: dict[Any, Any] = {
 
 
 def have_matplotlib() -> bool:
-    """Whether plots can be written."""
+    """Return whether matplotlib is installed."""
     return find_spec("matplotlib") is not None
 
 
 def check_plot(path: Path) -> None:
-    """Raise `ConfigError` when no plot could be written to `path`, so that long work can ask before it begins."""
+    """Raise `ConfigError` if no plot can be written to `path`; call it before work that takes long."""
     if path.suffix.lower() not in _METADATA:
         raise ConfigError(f"{path} ends in {path.suffix or 'no suffix'!r}: plots are written as .png or .svg")
     if not have_matplotlib():
@@ -49,11 +49,11 @@ def write_plot(draw: Callable[["Figure"], object], *paths: Path, size: tuple[flo
     """Draw a figure and write it to each path, in the format of its suffix; each file is replaced in one step.
 
     Args:
-        draw: puts its axes and lines on an empty figure; called once.
-        paths: that end in `.png` or `.svg`.
-        size: in inches, (across, up); a PNG has 150 pixels an inch.
+        draw: adds axes and lines to an empty figure; called once.
+        paths: files that end in `.png` or `.svg`.
+        size: (width, height) in inches; a PNG has 150 pixels an inch.
 
-    Raises `ConfigError`: another suffix, no matplotlib, or a file that cannot be written.
+    Raises `ConfigError` for another suffix, without matplotlib, or if a file cannot be written.
     """
     for path in paths:
         check_plot(path)

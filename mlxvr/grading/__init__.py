@@ -1,1 +1,1 @@
-"""Whether an answer is right: choices, numbers, formulas, intervals; strict for rewards, lenient for evaluation."""
+"""Judging answers (choices, numbers, formulas, intervals): strictly for rewards, leniently for evaluation."""

@@ -1,7 +1,7 @@
-"""Which of the choices an answer names: read kindly, as evaluation and apps want it, never in the training reward.
+"""Find which of the choices an answer names. Evaluation and apps read leniently; the training reward does not.
 
-These forms come first: a letter alone or in brackets, with a stop, or with a text behind it; then the text of a choice;
-then a declared letter ("the answer is B"); then the first capital that stands alone and is no word.
+The forms, in order of precedence: a letter alone, in brackets, with a full stop, or followed by a text; the text of a
+choice; a declared letter ("the answer is B"); the first single capital that is not a word.
 """
 
 import re
@@ -12,10 +12,10 @@ from string import ascii_uppercase
 from mlxvr.answering.confidence import answer_span
 from mlxvr.answering.transcript import is_fallback
 
-__all__ = ["find_choice", "find_letter", "named_letter", "normal", "unwrap"]
+__all__ = ["find_choice", "find_letter", "named_letter", "normalize", "unwrap"]
 
 _WRAPPED = re.compile(r"\\(?:text|math)[a-z]*\s*\{(.*)\}|\$(.*)\$|\*\*(.*)\*\*|\{(.*)\}|\[(.*)\]", re.DOTALL)
-# What follows a letter that is the subject of a sentence, and neither the article A nor the pronoun I.
+# The words after a letter that is the subject of a sentence, so neither the article A nor the pronoun I.
 _SUBJECT = r"\s+(?:is|because|since|seems|fits|matches|looks|appears|and|or)\b"
 _PRONOUN = rf"I(?=['\u2019])|I(?=\s+[a-z])(?!{_SUBJECT})"
 _ARTICLE = rf"A(?=\s+[a-z])(?!{_SUBJECT}|\s+(?:was|as|but|so|would|could|should|must|may|might|can|then|if)\b)"
@@ -27,10 +27,10 @@ _TWO_PARTS = "<>"
 
 
 def find_choice(text: str | None, options: Sequence[str]) -> int | None:
-    """The index of the choice that an answer names; None when it names none, or declines.
+    """Return the index of the choice that an answer names; None if it names none, or declines to answer.
 
     Args:
-        text: the content of a box; of a grounded answer what stands before `<>` counts.
+        text: the content of a box. Of a grounded answer, the part before `<>` counts.
         options: the choices, with or without their letters.
     """
     if text is None or not options:
@@ -41,12 +41,12 @@ def find_choice(text: str | None, options: Sequence[str]) -> int | None:
 
 
 def find_letter(text: str, letters: str, options: Sequence[str]) -> str | None:
-    """The letter that an answer chooses, by whatever it says.
+    """Return the letter that an answer chooses, in any of the forms; None if it chooses none.
 
     Args:
-        text: of the answer.
-        letters: that may be chosen.
-        options: what they stand for; empty where that is not known.
+        text: the answer.
+        letters: the letters that may be chosen.
+        options: the text of each letter's choice; empty if it is not known.
     """
     named = named_letter(text, letters, options)
     if named is not None:
@@ -59,38 +59,38 @@ def find_letter(text: str, letters: str, options: Sequence[str]) -> str | None:
 
 
 def named_letter(text: str, letters: str, options: Sequence[str]) -> str | None:
-    """The letter of an answer that is nothing but a choice: its letter, its text, or both."""
+    """Return the letter of an answer that is nothing but a choice: its letter, its text, or both."""
     text = unwrap(text)
     letter = _letter(text, letters)
-    if letter is not None and len(normal(text)) == 1:
+    if letter is not None and len(normalize(text)) == 1:
         return letter
-    matching = [index for index, option in enumerate(options) if normal(text) in _spellings(option, index)]
+    matching = [index for index, option in enumerate(options) if normalize(text) in _spellings(option, index)]
     return ascii_uppercase[matching[0]] if len(matching) == 1 else letter
 
 
 def unwrap(text: str) -> str:
-    """Take off LaTeX, Markdown and brackets that stand around the whole text."""
+    """Remove LaTeX, Markdown and brackets that enclose the whole text."""
     text = text.strip()
     while wrapped := _WRAPPED.fullmatch(text):
         text = next(group for group in wrapped.groups() if group is not None).strip()
     return text
 
 
-def normal(text: str) -> str:
-    """NFKC, no case, single spaces, no brackets, quotes or stop at the ends."""
+def normalize(text: str) -> str:
+    """Apply NFKC, fold case, make spaces single, and strip round brackets, quotes and `.!?` from the ends."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split()).strip(" .!?\"'`()")
 
 
 def _letter(text: str, letters: str) -> str | None:
-    """The letter of `A`, `(A)`, `A.`, `A) text` and the like."""
+    """Return the letter of `A`, `(A)`, `A.`, `A) text` and similar forms."""
     start, end = answer_span(text)
     letter = text[start:end].upper()
     return letter if end - start == 1 and letter in letters else None
 
 
 def _spellings(option: str, index: int) -> set[str]:
-    """An option as it is, and without the letter that it may carry."""
+    """Return an option as it is, and without its letter if it has one."""
     label = _LABEL.match(option)
     if label and label[1].upper() == ascii_uppercase[index]:
-        return {normal(option), normal(option[label.end() :])}
-    return {normal(option)}
+        return {normalize(option), normalize(option[label.end() :])}
+    return {normalize(option)}

@@ -1,12 +1,12 @@
-"""Whether two formulas are equal, by the package `math-verify` (extra `math`), within a limit of processor time.
+"""Compare two formulas with the package `math-verify` (extra `math`), within a limit of processor time.
 
-A formula can be anything that a model writes, and some of them are computed for ever, in code that no signal interrupts
-(`9^{9^{9^9}}`); signals reach the main thread alone besides, and training need not run there. So another Python process
-computes. It is stopped when the time is up, started anew when it is needed again, and ends with this one.
+A model may write any formula, and some take for ever to compute, in code that no signal interrupts (`9^{9^{9^9}}`).
+Besides, signals reach only the main thread, and training need not run there. So another Python process computes. It is
+stopped when its time is up, started again when it is next needed, and ends with this process.
 
-The limit is one of processor time, which the operating system counts, not of the clock on the wall: what else the
-machine does makes no right answer wrong. What was cut off counts as unequal that once and is not remembered. So a
-formula is judged alike in each run, except for one that takes just about the limit, or on a machine of another speed.
+The limit is processor time, which the operating system counts, not wall-clock time: other work on the machine makes no
+right answer wrong. A comparison that is cut off counts as unequal, and the result is not cached. So a formula is judged
+the same in each run, unless it takes about as long as the limit, or the machine has another speed.
 """
 
 import atexit
@@ -24,63 +24,63 @@ from mlxvr.errors import ConfigError
 
 __all__ = ["are_equal", "is_available", "require"]
 
-_LIMIT_SECONDS = 5.0  # of the processor; what math-verify itself allows for one step
-_STALLED_SECONDS = 600.0  # of the clock; by then it is no formula that keeps the process from answering
-_START_SECONDS = 60.0  # it imports sympy, on a machine that may be busy
-_LONGEST = 2_000  # characters; a longer text is no formula that anybody compares
-_KEPT = 4_096  # results: a group's completions repeat the same few answers
+_LIMIT_SECONDS = 5.0  # of processor time, as math-verify itself allows for one step
+_STALLED_SECONDS = 600.0  # of wall-clock time; a process that has not answered by then is not busy with a formula
+_START_SECONDS = 60.0  # the process imports sympy, on a machine that may be busy
+_LONGEST = 2_000  # characters; a longer text is not a formula worth comparing
+_CACHE_SIZE = 4_096  # results: a group's completions repeat the same few answers
 
 
 def is_available() -> bool:
-    """Whether `math-verify` is installed."""
+    """Return whether `math-verify` is installed."""
     return importlib.util.find_spec("math_verify") is not None
 
 
 def require() -> None:
-    """Raise `ConfigError` where `math-verify` is not installed."""
+    """Raise `ConfigError` if `math-verify` is not installed."""
     if not is_available():
         raise ConfigError("questions of kind math need the package math-verify: pip install 'mlxvr[math]'")
 
 
-def are_equal(said: str, truth: str, *, seconds: float = _LIMIT_SECONDS) -> bool:
-    r"""Whether an answer is equal to the true one; False too when it cannot be computed, or not in time.
+def are_equal(answer: str, truth: str, *, seconds: float = _LIMIT_SECONDS) -> bool:
+    r"""Return whether an answer equals the true one; False also if that cannot be computed in time, or at all.
 
     Args:
-        said, truth: as `math_verify.parse` takes them: numbers, fractions and percentages as they are, formulas in
-            `$..$` or `\boxed{..}`. (Of other text it takes the last number.)
-        seconds: of the processor, the limit for both and their comparison.
+        answer, truth: in the form that `math_verify.parse` takes: numbers, fractions and percentages as they are,
+            formulas in `$..$` or `\boxed{..}`. (Of other text it takes the last number.)
+        seconds: the limit of processor time for parsing and comparing both.
 
-    Raises `ConfigError` where `math-verify` is not installed, does not start, or gets no processor for minutes.
+    Raises `ConfigError` if `math-verify` is not installed, does not start, or gets no processor time for minutes.
     """
     require()
-    if max(len(said), len(truth)) > _LONGEST:
+    if max(len(answer), len(truth)) > _LONGEST:
         return False
     with _LOCK:
         try:
-            return _ask(said, truth, seconds)
+            return _ask(answer, truth, seconds)
         except _CutOff:
             return False
 
 
 class _CutOff(Exception):
-    """The process ended before it answered: its time was up, or the formula brought it down."""
+    """The process ended before it answered: its time was up, or the formula crashed it."""
 
 
-class _Worker:
-    """The other process: a line of JSON in, a line out."""
+class _VerifierProcess:
+    """The process that compares formulas: it reads a line of JSON for each and writes a line."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
 
-    def ask(self, said: str, truth: str, seconds: float) -> bool:
+    def ask(self, answer: str, truth: str, seconds: float) -> bool:
         process = self._process
         if process is None or process.poll() is not None:
             self.stop()
             process = self._start()
         assert process.stdin is not None, "it was opened with a pipe"
         try:
-            process.stdin.write(json.dumps([said, truth, seconds]) + "\n")
+            process.stdin.write(json.dumps([answer, truth, seconds]) + "\n")
             process.stdin.flush()
             reply = self._lines.get(timeout=_STALLED_SECONDS)
         except queue.Empty:
@@ -102,7 +102,7 @@ class _Worker:
         process.kill()
         process.wait()
         assert process.stdin is not None, "it was opened with a pipe"
-        with suppress(OSError):  # what was not sent is lost with it
+        with suppress(OSError):  # the pipe is broken: unsent bytes are lost with the process
             process.stdin.close()
 
     def _start(self) -> "subprocess.Popen[str]":
@@ -113,7 +113,7 @@ class _Worker:
             stderr=subprocess.DEVNULL,
             encoding="utf-8",
             env={**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},
-            process_group=0,  # Ctrl-C is for the program, which may finish what it does
+            process_group=0,  # Ctrl-C then reaches the main program alone, which may want to finish its step
         )
         self._process, self._lines = process, queue.SimpleQueue()
         threading.Thread(target=_read, args=(process, self._lines), daemon=True).start()
@@ -123,12 +123,12 @@ class _Worker:
             ready = ""
         if not ready:
             self.stop()
-            raise ConfigError("math-verify is installed and does not start; see what `import math_verify` says")
+            raise ConfigError("math-verify is installed but does not start: run `import math_verify` to see the reason")
         return process
 
 
 def _read(process: "subprocess.Popen[str]", lines: "queue.SimpleQueue[str]") -> None:
-    """Pass on what the other process says; an empty line when it has ended."""
+    """Pass on the lines that the process writes, and an empty one when it has ended."""
     assert process.stdout is not None, "it was opened with a pipe"
     with process.stdout as stream:
         for line in stream:
@@ -136,32 +136,32 @@ def _read(process: "subprocess.Popen[str]", lines: "queue.SimpleQueue[str]") -> 
     lines.put("")
 
 
-_WORKER = _Worker()
+_PROCESS = _VerifierProcess()
 _LOCK = threading.Lock()
-_ask = lru_cache(_KEPT)(_WORKER.ask)
-atexit.register(_WORKER.stop)
+_ask = lru_cache(_CACHE_SIZE)(_PROCESS.ask)
+atexit.register(_PROCESS.stop)
 
 
 def _serve() -> None:
-    """What the other process does until its input ends."""
+    """Compare formulas, in the process of its own, until its input ends."""
     import faulthandler
     import signal
 
     import math_verify
 
     replies, sys.stdout = sys.stdout, sys.stderr
-    math_verify.verify(math_verify.parse("$1$", parsing_timeout=None), [], timeout_seconds=None)  # loads the rest of it
+    math_verify.verify(math_verify.parse("$1$", parsing_timeout=None), [], timeout_seconds=None)  # loads all of sympy
     print("ready", file=replies, flush=True)
     for line in sys.stdin:
-        said, truth, seconds = json.loads(line)
-        # The system counts the processor time and ends the process by a signal that nobody handles, whatever is being
-        # computed. Should it stand still with nobody left to stop it, a thread of its own ends it.
+        answer, truth, seconds = json.loads(line)
+        # The system counts the processor time and ends the process by a signal that is not handled, whatever is being
+        # computed. If the process hangs and its parent is gone, the watchdog thread of faulthandler ends it.
         signal.setitimer(signal.ITIMER_PROF, seconds)
         faulthandler.dump_traceback_later(_STALLED_SECONDS, exit=True)
         try:
-            one, other = (math_verify.parse(text, parsing_timeout=None) for text in (truth, said))
-            equal = bool(math_verify.verify(one, other, timeout_seconds=None))
-        except Exception:  # a formula that it cannot handle: anything from SympifyError to RecursionError
+            gold, target = (math_verify.parse(text, parsing_timeout=None) for text in (truth, answer))
+            equal = bool(math_verify.verify(gold, target, timeout_seconds=None))
+        except Exception:  # a formula that math-verify cannot handle: anything from SympifyError to RecursionError
             equal = False
         signal.setitimer(signal.ITIMER_PROF, 0.0)
         faulthandler.cancel_dump_traceback_later()

@@ -1,31 +1,33 @@
-r"""What a completion earns in training (arXiv 2601.05175, section 3; rules and weights as in the public code).
+r"""The reward of a completion in training (arXiv 2601.05175, section 3; rules and weights as in the public code).
 
     R = 0.9 R1(a1) + 1.1 R2(a2) + 1.0 Rformat + 0.3 Rfallback
 
-a1 is the box in the text before the first `<think>`, a2 the box in the text after the last `</think>`. A tag that is
-missing cuts nothing off, so both are read from a completion that is one box. Where there is not exactly one box the
-answer is empty and earns nothing; a box that never closes is none. R1 and R2 by the kind of the question:
+a1 is the box in the text before the first `<think>`, a2 the box in the text after the last `</think>`. Without a tag
+nothing is cut off, so both are read from a completion that is a single box. If a text does not have exactly one box,
+its answer is empty and earns nothing; a box that never closes does not count. R1 and R2 depend on the kind of the
+question:
 
-    exact_match   equal after NFKC, lower case and single spaces. One letter is that letter, alone, in any bracket
-                  (`(A)`, `[A]`) or before one of `) : ; / -`. yes/y/true/t/ok/okay and no/n/false/f, whatever
-                  punctuation is around them, are the two words. `A.` and `A. text` are no letter here: evaluation reads
-                  more kindly (`mlxvr.grading.lenient`)
-    math          equal for the package `math-verify`, which reads numbers, fractions and percentages as they are. A
-                  truth in `$..$` says that the answer may be a formula, and it is then read as one too
+    exact_match   equal after NFKC, lower case and single spaces. A letter may be alone, in any bracket (`(A)`, `[A]`)
+                  or before one of `) : ; / -`. yes/y/true/t/ok/okay are the same word, and so are no/n/false/f, with
+                  any punctuation around them. `A.` and `A. text` are not letters here: evaluation reads more leniently
+                  (`mlxvr.grading.lenient`)
+    math          equal for the package `math-verify`, which reads numbers, fractions and percentages as they are. If
+                  the truth is in `$..$`, the answer may be a bare formula, and is then read as a formula too
     iou           temporal IoU of the first interval in the text with the best of the true segments; 0 for a point
     gqa           `answer <> [start, end]`: the sum of both, from 0 to 2. Without `<>` both are read from the whole
 
-Rformat is 1 for a box, one `<think>..</think>`, a box, and nothing else but space. Rfallback is 1 when R2 > 0.7 and a1
-declines ("Let's analyze ..."); the public code adds 0.3 / 1.1 within R2, which is the same in total.
+Rformat is 1 for a box, one `<think>..</think>`, a box, and nothing else but space. Rfallback is 1 if R2 > 0.7 and a1
+declines ("Let's analyze ..."); the public code adds 0.3 / 1.1 within R2, which gives the same total.
 
-A letter is a letter first, as in the public grader: a bare `y` is not `yes` (an option may be Y), `y.` is.
+A single letter counts as a letter before it counts as a word, as in the public grader: `y` is not `yes` (an option may
+be Y), but `y.` is.
 
 Departures from the public code
-- Braces balance at any depth: `\boxed{\frac{\sqrt{3}}{2}}` is a box. Its patterns give up at the second level.
-- Reasoning that is empty has not the format; its pattern means to refuse that, and lets it pass.
-- A formula that is written bare (`2\sqrt{2}`) it can never find equal; `$..$` around the truth lets it. What it does
-  find equal (`12 cm^2` and `$12$`) is equal here as well.
-- Errors are not rewards of 0: a truth of the wrong form is said to be wrong.
+- Braces balance at any depth: `\boxed{\frac{\sqrt{3}}{2}}` is a box. The public patterns give up at the second level.
+- Empty reasoning does not have the format. The public pattern is meant to refuse it too, but lets it pass.
+- The public code never finds a bare formula (`2\sqrt{2}`) equal; here it can be if the truth is in `$..$`. Answers that
+  the public code does find equal (`12 cm^2` and `$12$`) are equal here as well.
+- Errors are not rewards of 0: a truth of the wrong form raises `DataError`.
 """
 
 import importlib
@@ -49,12 +51,12 @@ __all__ = [
     "Reward",
     "RewardFunction",
     "Weights",
-    "agree",
     "answers",
-    "ask_reward",
+    "call_reward",
+    "compare_answers",
     "format_reward",
+    "highest_reward",
     "load_reward",
-    "most",
     "score",
 ]
 
@@ -69,13 +71,13 @@ _BOOLEANS = {
 _FORMULA = re.compile(r"\$.+\$", re.DOTALL)
 _TWO_PARTS = "<>"
 _DECLINES = "Let's analyze"
-_SURE = 0.7  # R2 above which having declined to answer directly is rewarded
+_SURE = 0.7  # R2 above which it is rewarded to have declined the direct answer
 _GROUP = "mlxvr.rewards"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """What each part of a reward counts; any finite numbers."""
+    """The weight of each part of a reward; any finite numbers."""
 
     first: float = 0.9
     second: float = 1.1
@@ -94,13 +96,13 @@ _PAPER = Weights()
 
 @dataclass(frozen=True, kw_only=True)
 class Reward:
-    """What a completion earned.
+    """The reward of a completion, and its parts.
 
     Attributes:
         total: the weighted sum of the parts.
         first, second: R1 and R2, in [0, 1], for gqa in [0, 2].
         format: 1.0 or 0.0.
-        fallback: 1.0 when declining the direct answer was right, else 0.0.
+        fallback: 1.0 if it was right to decline the direct answer, else 0.0.
     """
 
     total: float
@@ -117,56 +119,57 @@ def score(completion: str, answer: Any, kind: str = "exact_match", *, weights: W
     """Score a completion.
 
     Args:
-        completion: what the model wrote, without the token that ends its turn.
-        answer: the truth, as `Row.answer` holds it or as the file gives it: a letter, a text or a formula; for "iou"
+        completion: the text that the model wrote, without the token that ends its turn.
+        answer: the truth, in the form of `Row.answer` or of the file: a letter, a text or a formula; for "iou"
             [start, end] in seconds or a list of such; for "gqa" [text, segments], `text <> [start, end]`, or a mapping
             of "answer" and "segments".
         kind: "exact_match", "math", "iou" or "gqa".
-        weights: of the parts.
+        weights: the weights of the parts.
 
     Raises:
-        DataError: the truth is not of that form, or the kind is unknown.
+        DataError: the truth does not have that form, or the kind is unknown.
         ConfigError: the kind is "math", and `math-verify` is not installed.
     """
-    rate = _judge(answer, kind)
-    said_first, said_second = answers(completion)
-    first, second, well_formed = rate(said_first), rate(said_second), format_reward(completion)
-    fallback = float(second > _SURE and said_first.startswith(_DECLINES))
+    rate = _make_rater(answer, kind)
+    first_answer, second_answer = answers(completion)
+    first, second, well_formed = rate(first_answer), rate(second_answer), format_reward(completion)
+    fallback = float(second > _SURE and first_answer.startswith(_DECLINES))
     total = weights.first * first + weights.second * second + weights.format * well_formed + weights.fallback * fallback
     return Reward(total=total, first=first, second=second, format=well_formed, fallback=fallback)
 
 
-def most(kind: str) -> float:
-    """The most that an answer can earn, unweighted: 2 for "gqa", which is the sum of two parts, else 1."""
+def highest_reward(kind: str) -> float:
+    """Return the most that an answer can earn, unweighted: 2 for "gqa", which is the sum of two parts, else 1."""
     return 2.0 if kind == "gqa" else 1.0
 
 
 def answers(completion: str) -> tuple[str, str]:
-    """a1 and a2 as the reward reads them, outer space removed; "" where there is not exactly one box."""
+    """Return a1 and a2 as the reward reads them, stripped; "" for a text without exactly one box."""
     return _only_box(completion.partition(_THINK)[0]), _only_box(completion.rpartition(_END_THINK)[2])
 
 
-def agree(one: str, other: str, kind: str = "exact_match") -> float:
-    """How far two answers say the same, in [0, 1]: equality or IoU as in `score`, for "gqa" half of each.
+def compare_answers(answer: str, truth: str, kind: str = "exact_match") -> float:
+    """Return how far two answers agree, in [0, 1]: equality or IoU as in `score`, for "gqa" half of each.
 
-    An answer that is empty or declines agrees with nothing; formulas of the same text agree. Raises as `score`.
+    An answer that is empty or declines agrees with nothing; formulas of the same text agree. Raises the same as
+    `score`.
     """
-    if any(not said.strip() or said.lstrip().startswith(_DECLINES) for said in (one, other)):
+    if any(not text.strip() or text.lstrip().startswith(_DECLINES) for text in (answer, truth)):
         return 0.0
     if kind == "iou":
-        return _iou(one, other)
+        return _iou(answer, truth)
     if kind == "gqa":
-        (text, where), (other_text, other_where) = _two_parts(one), _two_parts(other)
-        return (float(_is_same(text, other_text)) + _iou(where, other_where)) / 2
-    if kind == "math" and _is_same(one, other):
+        (text, interval), (true_text, true_interval) = _two_parts(answer), _two_parts(truth)
+        return (float(_is_same(text, true_text)) + _iou(interval, true_interval)) / 2
+    if kind == "math" and _is_same(answer, truth):
         return 1.0
-    if _FORMULA.fullmatch(one):  # either one may say that both are formulas
-        one, other = other, one
-    return _judge(other, kind)(one)
+    if _FORMULA.fullmatch(answer):  # `$..$` around either of them marks both as formulas
+        answer, truth = truth, answer
+    return _make_rater(truth, kind)(answer)
 
 
 def format_reward(completion: str) -> float:
-    """1.0 for a box, one `<think>..</think>` that is not empty, a box, and nothing else but space; else 0.0."""
+    """Return 1.0 for a box, one `<think>..</think>` that is not empty, a box, and nothing but space; else 0.0."""
     if completion.count(_THINK) != 1 or completion.count(_END_THINK) != 1:
         return 0.0
     before, _, rest = completion.partition(_THINK)
@@ -175,14 +178,14 @@ def format_reward(completion: str) -> float:
 
 
 def load_reward(name: str) -> RewardFunction:
-    """A reward function of the user's own.
+    """Load a reward function of the user's own.
 
     Args:
-        name: `module:function`, the module installed or in the working directory; or the name of an entry point of the
-            group `mlxvr.rewards`. The function takes a completion's text and its `mlxvr.data.rows.Row`, and
-            returns a number or a `Reward`.
+        name: `module:function`, of a module that is installed or in the working directory; or the name of an entry
+            point of the group `mlxvr.rewards`. The function takes a completion's text and its `mlxvr.data.rows.Row`,
+            and returns a number or a `Reward`.
 
-    Raises `ConfigError` when there is no such function, or its module fails.
+    Raises `ConfigError` if there is no such function, or its module fails.
     """
     module, separator, attribute = name.partition(":")
     points = {point.name: point for point in entry_points(group=_GROUP)}
@@ -201,12 +204,12 @@ def load_reward(name: str) -> RewardFunction:
     return function
 
 
-def ask_reward(function: RewardFunction, text: str, row: Row) -> Reward:
-    """What a user's own function says of a completion; the parts of a plain number are NaN.
+def call_reward(function: RewardFunction, text: str, row: Row) -> Reward:
+    """Call a user's own function on a completion; if it returns a plain number, the reward's parts are NaN.
 
     Raises:
         ConfigError: the function failed.
-        DataError: what it returned is no reward. Both messages begin with the row's line.
+        DataError: the function returned no reward. Both messages begin with the row's line.
     """
     try:
         earned = function(text, row)
@@ -221,36 +224,36 @@ def ask_reward(function: RewardFunction, text: str, row: Row) -> Reward:
     raise DataError(f"{row.line}: the reward function returned {earned!r}: a finite number or a Reward is needed")
 
 
-def _judge(answer: Any, kind: str) -> Callable[[str], float]:
-    """What rates an answer. The truth is looked at here, so that a wrong one is refused whatever was answered."""
+def _make_rater(answer: Any, kind: str) -> Callable[[str], float]:
+    """Return a function that rates answers. A truth of the wrong form is refused here, whatever the model answered."""
     if kind == "iou":
         segments = segments_of(answer)
-        return lambda said: best_iou(find_interval(said), segments)
+        return lambda text: best_iou(find_interval(text), segments)
     if kind == "gqa":
-        return _judge_grounded(answer)
+        return _make_grounded_rater(answer)
     if kind not in ("exact_match", "math"):
         raise DataError(f"kind {kind!r} has no reward; expected exact_match, math, iou or gqa")
     truth = _text_of(answer)
     if kind == "exact_match":
-        return lambda said: float(_is_same(said, truth))
+        return lambda text: float(_is_same(text, truth))
     math_equality.require()
-    return lambda said: float(_is_same_formula(said, truth))
+    return lambda text: float(_is_same_formula(text, truth))
 
 
-def _judge_grounded(answer: Any) -> Callable[[str], float]:
+def _make_grounded_rater(answer: Any) -> Callable[[str], float]:
     if isinstance(answer, str) and _TWO_PARTS in answer:
-        text, where = _two_parts(answer)
+        true_text, true_segments = _two_parts(answer)
     elif isinstance(answer, Mapping) and "answer" in answer:
-        text, where = answer["answer"], answer.get("segments", answer.get("segment"))
+        true_text, true_segments = answer["answer"], answer.get("segments", answer.get("segment"))
     elif isinstance(answer, Sequence) and not isinstance(answer, str) and len(answer) == 2:
-        text, where = answer
+        true_text, true_segments = answer
     else:
         raise DataError(f"answer {answer!r} of a grounded question; expected 'answer <> [start, end]'")
-    truth, segments = _text_of(text), segments_of(where)
+    truth, segments = _text_of(true_text), segments_of(true_segments)
 
-    def rate(said: str) -> float:
-        text, where = _two_parts(said)
-        return _is_same(text, truth) + best_iou(find_interval(where), segments)
+    def rate(completed: str) -> float:
+        text, interval = _two_parts(completed)
+        return _is_same(text, truth) + best_iou(find_interval(interval), segments)
 
     return rate
 
@@ -262,21 +265,21 @@ def _text_of(answer: Any) -> str:
 
 
 def _two_parts(text: str) -> tuple[str, str]:
-    """Before the first and after the last `<>`; without one both are the whole."""
+    """Return the text before the first `<>` and the text after the last; without one, twice the whole text."""
     return text.partition(_TWO_PARTS)[0], text.rpartition(_TWO_PARTS)[2]
 
 
-def _iou(one: str, other: str) -> float:
-    first, second = find_interval(one), find_interval(other)
-    return 0.0 if first is None or second is None else temporal_iou(first, second)
+def _iou(answer: str, truth: str) -> float:
+    predicted, true = find_interval(answer), find_interval(truth)
+    return 0.0 if predicted is None or true is None else temporal_iou(predicted, true)
 
 
-def _is_same(said: str, truth: str) -> bool:
-    return _canonical(said) == _canonical(truth)
+def _is_same(text: str, truth: str) -> bool:
+    return _canonical(text) == _canonical(truth)
 
 
 def _canonical(text: str) -> str:
-    """One spelling for all that are the same."""
+    """Return the one spelling of all texts that count as the same."""
     text = unicodedata.normalize("NFKC", text).strip().lower()
     letter = _LETTER.fullmatch(text)
     if letter:
@@ -286,29 +289,29 @@ def _canonical(text: str) -> str:
     return boolean or " ".join(text.split())
 
 
-def _is_same_formula(said: str, truth: str) -> bool:
-    if not said:
+def _is_same_formula(text: str, truth: str) -> bool:
+    if not text:
         return False
-    if math_equality.are_equal(said, truth):
+    if math_equality.are_equal(text, truth):
         return True
-    return _FORMULA.fullmatch(truth) is not None and "$" not in said and math_equality.are_equal(f"${said}$", truth)
+    return _FORMULA.fullmatch(truth) is not None and "$" not in text and math_equality.are_equal(f"${text}$", truth)
 
 
 def _boxes(text: str) -> list[tuple[int, int]]:
-    r"""Where the contents of the closed boxes stand that are in no other: characters [start, end).
+    r"""Return the contents of the outermost closed boxes as ranges of characters, [start, end).
 
-    One pass, whatever braces there are.
+    It takes one pass over the text, however many braces there are.
     """
-    found: list[tuple[int, int]] = []
-    opened: list[int | None] = []  # where the content of a box starts; None: a brace that is no box's
+    boxes: list[tuple[int, int]] = []
+    opened: list[int | None] = []  # where the content of an open box starts; None for a brace that opens no box
     for mark in _BRACES.finditer(text):
         if mark.group() != "}":
             opened.append(mark.end() if mark.group() == _BOX else None)
         elif opened and (start := opened.pop()) is not None:
-            while found and found[-1][0] > start:
-                found.pop()
-            found.append((start, mark.start()))
-    return found
+            while boxes and boxes[-1][0] > start:
+                boxes.pop()
+            boxes.append((start, mark.start()))
+    return boxes
 
 
 def _only_box(text: str) -> str:
@@ -317,7 +320,7 @@ def _only_box(text: str) -> str:
 
 
 def _is_box(text: str) -> bool:
-    """Whether a text is one box and space around it."""
+    """Return whether a text is one box with nothing but space around it."""
     boxes = _boxes(text)
     if len(boxes) != 1:
         return False

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlxvr.data.rows import Row, to_record
 from mlxvr.errors import Cancelled, ConfigError, DataError, MediaError
-from mlxvr.grading.reward import RewardFunction, ask_reward, most, score
+from mlxvr.grading.reward import RewardFunction, call_reward, highest_reward, score
 from mlxvr.media.spec import VisionSpec
 from mlxvr.runtime.hooks import Progress, ShouldStop
 from mlxvr.storage.jsonl_log import Ledger, read_entries, write_atomically
@@ -307,7 +307,7 @@ def _earned(row: Row, texts: Sequence[str], samples: int, reward: RewardFunction
         raise ConfigError(f"{row.line}: the sampler made {len(texts)} completions: expected {samples}")
     if reward is None:
         return [float(score(text, row.answer, row.kind).second) for text in texts]
-    rewards = [ask_reward(reward, text, row) for text in texts]
+    rewards = [call_reward(reward, text, row) for text in texts]
     return [earned.total if math.isnan(earned.second) else earned.second for earned in rewards]
 
 
@@ -333,7 +333,9 @@ def _decide(
             unlabelled += 1
             records.append(record)
         elif earned is not None:
-            highest = 1.0 if judges_all else most(row.kind)  # a user's own scale is held against the threshold as it is
+            highest = (
+                1.0 if judges_all else highest_reward(row.kind)
+            )  # a user's own scale is held against the threshold as it is
             right = sum(one >= threshold * highest for one in earned)
             never += right == 0
             always += right == samples

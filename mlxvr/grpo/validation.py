@@ -12,7 +12,7 @@ import numpy as np
 from mlxvr.answering.confidence import should_exit
 from mlxvr.answering.loop import Outcome, run_answer_loop
 from mlxvr.data.rows import Row
-from mlxvr.grading.reward import RewardFunction, Weights, ask_reward, most, score
+from mlxvr.grading.reward import RewardFunction, Weights, call_reward, highest_reward, score
 from mlxvr.grpo.step.rollout import Completion, Rollout
 from mlxvr.model.decode import Token
 from mlxvr.model.network import VideoModel
@@ -79,12 +79,12 @@ def judge_answer(
         weights: of the paper's reward.
         own: takes the place of the paper's reward; None: it does not.
 
-    Raises as `rewards.score` and `rewards.ask_reward`.
+    Raises the same as `score` and `call_reward`.
     """
     row, completion = group.prompt.row, group.completions[0]
     outcome = look_at(model, row, completion)
     earned = score(group.texts[0], row.answer, row.kind, weights=weights)
-    first, second = (float(part > RIGHT * most(row.kind)) for part in (earned.first, earned.second))
+    first, second = (float(part > RIGHT * highest_reward(row.kind)) for part in (earned.first, earned.second))
     stands = should_exit(outcome.scored, threshold)
     return Judged(
         first=first,
@@ -94,7 +94,7 @@ def judge_answer(
         reasoned=float(not stands),
         tokens=outcome.first_answer_tokens if stands else len(completion.ids),
         format=earned.format,
-        reward=earned.total if own is None else ask_reward(own, group.texts[0], row).total,
+        reward=earned.total if own is None else call_reward(own, group.texts[0], row).total,
     )
 
 

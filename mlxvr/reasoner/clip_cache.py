@@ -77,7 +77,7 @@ class ClipCache:
         own = _held(clip)
         self._shrink(clip, self.budget - need.plan.keys_values)
         if mx.get_active_memory() - own + need.plan.peak > self.limit:
-            device_memory.give_back()
+            device_memory.free_unused()
         for evicted in self._others(clip):
             if mx.get_active_memory() - own + need.plan.peak <= self.limit:
                 break

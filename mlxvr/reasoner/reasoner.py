@@ -120,7 +120,7 @@ def load(
         if value is not None and not isinstance(value, str | PathLike):
             raise ConfigError(f"{name} is {value!r}: give the path of a folder" + " or a Hub id" * (name == "model"))
     folder = find_folder(model, revision=revision, progress=progress)
-    worker = Worker(release=device_memory.give_back)
+    worker = Worker(release=device_memory.free_unused)
     try:
         limit = device_memory.usable_memory() if memory_limit is None else int(memory_limit * 1e9)
         network = worker.call(lambda _: _load_within(limit, folder, adapter=adapter, dtype=dtype))
@@ -486,7 +486,7 @@ class Clip:
             raise
         except Exception:
             self._prefix = None
-            device_memory.give_back()
+            device_memory.free_unused()
             raise
 
     def _think(self, question: AskRequest, should_stop: ShouldStop) -> Iterator[Event]:

@@ -1,1 +1,1 @@
-"""The process and its device: threads, ranks, memory, and how long work reports progress and is stopped."""
+"""The process and its device: threads, ranks, memory, and the callbacks that report progress or stop long work."""

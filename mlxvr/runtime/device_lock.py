@@ -1,16 +1,16 @@
-"""Whose turn it is to evaluate: MLX work of one process happens on one thread at a time.
+"""A lock on the device: only one thread of a process evaluates MLX arrays at a time.
 
-Two threads that evaluate MLX arrays at once have crashed processes: on Metal (ml-explore/mlx issue 3078) and on CUDA,
-with MLX alone. All reasoners therefore share one thread (`mlxvr.runtime.worker`), and whatever else evaluates (loading
-a model, converting, verifying, training) holds the device while it does. So may an app that evaluates arrays of its
-own:
+Two threads that evaluate MLX arrays at once have crashed processes, with nothing but MLX involved: on Metal
+(ml-explore/mlx issue 3078) and on CUDA. So all reasoners share one thread (`mlxvr.runtime.worker`), and all other work
+that evaluates (loading a model, converting, verifying, training) holds the device meanwhile. An app that evaluates
+arrays of its own can do the same:
 
     with use_device():
         mx.eval(...)
 
-Turns are given in the order in which they were asked for. A thread that holds the device may ask again; one that waits
-for another thread's result lends it (`lent`), so that a reward function may ask a reasoner while a training step holds
-the device.
+Threads get the device in the order in which they asked for it. A thread that holds it may acquire it again. A thread
+that waits for another thread's result lends the device (`lent`), so that a reward function can ask a reasoner while a
+training step holds the device.
 """
 
 import threading
@@ -24,7 +24,7 @@ __all__ = ["acquire", "hand_over", "is_wanted", "lent", "release", "use_device"]
 
 
 class _Turns:
-    """Who holds the device and who waits for it."""
+    """The thread that holds the device, and the threads that wait for it."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()  # held for a few instructions only
@@ -33,7 +33,7 @@ class _Turns:
         self.waiting: deque[tuple[threading.Event, int]] = deque()
 
     def pass_on(self) -> None:
-        """Give the device to the first that waits; the lock is held."""
+        """Give the device to the first thread that waits; the caller holds `lock`."""
         self.owner, self.depth = None, 0
         if self.waiting:
             turn, self.owner = self.waiting.popleft()
@@ -45,7 +45,7 @@ _turns = _Turns()
 
 
 def acquire(timeout: float | None = None) -> bool:
-    """Wait for the device, at most `timeout` seconds; whether the calling thread has it now."""
+    """Wait for the device, at most `timeout` seconds; return whether the calling thread has it now."""
     thread = threading.get_ident()
     with _turns.lock:
         if _turns.owner == thread:
@@ -61,7 +61,7 @@ def acquire(timeout: float | None = None) -> bool:
     finally:
         if not granted:
             with _turns.lock:
-                if turn.is_set():  # it came while the wait ended
+                if turn.is_set():  # the device arrived just after the timeout
                     granted = True
                 else:
                     _turns.waiting.remove((turn, thread))
@@ -69,7 +69,7 @@ def acquire(timeout: float | None = None) -> bool:
 
 
 def release() -> None:
-    """End the innermost `acquire` of the calling thread; the last one waits for the thread's MLX work first."""
+    """Undo the calling thread's innermost `acquire`; undoing the outermost first waits for the thread's MLX work."""
     if _turns.depth == 1:
         _wait_for_queue()
     with _turns.lock:
@@ -79,13 +79,13 @@ def release() -> None:
 
 
 def is_wanted() -> bool:
-    """Whether another thread waits for the device."""
+    """Return whether another thread waits for the device."""
     return bool(_turns.waiting)
 
 
 @contextmanager
 def use_device() -> Iterator[None]:
-    """Hold the device: no other thread evaluates inside. Also a decorator."""
+    """Hold the device: no other thread evaluates within the block. Also works as a decorator."""
     acquire()
     try:
         yield
@@ -95,7 +95,7 @@ def use_device() -> Iterator[None]:
 
 @contextmanager
 def lent() -> Iterator[None]:
-    """Leave the device to others while the calling thread waits for one of them; a no-op if it does not hold it."""
+    """Let other threads have the device within the block, then take it back; a no-op if the caller does not hold it."""
     if _turns.owner != threading.get_ident():
         yield
         return
@@ -111,14 +111,14 @@ def lent() -> Iterator[None]:
 
 
 def hand_over() -> None:
-    """Let those that wait have their turn now, then go on; for long work, between its steps."""
+    """Let the threads that wait have the device now, then take it back; for use between the steps of long work."""
     if is_wanted():
         with lent():
             pass
 
 
 def _wait_for_queue() -> None:
-    """Let what the calling thread has queued end: it must not run into the next thread's work."""
+    """Wait for the operations that the calling thread has queued: they must not overlap with the next thread's work."""
     try:
         mx.synchronize()
     except RuntimeError as error:

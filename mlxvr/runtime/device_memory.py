@@ -1,7 +1,7 @@
-"""Memory on the accelerator: what was used at most, what may be wired, and giving it back.
+"""Memory of the accelerator: measure its peak, set its limits, and free it.
 
-The one place that asks which backend runs: wiring memory exists on Metal alone, where it keeps a large model's weights
-from being paged out between tokens (mlx-lm does the same).
+This is the only module that asks which backend runs. Memory can be wired on Metal alone, where that keeps a large
+model's weights from being paged out between tokens (mlx-lm does the same).
 """
 
 import gc
@@ -21,7 +21,7 @@ __all__ = [
     "backend",
     "clear_cache",
     "fast_dtype",
-    "give_back",
+    "free_unused",
     "limited",
     "physical_memory",
     "refuse_over",
@@ -33,7 +33,7 @@ __all__ = [
 
 
 class Peak:
-    """The most bytes that MLX's allocator held at once since `track_peak` began, whatever thread asked for them."""
+    """The most bytes that MLX's allocator has held at once since `track_peak` began, for all threads together."""
 
     def __init__(self) -> None:
         self._before = 0  # the highest before another tracker reset the allocator's mark
@@ -45,19 +45,19 @@ class Peak:
         return self._before if self._is_over else max(self._before, int(mx.get_peak_memory()))
 
     def keep(self, *, is_over: bool = False) -> None:
-        """Note the allocator's mark, which is about to be reset; `is_over`: nothing later counts."""
+        """Note the allocator's high-water mark before it is reset; with `is_over`, later marks do not count."""
         self._before, self._is_over = self.bytes, is_over
 
 
 _lock = threading.Lock()
-_peaks: list[Peak] = []  # that are being tracked; there is one high-water mark for all
+_peaks: list[Peak] = []  # the peaks that are being tracked; MLX has one high-water mark for all of them
 
 
 @contextmanager
 def track_peak() -> Iterator[Peak]:
-    """Reset the allocator's high-water mark and report it; turns an allocation failure into `OutOfMemoryError`.
+    """Track the allocator's peak within the block; an allocation that fails there raises `OutOfMemoryError`.
 
-    Any number of them may overlap.
+    Any number of such blocks may overlap.
     """
     peak = Peak()
     with _lock:
@@ -71,7 +71,7 @@ def track_peak() -> Iterator[Peak]:
         if "allocate" not in str(error).lower():
             raise
         held = peak.bytes / 2**30
-        clear_frames(error.__traceback__)  # the arrays of the failed work go now, not with the error
+        clear_frames(error.__traceback__)  # frees the arrays of the failed work, which the error would keep alive
         raise OutOfMemoryError(
             f"the model ran out of memory after holding {held:.1f} GiB: use fewer video tokens, a smaller "
             "prefill step, quantized keys and values, or fewer bits per weight"
@@ -83,7 +83,7 @@ def track_peak() -> Iterator[Peak]:
 
 
 class _SharedLimit:
-    """A limit of the whole process, wanted by any number of users at once; the last one puts back what was there."""
+    """A limit of the whole process that several users may set at once; the last of them restores the original."""
 
     def __init__(self, set_limit: Callable[[int], int], choose: Callable[[Iterable[int]], int]):
         self._set, self._choose = set_limit, choose
@@ -112,7 +112,7 @@ _memory_limit = _SharedLimit(lambda limit: mx.set_memory_limit(limit), min)
 
 @contextmanager
 def wired() -> Iterator[None]:
-    """Keep what is allocated inside in physical memory, as far as the system recommends; a no-op off Metal."""
+    """Keep arrays allocated within the block in physical memory, up to the system's recommendation; no-op off Metal."""
     if not mx.metal.is_available():
         yield
         return
@@ -122,10 +122,10 @@ def wired() -> Iterator[None]:
 
 @contextmanager
 def limited(gigabytes: float | None) -> Iterator[None]:
-    """Let MLX wait for work in line before it takes more memory than this; None: its own limit.
+    """Make MLX wait for queued operations before it allocates more memory than this; None: use MLX's own limit.
 
-    MLX prepares work ahead of the device, and what waits in line has its memory already. Near the limit it waits,
-    which costs a little time; beyond it the work goes on.
+    MLX queues operations ahead of the device and allocates their outputs when it queues them. Near the limit it waits
+    for earlier ones to end, which costs a little time. The limit is soft: an operation that needs more still runs.
     """
     if gigabytes is None:
         yield
@@ -135,74 +135,75 @@ def limited(gigabytes: float | None) -> Iterator[None]:
 
 
 def backend() -> str:
-    """What MLX computes on: "cpu", "metal" or "cuda"."""
+    """Return the backend that MLX computes on: "cpu", "metal" or "cuda"."""
     if mx.default_device() == mx.Device(mx.cpu):
         return "cpu"
     return "metal" if mx.metal.is_available() else "cuda"
 
 
 def avoid_cpu_compiler() -> None:
-    """Turn `mx.compile` off where MLX runs on the CPU; a no-op on Metal and CUDA.
+    """Turn `mx.compile` off if MLX runs on the CPU; a no-op on Metal and CUDA.
 
-    There it writes C++ and calls the system's compiler while the program runs: some eight seconds for the first answer
-    on a fresh machine, an error on one without a compiler, and no faster afterwards (Linux, mlx 0.32.4).
+    On the CPU, `mx.compile` writes C++ and calls the system's compiler while the program runs. That takes about eight
+    seconds for the first answer on a fresh machine, fails on a machine without a compiler, and makes later answers no
+    faster (Linux, mlx 0.32.4).
     """
     if backend() == "cpu":
         mx.disable_compile()
 
 
 def fast_dtype() -> str | None:
-    """The dtype to compute in where a model's own would be many times slower: float32 on the CPU; None: its own."""
+    """Return the dtype to compute in if the model's own would be many times slower: float32 on the CPU, else None."""
     return "float32" if backend() == "cpu" else None
 
 
 def physical_memory() -> int:
-    """How many bytes of memory the device has; where MLX does not say, the machine."""
+    """Return the bytes of memory that the device has, or the machine if MLX does not know the device's."""
     info = mx.device_info()
     known = info.get("memory_size") or info.get("total_memory") or 0
     return int(known) or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def usable_memory() -> int:
-    """How many bytes of memory MLX should use at most: on Metal what the system recommends, elsewhere all there is.
+    """Return the most bytes of memory that MLX should use: on Metal the system's recommendation, elsewhere all of it.
 
-    Metal ends the process when a kernel finds no memory, which nothing can catch.
+    Metal ends the process if a kernel finds no memory, and no exception handler can catch that.
     """
     info = mx.device_info()
     return int(info.get("max_recommended_working_set_size") or 0) or physical_memory()
 
 
 def active_memory() -> int:
-    """How many bytes MLX's arrays of this process take."""
+    """Return the bytes that the MLX arrays of this process take."""
     return int(mx.get_active_memory())
 
 
 def refuse_over(limit: int, weights: int) -> None:
-    """Raise `OutOfMemoryError` when a model's weights do not fit beside what this process holds."""
+    """Raise `OutOfMemoryError` if a model's weights (bytes) do not fit into `limit` beside this process's arrays."""
     held = active_memory()
     if held + weights > limit:
-        give_back()
+        free_unused()
         held = active_memory()
     if held + weights > limit:
-        beside = f" beside the {held / 1e9:.1f} GB that are in use" if held > limit / 100 else ""
+        in_use = f" beside the {held / 1e9:.1f} GB that are in use" if held > limit / 100 else ""
         raise OutOfMemoryError(
-            f"the model's weights take {weights / 1e9:.1f} GB{beside}, and MLX may use {limit / 1e9:.1f} GB here: "
+            f"the model's weights take {weights / 1e9:.1f} GB{in_use}, and MLX may use {limit / 1e9:.1f} GB here: "
             "convert it to fewer bits (4 bits take about a quarter of bfloat16), or use a smaller model"
         )
 
 
 def clear_cache() -> None:
-    """Free the buffers that the allocator keeps for later."""
+    """Free the buffers that the allocator keeps for reuse."""
     mx.clear_cache()
 
 
-def give_back() -> None:
-    """Free all that is no longer used; looks for cycles, which takes a good part of a second in a large process."""
+def free_unused() -> None:
+    """Free all memory that is no longer used; collects cycles, which may take half a second in a large process."""
     gc.collect()  # modules hold each other in cycles
     clear_cache()
 
 
 def release_thread() -> None:
-    """Free the allocator's cache and the calling thread's streams; the last MLX call that a thread makes."""
+    """Free the allocator's cache and the calling thread's streams; it must be the thread's last MLX call."""
     clear_cache()
     mx.clear_streams()

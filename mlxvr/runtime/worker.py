@@ -1,18 +1,18 @@
 """One thread for the MLX work of all reasoners in a process.
 
 MLX's streams belong to the thread that made them, and two threads that evaluate at once may crash the process (see
-`mlxvr.runtime.device_lock`). An app that calls from a GUI callback, a thread pool and a notebook would trip over both,
-so all workers of a process share one thread. Each `Worker` is a queue of its own: its pieces of work run in order, and
-the workers take turns, a call or one item of a stream at a time. Callers wait for the result (`Worker.call`) or read
-items as they come (`Worker.stream`). Cancelling or closing a worker concerns its own work only.
+`mlxvr.runtime.device_lock`). An app that calls from a GUI callback, a thread pool and a notebook would meet both
+problems, so all workers of a process share one thread. Each `Worker` has a task queue: its tasks run in order, and the
+workers take turns, with one call or one item of a stream per turn. Callers wait for the result (`Worker.call`) or read
+items as they come (`Worker.stream`). Cancelling or closing a worker stops only its own tasks.
 
-Each piece of work is handed a `should_stop` callable and looks at it between steps; when it says yes the work raises
-`Cancelled`. It says yes once the caller is gone (interrupted, or its stream was closed or forgotten), after `cancel`,
-or after `close`.
+Each task gets a `should_stop` function and calls it between its steps. If it returns True, the task raises `Cancelled`.
+It returns True once the caller is gone (interrupted, or its stream was closed or garbage-collected), after `cancel`, or
+after `close`.
 
-The thread starts with the first worker and ends with the last. It is a daemon that is ended at the interpreter's exit,
-not an executor's: an executor's thread is joined before that, and MLX aborts the process if a thread has ended without
-releasing its streams. Finalizers may run anywhere, also inside this module, so they take no lock and wait for nothing:
+The thread starts with the first worker and ends with the last. It is a daemon thread that an exit handler ends, not an
+executor's thread: that is joined before exit handlers run, and MLX aborts the process if a thread ends without
+releasing its streams. Finalizers may run anywhere, even inside this module, so they take no lock and wait for nothing:
 they set flags and put messages in a queue.
 """
 
@@ -34,23 +34,23 @@ __all__ = ["Worker"]
 T = TypeVar("T")
 
 _END = object()
-_POLL_SECONDS = 0.05  # how often cancelled work is looked for while another thread holds the device
+_POLL_SECONDS = 0.05  # how often to look for cancelled tasks while another thread holds the device
 
 
 class Worker:
-    """Runs pieces of work one after another, on the thread that all workers share."""
+    """Runs tasks one after another, on the thread that all workers share."""
 
     def __init__(self, *, release: Callable[[], None] | None = None):
-        """Join the thread, or start it.
+        """Join the shared thread, or start it.
 
         Args:
-            release: called on the thread as the worker's last act: when it is closed or forgotten, or at the
-                interpreter's exit.
+            release: called on the thread as the worker's last action: when it is closed or garbage-collected, or at
+                the interpreter's exit.
         """
-        self._line = _Line(release)
-        self._lock = threading.Lock()  # nothing is handed in after `close`
-        self._thread = _join(self._line)
-        self._end = finalize(self, _leave, self._line, self._thread)
+        self._queue = _TaskQueue(release)
+        self._lock = threading.Lock()  # so that no task is submitted after `close`
+        self._thread = _join(self._queue)
+        self._end = finalize(self, _leave, self._queue, self._thread)
 
     @property
     def closed(self) -> bool:
@@ -58,70 +58,71 @@ class Worker:
         return not self._end.alive
 
     def call(self, work: Callable[[ShouldStop], T]) -> T:
-        """Run `work(should_stop)` on the thread and return what it returns, or raise what it raises.
+        """Run `work(should_stop)` on the thread; return its result, or raise its error.
 
-        Raises `ConfigError` when it is called on the thread itself, which would wait for itself for ever.
+        Raises `ConfigError` if it is called on the thread itself, which would wait for itself for ever.
         """
         self._refuse_own_thread()
-        job: _Job[T] = _Job(work, self._line)
-        self._hand_in(job)
+        task: _Task[T] = _Task(work, self._queue)
+        self._submit(task)
         try:
             with device_lock.lent():
-                return job.future.result()
+                return task.future.result()
         except BaseException:
-            job.stop.set()  # an interrupt here must not leave the thread working for nobody
+            task.stop.set()  # after an interrupt here, nobody waits for the result
             raise
 
     def stream(self, work: Callable[[ShouldStop], Iterator[T]]) -> Generator[T, None, None]:
         """Run `work(should_stop)` on the thread and yield its items as they come.
 
-        The work starts now, not at the first `next`. Closing the generator, from any thread and also before its first
-        item, stops the work and waits until it has ended, so that what it worked on is in a known state; a thread that
-        waits in `next` then gets `Cancelled`. A generator that is dropped stops its work without waiting.
+        The work starts now, not at the first `next`. Closing the generator, from any thread and even before its first
+        item, stops the work and waits until it has ended, so that the objects it used are in a known state. A thread
+        that waits in `next` gets `Cancelled` then. A generator that is garbage-collected stops its work without
+        waiting.
 
-        Raises `ConfigError` when it is called on the thread itself.
+        Raises `ConfigError` if it is called on the thread itself.
         """
         self._refuse_own_thread()
-        job = _StreamJob(work, self._line)
-        self._hand_in(job)
-        return _Stream(job, self._thread)
+        task = _StreamTask(work, self._queue)
+        self._submit(task)
+        return _Stream(task, self._thread)
 
     def run_here(self, work: Callable[[ShouldStop], T]) -> T:
-        """Run `work(should_stop)` on the calling thread; `cancel` and `close` stop it too. For work without MLX."""
+        """Run `work(should_stop)`, which must not use MLX, on the calling thread; `cancel` and `close` stop it too."""
         stop = _Flag()
         with self._lock:
             self._refuse_closed()
-            self._line.pending.add(stop)
+            self._queue.pending.add(stop)
         try:
             return work(stop.is_set)
         finally:
-            self._line.pending.discard(stop)
+            self._queue.pending.discard(stop)
 
     def cancel(self) -> None:
-        """Ask all work of this worker that runs or waits to stop: its callers get `Cancelled`."""
-        self._line.stop_all()
+        """Ask all tasks of this worker, running or waiting, to stop; their callers get `Cancelled`."""
+        self._queue.stop_all()
 
     def close(self, last: Callable[[], None] | None = None) -> None:
-        """Stop all work, run `last` on the thread, release what the worker owns; idempotent, from any thread.
+        """Stop all tasks, run `last` on the thread, then `release`; idempotent, from any thread.
 
-        Waits for the end, except on the thread itself.
+        It waits until that is done, except on the thread itself.
         """
         with self._lock:
             if last is not None and self._end.alive:
-                self._line.stop_all()
-                self._thread.inbox.put(_Job(lambda _: last(), self._line, is_internal=True))
+                self._queue.stop_all()
+                self._thread.inbox.put(_Task(lambda _: last(), self._queue, is_internal=True))
             self._end()
         if not self._thread.is_current:
             with device_lock.lent():
-                self._line.ended.wait()
+                self._queue.ended.wait()
                 if self._thread.ending:
                     self._thread.thread.join()
 
-    def _hand_in(self, job: "_Job[Any]") -> None:
+    def _submit(self, task: "_Task[Any]") -> None:
         with self._lock:
             self._refuse_closed()
-            self._line.pending.add(job.stop)
-            self._thread.inbox.put(job)
+            self._queue.pending.add(task.stop)
+            self._thread.inbox.put(task)
 
     def _refuse_closed(self) -> None:
         if self.closed:
@@ -130,13 +131,13 @@ class Worker:
     def _refuse_own_thread(self) -> None:
         if self._thread.is_current:
             raise ConfigError(
-                "this was called from a callback that runs on the thread of all reasoners (such as progress): it would "
-                "wait for itself for ever; call it once the callback has returned, or from another thread"
+                "this was called from a callback (such as progress) that runs on the thread of all reasoners, which "
+                "would wait for itself for ever: call it after the callback has returned, or from another thread"
             )
 
 
 class _Flag:
-    """Says that work should stop. Not an `Event`, whose lock a finalizer must not take."""
+    """A flag that tells a task to stop. It is not an `Event`, whose lock a finalizer must not take."""
 
     def __init__(self) -> None:
         self._value = False
@@ -148,17 +149,17 @@ class _Flag:
         return self._value
 
 
-class _Line:
-    """A worker's work that waits or runs. Holds no reference to the worker, which may be forgotten."""
+class _TaskQueue:
+    """The running and waiting tasks of a worker. No reference to the worker, which can then be collected."""
 
     def __init__(self, release: Callable[[], None] | None):
-        self.pending: set[_Flag] = set()  # of all work that was handed in
+        self.pending: set[_Flag] = set()  # the flags of all tasks that were submitted and have not ended
         self.ended = threading.Event()
-        self.jobs: deque[_Job[Any]] = deque()  # of the thread alone
+        self.tasks: deque[_Task[Any]] = deque()  # used by the shared thread alone
         self._release = release
 
     def release_once(self) -> None:
-        """Release what the worker owns."""
+        """Call the worker's `release`, the first time only."""
         release, self._release = self._release, None
         if release is not None:
             release()
@@ -168,11 +169,11 @@ class _Line:
             stop.set()
 
 
-class _Job(Generic[T]):
-    """A piece of work and its result."""
+class _Task(Generic[T]):
+    """A function to run on the thread, and its result."""
 
-    def __init__(self, work: Callable[[ShouldStop], T], line: _Line, *, is_internal: bool = False):
-        self.line = line
+    def __init__(self, work: Callable[[ShouldStop], T], task_queue: _TaskQueue, *, is_internal: bool = False):
+        self.task_queue = task_queue
         self.is_internal = is_internal
         self.stop = _Flag()
         self.future: Future[T] = Future()
@@ -180,11 +181,11 @@ class _Job(Generic[T]):
 
     @property
     def needs_device(self) -> bool:
-        """Whether the next step may evaluate."""
+        """Whether the next step may evaluate MLX arrays."""
         return not self.is_internal and not self.stop.is_set()
 
     def step(self) -> bool:
-        """Do the next part, on the thread; whether that was the last. Never raises: an error belongs to the caller."""
+        """Run the next part, on the thread; return whether it was the last. Never raises: the caller gets the error."""
         assert self._work is not None
         try:
             if self.stop.is_set():
@@ -197,19 +198,19 @@ class _Job(Generic[T]):
         return True
 
     def _finish(self, result: Any = None, error: BaseException | None = None) -> None:
-        self._work = None  # what it holds may be large, and the caller may keep the future
-        self.line.pending.discard(self.stop)
+        self._work = None  # it may hold large objects, and the caller may keep the future
+        self.task_queue.pending.discard(self.stop)
         if error is None:
             self.future.set_result(result)
         else:
             self.future.set_exception(error)
 
 
-class _StreamJob(_Job[Any]):
-    """Work that yields items; a step is one of them."""
+class _StreamTask(_Task[Any]):
+    """A task that yields items; each step yields one."""
 
-    def __init__(self, work: Callable[[ShouldStop], Iterator[Any]], line: _Line):
-        super().__init__(work, line)
+    def __init__(self, work: Callable[[ShouldStop], Iterator[Any]], task_queue: _TaskQueue):
+        super().__init__(work, task_queue)
         self.items: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._iterator: Iterator[Any] | None = None
 
@@ -240,44 +241,45 @@ class _StreamJob(_Job[Any]):
         self.items.put(_END)
 
 
-class _Leave(_Job[None]):
-    """The last of a worker's line."""
+class _LastTask(_Task[None]):
+    """The last task of a worker, which calls `release`."""
 
-    def __init__(self, line: _Line):
-        super().__init__(lambda _: line.release_once(), line, is_internal=True)
+    def __init__(self, task_queue: _TaskQueue):
+        super().__init__(lambda _: task_queue.release_once(), task_queue, is_internal=True)
 
 
 class _Stream(Generator[T, None, None]):
-    """The caller's end of a stream; its methods may be called from any thread."""
+    """The generator that a caller reads; its methods may be called from any thread."""
 
-    def __init__(self, job: _StreamJob, thread: "_Thread"):
-        self._job = job
+    def __init__(self, task: _StreamTask, thread: "_Thread"):
+        self._task = task
         self._thread = thread
         self._is_over = False
         self._closed_by: int | None = None
-        finalize(self, job.stop.set).atexit = False
+        finalize(self, task.stop.set).atexit = False
 
     def send(self, value: None, /) -> T:
-        """The next item."""
+        """Return the next item."""
         if value is not None:
-            raise TypeError("this stream takes nothing in: use next()")
+            raise TypeError("this stream takes no values: use next()")
         if self._is_over:
             raise self._end()
-        if self._thread.is_current and self._job.items.empty():
+        if self._thread.is_current and self._task.items.empty():
             raise ConfigError(
-                "a stream cannot be read by a callback of the thread that writes it: it would wait for ever"
+                "a stream cannot be read by a callback on the thread that writes it, which would wait for ever: "
+                "read it on another thread"
             )
         try:
             with device_lock.lent():
-                item = self._job.items.get()
+                item = self._task.items.get()
         except BaseException:  # an interrupt
             self.close()
             raise
         if item is not _END:
             return item
-        self._job.items.put(_END)  # for another thread that may wait as well
+        self._task.items.put(_END)  # wakes another thread that may be waiting too
         was_over, self._is_over = self._is_over, True
-        error = self._job.future.exception()
+        error = self._task.future.exception()
         if error is not None and not was_over:
             raise error
         raise self._end()
@@ -290,16 +292,16 @@ class _Stream(Generator[T, None, None]):
         raise error
 
     def close(self) -> None:
-        """Stop the work and wait until it has ended; on the thread that does it, without waiting."""
+        """Stop the task and wait until it has ended; on the shared thread, do not wait."""
         if not self._is_over:
             self._is_over, self._closed_by = True, threading.get_ident()
-        self._job.stop.set()
+        self._task.stop.set()
         if not self._thread.is_current:
             with device_lock.lent():
-                self._job.future.exception()  # an error of abandoned work has no reader
+                self._task.future.exception()  # waits; the error of an abandoned task is dropped
 
     def _end(self) -> Exception:
-        """What a reader gets after the end: told once when another thread has closed the stream."""
+        """Return the exception for a reader after the end; the first reader learns of a close by another thread."""
         closed_by, self._closed_by = self._closed_by, None
         if closed_by in (None, threading.get_ident()):
             return StopIteration()
@@ -307,23 +309,23 @@ class _Stream(Generator[T, None, None]):
 
 
 class _Thread:
-    """The thread that all workers of a process share, while there are any."""
+    """The thread that all workers of a process share; it exists while there are any."""
 
     def __init__(self, predecessor: "_Thread | None"):
-        self.inbox: queue.SimpleQueue[_Job[Any]] = queue.SimpleQueue()
-        self.lines: set[_Line] = set()
+        self.inbox: queue.SimpleQueue[_Task[Any]] = queue.SimpleQueue()
+        self.task_queues: set[_TaskQueue] = set()
         self.ending = False
         self._predecessor = predecessor
-        self._turns: deque[_Line] = deque()  # lines that have work
+        self._turns: deque[_TaskQueue] = deque()  # the queues that have tasks, in the order of their turns
         self.thread = threading.Thread(target=self._run, name="mlxvr-device", daemon=True)
 
     @property
     def is_current(self) -> bool:
-        """Whether the caller runs on it."""
+        """Whether the caller runs on this thread."""
         return threading.current_thread() is self.thread
 
     def _run(self) -> None:
-        """One turn after another, until the last line has left or the interpreter ends."""
+        """Run one turn after another, until the last worker has left or the interpreter ends."""
         if self._predecessor is not None:
             self._predecessor.thread.join()
             self._predecessor = None
@@ -333,14 +335,14 @@ class _Thread:
                 if not self._turns and holds_device:
                     device_lock.release()
                     holds_device = False
-                self._take_in(wait=not self._turns)
-                line = self._turns.popleft()
-                if line.jobs[0].needs_device and not holds_device:
+                self._sort_inbox(wait=not self._turns)
+                task_queue = self._turns.popleft()
+                if task_queue.tasks[0].needs_device and not holds_device:
                     holds_device = device_lock.acquire(_POLL_SECONDS)
                     if not holds_device:
-                        self._turns.append(line)
+                        self._turns.append(task_queue)
                         continue
-                self._step(line)
+                self._step(task_queue)
                 if holds_device and device_lock.is_wanted():
                     device_lock.release()
                     holds_device = False
@@ -349,64 +351,64 @@ class _Thread:
                 device_lock.release()
             device_memory.release_thread()
 
-    def _take_in(self, *, wait: bool) -> None:
-        """Sort what was handed in into its lines."""
+    def _sort_inbox(self, *, wait: bool) -> None:
+        """Move submitted tasks from the inbox to the queues of their workers."""
         while True:
             try:
-                job = self.inbox.get(block=wait)
+                task = self.inbox.get(block=wait)
             except queue.Empty:
                 return
             wait = False
-            job.line.jobs.append(job)
-            if len(job.line.jobs) == 1:
-                self._turns.append(job.line)
+            task.task_queue.tasks.append(task)
+            if len(task.task_queue.tasks) == 1:
+                self._turns.append(task.task_queue)
 
-    def _step(self, line: _Line) -> None:
-        job = line.jobs[0]
-        if not job.step():
-            self._turns.append(line)
+    def _step(self, task_queue: _TaskQueue) -> None:
+        task = task_queue.tasks[0]
+        if not task.step():
+            self._turns.append(task_queue)
             return
-        line.jobs.popleft()
-        if isinstance(job, _Leave):
+        task_queue.tasks.popleft()
+        if isinstance(task, _LastTask):
             with _starting:
-                self.lines.discard(line)
-                self.ending = not self.lines
-            line.ended.set()
-        elif line.jobs:
-            self._turns.append(line)
+                self.task_queues.discard(task_queue)
+                self.ending = not self.task_queues
+            task_queue.ended.set()
+        elif task_queue.tasks:
+            self._turns.append(task_queue)
 
 
 _starting = threading.Lock()
 _thread: _Thread | None = None
 
 
-def _join(line: _Line) -> _Thread:
-    """Bring a line to the thread that runs, or start one once the one before has ended."""
+def _join(task_queue: _TaskQueue) -> _Thread:
+    """Register a worker's queue with the shared thread; start a new one if there is none or it is ending."""
     global _thread
     with _starting:
         if _thread is None or _thread.ending or not _thread.thread.is_alive():
             _thread = _Thread(_thread)
-            _thread.lines.add(line)
+            _thread.task_queues.add(task_queue)
             _thread.thread.start()
         else:
-            _thread.lines.add(line)
+            _thread.task_queues.add(task_queue)
         return _thread
 
 
-def _leave(line: _Line, thread: _Thread) -> None:
-    """Stop a line's work and let it leave; a finalizer."""
-    line.stop_all()
-    thread.inbox.put(_Leave(line))
+def _leave(task_queue: _TaskQueue, thread: _Thread) -> None:
+    """Stop a worker's tasks and submit its last one; this is a finalizer."""
+    task_queue.stop_all()
+    thread.inbox.put(_LastTask(task_queue))
 
 
 @atexit.register
 def _end_at_exit() -> None:
-    """Stop all work, and wait for the thread to end."""
+    """Stop all tasks, and wait for the thread to end."""
     thread = _thread
     if thread is None or not thread.thread.is_alive():
         return
-    for line in tuple(thread.lines):
-        line.stop_all()
-        thread.inbox.put(_Leave(line))
+    for task_queue in tuple(thread.task_queues):
+        task_queue.stop_all()
+        thread.inbox.put(_LastTask(task_queue))
     with device_lock.lent():
         thread.thread.join()

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from mlxvr.answering.confidence import should_exit
-from mlxvr.grading.reward import most
+from mlxvr.grading.reward import highest_reward
 from mlxvr.grpo.step.gradient import GroupStats
 from mlxvr.grpo.step.policy_update import Group
 from mlxvr.grpo.validation import RIGHT, look_at
@@ -47,7 +47,7 @@ def summarise_group(model: VideoModel, group: Group, stats: GroupStats | None, *
     """
     completions, rewards, row = group.rollout.completions, group.judgement.rewards, group.row
     scores = [look_at(model, row, completion).scored for completion in completions]
-    right = RIGHT * most(row.kind)
+    right = RIGHT * highest_reward(row.kind)
     is_labelled = row.answer is not None
     summary: dict[str, Any] = {
         "id": row.id,

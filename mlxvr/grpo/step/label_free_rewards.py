@@ -43,7 +43,7 @@ from mlxvr.answering.confidence import answer_span
 from mlxvr.answering.detokenizer import Detokenizer
 from mlxvr.data.rows import Row
 from mlxvr.errors import ConfigError
-from mlxvr.grading.reward import Reward, Weights, agree, answers, format_reward
+from mlxvr.grading.reward import Reward, Weights, answers, compare_answers, format_reward
 from mlxvr.grpo.step.forward import completion_logprobs
 from mlxvr.grpo.step.packing import pack
 from mlxvr.grpo.train_config import LABEL_FREE
@@ -359,7 +359,7 @@ def _both_answers(texts: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def _declines(said: str) -> bool:
     """Whether an answer is the sentence that declines, as the reward reads it: it does not even agree with itself."""
-    return bool(said) and agree(said, said) == 0.0
+    return bool(said) and compare_answers(said, said) == 0.0
 
 
 def _is_answer(said: str) -> bool:
@@ -369,12 +369,12 @@ def _is_answer(said: str) -> bool:
 def _agree(one: str, other: str, kind: str) -> float:
     """`rewards.agree`, whichever comes first: that a text is a formula is read from its second."""
     said, truth = sorted((one, other), key=lambda answer: ("$" in answer, answer))
-    return agree(said, truth, kind)
+    return compare_answers(said, truth, kind)
 
 
 def _same(one: str, other: str, kind: str) -> bool:
     """Whether two answers, or two missing ones, are one to the guard."""
-    return one == other or agree(one, other, kind) >= _SAME
+    return one == other or compare_answers(one, other, kind) >= _SAME
 
 
 def _quick(kind: str) -> str:

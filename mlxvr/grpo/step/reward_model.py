@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mlxvr.errors import DataError
-from mlxvr.grading.reward import Reward, RewardFunction, Weights, ask_reward, score
+from mlxvr.grading.reward import Reward, RewardFunction, Weights, call_reward, score
 from mlxvr.grpo.step.label_free_rewards import GroupAnswer, agreement, coherence, group_answer, label_free_reward
 from mlxvr.grpo.step.rollout import Rollout
 from mlxvr.model.network import VideoModel
@@ -63,7 +63,7 @@ class Judge:
         """
         row = group.prompt.row
         if self._own is not None:
-            return Judgement(rewards=[ask_reward(self._own, text, row) for text in group.texts], parts={})
+            return Judgement(rewards=[call_reward(self._own, text, row) for text in group.texts], parts={})
         if row.answer is not None:
             try:
                 rewards = [score(text, row.answer, row.kind, weights=self._weights) for text in group.texts]

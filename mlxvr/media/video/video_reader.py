@@ -39,7 +39,7 @@ from mlxvr.media.video.frame_sink import FrameSink, Orientation
 from mlxvr.media.video.timeline import Timeline, count_frames, scan
 from mlxvr.media.video.window import scan_range
 from mlxvr.runtime.hooks import Progress, ShouldStop
-from mlxvr.runtime.thread_pool import core_count, run_crew
+from mlxvr.runtime.thread_pool import core_count, run_together
 from mlxvr.storage.paths import local_path
 
 __all__ = ["VideoInfo", "probe", "read_video"]
@@ -257,7 +257,7 @@ def _run(request: _Request, sink: FrameSink, works: Sequence[Callable[[ShouldSto
         if request.progress is not None:
             request.progress("decoding", sink.done, sink.count)
 
-    run_crew(works, report=report, should_stop=request.should_stop)
+    run_together(works, report=report, should_stop=request.should_stop)
     sink.finish()  # the last frames are still being resized
     report()
 
