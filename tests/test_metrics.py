@@ -474,7 +474,7 @@ def test_a_run_compared_with_itself():
     found = compare(samples, samples, threshold=0.7)
     assert found.auto.difference == Estimate(value=0.0, low=0.0, high=0.0)
     assert (found.flipped, found.answers_changed, found.confidence_drift.value) == (0, 0, 0)
-    other = compare(samples, samples, threshold=0.7, other_threshold=0.0)
+    other = compare(samples, samples, threshold=0.7, second_threshold=0.0)
     assert other.stopped_thinking
     assert not other.began_to_think
 

@@ -163,7 +163,7 @@ def test_a_loss_that_few_clips_cannot_rule_out_is_told():
     """The rule of three, exactly: 368 clips without a loss bound it by 1%, 40 by 8.8% (tables of Clopper-Pearson)."""
     few = calibrate(make(40), "no_loss")
     assert few.caution == (
-        f"{few.in_sample.clips} clips that show no loss leave room for one of 0.088, more than 0.01: "
+        f"{few.in_sample.clips} clips without a loss cannot rule out a loss of 0.088, more than 0.01: "
         "it takes 368 clips to rule out more than that"
     )
     assert few.in_sample.clips == 40
@@ -312,9 +312,9 @@ def test_temperature_scaling_is_reported_beside_the_raw():
         ("tokens", {"budget": math.nan}, "budget nan cannot be used"),
         ("no_loss", {"margin": -0.1}, "margin -0.1 is outside"),
         ("no_loss", {"bootstrap": 10}, "bootstrap 10 is too few"),
-        ("accuracy", {"folds": 1}, "folds 1 leaves nothing held out"),
-        ("ratio", {"budget": 0.0}, r"budget 0 cannot be kept: .* so a ratio of 0\.\d+ is the least"),
-        ("tokens", {"budget": 3}, r"budget 3 cannot be kept: .* so \d+\.\d tokens is the least"),
+        ("accuracy", {"folds": 1}, "folds 1 holds no rows out"),
+        ("ratio", {"budget": 0.0}, r"budget 0 cannot be met: .* so a ratio of 0\.\d+ is the least"),
+        ("tokens", {"budget": 3}, r"budget 3 cannot be met: .* so \d+\.\d tokens is the least"),
     ],
 )
 def test_arguments_that_cannot_be_used(goal, options, message):

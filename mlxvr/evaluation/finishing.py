@@ -202,7 +202,7 @@ def _finish(
 ) -> EvalReport:
     """Calibrate, compare and write; the report is written even if the one or the other cannot be done."""
     threshold = report.settings["threshold"]
-    other_threshold = threshold if other is None or other.threshold is None else other.threshold
+    earlier_threshold = threshold if other is None or other.threshold is None else other.threshold
     failure: MlxvrError | None = None
     try:
         if config.calibrate is not None:
@@ -213,8 +213,8 @@ def _finish(
             comparison = compare(
                 other.samples,
                 samples,
-                threshold=other_threshold,
-                other_threshold=threshold,
+                threshold=earlier_threshold,
+                second_threshold=threshold,
                 bootstrap=config.resamples,
                 seed=config.seed,
             )
@@ -229,7 +229,7 @@ def _finish(
         settings={**report.settings, **({"left_out": list(report.notes)} if report.notes else {})},
         calibration=report.calibration,
         other=None if other is None or report.comparison is None else (other.name, other.samples),
-        other_threshold=other_threshold,
+        other_threshold=earlier_threshold,
         media_root=media_root,
         bootstrap=config.resamples,
         seed=config.seed,

@@ -1,6 +1,6 @@
 """A calibrated threshold on disk: in a model folder's `mlxvr.json`, where the reasoner finds it, or in another file.
 
-An old threshold is kept beside the new one, with the evidence for it. Files are replaced in one step.
+An old threshold and its evidence stay beside the new one. Files are replaced in one step.
 """
 
 import json
@@ -19,11 +19,11 @@ _EVIDENCE = ("goal", "margin", "budget", "folds", "seed", "held_out")
 
 
 def write_threshold(model_folder: str | os.PathLike[str], calibration: Calibration) -> Path:
-    """Write a threshold into a model folder's `mlxvr.json`, where the reasoner finds it; returns the file.
+    """Write a threshold into a model folder's `mlxvr.json`, where the reasoner finds it; return that file.
 
-    The old threshold is kept under `previous_thresholds`, the evidence under `calibration`, thresholds of tasks under
-    `task_thresholds` (`Reasoner.task_thresholds`). The file is replaced in one step, and after it the model card, which
-    names the threshold too.
+    The old threshold moves to `previous_thresholds`, the evidence goes to `calibration`, thresholds of tasks go to
+    `task_thresholds` (`Reasoner.task_thresholds`). The file is replaced in one step; then the model card, which also
+    names the threshold, is replaced.
 
     Raises:
         ConfigError: the threshold is above 1, or the file cannot be written.
@@ -43,9 +43,10 @@ def write_threshold(model_folder: str | os.PathLike[str], calibration: Calibrati
 
 
 def save_threshold(path: str | os.PathLike[str], calibration: Calibration) -> Path:
-    """Write a threshold into a file of its own, in the fields that it has in `mlxvr.json`; returns the file.
+    """Write a threshold into any file, in the fields that `mlxvr.json` has; return the file.
 
-    What the file held stays, an old threshold under `previous_thresholds`. Errors are those of `write_threshold`.
+    Other fields of the file stay; an old threshold moves to `previous_thresholds`. Errors are those of
+    `write_threshold`.
     """
     path = Path(path)
     if calibration.threshold > 1:
@@ -63,7 +64,7 @@ def save_threshold(path: str | os.PathLike[str], calibration: Calibration) -> Pa
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
-    """Refuse a file that `save_threshold` could not write, before there is a threshold; errors are its."""
+    """Raise what `save_threshold` would raise for a file, before there is a threshold."""
     path = Path(path)
     _settings(path)
     folder = next(folder for folder in path.absolute().parents if folder.exists())
@@ -83,5 +84,5 @@ def _settings(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); correct or remove it") from error
     if not isinstance(settings, dict) or not isinstance(settings.get("previous_thresholds", []), list):
-        raise CheckpointError(f"{path} is not what a conversion writes; correct or remove it")
+        raise CheckpointError(f"{path} does not have the form that a conversion writes; correct or remove it")
     return settings

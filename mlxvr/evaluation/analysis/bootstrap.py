@@ -1,15 +1,15 @@
-"""How sure a figure is: percentile bootstrap over clips.
+"""95% intervals of figures, by the percentile bootstrap over clips.
 
-Questions about one clip share its difficulty, and the two clips of a minimal pair are right together or not at all, so
-rows are not independent. What is drawn with replacement is therefore a cluster: rows that are connected by a clip or a
-pair. Where every row has a clip of its own that is the bootstrap over rows.
+Rows are not independent: questions about one clip share its difficulty, and the two clips of a minimal pair are right
+together or not at all. The bootstrap therefore draws clusters with replacement: rows that share a clip or a pair. Where
+every row has a clip of its own, this is the bootstrap over rows.
 
 Figures are means over rows, so a resample is a vector of weights, one per cluster, and a thousand resamples are one
-matrix product. A difference of two modes or two runs is taken row by row before it is averaged, which pairs it. A
-percentile interval of few clusters is too narrow; of a single cluster there is none.
+matrix product. A difference of two modes or two runs is taken row by row before it is averaged, which makes it paired.
+A percentile interval over few clusters is too narrow; a single cluster has no interval.
 
-Where every row agrees, a percentile interval has no width, which would read as certainty. A share that is none or all
-therefore gets Wilson's interval over the clusters (`Bootstrap.share`); any other share without width has no interval.
+Where all rows agree, a percentile interval has no width, which would read as certainty. A share of 0 or 1 therefore
+gets Wilson's interval over the clusters (`Bootstrap.share`); any other share whose interval has no width gets none.
 """
 
 import math
@@ -19,14 +19,14 @@ from typing import Protocol
 
 import numpy as np
 
-__all__ = ["Bootstrap", "Clustered", "Estimate", "clusters_of", "wilson"]
+__all__ = ["Bootstrap", "Clustered", "Estimate", "clusters_of", "not_none", "wilson"]
 
 _PERCENTILES = (2.5, 97.5)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A figure and its 95% interval; the ends are None where nothing can be said of them (fewer than two clusters)."""
+    """A figure and its 95% interval; `low` and `high` are None where there is no interval (fewer than two clusters)."""
 
     value: float
     low: float | None = None
@@ -34,7 +34,7 @@ class Estimate:
 
 
 class Clustered(Protocol):
-    """What tells rows that belong together: a row of a dataset, or its sample."""
+    """What clusters are made from: a row of a dataset, or its sample."""
 
     @property
     def media(self) -> str:
@@ -42,7 +42,7 @@ class Clustered(Protocol):
 
     @property
     def pair(self) -> str:
-        """Name of the minimal pair; "" is no pair."""
+        """Name of the minimal pair; "" without one."""
 
 
 class Bootstrap:
@@ -50,8 +50,8 @@ class Bootstrap:
 
     Args:
         clusters: int (n,), the cluster of each row, numbered from 0.
-        count: how many resamples; 0: no intervals.
-        seed: makes them repeatable.
+        count: number of resamples; 0: no intervals.
+        seed: makes the resamples repeatable.
     """
 
     def __init__(self, clusters: np.ndarray, *, count: int, seed: int) -> None:
@@ -68,18 +68,18 @@ class Bootstrap:
         return self._weights[:, self._clusters]
 
     def mean(self, values: np.ndarray, among: np.ndarray | None = None) -> Estimate | None:
-        """The mean of a value per row, over the rows in `among` (bool (n,); all); None: there are none."""
+        """The mean of `values` (n,) over the rows in `among` (bool (n,); None: all); None if there are no such rows."""
         chosen = np.ones(len(values), dtype=bool) if among is None else among
         if not chosen.any():
             return None
         size = self._weights.shape[1]
         sums = self._weights @ np.bincount(self._clusters[chosen], weights=values[chosen], minlength=size)
         counts = self._weights @ np.bincount(self._clusters[chosen], minlength=size)
-        kept = counts > 0  # a resample may hold none of these rows
-        return self.interval(float(values[chosen].mean()), sums[kept] / counts[kept])
+        filled = counts > 0  # a resample may hold none of these rows
+        return self.interval(float(values[chosen].mean()), sums[filled] / counts[filled])
 
     def share(self, values: np.ndarray, among: np.ndarray | None = None) -> Estimate | None:
-        """As `mean`, of values from 0 to 1; an interval never has no width (see the module)."""
+        """As `mean`, for values from 0 to 1; an interval without width is replaced (see the module)."""
         estimate = self.mean(values, among)
         if estimate is None or estimate.low is None or estimate.low != estimate.high:
             return estimate
@@ -95,6 +95,12 @@ class Bootstrap:
             return Estimate(value=value)
         low, high = np.percentile(draws, _PERCENTILES)
         return Estimate(value=value, low=float(low), high=float(high))
+
+
+def not_none(estimate: Estimate | None) -> Estimate:
+    """The figure, where the caller knows that there are rows."""
+    assert estimate is not None
+    return estimate
 
 
 def wilson(successes: float, count: int) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""A threshold and the evidence for it, as plain data: what `threshold_search.calibrate` returns."""
+"""A threshold and the evidence for it, as plain data: `threshold_search.calibrate` returns it."""
 
 import math
 from dataclasses import asdict, dataclass, field
@@ -15,12 +15,13 @@ _TAIL = 0.025  # beyond one end of a 95% interval
 
 @dataclass(frozen=True, kw_only=True)
 class ThresholdOutcome:
-    """What thresholds do to a set of rows; scores are None without labels.
+    """Score and cost of a set of rows under thresholds; scores are None without labels.
 
     Attributes:
         count, clips: rows, and independent clusters of them.
         think_ratio: share of rows that reason.
-        tokens: mean generated tokens; `always_tokens` when every row reasons.
+        tokens: mean generated tokens.
+        always_tokens: the same if every row reasoned.
         auto, think, direct: mean scores (`Grade.score`).
         difference: auto minus think, paired.
     """
@@ -38,7 +39,7 @@ class ThresholdOutcome:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskThreshold:
-    """A task's threshold; `held_out` is None where it has too few rows and takes the common one."""
+    """A task's threshold; `held_out` is None where the task has too few rows and gets the common threshold."""
 
     threshold: float
     count: int
@@ -47,7 +48,7 @@ class TaskThreshold:
 
 @dataclass(frozen=True, kw_only=True)
 class TemperatureFit:
-    """Temperature scaling: the temperature of all rows, and what scaling does to held-out confidences."""
+    """Temperature scaling: the temperature fitted to all rows, and ECE and Brier score of held-out rows with it."""
 
     temperature: float
     count: int
@@ -62,14 +63,14 @@ class Calibration:
     """A threshold and the evidence for it.
 
     Attributes:
-        threshold: from all rows; just above 1 when some confidence is 1 and no direct answer may stand.
-        goal, margin, budget: what was asked for; the one that does not belong to the goal is None.
-        fold_thresholds: what each fold's training rows chose: how firm the choice is.
-        held_out: every row decided by a threshold that it had no part in.
-        in_sample: every row decided by `threshold`; flatters it.
-        per_task: by task, where it was asked for.
-        temperature: where it was asked for.
-        folds, bootstrap, seed: how it was done.
+        threshold: chosen on all rows; just above 1 when some confidence is 1 and no direct answer may be taken.
+        goal, margin, budget: as passed to `calibrate`; a margin or budget that the goal does not use is None.
+        fold_thresholds: the threshold chosen on each fold's training rows; their spread shows how stable the choice is.
+        held_out: every row decided by a threshold that was chosen without it.
+        in_sample: every row decided by `threshold`; optimistically biased.
+        per_task: by task, if asked for.
+        temperature: if asked for.
+        folds, bootstrap, seed: as passed to `calibrate`.
     """
 
     threshold: float
@@ -91,16 +92,16 @@ class Calibration:
 
     @property
     def caution(self) -> str:
-        """For `no_loss`, in one sentence: the loss that so few clips cannot rule out; "" where that is in the margin.
+        """For `no_loss`, one sentence on the loss that so few clips cannot rule out; "" where it is within the margin.
 
-        If a share p of clips loses its answer, n clips show none of it with probability (1 - p)^n; the p at which that
-        is 2.5% is the upper end of the exact 95% interval (Clopper and Pearson 1934) of a share that was never seen.
+        If a share p of clips loses its answer, n clips show no loss with probability (1 - p)^n. The p at which this is
+        2.5% is the upper end of the exact 95% interval (Clopper and Pearson 1934) of a share that was never observed.
         """
         clips = self.in_sample.clips
         if self.margin is None or (unseen := 1 - _TAIL ** (1 / clips)) <= self.margin:
             return ""
-        said = f"{clips} clips that show no loss leave room for one of {unseen:.3f}, more than {self.margin:g}"
+        warning = f"{clips} clips without a loss cannot rule out a loss of {unseen:.3f}, more than {self.margin:g}"
         if self.margin == 0:
-            return said
+            return warning
         needed = math.ceil(math.log(_TAIL) / math.log1p(-self.margin))
-        return f"{said}: it takes {needed} clips to rule out more than that"
+        return f"{warning}: it takes {needed} clips to rule out more than that"

@@ -1,7 +1,7 @@
 """Two runs over the same rows, side by side: before and after training, full precision and 4 bits.
 
-Rows are paired by id, and every difference is taken row by row before it is averaged and resampled, so that what both
-runs find hard cancels. Rows that only one run has, or that failed in one, are counted and left out.
+Rows are paired by id, and every difference is taken row by row before it is averaged and resampled, so that the rows'
+own difficulty cancels. Rows that are missing or failed in either run are counted and left out.
 """
 
 from collections.abc import Iterable, Mapping
@@ -12,7 +12,7 @@ import numpy as np
 
 from mlxvr.data.rows import Row
 from mlxvr.errors import DataError
-from mlxvr.evaluation.analysis.bootstrap import Bootstrap, Estimate, clusters_of
+from mlxvr.evaluation.analysis.bootstrap import Bootstrap, Estimate, clusters_of, not_none
 from mlxvr.evaluation.analysis.grades import mode_grade, usable
 from mlxvr.evaluation.samples import Sample, decide, ordered
 from mlxvr.grading.lenient import Grade
@@ -22,10 +22,10 @@ __all__ = ["Change", "Comparison", "check_comparable", "compare"]
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """One mode in both runs.
+    """The change of one mode from the first run to the second.
 
     Attributes:
-        labelled: graded rows.
+        labelled: number of graded rows.
         first, second: mean score (`Grade.score`) of each run.
         difference: second minus first, paired.
         became_right, became_wrong: ids of the rows that changed (an interval is right from an IoU of 0.5).
@@ -44,14 +44,14 @@ class Comparison:
     """What changed from the first run to the second.
 
     Attributes:
-        thresholds: of auto, in each run.
-        count, clips: rows in both, and independent clusters of them.
-        only_first, only_second: ids of rows that the other run does not have, or that failed there.
+        thresholds: auto's, in each run.
+        count, clips: rows in both runs, and independent clusters of them.
+        only_first, only_second: ids of rows that are missing or failed in the other run.
         direct, think, auto: the modes; None without labels, `think` also when a run is live.
-        think_ratio, tokens: of auto, second minus first.
+        think_ratio, tokens: auto's, second minus first.
         began_to_think, stopped_thinking: ids of the rows whose decision flipped.
-        confidence_drift: mean distance of the two confidences of a row; None: no row has both.
-        answers_changed: rows whose first box reads otherwise.
+        confidence_drift: mean absolute difference of a row's two confidences; None: no row has both.
+        answers_changed: number of rows whose first boxes differ.
     """
 
     thresholds: tuple[float, float]
@@ -84,7 +84,7 @@ def compare(
     b: Iterable[Sample],
     *,
     threshold: float,
-    other_threshold: float | None = None,
+    second_threshold: float | None = None,
     bootstrap: int = 1000,
     seed: int = 0,
 ) -> Comparison:
@@ -92,57 +92,59 @@ def compare(
 
     Args:
         a, b: samples of the first and of the second run, in any order.
-        threshold: of auto in the first run.
-        other_threshold: of auto in the second; None: the same.
+        threshold: auto's in the first run.
+        second_threshold: auto's in the second run; None: the same.
         bootstrap, seed: see `summarise`.
 
-    Raises `DataError` when the runs share no row, a row has another question, kind or answer in the other run, or an id
-    is there twice.
+    Raises `DataError` when the runs share no row, when a row's question, kind or answer differs between the runs, or
+    when an id occurs twice.
     """
-    ones, others = ({sample.id: sample for sample in usable(ordered(run))} for run in (a, b))
-    ids = check_comparable(ones, others)
-    first, second = [ones[name] for name in ids], [others[name] for name in ids]
-    thresholds = (threshold, threshold if other_threshold is None else other_threshold)
+    first_by_id, second_by_id = ({sample.id: sample for sample in usable(ordered(run))} for run in (a, b))
+    ids = check_comparable(first_by_id, second_by_id)
+    first, second = [first_by_id[name] for name in ids], [second_by_id[name] for name in ids]
+    thresholds = (threshold, threshold if second_threshold is None else second_threshold)
     clusters = clusters_of(first)
     resamples = Bootstrap(clusters, count=bootstrap, seed=seed)
-    went_on, goes_on = _reasoned(first, thresholds[0]), _reasoned(second, thresholds[1])
+    reasoned_before, reasoned_after = _reasoned(first, thresholds[0]), _reasoned(second, thresholds[1])
 
     def change(texts: list[str | None], new_texts: list[str | None]) -> Change | None:
         old = [mode_grade(sample, text) for sample, text in zip(first, texts)]
         return _change(ids, old, [mode_grade(sample, text) for sample, text in zip(second, new_texts)], resamples)
 
     def auto(samples: list[Sample], reasoned: np.ndarray) -> list[str | None]:
-        return [sample.final if on else sample.first for sample, on in zip(samples, reasoned)]
+        return [sample.final if reasons else sample.first for sample, reasons in zip(samples, reasoned)]
 
     live = not all(sample.reasoned for sample in (*first, *second))
     drifts = [
-        abs(one.confidence - other.confidence) if one.confidence is not None and other.confidence is not None else None
-        for one, other in zip(first, second)
+        abs(before.confidence - after.confidence)
+        if before.confidence is not None and after.confidence is not None
+        else None
+        for before, after in zip(first, second)
     ]
     return Comparison(
         thresholds=thresholds,
         count=len(ids),
         clips=int(clusters.max()) + 1,
-        only_first=tuple(sorted(ones.keys() - others.keys())),
-        only_second=tuple(sorted(others.keys() - ones.keys())),
+        only_first=tuple(sorted(first_by_id.keys() - second_by_id.keys())),
+        only_second=tuple(sorted(second_by_id.keys() - first_by_id.keys())),
         direct=change([sample.first for sample in first], [sample.first for sample in second]),
         think=None if live else change([sample.final for sample in first], [sample.final for sample in second]),
-        auto=change(auto(first, went_on), auto(second, goes_on)),
-        think_ratio=_sure(resamples.mean(goes_on.astype(np.float64) - went_on)),
-        tokens=_sure(resamples.mean(_tokens(second, goes_on) - _tokens(first, went_on))),
-        began_to_think=tuple(name for name, was, now in zip(ids, went_on, goes_on) if now and not was),
-        stopped_thinking=tuple(name for name, was, now in zip(ids, went_on, goes_on) if was and not now),
+        auto=change(auto(first, reasoned_before), auto(second, reasoned_after)),
+        think_ratio=not_none(resamples.mean(reasoned_after.astype(np.float64) - reasoned_before)),
+        tokens=not_none(resamples.mean(_tokens(second, reasoned_after) - _tokens(first, reasoned_before))),
+        began_to_think=tuple(name for name, was, now in zip(ids, reasoned_before, reasoned_after) if now and not was),
+        stopped_thinking=tuple(name for name, was, now in zip(ids, reasoned_before, reasoned_after) if was and not now),
         confidence_drift=resamples.mean(
             np.array([drift or 0.0 for drift in drifts]), np.array([drift is not None for drift in drifts], dtype=bool)
         ),
-        answers_changed=sum(one.first != other.first for one, other in zip(first, second)),
+        answers_changed=sum(before.first != after.first for before, after in zip(first, second)),
     )
 
 
 def check_comparable(first: Mapping[str, Sample | Row], second: Mapping[str, Sample | Row]) -> list[str]:
-    """The ids that two runs share, in the order of the first; rows that are still to be asked may stand for samples.
+    """The ids that two runs share, in the order of the first; rows that have not been asked yet may replace samples.
 
-    Raises `DataError` when there are none, or one is another question in the second run.
+    Raises `DataError` when the runs share no id, or an id belongs to different questions.
     """
     ids = [name for name in first if name in second]
     if not ids:
@@ -162,16 +164,16 @@ def _change(ids: list[str], old: list[Grade | None], new: list[Grade | None], re
     before, after = (np.array([grade.score if grade else 0.0 for grade in grades]) for grades in (old, new))
     return Change(
         labelled=len(graded),
-        first=_sure(resamples.share(before, among)),
-        second=_sure(resamples.share(after, among)),
-        difference=_sure(resamples.mean(after - before, among)),
+        first=not_none(resamples.share(before, among)),
+        second=not_none(resamples.share(after, among)),
+        difference=not_none(resamples.mean(after - before, among)),
         became_right=tuple(name for name, was, now in graded if now.is_right and not was.is_right),
         became_wrong=tuple(name for name, was, now in graded if was.is_right and not now.is_right),
     )
 
 
 def _reasoned(samples: list[Sample], threshold: float) -> np.ndarray:
-    """Whether each row reasons: in a live run whether it did."""
+    """Whether each row reasons at a threshold; in a live run, whether it did reason."""
     live = not all(sample.reasoned for sample in samples)
     return np.array([s.reasoned if live else decide(s, threshold).reasoned for s in samples], dtype=bool)
 
@@ -179,9 +181,3 @@ def _reasoned(samples: list[Sample], threshold: float) -> np.ndarray:
 def _tokens(samples: list[Sample], reasoned: np.ndarray) -> np.ndarray:
     totals = np.array([sample.total_tokens for sample in samples], dtype=np.float64)
     return np.where(reasoned, totals, [sample.first_tokens for sample in samples])
-
-
-def _sure(estimate: Estimate | None) -> Estimate:
-    """A figure that there must be, since there are rows."""
-    assert estimate is not None
-    return estimate

@@ -1,4 +1,4 @@
-"""The grades of a sample: of its first answer, and of any text that stands for its answer."""
+"""Grades of samples: of the first answer, and of any text as the answer."""
 
 from collections.abc import Iterable
 

@@ -1,18 +1,19 @@
-"""What direct answers, thinking always and the early exit are worth, and what each costs.
+"""Scores and costs of the three modes: direct answers, always thinking, and the early exit.
 
-Every figure comes from one generation per row: direct takes the first box, think the end of the whole pass, auto the
-one or the other by the confidence (`decide`). Rows that failed are counted and left out; rows without a label count
-towards cost and think ratio only. Samples are sorted by id before anything is summed, so their order changes no digit.
+Every figure comes from one generation per row: direct takes the first box, think takes the end of the whole pass, and
+auto takes one of the two by the confidence (`decide`). Rows that failed are counted and left out; rows without a label
+count towards cost and think ratio only. Samples are sorted by id before they are summed, so their order changes no
+digit.
 
 The score of a row is one number in [0, 1] (`Grade.score`): accuracy, IoU, or the mean of both for grounded QA. A
-mode's `score` is its mean over all rows; `accuracy` is over rows that have an answer to be right, `miou` and `recall`
-over rows that have an interval. A pair (rows that share `pair`) is right when all its rows are; a pair of which only
-one row is left is left out.
+mode's `score` is its mean over all rows; `accuracy` is its mean over rows whose answer is right or wrong, `miou` and
+`recall` over rows whose answer is an interval. A pair (rows that share `pair`) is right when all its rows are; a pair
+with only one row left is left out.
 
-A live run (`reasoned` False somewhere) has only what it did: its auto figures are those of the threshold that it ran
-with, and there is no think.
+A live run (`reasoned` is False in some row) generated no more than it needed: its auto figures are those of the
+threshold that it ran with, and it has no think figures.
 
-Seconds are those of generating. Reading frames and prefill are the same in every mode and stand beside them, as
+Seconds are those of generation. Reading frames and prefill cost the same in every mode and are reported apart, as
 `shared`.
 """
 
@@ -24,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from mlxvr.answering.transcript import is_fallback
-from mlxvr.evaluation.analysis.bootstrap import Bootstrap, Estimate, clusters_of
+from mlxvr.evaluation.analysis.bootstrap import Bootstrap, Estimate, clusters_of, not_none
 from mlxvr.evaluation.analysis.grades import direct_grade, is_live, mode_grade, usable
 from mlxvr.evaluation.analysis.reliability import auroc, brier, expected_calibration_error, reliability
 from mlxvr.evaluation.analysis.run_summary import Confidence, Distribution, Figures, GroupSummary, Summary
@@ -38,20 +39,20 @@ _GROUNDED_IOP = 0.5  # NExT-GQA: grounded when at least half of the predicted in
 
 
 def summarise(samples: Iterable[Sample], *, threshold: float, bootstrap: int = 1000, seed: int = 0) -> Summary:
-    """Work out the figures of a run.
+    """Compute the figures of a run.
 
     Args:
         samples: in any order.
-        threshold: of auto; for a live run the one that it ran with.
-        bootstrap: resamples behind the 95% intervals; 0: none.
+        threshold: auto's; of a live run, the one that it ran with.
+        bootstrap: number of resamples for the 95% intervals; 0: no intervals.
         seed: of the resamples.
 
-    Raises `DataError` when an id is there twice or a ground truth cannot be graded (see `grade`).
+    Raises `DataError` when an id occurs twice or a ground truth cannot be graded (see `grade`).
     """
     every = ordered(samples)
-    kept = usable(every)
-    live = is_live(kept)
-    table = _Table.of(kept, threshold, live)
+    finished = usable(every)
+    live = is_live(finished)
+    table = _Table.of(finished, threshold, live)
 
     def groups(names: Sequence[str]) -> dict[str, GroupSummary]:
         return {
@@ -65,10 +66,10 @@ def summarise(samples: Iterable[Sample], *, threshold: float, bootstrap: int = 1
         live=live,
         count=len(every),
         errors={sample.id: sample.error for sample in every if sample.error is not None},
-        shared=_shared(kept),
-        overall=_group(table, bootstrap, seed) if kept else None,
-        per_task=groups([sample.task for sample in kept]),
-        per_category=groups([sample.category for sample in kept]),
+        shared=_shared(finished),
+        overall=_group(table, bootstrap, seed) if finished else None,
+        per_task=groups([sample.task for sample in finished]),
+        per_category=groups([sample.category for sample in finished]),
         bootstrap=bootstrap,
         seed=seed,
     )
@@ -112,7 +113,9 @@ class _Table:
         if self.think is None:
             texts = [sample.final if sample.reasoned else sample.first for sample in self.samples]
             return [mode_grade(sample, text) for sample, text in zip(self.samples, texts)]
-        return [after if on else first for on, first, after in zip(self.reasoned, self.direct, self.think)]
+        return [
+            think if reasoned else direct for reasoned, direct, think in zip(self.reasoned, self.direct, self.think)
+        ]
 
 
 def _group(table: _Table, bootstrap: int, seed: int) -> GroupSummary:
@@ -124,9 +127,9 @@ def _group(table: _Table, bootstrap: int, seed: int) -> GroupSummary:
     first_seconds = _column(samples, lambda sample: sample.first_seconds)
     total_seconds = _column(samples, lambda sample: sample.total_seconds)
 
-    def figures(grades: list[Grade | None], went_on: np.ndarray) -> Figures:
-        tokens = np.where(went_on, total_tokens, first_tokens)
-        return _figures(samples, grades, tokens, np.where(went_on, total_seconds, first_seconds), resamples)
+    def figures(grades: list[Grade | None], reasoned: np.ndarray) -> Figures:
+        tokens = np.where(reasoned, total_tokens, first_tokens)
+        return _figures(samples, grades, tokens, np.where(reasoned, total_seconds, first_seconds), resamples)
 
     auto = table.auto
     return GroupSummary(
@@ -135,7 +138,7 @@ def _group(table: _Table, bootstrap: int, seed: int) -> GroupSummary:
         direct=figures(table.direct, np.zeros(len(samples), dtype=bool)),
         think=None if table.think is None else figures(table.think, np.ones(len(samples), dtype=bool)),
         auto=figures(auto, reasoned),
-        think_ratio=_sure(resamples.share(reasoned.astype(np.float64))),
+        think_ratio=not_none(resamples.share(reasoned.astype(np.float64))),
         gain=None if table.think is None else _difference(table.think, table.direct, resamples),
         auto_vs_think=None if table.think is None else _difference(auto, table.think, resamples),
         confidence=_confidence(samples, table.direct, resamples),
@@ -153,15 +156,15 @@ def _figures(
     resamples: Bootstrap,
 ) -> Figures:
     def mean(part: Callable[[Grade], float | None]) -> Estimate | None:
-        values = [None if one is None else part(one) for one in grades]
+        values = [None if grade is None else part(grade) for grade in grades]
         return resamples.share(*_masked(values))
 
-    recalls = {f"{least}": mean(lambda one, least=least: _at_least(one.iou, least)) for least in _RECALLS}  # type: ignore[misc]
+    recalls = {f"{least}": mean(lambda grade, least=least: _at_least(grade.iou, least)) for least in _RECALLS}  # type: ignore[misc]
     return Figures(
-        labelled=sum(one is not None for one in grades),
-        score=mean(lambda one: one.score),
-        accuracy=mean(lambda one: one.accuracy),
-        miou=mean(lambda one: one.iou),
+        labelled=sum(grade is not None for grade in grades),
+        score=mean(lambda grade: grade.score),
+        accuracy=mean(lambda grade: grade.accuracy),
+        miou=mean(lambda grade: grade.iou),
         recall={name: figure for name, figure in recalls.items() if figure is not None},
         grounded_accuracy=mean(_grounded),
         pair_accuracy=resamples.share(*_masked(_pairs(samples, grades))),
@@ -171,7 +174,7 @@ def _figures(
 
 
 def _pairs(samples: list[Sample], grades: list[Grade | None]) -> list[float | None]:
-    """For the first row of each pair whether all its rows are right, None for the others; no label, no pair."""
+    """Whether all rows of a pair are right, at the pair's first row; None at other rows and for unlabelled pairs."""
     rows: dict[str, list[int]] = {}
     for index, sample in enumerate(samples):
         if sample.pair:
@@ -179,24 +182,25 @@ def _pairs(samples: list[Sample], grades: list[Grade | None]) -> list[float | No
     result: list[float | None] = [None] * len(samples)
     for members in rows.values():
         own = [grades[index] for index in members]
-        if len(own) > 1 and all(one is not None for one in own):
-            result[members[0]] = float(all(one.is_right for one in own if one is not None))
+        if len(own) > 1 and all(grade is not None for grade in own):
+            result[members[0]] = float(all(grade.is_right for grade in own if grade is not None))
     return result
 
 
-def _grounded(one: Grade) -> float | None:
-    if one.accuracy is None or one.iop is None:
+def _grounded(grade: Grade) -> float | None:
+    if grade.accuracy is None or grade.iop is None:
         return None
-    return float(one.accuracy == 1 and one.iop >= _GROUNDED_IOP)
+    return float(grade.accuracy == 1 and grade.iop >= _GROUNDED_IOP)
 
 
 def _at_least(iou: float | None, least: float) -> float | None:
     return None if iou is None else float(iou >= least)
 
 
-def _difference(ones: list[Grade | None], others: list[Grade | None], resamples: Bootstrap) -> Estimate | None:
-    """Mean score of the ones minus that of the others, row by row."""
-    values = [None if one is None or other is None else one.score - other.score for one, other in zip(ones, others)]
+def _difference(grades: list[Grade | None], baseline: list[Grade | None], resamples: Bootstrap) -> Estimate | None:
+    """Mean score of `grades` minus that of `baseline`, paired by row."""
+    pairs = zip(grades, baseline)
+    values = [None if grade is None or base is None else grade.score - base.score for grade, base in pairs]
     return resamples.mean(*_masked(values))
 
 
@@ -204,18 +208,18 @@ def _confidence(samples: list[Sample], grades: list[Grade | None], resamples: Bo
     among = np.array([s.confidence is not None and g is not None for s, g in zip(samples, grades)], dtype=bool)
     if not among.any():
         return None
-    everyone = np.array([sample.confidence or 0.0 for sample in samples])
-    right = np.array([one is not None and one.is_right for one in grades], dtype=bool)
-    bins = reliability(everyone[among], right[among])
-    area = float(auroc(everyone[among], right[among])[0])
-    draws = auroc(everyone[among], right[among], resamples.row_weights[:, among])
+    confidence = np.array([sample.confidence or 0.0 for sample in samples])
+    right = np.array([grade is not None and grade.is_right for grade in grades], dtype=bool)
+    bins = reliability(confidence[among], right[among])
+    area = float(auroc(confidence[among], right[among])[0])
+    draws = auroc(confidence[among], right[among], resamples.row_weights[:, among])
     spread = resamples.interval(area, draws[np.isfinite(draws)])
     return Confidence(
         count=int(among.sum()),
-        accuracy=_sure(resamples.share(right.astype(np.float64), among)),
+        accuracy=not_none(resamples.share(right.astype(np.float64), among)),
         bins=bins,
         ece=expected_calibration_error(bins) or 0.0,
-        brier=_sure(resamples.share(brier(everyone, right), among)),
+        brier=not_none(resamples.share(brier(confidence, right), among)),
         auroc=None if math.isnan(area) else spread if spread.low != spread.high else Estimate(value=area),
     )
 
@@ -243,9 +247,3 @@ def _masked(values: Sequence[float | None]) -> tuple[np.ndarray, np.ndarray]:
 def _distribution(values: np.ndarray) -> Distribution:
     p50, p90, p95 = (float(value) for value in np.percentile(values, (50, 90, 95)))
     return Distribution(mean=float(values.mean()), p50=p50, p90=p90, p95=p95)
-
-
-def _sure(estimate: Estimate | None) -> Estimate:
-    """A figure that there must be, since there are rows."""
-    assert estimate is not None
-    return estimate

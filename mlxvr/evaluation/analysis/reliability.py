@@ -1,12 +1,12 @@
-"""Whether a confidence means what it says: how often answers of a confidence c are right, against c.
+"""Calibration of the confidence: whether answers with confidence c are right in a share c of the cases.
 
 The measures are the usual ones: reliability bins and expected calibration error (Guo et al. 2017), the area under the
-ROC curve of the confidence for the answer being right, the Brier score. The exit only needs the order of confidences,
-which is what the AUROC measures; ECE and Brier tell whether the numbers can be read as probabilities.
+ROC curve with the confidence as the score of a right answer, the Brier score. The early exit only needs the order of
+confidences, which the AUROC measures; ECE and Brier show whether confidences can be read as probabilities.
 
 Temperature scaling divides the logit of the confidence by one number T, fitted by log-loss. The map is strictly
-increasing, so it changes no decision as long as the threshold is mapped too (up to rounding next to 0 and 1): it is
-reported beside the raw confidence and never changes what the reasoner does. AUROC stays, ECE and Brier change.
+increasing, so it changes no decision as long as the threshold is mapped too (up to rounding next to 0 and 1). It is
+reported beside the raw confidence and never changes what the reasoner does. AUROC stays the same; ECE and Brier change.
 """
 
 import math
@@ -25,7 +25,7 @@ _FLATTEST, _SHARPEST = 1e-2, 1e2  # 1 / T
 
 @dataclass(frozen=True, kw_only=True)
 class Bin:
-    """Answers of a confidence in [low, high), the last bin with its end; means are None when there are none."""
+    """Answers whose confidence is in [low, high) (the last bin includes `high`); an empty bin's means are None."""
 
     low: float
     high: float
@@ -40,7 +40,7 @@ def reliability(confidence: np.ndarray, right: np.ndarray, bins: int = 10) -> li
     Args:
         confidence: float (n,), in [0, 1].
         right: bool (n,), whether each answer is right.
-        bins: how many.
+        bins: number of bins.
     """
     places = np.minimum((confidence * bins).astype(np.int64), bins - 1)
     result = []
@@ -61,17 +61,17 @@ def reliability(confidence: np.ndarray, right: np.ndarray, bins: int = 10) -> li
 
 def expected_calibration_error(bins: Sequence[Bin]) -> float | None:
     """The mean distance of accuracy from confidence over bins, weighted by their counts; None: no answers."""
-    total = sum(one.count for one in bins)
+    total = sum(part.count for part in bins)
     gaps = [
-        one.count * abs(one.accuracy - one.confidence)
-        for one in bins
-        if one.accuracy is not None and one.confidence is not None
+        part.count * abs(part.accuracy - part.confidence)
+        for part in bins
+        if part.accuracy is not None and part.confidence is not None
     ]
     return math.fsum(gaps) / total if total else None
 
 
 def auroc(confidence: np.ndarray, right: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
-    """How probably a right answer is more confident than a wrong one; ties count half.
+    """The probability that a right answer is more confident than a wrong one; ties count half.
 
     Args:
         confidence: float (n,).
@@ -79,11 +79,11 @@ def auroc(confidence: np.ndarray, right: np.ndarray, weights: np.ndarray | None 
         weights: float (resamples, n): how often each answer counts; None: once.
 
     Returns:
-        float (resamples,), without `weights` (1,); nan where all answers are right or all are wrong.
+        float (resamples,), or (1,) without `weights`; nan where all answers are right or all are wrong.
     """
     rows = np.ones((1, len(confidence))) if weights is None else weights
     order = np.argsort(confidence, kind="stable")
-    starts = np.flatnonzero(np.diff(confidence[order], prepend=-math.inf))  # of each level of confidence
+    starts = np.flatnonzero(np.diff(confidence[order], prepend=-math.inf))  # where each level of confidence begins
     if not len(order):
         return np.full(len(rows), math.nan)
     good, bad = (np.add.reduceat((rows * which)[:, order], starts, axis=1) for which in (right, ~right))
@@ -105,11 +105,11 @@ def scale(confidence: np.ndarray, temperature: float) -> np.ndarray:
 
 
 def fit_temperature(confidence: np.ndarray, right: np.ndarray) -> float:
-    """The temperature, in [0.01, 100], under which the scaled confidences have the least log-loss.
+    """The temperature, in [0.01, 100], that minimises the log-loss of the scaled confidences.
 
-    The loss is convex in 1 / T and its derivative is bisected.
+    The loss is convex in 1 / T, and bisection finds the zero of its derivative.
 
-    Raises `DataError` unless there are right and wrong answers: without both the best temperature is at an end.
+    Raises `DataError` unless there are right and wrong answers: otherwise the best temperature is an end of the range.
     """
     if not right.any() or right.all():
         raise DataError("a temperature needs right and wrong first answers; these are all the same: leave it out")

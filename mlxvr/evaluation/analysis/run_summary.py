@@ -1,4 +1,4 @@
-"""The figures of a run, as plain data: what `metrics.summarise` returns and what reports are made of."""
+"""The figures of a run as plain data: `metrics.summarise` returns them, and reports are made from them."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -21,17 +21,17 @@ class Distribution:
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
-    """One mode over one set of rows; a figure that the rows do not have is None.
+    """The figures of one mode over a set of rows; a figure that does not apply to the rows is None.
 
     Attributes:
-        labelled: how many rows were graded.
+        labelled: number of graded rows.
         score: mean score.
         accuracy: share of right answers (exact_match, math, and the answers of grounded questions).
         miou: mean temporal IoU (grounding, grounded questions).
         recall: share of rows with an IoU of at least 0.3, 0.5, 0.7, by "0.3", "0.5", "0.7".
         grounded_accuracy: NExT-GQA's Acc@GQA: the answer is right and at least half of the interval is in the segment.
         pair_accuracy: share of pairs with every row right.
-        tokens, seconds: generated, and in what time.
+        tokens, seconds: generated tokens, and the seconds of generating them.
     """
 
     labelled: int
@@ -47,15 +47,15 @@ class Figures:
 
 @dataclass(frozen=True, kw_only=True)
 class Confidence:
-    """How well the confidence of first answers tells right from wrong (`mlxvr.evaluation.analysis.reliability`).
+    """How well the confidence of first answers separates right from wrong (`mlxvr.evaluation.analysis.reliability`).
 
     Attributes:
         count: labelled rows that have a confidence.
-        accuracy: how many of their first answers are right; an interval is right from an IoU of 0.5.
+        accuracy: share of their first answers that are right; an interval is right from an IoU of 0.5.
         bins: the reliability curve.
         ece, brier: expected calibration error and Brier score; 0 is best.
-        auroc: 0.5 says nothing, 1 separates; None when all are right or all are wrong. It has no interval where all
-            resamples agree, such as where it is 1.
+        auroc: 0.5 is chance, 1 is perfect separation; None when all are right or all are wrong. It has no interval
+            where all resamples agree, such as where it is 1.
     """
 
     count: int
@@ -68,19 +68,19 @@ class Confidence:
 
 @dataclass(frozen=True, kw_only=True)
 class GroupSummary:
-    """A set of rows: the whole, a task or a category.
+    """The figures of a set of rows: the whole run, a task or a category.
 
     Attributes:
         count: rows without an error.
-        clips: independent clusters of them (rows that share a clip or a pair are one).
+        clips: independent clusters of rows (rows that share a clip or a pair are in one cluster).
         direct, think, auto: the modes; `think` is None for a live run.
         think_ratio: share of rows that reason in auto.
         gain: score of think minus score of direct, paired.
-        auto_vs_think: score of auto minus score of think, paired; below 0 the early exit loses.
-        confidence: None when no labelled row has one.
+        auto_vs_think: score of auto minus score of think, paired; below 0 the early exit costs score.
+        confidence: None when no labelled row has a confidence.
         fallbacks: rows whose first box declines to answer.
         missing_boxes: rows without a first box.
-        problems: rows with each departure from the format, by its name.
+        problems: number of rows with each format problem, by the problem's name.
     """
 
     count: int
@@ -102,15 +102,15 @@ class Summary:
     """The figures of a run at one threshold.
 
     Attributes:
-        threshold: from which confidence a first answer stands in auto.
+        threshold: confidence from which auto takes a first answer.
         live: whether the run stopped early itself.
-        count: rows, those that failed included.
-        errors: rows that failed, by id, with the reason.
-        shared: mean seconds of reading frames ("media_seconds") and of prefill ("prefill_seconds"), mean tokens of the
-            prompt ("prompt_tokens", "video_tokens"): what every mode pays.
+        count: rows, failed ones included.
+        errors: the reason of each row that failed, by id.
+        shared: costs that all modes have: mean seconds of reading frames ("media_seconds") and of prefill
+            ("prefill_seconds"), mean tokens of the prompt ("prompt_tokens", "video_tokens").
         overall: all rows that did not fail; None: there are none.
-        per_task, per_category: the same by name, sorted; rows without a name are in none.
-        bootstrap, seed: resamples behind the intervals.
+        per_task, per_category: the same by name, sorted; rows without a name are left out.
+        bootstrap, seed: number and seed of the resamples for the intervals.
     """
 
     threshold: float

@@ -1,4 +1,4 @@
-"""Auto at many thresholds: what each one scores and costs."""
+"""Score and cost of auto at many thresholds."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -14,7 +14,7 @@ __all__ = ["SweepRow", "sweep"]
 
 @dataclass(frozen=True, kw_only=True)
 class SweepRow:
-    """Auto at one threshold; `score`, `accuracy` and `miou` as in `Figures`, None without labels."""
+    """Auto at one threshold; `score`, `accuracy` and `miou` are those of `Figures`, and None without labels."""
 
     threshold: float
     score: float | None
@@ -26,34 +26,36 @@ class SweepRow:
 
 
 def sweep(samples: Iterable[Sample], thresholds: Iterable[float]) -> list[SweepRow]:
-    """Auto at each of the thresholds, in their order.
+    """The figures of auto at each threshold, in the order of `thresholds`.
 
     Raises `ConfigError` for a live run or when every row failed, and `DataError` as `summarise`.
     """
-    kept = usable(ordered(samples))
-    if not kept:
+    finished = usable(ordered(samples))
+    if not finished:
         raise ConfigError("there is no sample without an error; nothing can be swept")
-    if is_live(kept):
-        raise ConfigError("a live run stopped at its own threshold and cannot tell of others: generate without --live")
-    direct, think = [direct_grade(sample) for sample in kept], [mode_grade(sample, sample.final) for sample in kept]
+    if is_live(finished):
+        raise ConfigError("a live run stopped at its own threshold and shows no other: generate without --live")
+    direct = [direct_grade(sample) for sample in finished]
+    think = [mode_grade(sample, sample.final) for sample in finished]
     rows = []
     for threshold in thresholds:
-        decisions = [decide(sample, threshold) for sample in kept]
-        grades = [after if made.reasoned else first for made, first, after in zip(decisions, direct, think)]
+        decisions = [decide(sample, threshold) for sample in finished]
+        modes = zip(decisions, direct, think)
+        grades = [thought if decision.reasoned else first for decision, first, thought in modes]
         rows.append(
             SweepRow(
                 threshold=threshold,
-                score=_mean_of(grades, lambda one: one.score),
-                accuracy=_mean_of(grades, lambda one: one.accuracy),
-                miou=_mean_of(grades, lambda one: one.iou),
-                think_ratio=sum(made.reasoned for made in decisions) / len(kept),
-                mean_tokens=sum(made.tokens for made in decisions) / len(kept),
-                mean_seconds=math.fsum(made.seconds for made in decisions) / len(kept),
+                score=_mean_of(grades, lambda grade: grade.score),
+                accuracy=_mean_of(grades, lambda grade: grade.accuracy),
+                miou=_mean_of(grades, lambda grade: grade.iou),
+                think_ratio=sum(decision.reasoned for decision in decisions) / len(finished),
+                mean_tokens=sum(decision.tokens for decision in decisions) / len(finished),
+                mean_seconds=math.fsum(decision.seconds for decision in decisions) / len(finished),
             )
         )
     return rows
 
 
 def _mean_of(grades: Sequence[Grade | None], part: Callable[[Grade], float | None]) -> float | None:
-    values = [value for one in grades if one is not None and (value := part(one)) is not None]
+    values = [value for grade in grades if grade is not None and (value := part(grade)) is not None]
     return math.fsum(values) / len(values) if values else None

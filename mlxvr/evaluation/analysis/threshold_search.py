@@ -1,27 +1,27 @@
-"""Choosing the threshold of the early exit by evidence, and saying what it is worth on rows that did not choose it.
+"""Choice of the early exit's threshold from samples, with its figures on held-out rows.
 
 Goals
-- `no_loss`: think as little as possible while auto is not worse than always thinking by more than a margin. The paired
-  difference of scores must have the lower end of its 95% interval above -margin. Thresholds are tried from the one that
-  never exits downward and the walk ends at the first that fails: so many are tried that one would pass by luck, and
+- `no_loss`: think as little as possible while auto is not worse than always thinking by more than a margin. The lower
+  end of the 95% interval of the paired difference of scores must be above -margin. Thresholds are tried downward from
+  the one that never exits, and the search ends at the first that fails: among so many, one would pass by luck, and
   tests in a fixed sequence need no correction (Angelopoulos et al., arXiv 2110.01052, section 4). The interval is the
-  bootstrap's and knows of no loss that the clips do not show: where direct answers are wrong once in 33 times and the
+  bootstrap's, which cannot see a loss that no clip shows: where direct answers are wrong once in 33 times and the
   margin is 0.01, sets of 40, 100 and 300 clips chose a threshold that loses more in 67%, 45% and 22% of 60 trials.
-  `Calibration.caution` says so wherever the clips are too few for the margin.
+  `Calibration.caution` warns wherever the clips are too few for the margin.
 - `ratio`, `tokens`: think as much as a budget allows: a share of rows that reason, or mean generated tokens. Labels are
   not needed.
-- `accuracy`: the best score; of equal thresholds the one that thinks least.
+- `accuracy`: the best score; among equal thresholds, the one that thinks least.
 
-Only a threshold that changes a decision matters: the midpoints between neighbouring confidences, 0 (every direct answer
-stands) and one above all confidences (none does).
+Only thresholds that change a decision are tried: 0 (every direct answer is taken), the midpoints between neighbouring
+confidences, and one threshold above all confidences (no direct answer is taken).
 
-A figure on the rows that chose the threshold flatters it. Rows are therefore also dealt into folds, whole clips and
-pairs at a time; each fold is decided by the threshold of the others, and those decisions together are the held-out
-figures. The threshold itself comes from all rows. Folds and resamples depend on ids and seed, not on the order of the
-samples.
+In-sample figures, on the rows that chose the threshold, are optimistically biased. Rows are therefore also dealt into
+folds, whole clips and pairs at a time; each fold is decided by the threshold that the other folds chose, and these
+decisions together give the held-out figures. The threshold itself is chosen on all rows. Folds and resamples depend on
+ids and seed, not on the order of the samples.
 
 Temperature scaling is reported beside the raw confidence, also on held-out rows. It is increasing, so the decisions at
-the mapped threshold are the same, and thresholds here are always of the raw confidence, which the reasoner compares.
+the mapped threshold are the same. Thresholds here are always for the raw confidence, which the reasoner compares.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ import numpy as np
 
 from mlxvr.errors import ConfigError, DataError
 from mlxvr.evaluation import formatting
-from mlxvr.evaluation.analysis.bootstrap import Bootstrap, Clustered, Estimate, clusters_of
+from mlxvr.evaluation.analysis.bootstrap import Bootstrap, Clustered, clusters_of, not_none
 from mlxvr.evaluation.analysis.calibration import Calibration, Goal, TaskThreshold, TemperatureFit, ThresholdOutcome
 from mlxvr.evaluation.analysis.grades import direct_grade, is_live, mode_grade, usable
 from mlxvr.evaluation.analysis.reliability import brier, expected_calibration_error, fit_temperature, reliability, scale
@@ -59,33 +59,33 @@ def calibrate(
     bootstrap: int = 1000,
     seed: int = 0,
 ) -> Calibration:
-    """Choose the threshold that serves a goal best.
+    """Choose the threshold that meets a goal best.
 
     Args:
-        samples: of think mode, in any order; rows that failed are left out, for `no_loss` and `accuracy` also those
+        samples: of think mode, in any order; rows that failed are left out, and for `no_loss` and `accuracy` also rows
             without a label.
         goal: see the module.
-        margin: for `no_loss`: how much of the mean score, in [0, 1], may be lost.
+        margin: for `no_loss`: tolerated loss of the mean score, in [0, 1].
         budget: for `ratio` a share in [0, 1], for `tokens` mean tokens.
-        folds: at least 2.
-        per_task: choose a threshold for each task that has `least_per_task` rows, too.
-        temperature: fit temperature scaling, too.
-        bootstrap: resamples behind intervals, and behind the choice for `no_loss`.
+        folds: number of folds, at least 2.
+        per_task: also choose a threshold for each task that has at least `least_per_task` rows.
+        temperature: also fit temperature scaling.
+        bootstrap: number of resamples for the intervals, and for the choice by `no_loss`.
         seed: of folds and resamples.
 
     Raises:
-        ConfigError: an argument that cannot be used, a budget that cannot be kept, samples of a live run.
-        DataError: too few rows or clips, no labels for a goal that needs them.
+        ConfigError: an argument cannot be used, the budget cannot be met, or the samples are of a live run.
+        DataError: too few rows or clips, or no labels for a goal that needs them.
     """
     plan = _Plan(goal, margin, budget, folds, bootstrap, seed)
-    kept = _eligible(samples, plan)
-    threshold, thresholds, held_out, in_sample = _fit(kept, plan)
+    eligible = _eligible(samples, plan)
+    threshold, thresholds, held_out, in_sample = _fit(eligible, plan)
     tasks: dict[str, TaskThreshold] = {}
-    for name in sorted({sample.task for sample in kept} - {""}) if per_task else ():
-        own = [sample for sample in kept if sample.task == name]
+    for name in sorted({sample.task for sample in eligible} - {""}) if per_task else ():
+        own = [sample for sample in eligible if sample.task == name]
         tasks[name] = TaskThreshold(threshold=threshold, count=len(own), held_out=None)
         if len(own) >= least_per_task:
-            with contextlib.suppress(ConfigError, DataError):  # too few clips, or its budget cannot be kept
+            with contextlib.suppress(ConfigError, DataError):  # too few clips, or the budget cannot be met
                 chosen, _, outcome, _ = _fit(own, plan)
                 tasks[name] = TaskThreshold(threshold=chosen, count=len(own), held_out=outcome)
     return Calibration(
@@ -97,7 +97,7 @@ def calibrate(
         held_out=held_out,
         in_sample=in_sample,
         per_task=tasks,
-        temperature=_fit_temperature(kept, plan) if temperature else None,
+        temperature=_fit_temperature(eligible, plan) if temperature else None,
         folds=folds,
         bootstrap=bootstrap,
         seed=seed,
@@ -106,7 +106,7 @@ def calibrate(
 
 @dataclass(frozen=True)
 class _Plan:
-    """How a threshold is chosen; refuses what cannot be used."""
+    """The arguments of `calibrate` that decide a threshold, validated."""
 
     goal: Goal
     margin: float
@@ -126,7 +126,7 @@ class _Plan:
         if self.budget is not None and not 0 <= self.budget <= (1 if self.goal == "ratio" else math.inf):
             raise ConfigError(f"budget {self.budget} cannot be used: a ratio is from 0 to 1, tokens are not below 0")
         if self.folds < 2:
-            raise ConfigError(f"folds {self.folds} leaves nothing held out: use at least 2, for example 5")
+            raise ConfigError(f"folds {self.folds} holds no rows out: use at least 2, for example 5")
         if self.goal == "no_loss" and self.bootstrap < 100:
             raise ConfigError(f"bootstrap {self.bootstrap} is too few for an interval: use at least 100, better 1000")
 
@@ -136,10 +136,10 @@ class _Plan:
 
 
 @dataclass(frozen=True, eq=False)
-class _Rows:
+class _Columns:
     """Rows as columns of length n; scores are 0 where there is no label."""
 
-    confidence: np.ndarray  # float, nan: none
+    confidence: np.ndarray  # float; nan where there is none
     labelled: np.ndarray  # bool
     direct: np.ndarray
     think: np.ndarray
@@ -149,45 +149,45 @@ class _Rows:
     clusters: np.ndarray
 
     @classmethod
-    def of(cls, samples: list[Sample]) -> "_Rows":
+    def of(cls, samples: list[Sample]) -> "_Columns":
         direct = [direct_grade(sample) for sample in samples]
         think = [mode_grade(sample, sample.final) for sample in samples]
         return cls(
             confidence=np.array([math.nan if s.confidence is None else s.confidence for s in samples]),
             labelled=np.array([sample.is_labelled for sample in samples], dtype=bool),
-            direct=np.array([one.score if one else 0.0 for one in direct]),
-            think=np.array([one.score if one else 0.0 for one in think]),
-            right=np.array([one is not None and one.is_right for one in direct], dtype=bool),
+            direct=np.array([grade.score if grade else 0.0 for grade in direct]),
+            think=np.array([grade.score if grade else 0.0 for grade in think]),
+            right=np.array([grade is not None and grade.is_right for grade in direct], dtype=bool),
             first_tokens=np.array([sample.first_tokens for sample in samples], dtype=np.float64),
             total_tokens=np.array([sample.total_tokens for sample in samples], dtype=np.float64),
             clusters=clusters_of(samples),
         )
 
-    def only(self, chosen: np.ndarray) -> "_Rows":
+    def only(self, chosen: np.ndarray) -> "_Columns":
         columns = {name: column[chosen] for name, column in vars(self).items()}
         columns["clusters"] = np.unique(columns["clusters"], return_inverse=True)[1]
-        return _Rows(**columns)
+        return _Columns(**columns)
 
     def __len__(self) -> int:
         return len(self.confidence)
 
 
 def _eligible(samples: Iterable[Sample], plan: _Plan) -> list[Sample]:
-    kept = usable(ordered(samples))
-    if is_live(kept):
-        raise ConfigError("a live run stopped at its own threshold and cannot tell of others: generate without --live")
-    if plan.needs_labels:
-        failed = len(kept)
-        kept = [sample for sample in kept if sample.is_labelled]
-        if failed and not kept:
-            raise DataError(f"goal {plan.goal} needs rows with an answer, and none has one: use goal ratio or tokens")
-    return kept
+    finished = usable(ordered(samples))
+    if is_live(finished):
+        raise ConfigError("a live run stopped at its own threshold and shows no other: generate without --live")
+    if not plan.needs_labels:
+        return finished
+    labelled = [sample for sample in finished if sample.is_labelled]
+    if finished and not labelled:
+        raise DataError(f"goal {plan.goal} needs rows with an answer, and none has one: use goal ratio or tokens")
+    return labelled
 
 
 def _fit(samples: list[Sample], plan: _Plan) -> tuple[float, list[float], ThresholdOutcome, ThresholdOutcome]:
-    """The threshold from all rows, those of the folds, and the outcomes on held-out rows and on all."""
+    """The threshold from all rows, the folds' thresholds, and the outcomes on held-out rows and in-sample."""
     check_enough(samples, plan.folds)
-    rows = _Rows.of(samples)
+    rows = _Columns.of(samples)
     folds = _folds(rows.clusters, plan)
     threshold = _choose(rows, plan)
     if threshold is None:
@@ -198,7 +198,7 @@ def _fit(samples: list[Sample], plan: _Plan) -> tuple[float, list[float], Thresh
 
 
 def check_enough(rows: Sequence[Clustered], folds: int) -> None:
-    """Refuse rows, generated or still to be asked, that are too few to choose a threshold: raises `DataError`."""
+    """Raise `DataError` when rows, generated or not asked yet, are too few to choose a threshold."""
     if len(rows) < _LEAST_ROWS:
         count = formatting.count(len(rows), "row")
         raise DataError(f"too few rows to choose a threshold: {count}; at least {_LEAST_ROWS} are needed")
@@ -209,19 +209,19 @@ def check_enough(rows: Sequence[Clustered], folds: int) -> None:
 
 
 def _folds(clusters: np.ndarray, plan: _Plan) -> np.ndarray:
-    """The fold of each row; a cluster is never divided."""
+    """The fold of each row; a cluster is never split."""
     count = int(clusters.max()) + 1
     dealt = np.empty(count, dtype=np.int64)
     dealt[np.random.default_rng(plan.seed).permutation(count)] = np.arange(count) % plan.folds
     return dealt[clusters]
 
 
-def _choose(rows: _Rows, plan: _Plan) -> float | None:
-    """The best of the thresholds that change a decision; None: a budget cannot be kept."""
+def _choose(rows: _Columns, plan: _Plan) -> float | None:
+    """The best of the thresholds that change a decision; None: the budget cannot be met."""
     thresholds, levels = _thresholds(rows.confidence)
 
     def exits(values: np.ndarray) -> np.ndarray:
-        """At each threshold the sum of a value over the rows that exit; (.., n) -> (.., thresholds)."""
+        """The sum of `values` over the rows that exit, at each threshold; (.., n) -> (.., thresholds)."""
         sums = np.zeros((*values.shape[:-1], len(thresholds)))
         has = levels >= 0
         order = np.argsort(levels[has], kind="stable")
@@ -242,14 +242,14 @@ def _choose(rows: _Rows, plan: _Plan) -> float | None:
         weights = Bootstrap(rows.clusters, count=plan.bootstrap, seed=plan.seed).row_weights
         draws = exits(weights * difference) / weights.sum(axis=1, keepdims=True)
         fails = np.flatnonzero(np.percentile(draws, 2.5, axis=0) < -plan.margin - 1e-12)
-        return float(thresholds[fails[-1] + 1 if len(fails) else 0])  # the last, that never exits, loses nothing
+        return float(thresholds[fails[-1] + 1 if len(fails) else 0])  # the last threshold never exits and never fails
     assert plan.budget is not None
     affordable = np.flatnonzero(cost <= plan.budget + 1e-9)
     return float(thresholds[affordable[-1]]) if len(affordable) else None
 
 
 def _thresholds(confidence: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The thresholds that change a decision, rising, and for each row the last at which it exits (-1: none)."""
+    """The thresholds that change a decision, rising, and by row the index of the last at which it exits, or -1."""
     levels = np.unique(confidence[~np.isnan(confidence)])
     middles = (levels[:-1] + levels[1:]) / 2
     middles = np.where(middles > levels[:-1], middles, levels[1:])
@@ -258,21 +258,16 @@ def _thresholds(confidence: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return thresholds, np.where(np.isnan(confidence), -1, np.searchsorted(levels, confidence))
 
 
-def _outcome(rows: _Rows, thresholds: np.ndarray, plan: _Plan) -> ThresholdOutcome:
-    """What a threshold per row comes to."""
+def _outcome(rows: _Columns, thresholds: np.ndarray, plan: _Plan) -> ThresholdOutcome:
+    """Score and cost of the rows, each at its own threshold."""
     exits = rows.confidence >= thresholds
     resamples = Bootstrap(rows.clusters, count=plan.bootstrap, seed=plan.seed)
     auto = np.where(exits, rows.direct, rows.think)
-
-    def sure(estimate: Estimate | None) -> Estimate:
-        assert estimate is not None, "there are rows"
-        return estimate
-
     return ThresholdOutcome(
         count=len(rows),
         clips=int(rows.clusters.max()) + 1,
-        think_ratio=sure(resamples.share(1.0 - exits)),
-        tokens=sure(resamples.mean(np.where(exits, rows.first_tokens, rows.total_tokens))),
+        think_ratio=not_none(resamples.share(1.0 - exits)),
+        tokens=not_none(resamples.mean(np.where(exits, rows.first_tokens, rows.total_tokens))),
         always_tokens=float(rows.total_tokens.mean()),
         auto=resamples.share(auto, rows.labelled),
         think=resamples.share(rows.think, rows.labelled),
@@ -281,17 +276,17 @@ def _outcome(rows: _Rows, thresholds: np.ndarray, plan: _Plan) -> ThresholdOutco
     )
 
 
-def _out_of_reach(rows: _Rows, plan: _Plan) -> str:
+def _out_of_reach(rows: _Columns, plan: _Plan) -> str:
     exits = ~np.isnan(rows.confidence)
     if plan.goal == "ratio":
         least = f"a ratio of {1 - exits.mean():.3f}"
     else:
         least = f"{np.where(exits, rows.first_tokens, rows.total_tokens).mean():.1f} tokens"
-    return f"budget {plan.budget:g} cannot be kept: rows without a direct answer always reason, so {least} is the least"
+    return f"budget {plan.budget:g} cannot be met: rows without a direct answer always reason, so {least} is the least"
 
 
 def _fit_temperature(samples: list[Sample], plan: _Plan) -> TemperatureFit:
-    rows = _Rows.of(samples)
+    rows = _Columns.of(samples)
     folds = _folds(rows.clusters, plan)
     among = rows.labelled & ~np.isnan(rows.confidence)
     scaled = rows.confidence.copy()

@@ -148,7 +148,7 @@ def _against(
     return Against(
         title=title,
         comparison=compare(
-            samples, run, threshold=earlier_threshold, other_threshold=threshold, bootstrap=bootstrap, seed=seed
+            samples, run, threshold=earlier_threshold, second_threshold=threshold, bootstrap=bootstrap, seed=seed
         ),
         rows=rows,
         summary=summarise(
