@@ -10,7 +10,8 @@ from groups import stir, tiny_model
 from mlxvr.conversion.fusing import fuse
 from mlxvr.conversion.quantize import convert
 from mlxvr.errors import CheckpointError
-from mlxvr.grpo.step.lora import LoraConfig, attach, attach_saved, save_adapter
+from mlxvr.grpo.step.lora import attach, attach_saved, save_adapter
+from mlxvr.grpo.step.lora_config import LoraConfig
 from mlxvr.model.adapter_base import difference_of_bases
 from mlxvr.model.loading import load_model
 

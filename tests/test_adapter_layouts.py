@@ -259,7 +259,7 @@ def test_training_goes_on_from_a_peft_adapter(base: Path, tmp_path: Path) -> Non
     model = load_model(base)
     config = attach_saved(model, adapter)
     assert (config.rank, config.scale, config.dropout, config.dora) == (4, 1.5, 0.1, False)
-    assert config.keys == ("q_proj", "down_proj")
+    assert config.target_modules == ("q_proj", "down_proj")
     save_adapter(tmp_path / "saved", model, config)
     saved = {name: np.array(array) for name, array in mx.load(str(tmp_path / "saved" / "adapters.safetensors")).items()}
     a, b, *_ = tensors.values()

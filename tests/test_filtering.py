@@ -22,7 +22,8 @@ from mlxvr.grading import math_equality
 from mlxvr.grading.reward import Reward, score
 from mlxvr.grpo.filtering import FilterReport, Sampling, filter_rows, make_sampler, progress_file
 from mlxvr.grpo.setup import read_training_rows
-from mlxvr.grpo.step.lora import LoraConfig, attach, save_adapter
+from mlxvr.grpo.step.lora import attach, save_adapter
+from mlxvr.grpo.step.lora_config import LoraConfig
 from mlxvr.grpo.step.prompts import encode_row
 from mlxvr.grpo.step.rollout import rollout
 from mlxvr.grpo.train_config import TrainConfig

@@ -17,8 +17,9 @@ from mlxvr.errors import ConfigError
 from mlxvr.grpo.step import forward
 from mlxvr.grpo.step.forward import completion_logprobs
 from mlxvr.grpo.step.gradient import group_gradient, group_logprobs
-from mlxvr.grpo.step.lora import LoraConfig, adapter_state, attach, lora_weights
-from mlxvr.grpo.step.loss import IMPORTANCE, LOSS_TYPES, LossConfig
+from mlxvr.grpo.step.lora import adapter_state, attach, lora_weights
+from mlxvr.grpo.step.lora_config import LoraConfig
+from mlxvr.grpo.step.loss_config import IMPORTANCE_SAMPLING_LEVELS, LOSS_TYPES, LossConfig
 from mlxvr.grpo.step.packing import pack
 from mlxvr.grpo.step.prompts import EncodedPrompt
 from mlxvr.grpo.step.rollout import rollout
@@ -119,7 +120,13 @@ def test_the_packed_gradient_is_the_naive_one(model, group, expected, checkpoint
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
     "how",
-    [{"bits": 4}, {"dora": True}, {"bits": 4, "dora": True}, {"bits": 8, "tied": True}, {"keys": ("v_proj",)}],
+    [
+        {"bits": 4},
+        {"dora": True},
+        {"bits": 4, "dora": True},
+        {"bits": 8, "tied": True},
+        {"target_modules": ("v_proj",)},
+    ],
     ids=str,
 )
 def test_quantized_weights_and_other_adapters(family, how, tmp_path) -> None:
@@ -140,9 +147,9 @@ def test_every_kind_of_prompt(model, media) -> None:
     assert difference(flat(gradient), policy_gradient(model, group)) < TOLERANCE
 
 
-@pytest.mark.parametrize("importance", IMPORTANCE)
+@pytest.mark.parametrize("level", IMPORTANCE_SAMPLING_LEVELS)
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
-def test_a_later_update_with_clips_and_a_reference(model, group, loss_type, importance) -> None:
+def test_a_later_update_with_clips_and_a_reference(model, group, loss_type, level) -> None:
     """Every loss, where the policy is no longer the one that sampled; truncated completions are left out."""
     now = group_logprobs(model, group)
     old, reference = now + spread(group, 5, 0.3), now + spread(group, 6, 0.4)
@@ -157,7 +164,7 @@ def test_a_later_update_with_clips_and_a_reference(model, group, loss_type, impo
             return mx.array(0.0) * logprobs.sum()
         length, advantage = logprobs.shape[0], float(ADVANTAGES[index])
         ratios = mx.exp(logprobs - mx.array(old[index, :length]))
-        if importance == "sequence":
+        if level == "sequence":
             ratios = mx.full((length,), 1.0) * mx.exp((logprobs - mx.array(old[index, :length])).mean())
         away = mx.array(reference[index, :length]) - logprobs
         policy = mx.minimum(ratios * advantage, mx.minimum(mx.maximum(ratios, 0.9), 1.15) * advantage)
@@ -166,9 +173,9 @@ def test_a_later_update_with_clips_and_a_reference(model, group, loss_type, impo
 
     config = LossConfig(
         loss_type=loss_type,
-        importance=importance,
-        clip_low=0.1,
-        clip_high=0.15,
+        importance_sampling_level=level,
+        epsilon=0.1,
+        epsilon_high=0.15,
         beta=0.2,
         mask_truncated=True,
         max_completion_tokens=20,
@@ -179,7 +186,7 @@ def test_a_later_update_with_clips_and_a_reference(model, group, loss_type, impo
     assert difference(flat(gradient), naive_gradient(model, group, loss)) < TOLERANCE
     assert stats.tokens == tokens
     assert stats.kl > 0.01
-    if importance == "token":
+    if level == "token":
         assert 0.0 < stats.clip_share < 1.0
 
 
@@ -302,7 +309,7 @@ def test_nothing_has_moved_before_the_first_update(dora, tmp_path) -> None:
 def test_updates_on_one_rollout(model, group) -> None:
     """Two steps: the second knows the first one's log-probs; afterwards everything is as it was."""
     kept = adapter_state(model)
-    config = LossConfig(beta=0.1, clip_high=0.1)
+    config = LossConfig(beta=0.1, epsilon_high=0.1)
     first, stats = group_gradient(model, group, ADVANTAGES, config=config)
     assert stats.reference_logprobs is not None
     model.network.load_weights(

@@ -13,8 +13,9 @@ from checkpoints import FAMILIES, random_media
 from groups import difference, flat, stir, tiny_model
 
 from mlxvr.grpo.step.gradient import group_gradient
-from mlxvr.grpo.step.lora import LoraConfig, attach
-from mlxvr.grpo.step.loss import LossConfig
+from mlxvr.grpo.step.lora import attach
+from mlxvr.grpo.step.lora_config import LoraConfig
+from mlxvr.grpo.step.loss_config import LossConfig
 from mlxvr.media.patches import normalise
 from mlxvr.model.adapter import LORA_PARTS, find_layers
 from mlxvr.model.prompt import build_prompt
@@ -140,7 +141,7 @@ def test_the_gradient_is_transformers(family, how, tmp_path):
         features=model.encode(media),
     )
     group = SimpleNamespace(prompt=encoded, completions=completions)
-    config = LossConfig(loss_type="bnpo", beta=BETA, clip_low=LOW, clip_high=HIGH, mask_truncated=True)
+    config = LossConfig(loss_type="bnpo", beta=BETA, epsilon=LOW, epsilon_high=HIGH, mask_truncated=True)
     for checkpoint in (False, True):
         gradient, stats = group_gradient(
             model, group, ADVANTAGES, config=config, temperature=TEMPERATURE, old_logprobs=old, checkpoint=checkpoint

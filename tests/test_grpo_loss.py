@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from mlxvr.errors import ConfigError
-from mlxvr.grpo.step.loss import IMPORTANCE, LOSS_TYPES, LossConfig, advantages, objective
+from mlxvr.grpo.step.loss import advantages, objective
+from mlxvr.grpo.step.loss_config import IMPORTANCE_SAMPLING_LEVELS, LOSS_TYPES, LossConfig
 
 G, T = 5, 7
 
@@ -39,9 +40,9 @@ def run(group: dict[str, np.ndarray], config: LossConfig, *, reference: bool = T
 @pytest.mark.parity
 @pytest.mark.parametrize("clips", [(0.2, 0.2), (0.1, 0.5), (0.4, 0.05)])
 @pytest.mark.parametrize("beta", [0.0, 0.3])
-@pytest.mark.parametrize("importance", IMPORTANCE)
+@pytest.mark.parametrize("level", IMPORTANCE_SAMPLING_LEVELS)
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
-def test_values_and_gradients_equal_torchs(group, loss_type, importance, beta, clips):
+def test_values_and_gradients_equal_torchs(group, loss_type, level, beta, clips):
     """The formulas of TRL's trainer, a completion at a time, in float64."""
     torch = pytest.importorskip("torch")
     logprobs = torch.tensor(group["logprobs"], requires_grad=True)
@@ -53,7 +54,7 @@ def test_values_and_gradients_equal_torchs(group, loss_type, importance, beta, c
             one[row, :count] for one in (logprobs, torch.tensor(group["old"]), torch.tensor(group["reference"]))
         )
         log_ratio = now - old
-        if importance == "sequence" and count:
+        if level == "sequence" and count:
             log_ratio = log_ratio.mean().repeat(count)
         ratio, advantage = log_ratio.exp(), float(group["advantages"][row])
         policy = -torch.minimum(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
@@ -71,10 +72,10 @@ def test_values_and_gradients_equal_torchs(group, loss_type, importance, beta, c
     expected.backward()
     config = LossConfig(
         loss_type=loss_type,
-        importance=importance,
+        importance_sampling_level=level,
         beta=beta,
-        clip_low=low,
-        clip_high=high,
+        epsilon=low,
+        epsilon_high=high,
         max_completion_tokens=11,
     )
     value, stats, gradient = run(group, config)
@@ -115,7 +116,7 @@ def test_sequence_ratios_by_hand():
     logprobs = mx.array([[-0.7, -0.9], [-1.5, 0.0]])
     old = mx.array([[-1.0, -1.0], [-1.0, 0.0]])
     mask = mx.array([[True, True], [True, False]])
-    config = LossConfig(importance="sequence", beta=0.0)
+    config = LossConfig(importance_sampling_level="sequence", beta=0.0)
     loss, stats = objective(logprobs, old, None, mx.array([1.0, 1.0]), mask, config)
     assert float(loss) == pytest.approx(-(1.2 + 0.60653) / 2, abs=1e-5)
     assert float(stats["clip_share"]) == pytest.approx(2 / 3)
@@ -144,7 +145,7 @@ def test_a_completion_without_tokens_counts_in_the_mean():
 def test_each_clip_cuts_on_its_own_side(low, high, share):
     """Ratios of 0.8 and 1.3 under both signs: a clip cuts 0.8 where A < 0 and 1.3 where A > 0, if it is narrow."""
     ratios, gains = np.array([0.8, 0.8, 1.3, 1.3]), mx.array([-1.0, 1.0, -1.0, 1.0])
-    config = LossConfig(clip_low=low, clip_high=high, beta=0.0)
+    config = LossConfig(epsilon=low, epsilon_high=high, beta=0.0)
     now, old = mx.array(np.log(ratios), dtype=mx.float32)[:, None], mx.zeros((4, 1))
     _, stats = objective(now, old, None, gains, mx.ones((4, 1), mx.bool_), config)
     assert float(stats["clip_share"]) == pytest.approx(share)
@@ -232,15 +233,23 @@ def test_rewards_that_are_no_numbers(wrong):
     ("options", "words"),
     [
         ({"loss_type": "ppo"}, "use one of grpo, bnpo, dr_grpo"),
-        ({"importance": "word"}, "use one of token, sequence"),
-        ({"clip_low": 1.1}, "clip_low"),
-        ({"clip_high": -0.1}, "clip_high"),
-        ({"clip_high": float("nan")}, "clip_high"),
+        ({"importance_sampling_level": "word"}, "use one of token, sequence"),
+        ({"epsilon": 1.1}, "epsilon"),
+        ({"epsilon_high": -0.1}, "epsilon_high"),
+        ({"epsilon_high": float("nan")}, "epsilon_high"),
         ({"beta": -1.0}, "beta"),
         ({"loss_type": "dr_grpo"}, "max_completion_tokens: set it"),
-        ({"max_completion_tokens": 0}, "not positive"),
+        ({"max_completion_tokens": 0}, "give at least 1"),
     ],
 )
 def test_values_that_cannot_be_used(options, words):
     with pytest.raises(ConfigError, match=words):
         LossConfig(**options)
+
+
+def test_one_epsilon_clips_on_both_sides():
+    """As in TRL, where `epsilon_high` is None by default and stands for `epsilon`."""
+    assert LossConfig(epsilon=0.25).clip_range == (0.75, 1.25)
+    assert LossConfig(epsilon=0.25, epsilon_high=0.5).clip_range == (0.75, 1.5)
+    assert LossConfig(epsilon=0.25, epsilon_high=0.0).clip_range == (0.75, 1.0)
+    assert LossConfig().clip_range == (0.8, 1.2)

@@ -17,21 +17,14 @@ from mlxvr.conversion.fusing import fuse
 from mlxvr.conversion.quantize import convert
 from mlxvr.errors import CheckpointError, ConfigError
 from mlxvr.grpo.step.gradient import group_gradient, group_logprobs
-from mlxvr.grpo.step.lora import (
-    LoraConfig,
-    adapter_state,
-    attach,
-    attach_saved,
-    disable_adapters,
-    lora_weights,
-    save_adapter,
-)
-from mlxvr.grpo.step.loss import LossConfig
+from mlxvr.grpo.step.lora import adapter_state, attach, attach_saved, disable_adapters, lora_weights, save_adapter
+from mlxvr.grpo.step.lora_config import LoraConfig
+from mlxvr.grpo.step.loss_config import LossConfig
 from mlxvr.model.adapter import find_layers
 from mlxvr.model.loading import load_model
 from mlxvr.model.network import VideoModel
 
-SOME = LoraConfig(rank=4, scale=1.5, keys=("q_proj", "down_proj"))
+SOME = LoraConfig(rank=4, scale=1.5, target_modules=("q_proj", "down_proj"))
 
 
 IDS = [5, 9, 2, 77, 31, 8, 8, 120, 300]
@@ -139,7 +132,7 @@ def test_who_can_read_what_is_saved(family, dora, bits, tmp_path):
     source = write_checkpoint(tmp_path / "source", family)
     convert(source, folder, recipe=write_plain(tmp_path, family), bits=bits, dtype="float32")
     model = load_model(folder)
-    config = LoraConfig(rank=4, scale=1.5, dora=dora, keys=("q_proj", "down_proj"))
+    config = LoraConfig(rank=4, scale=1.5, dora=dora, target_modules=("q_proj", "down_proj"))
     attach(model, config, seed=0)
     stir(model)
     adapted = logits_of(model)
@@ -265,8 +258,8 @@ def test_what_is_refused(tmp_path):
         ({"scale": 0.0}, "scale 0.0"),
         ({"scale": float("nan")}, "scale nan"),
         ({"dropout": 1.0}, "dropout 1.0"),
-        ({"keys": ()}, "no module"),
-        ({"keys": ("q_proj", "lm_head")}, "'lm_head'"),
+        ({"target_modules": ()}, "no module"),
+        ({"target_modules": ("q_proj", "lm_head")}, "'lm_head'"),
     ],
 )
 def test_values_that_cannot_be_used(options, words):

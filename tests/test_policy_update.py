@@ -8,9 +8,9 @@ import pytest
 from groups import make_group, stir, tiny_model
 from test_gradient import naive_gradient, naive_logprobs
 
-from mlxvr.grpo.setup import loss_config
 from mlxvr.grpo.step import policy_update
-from mlxvr.grpo.step.lora import LoraConfig, attach, disable_adapters, lora_weights
+from mlxvr.grpo.step.lora import attach, disable_adapters, lora_weights
+from mlxvr.grpo.step.lora_config import LoraConfig
 from mlxvr.grpo.step.policy_update import Group, Learner
 from mlxvr.grpo.train_config import TrainConfig
 from mlxvr.runtime.distributed import Ranks
@@ -33,9 +33,16 @@ def group_of(model, advantages, **options):
 
 
 def learner_of(model, tmp_path, **settings):
-    settings = {"weight_decay": DECAY, "max_grad_norm": CUT, "beta": BETA, "clip_low": 0.01, **settings}
+    settings = {
+        "weight_decay": DECAY,
+        "max_grad_norm": CUT,
+        "beta": BETA,
+        "epsilon": 0.01,
+        "epsilon_high": 0.2,
+        **settings,
+    }
     config = TrainConfig(data=tmp_path / "rows.jsonl", output=tmp_path / "run", **settings)
-    return Learner(model, config, loss_config(config), None, Ranks())
+    return Learner(model, config, None, Ranks())
 
 
 def weights_of(model):
@@ -89,7 +96,7 @@ def test_updates_are_those_of_the_naive_loss_and_numpys_adamw(model, tmp_path, u
     groups = [group_of(model, EQUAL, seed=3), group_of(model, VARIED)]
     begun = weights_of(model)
     expected, shares, lengths = naive_updates(model, groups[1].rollout, len(groups), updates)
-    found = learner_of(model, tmp_path, updates=updates).update(groups, RATE)
+    found = learner_of(model, tmp_path, num_iterations=updates).update(groups, RATE)
     assert found.stats[0] is None
     assert found.grad_norm == pytest.approx(lengths[0], rel=1e-4)
     assert lengths[0] > CUT
@@ -107,8 +114,8 @@ def test_updates_are_those_of_the_naive_loss_and_numpys_adamw(model, tmp_path, u
     [
         ({}, VARIED, (), True),
         ({}, EQUAL, (), False),
-        ({"skip_unanimous": False}, EQUAL, (), True),  # the distance pulls
-        ({"skip_unanimous": False, "beta": 0.0}, EQUAL, (), False),  # and without it nothing does
+        ({"skip_zero_advantage": False}, EQUAL, (), True),  # the distance pulls
+        ({"skip_zero_advantage": False, "beta": 0.0}, EQUAL, (), False),  # and without it nothing does
         ({"mask_truncated": True}, VARIED, (0, 1, 3), True),
         ({"mask_truncated": True}, VARIED, (0, 1, 2, 3), False),
         ({"mask_truncated": False}, VARIED, (0, 1, 2, 3), True),

@@ -17,11 +17,12 @@ from groups import make_group, stir, tiny_model
 from mlx.utils import tree_flatten
 from test_gradient import ADVANTAGES
 
-from mlxvr.grpo.setup import loss_config
 from mlxvr.grpo.step import forward
 from mlxvr.grpo.step.forward import completion_logprobs
-from mlxvr.grpo.step.lora import LoraConfig, attach, lora_weights
-from mlxvr.grpo.step.loss import LossConfig, objective
+from mlxvr.grpo.step.lora import attach, lora_weights
+from mlxvr.grpo.step.lora_config import LoraConfig
+from mlxvr.grpo.step.loss import objective
+from mlxvr.grpo.step.loss_config import LossConfig
 from mlxvr.grpo.step.packing import pack
 from mlxvr.grpo.step.policy_update import Group, Learner
 from mlxvr.grpo.train_config import TrainConfig
@@ -95,7 +96,7 @@ def test_a_step_is_the_same_whatever_was_drawn_before(tmp_path, dropout):
         attach(model, LoraConfig(rank=4, dropout=dropout), seed=1)
         stir(model)
         config = TrainConfig(data=tmp_path / "rows.jsonl", output=tmp_path / "run", dropout=dropout)
-        learner = Learner(model, config, loss_config(config), None, Ranks())
+        learner = Learner(model, config, None, Ranks())
         group = Group(rollout=make_group(model), judgement=None, advantages=ADVANTAGES)
         learner.update([group], 1e-3, step=step)
         results.append({name: np.array(array).tobytes() for name, array in lora_weights(model).items()})

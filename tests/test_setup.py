@@ -144,11 +144,11 @@ def test_memory_is_checked_against_what_may_be_used(folder, tmp_path, monkeypatc
 
 
 def test_options_without_effect_are_named_once(folder, tmp_path):
-    _, notes = run(folder, tmp_path / "run", data="text.jsonl", filter_samples=3, valid_every=2, clip_high=0.3)
+    _, notes = run(folder, tmp_path / "run", data="text.jsonl", filter_samples=3, valid_every=2, epsilon_high=0.3)
     assert [note for note in notes if note.startswith("without effect")] == [
         "without effect: --filter-samples, as they are for --filter-only",
         "without effect: --valid-every, as there are no rows to validate on (--valid)",
-        "without effect: --clip-high, as with one update of a batch every ratio is 1",
+        "without effect: --epsilon-high, as with one update per batch every ratio is 1",
     ]
     with pytest.raises(mlxvr.ConfigError, match="revision 'v1' is of a Hub id"):
         run(folder, tmp_path / "other", model=None, revision="v1")

@@ -318,9 +318,9 @@ def test_settings_from_files(tmp_path):
     file = tmp_path / "c.toml"
     file.write_text('data = "x.jsonl"\noutput = "run"\nlearning_rate = 1\nreward = ["agreement"]\ngroup_size = 4\n')
     parse = make_parser().parse_args
-    config = read_config(parse(["--config", str(file), "--group-size", "6", "--no-scale-advantages"]))
+    config = read_config(parse(["--config", str(file), "--group-size", "6", "--no-scale-rewards"]))
     assert (config.learning_rate, config.group_size, config.reward) == (1.0, 6, ("agreement",))
-    assert not config.scale_advantages
+    assert not config.scale_rewards
     with pytest.raises(ConfigError, match="there is no data: give --data"):
         read_config(parse(["--output", "run"]))
 

@@ -8,8 +8,14 @@ import pytest
 from safetensors.numpy import load_file
 from small_runs import CLIPS, entries, exact, run
 
+from mlxvr.cli.settings import read_settings, write_settings
+from mlxvr.grading.reward import Weights
 from mlxvr.grpo import trainer
+from mlxvr.grpo.setup import reward_weights
 from mlxvr.grpo.step import policy_update
+from mlxvr.grpo.step.lora_config import LoraConfig
+from mlxvr.grpo.step.loss_config import LossConfig
+from mlxvr.grpo.train_config import TrainConfig
 from mlxvr.reasoner.reasoner import demo_folder
 
 SHORT = {"steps": 1, "batch_size": 1, "group_size": 2, "max_completion_tokens": 4}
@@ -28,7 +34,7 @@ def noted(monkeypatch, module, name):
 
 
 def test_the_adapter(tmp_path, small_model):
-    how = {"rank": 3, "scale": 5.0, "dropout": 0.25, "dora": True, "modules": ("q_proj", "down_proj")}
+    how = {"rank": 3, "scale": 5.0, "dropout": 0.25, "dora": True, "target_modules": ("q_proj", "down_proj")}
     run(tmp_path, small_model, **SHORT, **how)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     parameters = config["lora_parameters"]
@@ -98,7 +104,7 @@ def test_scaled_advantages(tmp_path, small_model):
     """A gradient is linear in the advantages, and they are divided by the rewards' standard deviation or not."""
     lengths = {}
     for scale in (True, False):
-        run(tmp_path / str(scale), small_model, **{**SHORT, "group_size": 4}, beta=0.0, scale_advantages=scale)
+        run(tmp_path / str(scale), small_model, **{**SHORT, "group_size": 4}, beta=0.0, scale_rewards=scale)
         (entry,) = entries(tmp_path / str(scale))
         lengths[scale] = entry["grad_norm"]
     assert lengths[False] / lengths[True] == pytest.approx(entry["reward_std"], rel=1e-3)
@@ -138,3 +144,19 @@ def test_what_watches_training_without_labels_goes_on_as_well(tmp_path, small_mo
     assert json.loads(notes)["guard"], "it has seen something"
     assert exact(tmp_path / "cut") == whole
     assert np.isfinite([entry["rewards/agreement/mean"] for entry in entries(tmp_path / "cut")]).all()
+
+
+def test_parts_have_their_defaults_and_flat_keywords_reach_them(tmp_path):
+    """A default of the loss, the adapter or the reward is written once; flags, TOML keys and keywords are flat."""
+    config = TrainConfig(data=tmp_path, output=tmp_path)
+    assert config.loss == LossConfig(max_completion_tokens=1024)
+    assert config.lora == LoraConfig()
+    assert reward_weights(config) == Weights()
+    changed = {"beta": 0.5, "loss_type": "bnpo", "rank": 3, "target_modules": ("q_proj",), "epsilon": 0.1}
+    config = TrainConfig(data=tmp_path, output=tmp_path, **changed)
+    assert config.loss == LossConfig(beta=0.5, loss_type="bnpo", epsilon=0.1, max_completion_tokens=1024)
+    assert config.lora == LoraConfig(rank=3, target_modules=("q_proj",))
+    write_settings(tmp_path / "settings.toml", config, title="of a test")
+    values = read_settings(tmp_path / "settings.toml", TrainConfig)
+    assert {name: values[name] for name in changed} == changed
+    assert TrainConfig(**values) == config

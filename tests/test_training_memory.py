@@ -19,8 +19,9 @@ from mlx.utils import tree_flatten
 from mlxvr.errors import OutOfMemoryError
 from mlxvr.grpo.memory_estimate import estimate, estimate_training
 from mlxvr.grpo.step.gradient import group_gradient
-from mlxvr.grpo.step.lora import LoraConfig, attach, lora_weights
-from mlxvr.grpo.step.loss import LossConfig
+from mlxvr.grpo.step.lora import attach, lora_weights
+from mlxvr.grpo.step.lora_config import LoraConfig
+from mlxvr.grpo.step.loss_config import LossConfig
 from mlxvr.grpo.step.rollout import prefill_step, rollout
 from mlxvr.grpo.train_config import TrainConfig
 from mlxvr.grpo.trainer import train
@@ -57,7 +58,7 @@ def make_model(folder, family, *, bits=None, rank=16, keys=None, **text):
     model = load_model(checkpoints.write_checkpoint(folder, family, text=TEXT | own | text))
     if bits is not None:
         nn.quantize(model.network.language_model, group_size=64, bits=bits)
-    attach(model, LoraConfig(rank=rank, **({"keys": keys} if keys else {})), seed=0)
+    attach(model, LoraConfig(rank=rank, **({"target_modules": keys} if keys else {})), seed=0)
     mx.eval(model.network.parameters())
     return model
 
@@ -154,7 +155,8 @@ def test_a_run_takes_what_it_said_before(tmp_path, how):
     """The bundled model on the bundled clips; no completion ends before its limit."""
     told = []
     settings = {"data": demo_folder() / "clips.jsonl", "dtype": "float32", "max_completion_tokens": 8, "steps": 1}
-    train(TrainConfig(output=tmp_path, **settings, skip_unanimous=False, temperature=1.5, **how), on_note=told.append)
+    settings |= {"skip_zero_advantage": False, "temperature": 1.5}
+    train(TrainConfig(output=tmp_path, **settings, **how), on_note=told.append)
     entry = json.loads((tmp_path / "metrics.jsonl").read_text())
     assert entry["completions/clipped_ratio"] > 0.5
     said = next(line.split() for line in told if line.startswith("peak"))

@@ -8,7 +8,7 @@ from mlx.utils import tree_flatten
 from mlxvr.diagnosis import reference
 from mlxvr.diagnosis.findings import Finding, judge
 from mlxvr.grpo.step.gradient import group_gradient, group_logprobs
-from mlxvr.grpo.step.loss import LossConfig
+from mlxvr.grpo.step.loss_config import LossConfig
 from mlxvr.grpo.step.rollout import rollout
 
 __all__ = ["check_gradient", "check_repeatable", "check_rollout"]

@@ -23,7 +23,8 @@ import mlx.nn as nn
 import numpy as np
 
 from mlxvr.diagnosis.scene import draw_clip, draw_image
-from mlxvr.grpo.step.lora import LoraConfig, attach, lora_weights
+from mlxvr.grpo.step.lora import attach, lora_weights
+from mlxvr.grpo.step.lora_config import LoraConfig
 from mlxvr.media import VisionInput, patchify
 from mlxvr.model.loading import load_model
 from mlxvr.model.network import VideoModel

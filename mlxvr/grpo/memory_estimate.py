@@ -27,7 +27,8 @@ from mlx.utils import tree_flatten
 
 from mlxvr.errors import OutOfMemoryError
 from mlxvr.grpo.step.forward import LOGITS_AT_ONCE, QUERIES_AT_ONCE, SCORES_AT_ONCE
-from mlxvr.grpo.step.lora import PROJECTIONS, lora_weights
+from mlxvr.grpo.step.lora import lora_weights
+from mlxvr.grpo.step.lora_config import PROJECTIONS
 from mlxvr.model.adapter import find_layers
 from mlxvr.model.cache import CACHE_STEP
 from mlxvr.model.families.base import family_of

@@ -15,8 +15,6 @@ from mlxvr.grading import math_equality
 from mlxvr.grading.reward import Weights
 from mlxvr.grpo.memory_estimate import MemoryEstimate, estimate_training
 from mlxvr.grpo.prompt_lengths import PromptLengths, first_too_long
-from mlxvr.grpo.step.lora import LoraConfig
-from mlxvr.grpo.step.loss import LossConfig
 from mlxvr.grpo.step.rollout import prefill_step
 from mlxvr.grpo.train_config import TrainConfig
 from mlxvr.grpo.train_state import read_progress, state_file
@@ -36,8 +34,6 @@ __all__ = [
     "frame_spec",
     "identity",
     "load",
-    "lora_config",
-    "loss_config",
     "read_training_rows",
     "read_validation_rows",
     "reward_weights",
@@ -160,13 +156,6 @@ def check_lengths(config: TrainConfig, model: VideoModel, lengths: PromptLengths
     return f"{count:,} of {lengths.measured:,} rows have prompts that are too long and will be left out: {reason}"
 
 
-def lora_config(config: TrainConfig) -> LoraConfig:
-    """The new adapter that settings ask for; raises `ConfigError` when there can be none."""
-    return LoraConfig(
-        rank=config.rank, scale=config.scale, dropout=config.dropout, dora=config.dora, keys=config.modules
-    )
-
-
 def read_training_rows(config: TrainConfig) -> tuple[list[Row], list[str]]:
     """The rows to learn from, and why others were left out.
 
@@ -242,16 +231,3 @@ def default_threshold(model: VideoModel) -> float:
 def _defaults(model: VideoModel) -> Defaults:
     assert model.folder is not None, "made by load_model"
     return Defaults.of(model.folder)
-
-
-def loss_config(config: TrainConfig) -> LossConfig:
-    """The loss that settings ask for; raises `ConfigError` when it cannot be computed."""
-    return LossConfig(
-        loss_type=config.loss_type,
-        importance=config.importance,
-        clip_low=config.clip_low,
-        clip_high=config.clip_high,
-        beta=config.beta,
-        mask_truncated=config.mask_truncated,
-        max_completion_tokens=config.max_completion_tokens,
-    )

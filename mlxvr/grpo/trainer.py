@@ -51,8 +51,6 @@ from mlxvr.grpo.setup import (
     frame_spec,
     identity,
     load,
-    lora_config,
-    loss_config,
     read_training_rows,
     read_validation_rows,
     reward_weights,
@@ -112,7 +110,6 @@ def train(
         CheckpointError: the model, adapter or state cannot be loaded.
         OutOfMemoryError: the run would not fit.
     """
-    loss_config(config), lora_config(config)
     ranks = Ranks()  # before anything that only one of them may lack, so that the others notice
     if config.filter_only and ranks.size > 1:
         raise ConfigError(f"filter_only is for one process, and these are {ranks.size} ranks: start it without them")
@@ -165,14 +162,14 @@ class _Run:
         self.weights = reward_weights(config)
         fingerprint = model.fingerprint
         if config.adapter is None:
-            self.lora = lora_config(config)
+            self.lora = config.lora
             attach(model, self.lora, seed=config.seed)
             reference = None
         else:
             self.lora = attach_saved(model, config.adapter)
             reference = adapter_state(model)
         judge = Judge(weights=self.weights, own=own, label_free=config.label_free, temperature=config.temperature)
-        self.learner = Learner(model, config, loss_config(config), judge, ranks, reference=reference)
+        self.learner = Learner(model, config, judge, ranks, reference=reference)
         self.guard = CollapseGuard()
         self.collapse: ConfigError | None = None  # what the guard ends the run with, once the step is saved
         per_epoch = len(batches(len(rows), batch_size=config.batch_size, seed=0, epoch=0))

@@ -38,8 +38,10 @@ from mlx.utils import tree_flatten
 
 from mlxvr.data.rows import Row
 from mlxvr.grpo.step.gradient import group_gradient, group_logprobs
-from mlxvr.grpo.step.lora import LoraConfig, attach
-from mlxvr.grpo.step.loss import LossConfig, advantages
+from mlxvr.grpo.step.lora import attach
+from mlxvr.grpo.step.lora_config import LoraConfig
+from mlxvr.grpo.step.loss import advantages
+from mlxvr.grpo.step.loss_config import LossConfig
 from mlxvr.grpo.step.prompts import EncodedPrompt
 from mlxvr.grpo.step.rollout import Completion, Rollout, rollout
 from mlxvr.media import normalise
@@ -50,7 +52,7 @@ from mlxvr.runtime.device_memory import limited
 from tests.benchmarks.answers import SHAPES, make_model
 from tests.checkpoints import random_media
 
-LORA = {"mid": LoraConfig(rank=8, keys=("q_proj", "k_proj", "v_proj", "o_proj")), "8b": LoraConfig(rank=16)}
+LORA = {"mid": LoraConfig(rank=8, target_modules=("q_proj", "k_proj", "v_proj", "o_proj")), "8b": LoraConfig(rank=16)}
 POLICY = LossConfig(beta=0.0)
 SEED = 7
 # How far the two sides may be apart: gradients, relative; log-probs, on average (float32, and bfloat16 at 4 bits).

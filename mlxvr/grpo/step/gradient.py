@@ -17,7 +17,8 @@ from mlx.utils import tree_flatten
 from mlxvr.errors import ConfigError
 from mlxvr.grpo.step.forward import completion_logprobs
 from mlxvr.grpo.step.lora import disable_adapters
-from mlxvr.grpo.step.loss import LossConfig, objective
+from mlxvr.grpo.step.loss import objective
+from mlxvr.grpo.step.loss_config import LossConfig
 from mlxvr.grpo.step.packing import Packed, pack
 from mlxvr.model.adapter import find_layers
 from mlxvr.model.network import VideoModel

@@ -46,7 +46,6 @@ from mlxvr.errors import ConfigError
 from mlxvr.grading.reward import Reward, Weights, answers, compare_answers, format_reward
 from mlxvr.grpo.step.forward import completion_logprobs
 from mlxvr.grpo.step.packing import pack
-from mlxvr.grpo.train_config import LABEL_FREE
 from mlxvr.model.network import VideoModel
 from mlxvr.model.tokenizer import ChatTokenizer
 

@@ -10,11 +10,9 @@ an adapter, it is the model with that adapter as it was: an `adapter_state`.
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +20,12 @@ import mlx.core as mx
 import numpy as np
 
 from mlxvr.errors import CheckpointError, ConfigError
-from mlxvr.grpo.train_config import PROJECTIONS
+from mlxvr.grpo.step.lora_config import PROJECTIONS, LoraConfig
 from mlxvr.model.adapter import LORA_PARTS, Adapter, add_layers, apply_adapter, find_layers, swap_modules
 from mlxvr.model.adapter_base import warn_of_another_base
 from mlxvr.model.network import VideoModel
 
 __all__ = [
-    "PROJECTIONS",
-    "LoraConfig",
     "adapter_digest",
     "adapter_state",
     "attach",
@@ -38,38 +34,6 @@ __all__ = [
     "lora_weights",
     "save_adapter",
 ]
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoraConfig:
-    """How much is trained, and where; raises `ConfigError` for a value that cannot be used.
-
-    Attributes:
-        rank: of the two matrices' product.
-        scale: what the product is multiplied with ("alpha / rank" elsewhere).
-        dropout: share of a layer's inputs that the matrices do not see while a gradient is computed. Sampling has none,
-            so that the ratio is 1 only without it.
-        dora: also learn the length of each row of the weight (arXiv 2402.09353).
-        keys: the last names of the modules, from `PROJECTIONS`, in every layer of the language model.
-    """
-
-    rank: int = 16
-    scale: float = 2.0
-    dropout: float = 0.0
-    dora: bool = False
-    keys: tuple[str, ...] = PROJECTIONS
-
-    def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ConfigError(f"rank {self.rank} is not positive: 16 is usual")
-        if not (math.isfinite(self.scale) and self.scale > 0.0):
-            raise ConfigError(f"scale {self.scale} is not a positive number: 2 is usual")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ConfigError(f"dropout {self.dropout} is outside [0, 1): 0 is usual")
-        unknown = sorted(set(self.keys) - set(PROJECTIONS))
-        if unknown or not self.keys:
-            named = repr(unknown[0]) if unknown else "no module"
-            raise ConfigError(f"modules name {named}: use some of {', '.join(PROJECTIONS)}")
 
 
 def attach(model: VideoModel, config: LoraConfig, *, seed: int) -> None:
@@ -83,7 +47,7 @@ def attach(model: VideoModel, config: LoraConfig, *, seed: int) -> None:
     Raises `ConfigError` when the model has adapters already.
     """
     _check_bare(model)
-    names = _targets(model, config.keys)
+    names = _targets(model, config.target_modules)
     add_layers(model.network, names, rank=config.rank, scale=config.scale, dropout=config.dropout, dora=config.dora)
     key = mx.random.key(seed)
     for _, layer in sorted(find_layers(model.network).items()):
@@ -129,7 +93,7 @@ def attach_saved(model: VideoModel, folder: Path) -> LoraConfig:
             scale=scale,
             dropout=float(dropout),
             dora=adapter.is_dora,
-            keys=tuple(key for key in PROJECTIONS if key in last),
+            target_modules=tuple(key for key in PROJECTIONS if key in last),
         )
     except ConfigError as error:
         raise CheckpointError(f"the adapter {folder} cannot be trained on: {error}") from error

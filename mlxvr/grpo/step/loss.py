@@ -15,57 +15,14 @@ At the first update after a rollout the ratio is exactly 1 and the policy's part
 (-mean(A), which is 0, for grpo): look at gradients, rewards and KL, not at the loss.
 """
 
-from dataclasses import dataclass
-
 import mlx.core as mx
 import numpy as np
 
-from mlxvr.errors import ConfigError
+from mlxvr.grpo.step.loss_config import LossConfig
 
-__all__ = ["IMPORTANCE", "LOSS_TYPES", "LossConfig", "advantages", "objective"]
+__all__ = ["advantages", "objective"]
 
-LOSS_TYPES = ("grpo", "bnpo", "dr_grpo")
-IMPORTANCE = ("token", "sequence")
 _STD_FLOOR = 1e-4
-
-
-@dataclass(frozen=True, kw_only=True)
-class LossConfig:
-    """Which loss; raises `ConfigError` for a value that cannot be used.
-
-    Attributes:
-        loss_type: one of `LOSS_TYPES`.
-        importance: one of `IMPORTANCE`, what has a ratio of its own.
-        clip_low: a ratio counts down to 1 - clip_low.
-        clip_high: a ratio counts up to 1 + clip_high.
-        beta: weight of the KL divergence from the reference policy; 0: the reference is not computed.
-        mask_truncated: leave out completions that hit the limit of tokens.
-        max_completion_tokens: that limit, which dr_grpo divides by.
-    """
-
-    loss_type: str = "grpo"
-    importance: str = "token"
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    beta: float = 0.01
-    mask_truncated: bool = False
-    max_completion_tokens: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.loss_type not in LOSS_TYPES:
-            raise ConfigError(f"loss_type {self.loss_type!r} is unknown: use one of {', '.join(LOSS_TYPES)}")
-        if self.importance not in IMPORTANCE:
-            raise ConfigError(f"importance {self.importance!r} is unknown: use one of {', '.join(IMPORTANCE)}")
-        if not 0.0 <= self.clip_low <= 1.0:
-            raise ConfigError(f"clip_low {self.clip_low} is outside [0, 1]: 0.2 is usual")
-        if not 0.0 <= self.clip_high < float("inf"):
-            raise ConfigError(f"clip_high {self.clip_high} is no number from 0 up: 0.2 is usual")
-        if not 0.0 <= self.beta < float("inf"):
-            raise ConfigError(f"beta {self.beta} is no number from 0 up: 0.01 is usual, 0 leaves the reference out")
-        if self.max_completion_tokens is not None and self.max_completion_tokens < 1:
-            raise ConfigError(f"max_completion_tokens {self.max_completion_tokens} is not positive")
-        if self.loss_type == "dr_grpo" and self.max_completion_tokens is None:
-            raise ConfigError("loss_type 'dr_grpo' divides by max_completion_tokens: set it")
 
 
 def advantages(rewards: np.ndarray, *, scale: bool = True) -> np.ndarray:
@@ -123,11 +80,12 @@ def objective(
         return mx.stop_gradient(per_completion(values).sum() / total)
 
     log_ratio = mx.where(mask, logprobs - mx.stop_gradient(old_logprobs), 0.0)
-    if config.importance == "sequence":
+    if config.importance_sampling_level == "sequence":
         log_ratio = log_ratio.sum(axis=1, keepdims=True) / mx.maximum(counts, 1)[:, None]
     ratio = mx.exp(log_ratio)
     advantage = mx.stop_gradient(advantages)[:, None]
-    clipped = mx.clip(ratio, 1.0 - config.clip_low, 1.0 + config.clip_high)
+    lowest, highest = config.clip_range
+    clipped = mx.clip(ratio, lowest, highest)
     loss = mx.broadcast_to(-mx.minimum(ratio * advantage, clipped * advantage), logprobs.shape)
     kl = mx.zeros_like(logprobs)
     if reference_logprobs is not None:
@@ -143,7 +101,7 @@ def objective(
         value = sums.sum() / total
     else:
         value = sums.sum() / (mask.shape[0] * (config.max_completion_tokens or 1))
-    cut = ((ratio < 1.0 - config.clip_low) & (advantage < 0)) | ((ratio > 1.0 + config.clip_high) & (advantage > 0))
+    cut = ((ratio < lowest) & (advantage < 0)) | ((ratio > highest) & (advantage > 0))
     return value, {
         "kl": mean(kl),
         "clip_share": mean(mx.broadcast_to(cut, mask.shape)),

@@ -20,7 +20,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlxvr.data.rows import Row
 from mlxvr.errors import DataError
 from mlxvr.grpo.step.gradient import GroupStats, group_gradient
-from mlxvr.grpo.step.loss import LossConfig, advantages
+from mlxvr.grpo.step.loss import advantages
 from mlxvr.grpo.step.prompts import EncodedPrompt
 from mlxvr.grpo.step.reward_model import Judge, Judgement
 from mlxvr.grpo.step.rollout import Rollout, rollout
@@ -88,7 +88,6 @@ class Learner:
         self,
         model: VideoModel,
         config: TrainConfig,
-        loss: LossConfig,
         judge: Judge,
         ranks: Ranks,
         *,
@@ -102,7 +101,7 @@ class Learner:
         self._config = config
         self._judge = judge
         self._ranks = ranks
-        self._loss = loss
+        self._loss = config.loss
 
     def sample(self, prompt: EncodedPrompt, step: int, *, should_stop: ShouldStop | None = None) -> Group:
         """Sample and judge the completions of a row.
@@ -130,7 +129,7 @@ class Learner:
         return Group(
             rollout=made,
             judgement=judgement,
-            advantages=advantages(judgement.totals, scale=config.scale_advantages),
+            advantages=advantages(judgement.totals, scale=config.scale_rewards),
         )
 
     def update(self, groups: Sequence[Group], rate: float, *, step: int = 0) -> Update:
@@ -151,7 +150,7 @@ class Learner:
         self.optimizer.learning_rate = rate
         every: list[list[GroupStats | None]] = []
         norms: list[float] = []
-        for number in range(self._config.updates):
+        for number in range(self._config.num_iterations):
             seeds = [row_seed(self._config.seed, step, group.row.id, "dropout", number) for group in groups]
             total, now = self._gradients(groups, every[0] if every else [None] * len(groups), seeds)
             norm, learned = self._step(total, len(groups), now)
@@ -193,7 +192,7 @@ class Learner:
         """Whether a group's gradient is 0, or only its distance's pull and that is not wanted."""
         if self._loss.mask_truncated and group.is_truncated:
             return True
-        return group.is_unanimous and (self._config.skip_unanimous or self._loss.beta == 0.0)
+        return group.is_unanimous and (self._config.skip_zero_advantage or self._loss.beta == 0.0)
 
     def _step(self, total: dict[str, mx.array], count: int, stats: Sequence[GroupStats | None]) -> tuple[float, bool]:
         """Bring the ranks' sums together and step: the gradient's norm, and whether there was anything to learn."""
