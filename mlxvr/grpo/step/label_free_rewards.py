@@ -44,6 +44,7 @@ from mlxvr.answering.detokenizer import Detokenizer
 from mlxvr.data.rows import Row
 from mlxvr.errors import ConfigError
 from mlxvr.grading.reward import Reward, Weights, answers, compare_answers, format_reward
+from mlxvr.grpo.rollout_config import LABEL_FREE
 from mlxvr.grpo.step.forward import completion_logprobs
 from mlxvr.grpo.step.packing import pack
 from mlxvr.model.network import VideoModel
