@@ -23,7 +23,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlxvr.grpo.step.lora import lora_weights
-from mlxvr.grpo.step.policy_update import Learner
+from mlxvr.grpo.step.policy_update import PolicyUpdater
 from mlxvr.grpo.train_config import TrainConfig
 from mlxvr.grpo.train_state import state_file
 from mlxvr.grpo.trainer import train
@@ -118,7 +118,7 @@ def _main(notes, name, at, argv):
     from mlxvr.train import main
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by what was started in the background
-    update, sample, calls = Learner.update, Learner.sample, []
+    update, sample, calls = PolicyUpdater.update, PolicyUpdater.sample, []
 
     def watched_sample(self, prompt, step, **options):
         small_runs._step = step
@@ -135,7 +135,7 @@ def _main(notes, name, at, argv):
             print(json.dumps({"texts": texts, "varied": varied, "bits": _bits(self.model)}), file=file)
         return done
 
-    Learner.update, Learner.sample = watched_update, watched_sample
+    PolicyUpdater.update, PolicyUpdater.sample = watched_update, watched_sample
     return main(argv)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import mlxvr
-from mlxvr.runtime.distributed import Ranks
+from mlxvr.runtime.distributed import ProcessGroup
 
 CODE = """
 import json
@@ -29,7 +29,7 @@ import numpy as np
 
 from mlxvr.runtime import distributed as module
 from mlxvr.errors import ConfigError
-from mlxvr.runtime.distributed import Ranks
+from mlxvr.runtime.distributed import ProcessGroup
 
 
 def work(ranks, folder):
@@ -41,28 +41,28 @@ def work(ranks, folder):
         "one": mx.array(float(ranks.rank), dtype=mx.float32),
     }
     module._MESSAGE_NUMBERS, module._MESSAGE_BYTES = 300, 4  # several messages
-    np.savez(folder / f"sum{ranks.rank}.npz", **{name: np.array(one) for name, one in ranks.sum(arrays).items()})
-    told = [ranks.gather(data).__repr__() for data in (b"x" * (3 * ranks.rank), str(ranks.rank).encode(), b"")]
-    told.append(repr(ranks.share(b"rank 0 says so" if ranks.rank == 0 else b"nobody listens to this one")))
-    told.append(repr(ranks.share(b"")))
+    np.savez(folder / f"sum{ranks.rank}.npz", **{name: np.array(one) for name, one in ranks.all_sum(arrays).items()})
+    told = [ranks.all_gather(data).__repr__() for data in (b"x" * (3 * ranks.rank), str(ranks.rank).encode(), b"")]
+    told.append(repr(ranks.broadcast(b"rank 0 says so" if ranks.rank == 0 else b"nobody listens to this one")))
+    told.append(repr(ranks.broadcast(b"")))
     (folder / f"told{ranks.rank}.json").write_text(json.dumps([ranks.rank, ranks.size, told]))
 
 
 def arrive(ranks, folder):
     time.sleep(0.5 * ranks.rank)
     (folder / f"here{ranks.rank}").touch()
-    ranks.wait()
+    ranks.barrier()
     sys.exit(0 if (folder / "here0").exists() and (folder / "here1").exists() else 1)
 
 
 def lose(ranks, folder, how, collective):
-    ranks.wait()
+    ranks.barrier()
     if ranks.rank == 1:
         time.sleep(0.3 if how == "later" else 0.0)
         os._exit(0) if how == "exit" else os.kill(os.getpid(), signal.SIGKILL)
     collectives = {
-        "gather": lambda: ranks.gather(b"data"),
-        "sum": lambda: ranks.sum({"a": mx.ones(100_000)}),
+        "gather": lambda: ranks.all_gather(b"data"),
+        "sum": lambda: ranks.all_sum({"a": mx.ones(100_000)}),
         "wait": ranks.wait,
     }
     for _ in range(2):  # it stays lost, and nobody waits: MLX's own ring may, in the second
@@ -76,7 +76,7 @@ def lose(ranks, folder, how, collective):
 
 if __name__ == "__main__":
     what, folder, *rest = sys.argv[1:]
-    globals()[what](Ranks(), Path(folder), *rest)
+    globals()[what](ProcessGroup(), Path(folder), *rest)
 """
 
 
@@ -188,7 +188,7 @@ def test_hosts_that_cannot_be_are_an_error(tmp_path, hosts, rank):
     (tmp_path / "hosts.json").write_text(hosts)
     package = {"PYTHONPATH": str(Path(mlxvr.__file__).parents[1])}
     done = subprocess.run(
-        [sys.executable, "-c", "from mlxvr.runtime.distributed import Ranks\nRanks()"],
+        [sys.executable, "-c", "from mlxvr.runtime.distributed import ProcessGroup\nRanks()"],
         env={**os.environ, **package, "MLX_HOSTFILE": str(tmp_path / "hosts.json"), "MLX_RANK": str(rank)},
         capture_output=True,
         text=True,
@@ -201,12 +201,12 @@ def test_hosts_that_cannot_be_are_an_error(tmp_path, hosts, rank):
 
 
 def test_alone_nothing_is_sent():
-    ranks = Ranks()
+    ranks = ProcessGroup()
     assert (ranks.rank, ranks.size) == (0, 1)
-    assert ranks.gather(b"mine") == [b"mine"]
-    assert ranks.share(b"mine") == b"mine"
-    ranks.wait()
-    summed = ranks.sum({"a": mx.array([0.1, 2.0], dtype=mx.bfloat16)})["a"]
+    assert ranks.all_gather(b"mine") == [b"mine"]
+    assert ranks.broadcast(b"mine") == b"mine"
+    ranks.barrier()
+    summed = ranks.all_sum({"a": mx.array([0.1, 2.0], dtype=mx.bfloat16)})["a"]
     assert summed.dtype == mx.float32
     assert summed.tolist() == [0.10009765625, 2.0]
 

@@ -36,7 +36,7 @@ UNREAD_ROOMS = (
     "generate",
     "train",
 )
-SHARED_CLASSES = {"FirstAnswer", "Judged", "Packed", "_Block", "_Rows"}
+SHARED_CLASSES = {"FirstAnswer", "_Block", "_Rows"}
 
 
 def read_package():

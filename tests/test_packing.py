@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mlxvr.grpo.step import forward
-from mlxvr.grpo.step.packing import Packed, pack, tree_mask
+from mlxvr.grpo.step.packing import PackedGroup, pack, tree_mask
 
 
 def make_prompt(length: int, *, next_position: int | None = None) -> SimpleNamespace:
@@ -23,7 +23,7 @@ def make_prompt(length: int, *, next_position: int | None = None) -> SimpleNames
     )
 
 
-def pack_lengths(prompt: int, lengths: list[int]) -> Packed:
+def pack_lengths(prompt: int, lengths: list[int]) -> PackedGroup:
     rng = np.random.default_rng(0)
     return pack(make_prompt(prompt), [rng.integers(0, 99, length).astype(np.int32) for length in lengths])
 

@@ -11,9 +11,9 @@ from test_gradient import naive_gradient, naive_logprobs
 from mlxvr.grpo.step import policy_update
 from mlxvr.grpo.step.lora import attach, disable_adapters, lora_weights
 from mlxvr.grpo.step.lora_config import LoraConfig
-from mlxvr.grpo.step.policy_update import Group, Learner
+from mlxvr.grpo.step.policy_update import PolicyUpdater, ScoredGroup
 from mlxvr.grpo.train_config import TrainConfig
-from mlxvr.runtime.distributed import Ranks
+from mlxvr.runtime.distributed import ProcessGroup
 
 RATE, DECAY, CUT, BETA = 2e-3, 0.1, 0.5, 0.2
 VARIED = np.array([0.8, -1.3, 0.6, -0.1], dtype=np.float32)
@@ -29,10 +29,10 @@ def model(tmp_path):
 
 
 def group_of(model, advantages, **options):
-    return Group(rollout=make_group(model, **options), judgement=SimpleNamespace(), advantages=advantages)
+    return ScoredGroup(rollout=make_group(model, **options), scores=SimpleNamespace(), advantages=advantages)
 
 
-def learner_of(model, tmp_path, **settings):
+def updater_of(model, tmp_path, **settings):
     settings = {
         "weight_decay": DECAY,
         "max_grad_norm": CUT,
@@ -42,7 +42,7 @@ def learner_of(model, tmp_path, **settings):
         **settings,
     }
     config = TrainConfig(data=tmp_path / "rows.jsonl", output=tmp_path / "run", **settings)
-    return Learner(model, config, None, Ranks())
+    return PolicyUpdater(model, config, None, ProcessGroup())
 
 
 def weights_of(model):
@@ -96,7 +96,7 @@ def test_updates_are_those_of_the_naive_loss_and_numpys_adamw(model, tmp_path, u
     groups = [group_of(model, EQUAL, seed=3), group_of(model, VARIED)]
     begun = weights_of(model)
     expected, shares, lengths = naive_updates(model, groups[1].rollout, len(groups), updates)
-    found = learner_of(model, tmp_path, num_iterations=updates).update(groups, RATE)
+    found = updater_of(model, tmp_path, num_iterations=updates).update(groups, RATE)
     assert found.stats[0] is None
     assert found.grad_norm == pytest.approx(lengths[0], rel=1e-4)
     assert lengths[0] > CUT
@@ -130,7 +130,7 @@ def test_groups_without_anything_to_learn_cost_no_pass_and_change_nothing(
         policy_update, "group_gradient", lambda *given, **named: passes.append(1) or whole(*given, **named)
     )
     before = weights_of(model)
-    found = learner_of(model, tmp_path, **settings).update([group_of(model, advantages, truncated=truncated)], RATE)
+    found = updater_of(model, tmp_path, **settings).update([group_of(model, advantages, truncated=truncated)], RATE)
     assert (len(passes) == 1, found.stats[0] is not None, found.grad_norm > 0.0) == (learns, learns, learns)
     after = weights_of(model)
     assert any((after[name] != before[name]).any() for name in before) == learns

@@ -24,9 +24,9 @@ from mlxvr.grpo.step.lora_config import LoraConfig
 from mlxvr.grpo.step.loss import objective
 from mlxvr.grpo.step.loss_config import LossConfig
 from mlxvr.grpo.step.packing import pack
-from mlxvr.grpo.step.policy_update import Group, Learner
+from mlxvr.grpo.step.policy_update import PolicyUpdater, ScoredGroup
 from mlxvr.grpo.train_config import TrainConfig
-from mlxvr.runtime.distributed import Ranks
+from mlxvr.runtime.distributed import ProcessGroup
 
 
 def operations(path: Path, *arrays: mx.array) -> list[str]:
@@ -96,9 +96,9 @@ def test_a_step_is_the_same_whatever_was_drawn_before(tmp_path, dropout):
         attach(model, LoraConfig(rank=4, dropout=dropout), seed=1)
         stir(model)
         config = TrainConfig(data=tmp_path / "rows.jsonl", output=tmp_path / "run", dropout=dropout)
-        learner = Learner(model, config, None, Ranks())
-        group = Group(rollout=make_group(model), judgement=None, advantages=ADVANTAGES)
-        learner.update([group], 1e-3, step=step)
+        updater = PolicyUpdater(model, config, None, ProcessGroup())
+        group = ScoredGroup(rollout=make_group(model), scores=None, advantages=ADVANTAGES)
+        updater.update([group], 1e-3, step=step)
         results.append({name: np.array(array).tobytes() for name, array in lora_weights(model).items()})
     assert results[0] == results[1]
     assert (results[0] == results[2]) == (dropout == 0.0)

@@ -9,7 +9,7 @@ import pytest
 from mlxvr.data.rows import Row
 from mlxvr.errors import ConfigError, DataError
 from mlxvr.grading.reward import Reward, Weights
-from mlxvr.grpo.step.reward_model import Judge
+from mlxvr.grpo.step.reward_model import RewardModel
 
 ROW = Row(id="a", question="Which?", answer="B", line="rows.jsonl:7")
 GOOD = "\\boxed{B}<think>So.</think>\\boxed{B}"
@@ -20,17 +20,17 @@ def group_of(row, *texts):
     return SimpleNamespace(prompt=SimpleNamespace(row=row), texts=list(texts))
 
 
-def judge_of(**options):
-    return Judge(**{"weights": Weights(), "temperature": 1.0, **options})
+def reward_model(**options):
+    return RewardModel(**{"weights": Weights(), "temperature": 1.0, **options})
 
 
 def test_the_papers_reward_with_its_weights():
     """0.9 + 1.1 + 1.0 for all of it; the user's weights in their place."""
-    earned = judge_of().judge(None, group_of(ROW, GOOD, BAD, "nothing"))
+    earned = reward_model().score(None, group_of(ROW, GOOD, BAD, "nothing"))
     np.testing.assert_allclose(earned.totals, [3.0, 2.1, 0.0])
     assert (earned.parts, earned.unlabelled) == ({}, None)
     weights = Weights(first=1.0, second=10.0, format=100.0, fallback=1000.0)
-    earned = judge_of(weights=weights).judge(None, group_of(ROW, GOOD, BAD))
+    earned = reward_model(weights=weights).score(None, group_of(ROW, GOOD, BAD))
     np.testing.assert_allclose(earned.totals, [111.0, 110.0])
 
 
@@ -41,32 +41,32 @@ def test_the_users_own_function_takes_its_place():
         asked.append((text, row))
         return Reward(total=5.0, first=0.1, second=0.2, format=0.3, fallback=0.4) if text == GOOD else True
 
-    earned = judge_of(own=own).judge(None, group_of(ROW, GOOD, BAD))
+    earned = reward_model(own=own).score(None, group_of(ROW, GOOD, BAD))
     np.testing.assert_array_equal(earned.totals, [5.0, 1.0])
     assert asked == [(GOOD, ROW), (BAD, ROW)]
     assert earned.rewards[0].second == 0.2
     assert math.isnan(earned.rewards[1].second)
     without = Row(id="a", question="Which?", answer=None, line="rows.jsonl:8")
-    assert judge_of(own=own).judge(None, group_of(without, BAD)).totals.tolist() == [1.0]
+    assert reward_model(own=own).score(None, group_of(without, BAD)).totals.tolist() == [1.0]
 
 
 @pytest.mark.parametrize("returned", [math.nan, math.inf, "1", None, [1.0]])
 def test_what_is_no_reward(returned):
     with pytest.raises(DataError, match=r"rows\.jsonl:7: the reward function returned"):
-        judge_of(own=lambda text, row: returned).judge(None, group_of(ROW, GOOD))
+        reward_model(own=lambda text, row: returned).score(None, group_of(ROW, GOOD))
 
 
 def test_a_function_that_fails():
     with pytest.raises(ConfigError, match=r"rows\.jsonl:7: the reward function failed \(ZeroDivisionError"):
-        judge_of(own=lambda text, row: 1 / 0).judge(None, group_of(ROW, GOOD))
+        reward_model(own=lambda text, row: 1 / 0).score(None, group_of(ROW, GOOD))
 
 
 def test_rows_without_an_answer():
     """Agreement: how many of the others say the same; without anything that judges them they are refused."""
     row = Row(id="a", question="Which?", answer=None, line="rows.jsonl:9")
     with pytest.raises(DataError, match=r"rows\.jsonl:9: the row has no answer: add it, or use --reward"):
-        judge_of().judge(None, group_of(row, GOOD))
-    earned = judge_of(label_free=("agreement",)).judge(None, group_of(row, GOOD, GOOD, BAD.replace("B}", "C}")))
+        reward_model().score(None, group_of(row, GOOD))
+    earned = reward_model(label_free=("agreement",)).score(None, group_of(row, GOOD, GOOD, BAD.replace("B}", "C}")))
     assert list(earned.parts) == ["agreement"]
     assert earned.parts["agreement"][0] > earned.parts["agreement"][2]
     assert earned.unlabelled is not None
@@ -75,4 +75,4 @@ def test_rows_without_an_answer():
 def test_a_truth_of_the_wrong_form_names_its_row():
     row = Row(id="a", question="When?", answer="soon", kind="iou", line="rows.jsonl:3")
     with pytest.raises(DataError, match=r"rows\.jsonl:3: answer 'soon' holds no segment"):
-        judge_of().judge(None, group_of(row, GOOD))
+        reward_model().score(None, group_of(row, GOOD))

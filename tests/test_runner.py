@@ -27,7 +27,7 @@ from mlxvr.evaluation.generation import digest, group_rows
 from mlxvr.evaluation.report import plots
 from mlxvr.evaluation.samples import Sample, SampleWriter, decide, read_run, read_samples, write_samples
 from mlxvr.reasoner.reasoner import demo_folder
-from mlxvr.runtime.distributed import Ranks
+from mlxvr.runtime.distributed import ProcessGroup
 
 DTYPE = "float32"  # a CPU computes bfloat16 many times slower
 THRESHOLD = 0.97
@@ -523,6 +523,6 @@ def test_a_sample_that_did_not_fail_goes_first(tmp_path):
     write_samples(tmp_path / "samples.jsonl", run, [bad])
     write_samples(tmp_path / "samples.rank1.jsonl", run, [good])
     write_samples(tmp_path / "samples.rank2.jsonl", run, [bad])
-    assert sharding.collect(tmp_path, run, Ranks()) == {"a": good}
+    assert sharding.collect(tmp_path, run, ProcessGroup()) == {"a": good}
     with pytest.raises(ConfigError, match="other settings"):
-        sharding.collect(tmp_path, {"model": "n"}, Ranks())
+        sharding.collect(tmp_path, {"model": "n"}, ProcessGroup())

@@ -12,7 +12,7 @@ import mlxvr
 from mlxvr.errors import ConfigError, DataError, MediaError, OutOfMemoryError
 from mlxvr.grpo.setup import frame_spec
 from mlxvr.grpo.train_config import TrainConfig
-from mlxvr.grpo.train_state import read_progress, state_file
+from mlxvr.grpo.train_state import read_state, state_file
 from mlxvr.grpo.trainer import train
 from mlxvr.model.loading import load_model
 from mlxvr.runtime import device_memory
@@ -88,7 +88,7 @@ def test_a_run_of_no_steps_counts_as_none(folder, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ConfigError, match="the reward function failed"):  # in the first step, after the validation
         run(folder, output, reward=("own_module2:fail",), **options)
-    assert read_progress(output).step == 0
+    assert read_state(output).step == 0
     entries = (output / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(entry)["step"] for entry in entries] == [0]
     report, _ = run(folder, output, resume=True, seed=5, **options)

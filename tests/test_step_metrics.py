@@ -12,7 +12,7 @@ from mlxvr.grading.reward import Reward
 from mlxvr.grpo.monitor import step_metrics as module
 from mlxvr.grpo.monitor.step_metrics import step_metrics, summarise_group
 from mlxvr.grpo.step.gradient import GroupStats
-from mlxvr.grpo.step.reward_model import Judgement
+from mlxvr.grpo.step.reward_model import GroupRewards
 
 ROW = Row(id="a", question="Which?", answer="A")
 SEEN = {"sure": 0.99, "unsure": 0.4, "declines": None}  # the confidence of each text's first answer
@@ -28,11 +28,11 @@ def reward(total, first, second, form=1.0, fallback=0.0):
 
 
 def group_of(row, pairs, *, unanimous=False, parts=None):
-    judgement = Judgement(rewards=[earned for _, earned in pairs], parts=parts or {})
+    scores = GroupRewards(rewards=[earned for _, earned in pairs], parts=parts or {})
     return SimpleNamespace(
         row=row,
         rollout=SimpleNamespace(completions=[one for one, _ in pairs]),
-        judgement=judgement,
+        scores=scores,
         is_unanimous=unanimous,
     )
 
@@ -46,11 +46,11 @@ def stats_of(**values):
 def looked_at(monkeypatch):
     """What the reasoner would see in a completion."""
 
-    def look_at(model, row, one):
+    def read_completion(model, row, one):
         confidence = SEEN[one.text]
         return SimpleNamespace(scored=None if confidence is None else SimpleNamespace(confidence=confidence))
 
-    monkeypatch.setattr(module, "look_at", look_at)
+    monkeypatch.setattr(module, "read_completion", read_completion)
     monkeypatch.setattr(
         module, "should_exit", lambda scored, threshold: bool(scored and scored.confidence >= threshold)
     )

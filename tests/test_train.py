@@ -20,7 +20,7 @@ import mlxvr
 from mlxvr.data.rows import load_rows
 from mlxvr.errors import CheckpointError, ConfigError, DataError, OutOfMemoryError
 from mlxvr.grpo.data_order import batches
-from mlxvr.grpo.step.policy_update import Learner
+from mlxvr.grpo.step.policy_update import PolicyUpdater
 from mlxvr.grpo.train_config import TrainConfig
 from mlxvr.grpo.train_state import state_file
 from mlxvr.reasoner.reasoner import demo_folder
@@ -148,7 +148,7 @@ def test_what_was_measured_before_training_is_recorded_once(tmp_path, small_mode
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Learner, "sample", fail)
+        patch.setattr(PolicyUpdater, "sample", fail)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path, small_model, **settings)
     run(tmp_path, small_model, **settings, resume=True)

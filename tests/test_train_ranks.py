@@ -19,7 +19,7 @@ from mlxvr.grpo.data_order import batches
 from mlxvr.grpo.shared_state import check_same, have_same_bits, shared_state
 from mlxvr.grpo.train_state import state_file
 from mlxvr.reasoner.reasoner import demo_folder
-from mlxvr.runtime.distributed import Ranks
+from mlxvr.runtime.distributed import ProcessGroup
 
 # Two orders of adding up the same float32 gradients differ in the last bits of a sum. AdamW divides by the gradient's
 # own size, so that the weights differ by a share of the learning rate: 5e-4 of it was found, and this is allowed.
@@ -232,18 +232,18 @@ def test_filtering_is_for_one_process(start):
     assert all("filter_only is for one process" in errors(err)[0] for err, _ in said)
 
 
-class Several(Ranks):
+class Several(ProcessGroup):
     """This rank among others that say what the test wants."""
 
     def __init__(self, rank, change):
         super().__init__()
         self.rank, self.size, self._change = rank, 2, change
 
-    def gather(self, data):
+    def all_gather(self, data):
         other = self._change(data)
         return [data, other] if self.rank == 0 else [other, data]
 
-    def share(self, data):
+    def broadcast(self, data):
         return b"state of rank 0"
 
 
@@ -272,5 +272,5 @@ def test_the_state_of_rank_0_comes_to_others_in_a_folder_that_goes_away(tmp_path
     assert not folder.exists()
     with pytest.raises(ConfigError, match="cannot be read"), shared_state(Several(0, bytes), tmp_path / "nothing"):
         pass
-    with shared_state(Ranks(), tmp_path) as folder:
+    with shared_state(ProcessGroup(), tmp_path) as folder:
         assert folder == tmp_path

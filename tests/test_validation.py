@@ -9,7 +9,7 @@ from test_answer_loop import END, FULL
 
 from mlxvr.data.rows import Row
 from mlxvr.grading.reward import Weights
-from mlxvr.grpo.validation import Judged, judge_answer, summarise
+from mlxvr.grpo.validation import ValidatedRow, summarise, validate_answer
 
 SCRIPT = FULL  # \boxed{B}, sure to 0.9, five tokens; then reasoning, and \boxed{C}
 
@@ -23,7 +23,7 @@ def judged(answer, *, threshold, **options):
     completion = SimpleNamespace(ids=ids, logprobs=logprobs)
     row = Row(id="a", question="Which?", answer=answer, line="rows.jsonl:1")
     group = SimpleNamespace(prompt=SimpleNamespace(row=row), completions=[completion], texts=["".join(texts[:-1])])
-    return judge_answer(model, group, threshold=threshold, **{"weights": Weights(), **options})
+    return validate_answer(model, group, threshold=threshold, **{"weights": Weights(), **options})
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_weights_are_those_of_the_settings():
 def test_means_over_rows():
     row = {"first": 1.0, "second": 0.0, "auto": 1.0, "reasoned": 0.0, "tokens": 4, "format": 1.0, "reward": 2.0}
     other = {"first": 0.0, "second": 1.0, "auto": 1.0, "reasoned": 1.0, "tokens": 8, "format": 0.0, "reward": 3.0}
-    found = summarise([Judged(**row, confidence=0.8), Judged(**other, confidence=None)])
+    found = summarise([ValidatedRow(**row, confidence=0.8), ValidatedRow(**other, confidence=None)])
     assert found == {
         "valid_first_accuracy": 0.5,
         "valid_second_accuracy": 0.5,
@@ -72,5 +72,5 @@ def test_means_over_rows():
         "valid_reward": 2.5,
         "valid_rows": 2,
     }
-    assert summarise([Judged(**row, confidence=None)])["valid_confidence"] is None
-    assert math.isclose(summarise([Judged(**row, confidence=0.5)] * 3)["valid_reward"], 2.0)
+    assert summarise([ValidatedRow(**row, confidence=None)])["valid_confidence"] is None
+    assert math.isclose(summarise([ValidatedRow(**row, confidence=0.5)] * 3)["valid_reward"], 2.0)

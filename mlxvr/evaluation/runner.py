@@ -34,7 +34,7 @@ from mlxvr.evaluation.samples import Sample, SampleWriter, read_samples, write_s
 from mlxvr.evaluation.threshold_file import check_writable
 from mlxvr.media import VisionSpec
 from mlxvr.model.prompt import evaluation_copy
-from mlxvr.runtime.distributed import Ranks
+from mlxvr.runtime.distributed import ProcessGroup
 from mlxvr.runtime.hooks import Progress
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def evaluate(config: EvalConfig, *, progress: Progress | None = None) -> EvalRep
     questions = read_questions(config)
     other = read_other(config.compare[0], questions.rows) if config.compare else None
     _check_in_time(config, questions.rows, other)
-    ranks = Ranks()
+    ranks = ProcessGroup()
     if ranks.size > 1 and config.workers > 1:
         raise ConfigError(
             f"{ranks.size} ranks were launched already: leave --workers out, or start it without launcher"
@@ -185,7 +185,7 @@ def _threshold(config: EvalConfig, reasoner: "Reasoner") -> float:
 
 
 def _samples(
-    config: EvalConfig, rows: Sequence[Row], reasoner: "Reasoner", ranks: Ranks, progress: Progress | None
+    config: EvalConfig, rows: Sequence[Row], reasoner: "Reasoner", ranks: ProcessGroup, progress: Progress | None
 ) -> tuple[list[Sample], int]:
     """The samples of all rows, in their order, with the labels of today, and how many were generated now."""
     run = _run(config, reasoner)
@@ -214,7 +214,7 @@ def _samples(
     return [relabelled(known[row.id], row) for row in rows], len(left)
 
 
-def _prepare(config: EvalConfig, run: dict[str, Any], ranks: Ranks) -> dict[str, Sample]:
+def _prepare(config: EvalConfig, run: dict[str, Any], ranks: ProcessGroup) -> dict[str, Sample]:
     """What earlier runs left, in one file again, without the rows that are to be asked anew."""
     main, leftovers = config.output / sharding.MAIN, sharding.shard_files(config.output)
     if ranks.rank:
@@ -227,7 +227,7 @@ def _prepare(config: EvalConfig, run: dict[str, Any], ranks: Ranks) -> dict[str,
                 write_samples(main, run, kept.values())
             for path in leftovers:
                 path.unlink(missing_ok=True)
-    ranks.wait()
+    ranks.barrier()
     if ranks.rank:
         sharding.shard_file(config.output, ranks.rank).unlink(missing_ok=True)
     return {name: sample for name, sample in known.items() if not (config.retry_errors and sample.error)}
@@ -291,7 +291,7 @@ def _work(
             step()
 
 
-def _bring_together(output: Path, run: dict[str, Any], ranks: Ranks, rows: Sequence[Row]) -> dict[str, Sample]:
+def _bring_together(output: Path, run: dict[str, Any], ranks: ProcessGroup, rows: Sequence[Row]) -> dict[str, Sample]:
     """All samples; those of several shards become one file, in the order of the rows."""
     if ranks.size == 1 and not sharding.shard_files(output):
         return {sample.id: sample for sample in read_samples(output / sharding.MAIN)}
@@ -302,7 +302,7 @@ def _bring_together(output: Path, run: dict[str, Any], ranks: Ranks, rows: Seque
         write_samples(output / sharding.MAIN, run, in_order)
         for path in sharding.shard_files(output):
             path.unlink(missing_ok=True)
-    ranks.wait()
+    ranks.barrier()
     if ranks.rank:
         sharding.shard_file(output, ranks.rank).unlink(missing_ok=True)
     return known

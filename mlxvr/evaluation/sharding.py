@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlxvr.errors import ConfigError, MlxvrError
 from mlxvr.evaluation.samples import Sample, check_run, read_samples
-from mlxvr.runtime.distributed import Ranks
+from mlxvr.runtime.distributed import ProcessGroup
 from mlxvr.storage.paths import list_visible
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def shard_files(output: Path) -> list[Path]:
     return list_visible(output, "samples.rank*.jsonl")
 
 
-def collect(output: Path, run: Mapping[str, Any], ranks: Ranks) -> dict[str, Sample]:
+def collect(output: Path, run: Mapping[str, Any], ranks: ProcessGroup) -> dict[str, Sample]:
     """Every sample that any rank has on its disk, by id; of two of the same row the one that did not fail.
 
     Raises `ConfigError` when one was made with other settings than `run`, `DataError` when a file is damaged.
@@ -57,7 +57,7 @@ def collect(output: Path, run: Mapping[str, Any], ranks: Ranks) -> dict[str, Sam
             check_run(path, run)
             _add(found, read_samples(path))
     told = json.dumps([sample.to_dict() for sample in found.values()]).encode()
-    for other in ranks.gather(told) if ranks.size > 1 else []:
+    for other in ranks.all_gather(told) if ranks.size > 1 else []:
         _add(found, [Sample(**record) for record in json.loads(other)])
     return found
 

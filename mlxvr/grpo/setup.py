@@ -17,7 +17,7 @@ from mlxvr.grpo.memory_estimate import MemoryEstimate, estimate_training
 from mlxvr.grpo.prompt_lengths import PromptLengths, first_too_long
 from mlxvr.grpo.step.rollout import prefill_step
 from mlxvr.grpo.train_config import TrainConfig
-from mlxvr.grpo.train_state import read_progress, state_file
+from mlxvr.grpo.train_state import read_state, state_file
 from mlxvr.media.spec import VisionSpec
 from mlxvr.model.loading import load_model
 from mlxvr.model.network import VideoModel
@@ -203,14 +203,14 @@ def check_output(config: TrainConfig) -> None:
     """
     if config.resume:
         if not state_file(config.output).is_file():
-            read_progress(config.output)  # says that there is none
+            read_state(config.output)  # says that there is none
     elif not config.filter_only and state_file(config.output).exists() and not _is_unbegun(config.output):
         raise ConfigError(f"{config.output} holds a run already: go on with --resume, or give another folder")
 
 
 def _is_unbegun(output: Path) -> bool:
     try:
-        return read_progress(output).step == 0
+        return read_state(output).step == 0
     except CheckpointError:  # damaged: a run that somebody may want to save
         return False
 

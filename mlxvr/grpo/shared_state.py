@@ -18,12 +18,12 @@ import numpy as np
 
 from mlxvr.errors import ConfigError
 from mlxvr.grpo.train_state import state_file
-from mlxvr.runtime.distributed import Ranks
+from mlxvr.runtime.distributed import ProcessGroup
 
 __all__ = ["check_same", "have_same_bits", "shared_state"]
 
 
-def check_same(ranks: Ranks, told: Mapping[str, Any]) -> None:
+def check_same(ranks: ProcessGroup, told: Mapping[str, Any]) -> None:
     """Make sure that all ranks were given the same.
 
     Args:
@@ -32,7 +32,7 @@ def check_same(ranks: Ranks, told: Mapping[str, Any]) -> None:
 
     Raises `ConfigError`, on every rank alike, that names what differs; also when a rank is gone.
     """
-    every = [json.loads(one) for one in ranks.gather(json.dumps(told).encode())]
+    every = [json.loads(one) for one in ranks.all_gather(json.dumps(told).encode())]
     for rank, one in enumerate(every):
         for name in sorted(every[0].keys() | one.keys()):
             if one.get(name) != every[0].get(name):
@@ -42,7 +42,7 @@ def check_same(ranks: Ranks, told: Mapping[str, Any]) -> None:
                 )
 
 
-def have_same_bits(ranks: Ranks, arrays: Mapping[str, mx.array]) -> bool:
+def have_same_bits(ranks: ProcessGroup, arrays: Mapping[str, mx.array]) -> bool:
     """Whether arrays are the same on all ranks, which all ask; raises `ConfigError` when one is gone."""
     if ranks.size == 1:
         return True
@@ -50,11 +50,11 @@ def have_same_bits(ranks: Ranks, arrays: Mapping[str, mx.array]) -> bool:
     for name in sorted(arrays):
         digest.update(name.encode())
         digest.update(np.array(arrays[name].view(mx.uint8)).tobytes())
-    return len(set(ranks.gather(digest.digest()))) == 1
+    return len(set(ranks.all_gather(digest.digest()))) == 1
 
 
 @contextmanager
-def shared_state(ranks: Ranks, output: Path) -> Iterator[Path]:
+def shared_state(ranks: ProcessGroup, output: Path) -> Iterator[Path]:
     """A folder with the state that rank 0 has in `output`; all ranks ask, whatever they have there.
 
     Raises `ConfigError` when it cannot be read, or a rank is gone.
@@ -68,7 +68,7 @@ def shared_state(ranks: Ranks, output: Path) -> Iterator[Path]:
         raise ConfigError(
             f"{state_file(output)} cannot be read ({error.strerror}): give the folder of a run"
         ) from error
-    data = ranks.share(data)
+    data = ranks.broadcast(data)
     if ranks.rank == 0:
         yield output
         return

@@ -20,13 +20,13 @@ from mlxvr.grpo.step.lora import lora_weights
 from mlxvr.model.adapter import find_layers
 from mlxvr.model.network import VideoModel
 
-__all__ = ["Progress", "load_state", "read_progress", "save_state", "state_file"]
+__all__ = ["TrainState", "load_state", "read_state", "save_state", "state_file"]
 
 _NOTES = "mlxvr_train"
 
 
 @dataclass(kw_only=True)
-class Progress:
+class TrainState:
     """How far a run is.
 
     Attributes:
@@ -57,7 +57,7 @@ def save_state(
     output: Path,
     model: VideoModel,
     optimizer: optim.Optimizer,
-    progress: Progress,
+    state: TrainState,
     *,
     reference: Mapping[str, mx.array] | None = None,
 ) -> None:
@@ -79,7 +79,7 @@ def save_state(
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.safetensors")  # MLX insists on the ending
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        mx.save_safetensors(str(temporary), arrays, {_NOTES: json.dumps(asdict(progress))})
+        mx.save_safetensors(str(temporary), arrays, {_NOTES: json.dumps(asdict(state))})
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -91,14 +91,14 @@ def save_state(
         temporary.unlink(missing_ok=True)
 
 
-def read_progress(output: Path) -> Progress:
+def read_state(output: Path) -> TrainState:
     """How far the run in a folder is; raises as `load_state`."""
     return _read(output)[0]
 
 
 def load_state(
     output: Path, model: VideoModel, optimizer: optim.Optimizer
-) -> tuple[Progress, dict[str, mx.array] | None]:
+) -> tuple[TrainState, dict[str, mx.array] | None]:
     """Put a saved state into model and optimizer.
 
     Args:
@@ -134,7 +134,7 @@ def load_state(
     return progress, parts["reference"] or None
 
 
-def _read(output: Path) -> tuple[Progress, dict[str, mx.array]]:
+def _read(output: Path) -> tuple[TrainState, dict[str, mx.array]]:
     """How far the run in a folder is, and its arrays, which are not read yet."""
     path = state_file(output)
     if not path.is_file():
@@ -145,7 +145,7 @@ def _read(output: Path) -> tuple[Progress, dict[str, mx.array]]:
     try:
         loaded = mx.load(str(path), format="safetensors", return_metadata=True)
         arrays, notes = cast("tuple[dict[str, mx.array], dict[str, str]]", loaded)
-        return Progress(**json.loads(notes[_NOTES])), arrays
+        return TrainState(**json.loads(notes[_NOTES])), arrays
     except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
         raise _unreadable(path, error) from error
 

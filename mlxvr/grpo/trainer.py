@@ -58,18 +58,18 @@ from mlxvr.grpo.setup import (
 from mlxvr.grpo.shared_state import check_same, have_same_bits, shared_state
 from mlxvr.grpo.step.label_free_rewards import CollapseGuard, GroupAnswer
 from mlxvr.grpo.step.lora import adapter_digest, adapter_state, attach, attach_saved, lora_weights, save_adapter
-from mlxvr.grpo.step.policy_update import Group, Learner, NotFinite
+from mlxvr.grpo.step.policy_update import NotFinite, PolicyUpdater, ScoredGroup
 from mlxvr.grpo.step.prompts import encode_row
-from mlxvr.grpo.step.reward_model import Judge
+from mlxvr.grpo.step.reward_model import RewardModel
 from mlxvr.grpo.step.rollout import rollout
 from mlxvr.grpo.train_config import TrainConfig, idle_options
-from mlxvr.grpo.train_state import Progress, load_state, read_progress, save_state, state_file
-from mlxvr.grpo.validation import Judged, judge_answer, summarise
+from mlxvr.grpo.train_state import TrainState, load_state, read_state, save_state, state_file
+from mlxvr.grpo.validation import ValidatedRow, summarise, validate_answer
 from mlxvr.media.spec import VisionSpec
 from mlxvr.model.network import VideoModel
 from mlxvr.runtime import device_memory
 from mlxvr.runtime.device_lock import hand_over, use_device
-from mlxvr.runtime.distributed import Ranks
+from mlxvr.runtime.distributed import ProcessGroup
 from mlxvr.runtime.hooks import Progress as Bar
 from mlxvr.runtime.hooks import ShouldStop
 from mlxvr.storage.atomic import replace_file
@@ -110,7 +110,7 @@ def train(
         CheckpointError: the model, adapter or state cannot be loaded.
         OutOfMemoryError: the run would not fit.
     """
-    ranks = Ranks()  # before anything that only one of them may lack, so that the others notice
+    ranks = ProcessGroup()  # before anything that only one of them may lack, so that the others notice
     if config.filter_only and ranks.size > 1:
         raise ConfigError(f"filter_only is for one process, and these are {ranks.size} ranks: start it without them")
     if config.plot is not None:
@@ -149,7 +149,7 @@ class _Run:
         model: VideoModel,
         rows: Sequence[Row],
         valid: Sequence[Row],
-        ranks: Ranks,
+        ranks: ProcessGroup,
         own: RewardFunction | None,
         note: OnNote,
     ) -> None:
@@ -168,14 +168,16 @@ class _Run:
         else:
             self.lora = attach_saved(model, config.adapter)
             reference = adapter_state(model)
-        judge = Judge(weights=self.weights, own=own, label_free=config.label_free, temperature=config.temperature)
-        self.learner = Learner(model, config, judge, ranks, reference=reference)
+        reward_model = RewardModel(
+            weights=self.weights, own=own, label_free=config.label_free, temperature=config.temperature
+        )
+        self.updater = PolicyUpdater(model, config, reward_model, ranks, reference=reference)
         self.guard = CollapseGuard()
         self.collapse: ConfigError | None = None  # what the guard ends the run with, once the step is saved
         per_epoch = len(batches(len(rows), batch_size=config.batch_size, seed=0, epoch=0))
         self.total = config.steps or per_epoch * config.epochs
         self._check_memory()
-        self.state = Progress(run=identity(config, model, fingerprint, rows, self.total))
+        self.state = TrainState(run=identity(config, model, fingerprint, rows, self.total))
         check_same(ranks, {**self.state.run, **self._pace()})
         self.goes_on = config.resume and self._resume()
         if self.valid and own is not None:
@@ -203,13 +205,13 @@ class _Run:
         """Take up the saved state; False for one that has done no step, with other settings: the run begins anew."""
         asked = self.state.run
         with shared_state(self.ranks, self.config.output) as folder:
-            saved = read_progress(folder)
+            saved = read_state(folder)
             different = [
                 name for name in sorted(asked.keys() | saved.run.keys()) if asked.get(name) != saved.run.get(name)
             ]
             if different and saved.step == 0:
                 return False
-            self.state, self.learner.reference = load_state(folder, self.model, self.learner.optimizer)
+            self.state, self.updater.reference = load_state(folder, self.model, self.updater.optimizer)
         if different:
             name = different[0]
             raise ConfigError(
@@ -279,11 +281,11 @@ class _Run:
                     figures, stopping = self._take_step(number, next(shares), should_stop, progress)
                 except BaseException as error:
                     # A run of no steps leaves nothing, unless there is a batch to look at that taught no numbers.
-                    if self.learner.is_whole and (state.step or isinstance(error, NotFinite)):
+                    if self.updater.is_whole and (state.step or isinstance(error, NotFinite)):
                         self._save()
                     raise
                 state.step = number
-                self.learner.is_whole = True
+                self.updater.is_whole = True
                 stopped = (stopping and number < self.total) or self.collapse is not None
                 is_due = bool(self.valid) and (number % config.valid_every == 0 or number == self.total)
                 if is_due:
@@ -332,7 +334,7 @@ class _Run:
             number, highest=config.learning_rate, kind=config.schedule, warmup=config.warmup_steps, total=self.total
         )
         try:
-            update = self.learner.update(groups, rate, step=number)
+            update = self.updater.update(groups, rate, step=number)
         except NotFinite as error:
             raise self._failed(number, error) from error
         ended = clock()
@@ -346,7 +348,7 @@ class _Run:
             "peak": int(mx.get_peak_memory()),
         }
         del groups
-        every = [json.loads(one) for one in self.ranks.gather(json.dumps(own).encode())]
+        every = [json.loads(one) for one in self.ranks.all_gather(json.dumps(own).encode())]
         records = sorted((group for one in every for group in one["groups"]), key=lambda group: str(group["id"]))
         for one in every:
             self.state.skipped |= one["skipped"]
@@ -367,7 +369,7 @@ class _Run:
         }
         return figures, any(one["stop"] for one in every)
 
-    def _sample(self, share: "_Share", number: int, progress: Bar) -> tuple[list[Group], dict[str, str]]:
+    def _sample(self, share: "_Share", number: int, progress: Bar) -> tuple[list[ScoredGroup], dict[str, str]]:
         """This rank's groups, and its rows that could not be used."""
         groups, skipped = [], {}
         for done, (row, vision) in enumerate(share.rows):
@@ -382,7 +384,7 @@ class _Run:
                     max_prompt_tokens=self.config.max_prompt_tokens,
                     vision=vision,
                 )
-                groups.append(self.learner.sample(prompt, number))
+                groups.append(self.updater.sample(prompt, number))
             except (DataError, MediaError) as error:
                 told = str(error) if str(error).startswith(row.line) else f"{row.line}: {error}"
                 if not self.config.skip_bad_rows:
@@ -404,7 +406,7 @@ class _Run:
     def validate(self, progress: Bar | None, should_stop: ShouldStop | None) -> Mapping[str, Any] | None:
         """Figures on the validation rows, brought together from all ranks; None: some rank was asked to stop."""
         own = self.valid[self.ranks.rank :: self.ranks.size]
-        judged: list[Judged] = []
+        judged: list[ValidatedRow] = []
         with closing(read_ahead(own, self.spec)) as media:
             for done, (row, (vision, _)) in enumerate(zip(own, media)):
                 if should_stop is not None and should_stop():
@@ -422,12 +424,12 @@ class _Run:
                     prefill_step_size=self.config.prefill_step_size,
                 )
                 judged.append(
-                    judge_answer(self.model, group, threshold=self.threshold, weights=self.weights, own=self.own)
+                    validate_answer(self.model, group, threshold=self.threshold, weights=self.weights, own=self.own)
                 )
                 if progress is not None:
                     progress("validate", done + 1, len(own))
         told = json.dumps([dataclasses.asdict(one) for one in judged]).encode()
-        every = [Judged(**one) for part in self.ranks.gather(told) for one in json.loads(part)]
+        every = [ValidatedRow(**one) for part in self.ranks.all_gather(told) for one in json.loads(part)]
         return summarise(every) if len(every) == len(self.valid) else None
 
     def _watch(self, records: Sequence[Mapping[str, Any]], entropy: float | None) -> None:
@@ -473,8 +475,8 @@ class _Run:
 
     def _save(self) -> None:
         if self.ranks.rank == 0:
-            reference = self.learner.reference
-            save_state(self.config.output, self.model, self.learner.optimizer, self.state, reference=reference)
+            reference = self.updater.reference
+            save_state(self.config.output, self.model, self.updater.optimizer, self.state, reference=reference)
             save_adapter(self.config.output, self.model, self.lora)
 
     def _open_journal(self, stack: ExitStack) -> Journal | None:
@@ -498,7 +500,7 @@ class _Share:
     count: int
 
 
-def _batches(config: TrainConfig, count: int, ranks: Ranks | None) -> Iterator[tuple[int, ...]]:
+def _batches(config: TrainConfig, count: int, ranks: ProcessGroup | None) -> Iterator[tuple[int, ...]]:
     """The share of a rank in each step, for ever; without ranks the whole batches."""
     epoch = 0
     rank, size = (0, 1) if ranks is None else (ranks.rank, ranks.size)

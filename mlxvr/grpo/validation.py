@@ -17,13 +17,13 @@ from mlxvr.grpo.step.rollout import Completion, Rollout
 from mlxvr.model.decode import Token
 from mlxvr.model.network import VideoModel
 
-__all__ = ["RIGHT", "Judged", "judge_answer", "look_at", "summarise"]
+__all__ = ["RIGHT", "ValidatedRow", "read_completion", "summarise", "validate_answer"]
 
 RIGHT = 0.7  # share of what can be earned from which an answer counts as right, as in the reward
 
 
 @dataclass(frozen=True, kw_only=True)
-class Judged:
+class ValidatedRow:
     """One answered row; accuracies are 1.0 or 0.0.
 
     Attributes:
@@ -46,7 +46,7 @@ class Judged:
     reward: float
 
 
-def look_at(model: VideoModel, row: Row, completion: Completion) -> Outcome:
+def read_completion(model: VideoModel, row: Row, completion: Completion) -> Outcome:
     """Read a completion as the reasoner would: the direct answer, its confidence, and where it ends."""
     outcome = Outcome()
     tokens = [Token(*pair) for pair in zip(completion.ids.tolist(), completion.logprobs.tolist())]
@@ -65,9 +65,9 @@ def look_at(model: VideoModel, row: Row, completion: Completion) -> Outcome:
     return outcome
 
 
-def judge_answer(
+def validate_answer(
     model: VideoModel, group: Rollout, *, threshold: float, weights: Weights, own: RewardFunction | None = None
-) -> Judged:
+) -> ValidatedRow:
     """Judge the one greedy completion of a labelled row.
 
     Whether an answer is right follows the paper's rules, whatever the reward: the row's label says what is right.
@@ -82,11 +82,11 @@ def judge_answer(
     Raises the same as `score` and `call_reward`.
     """
     row, completion = group.prompt.row, group.completions[0]
-    outcome = look_at(model, row, completion)
+    outcome = read_completion(model, row, completion)
     earned = score(group.texts[0], row.answer, row.kind, weights=weights)
     first, second = (float(part > RIGHT * highest_reward(row.kind)) for part in (earned.first, earned.second))
     stands = should_exit(outcome.scored, threshold)
-    return Judged(
+    return ValidatedRow(
         first=first,
         second=second,
         auto=first if stands else second,
@@ -98,7 +98,7 @@ def judge_answer(
     )
 
 
-def summarise(judged: Sequence[Judged]) -> Mapping[str, float | None]:
+def summarise(judged: Sequence[ValidatedRow]) -> Mapping[str, float | None]:
     """Means over rows, by the names that they have in `metrics.jsonl`."""
     confidences = [one.confidence for one in judged if one.confidence is not None]
 

@@ -16,13 +16,13 @@ import numpy as np
 
 from mlxvr.errors import ConfigError
 
-__all__ = ["Ranks"]
+__all__ = ["ProcessGroup"]
 
 _MESSAGE_NUMBERS = 2**23  # float32 numbers summed in one message: 32 MiB, as MLX itself groups gradients
 _MESSAGE_BYTES = 2**25
 
 
-class Ranks:
+class ProcessGroup:
     """This process's rank among the processes of a distributed run; the only rank if no launcher started it."""
 
     def __init__(self) -> None:
@@ -38,21 +38,21 @@ class Ranks:
         # Why a rank is gone. No collective is entered again then, as MLX might wait for ever.
         self._lost: str | None = None
 
-    def gather(self, data: bytes) -> list[bytes]:
+    def all_gather(self, data: bytes) -> list[bytes]:
         """Return the bytes of every rank, in the order of ranks, on every rank; waits for all ranks.
 
         Raises `ConfigError` if a rank is gone.
         """
         if self.size == 1:
             return [data]
-        sizes = self._all_gather(np.array([len(data)], np.int32))
+        sizes = self._gather_array(np.array([len(data)], np.int32))
         longest = max(1, int(sizes.max()))
         padded = np.zeros(longest, np.uint8)
         padded[: len(data)] = np.frombuffer(data, np.uint8)
-        gathered = self._all_gather(padded).reshape(self.size, longest)
+        gathered = self._gather_array(padded).reshape(self.size, longest)
         return [row[:size].tobytes() for row, size in zip(gathered, sizes)]
 
-    def share(self, data: bytes) -> bytes:
+    def broadcast(self, data: bytes) -> bytes:
         """Return the bytes of rank 0 on every rank; the data of the other ranks is ignored.
 
         Raises `ConfigError` if a rank is gone.
@@ -60,16 +60,16 @@ class Ranks:
         if self.size == 1:
             return data
         own = np.frombuffer(data if self.rank == 0 else b"", np.uint8)
-        size = int.from_bytes(self.gather(len(own).to_bytes(8))[0])
+        size = int.from_bytes(self.all_gather(len(own).to_bytes(8))[0])
         parts = []
         for start in range(0, size, _MESSAGE_BYTES):
             part = np.zeros(min(_MESSAGE_BYTES, size - start), np.uint8)
             if self.rank == 0:
                 part[:] = own[start : start + len(part)]
-            parts.append(self._all_gather(part)[: len(part)].tobytes())
+            parts.append(self._gather_array(part)[: len(part)].tobytes())
         return b"".join(parts)
 
-    def sum(self, arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
+    def all_sum(self, arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
         """Return each array's sum over the ranks, in float32, with the same bits on every rank.
 
         Args:
@@ -88,11 +88,11 @@ class Ranks:
         summed = mx.split(mx.concatenate(parts), ends)
         return {name: part.reshape(arrays[name].shape) for name, part in zip(names, summed)}
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Wait until every rank has reached this point; raises `ConfigError` if a rank is gone."""
-        self.gather(b"")
+        self.all_gather(b"")
 
-    def _all_gather(self, values: np.ndarray) -> np.ndarray:
+    def _gather_array(self, values: np.ndarray) -> np.ndarray:
         return np.array(self._evaluate(mx.distributed.all_gather, mx.array(values)))
 
     def _evaluate(self, collective: Callable[..., mx.array], array: mx.array) -> mx.array:

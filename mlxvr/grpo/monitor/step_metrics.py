@@ -26,8 +26,8 @@ import numpy as np
 from mlxvr.answering.confidence import should_exit
 from mlxvr.grading.reward import highest_reward
 from mlxvr.grpo.step.gradient import GroupStats
-from mlxvr.grpo.step.policy_update import Group
-from mlxvr.grpo.validation import RIGHT, look_at
+from mlxvr.grpo.step.policy_update import ScoredGroup
+from mlxvr.grpo.validation import RIGHT, read_completion
 from mlxvr.model.network import VideoModel
 
 __all__ = ["step_metrics", "summarise_group"]
@@ -36,7 +36,9 @@ _PARTS = ("first", "second", "format", "fallback")  # of every reward
 _LABEL_FREE_PARTS = ("agreement", "coherence")  # only of rows that are rewarded without their answers
 
 
-def summarise_group(model: VideoModel, group: Group, stats: GroupStats | None, *, threshold: float) -> dict[str, Any]:
+def summarise_group(
+    model: VideoModel, group: ScoredGroup, stats: GroupStats | None, *, threshold: float
+) -> dict[str, Any]:
     """Summarise a group: what its step's metrics need, as JSON-ready values.
 
     Args:
@@ -45,8 +47,8 @@ def summarise_group(model: VideoModel, group: Group, stats: GroupStats | None, *
         stats: what the loss measured; None: the group was skipped.
         threshold: the confidence from which a first answer is final.
     """
-    completions, rewards, row = group.rollout.completions, group.judgement.rewards, group.row
-    scores = [look_at(model, row, completion).scored for completion in completions]
+    completions, rewards, row = group.rollout.completions, group.scores.rewards, group.row
+    scores = [read_completion(model, row, completion).scored for completion in completions]
     right = RIGHT * highest_reward(row.kind)
     is_labelled = row.answer is not None
     summary: dict[str, Any] = {
@@ -62,8 +64,8 @@ def summarise_group(model: VideoModel, group: Group, stats: GroupStats | None, *
         "unanimous": group.is_unanimous,
         "entropy": [-float(completion.logprobs.mean()) for completion in completions],
         "loss": None,
-        "unlabelled": None if group.judgement.unlabelled is None else asdict(group.judgement.unlabelled),
-        **{part: values.tolist() for part, values in group.judgement.parts.items()},
+        "unlabelled": None if group.scores.unlabelled is None else asdict(group.scores.unlabelled),
+        **{part: values.tolist() for part, values in group.scores.parts.items()},
     }
     if stats is not None:
         summary |= {"loss": stats.loss, "kl": stats.kl, "clip_share": stats.clip_share, "counted": stats.tokens}

@@ -29,7 +29,7 @@ from typing import Any, cast
 import mlx.core as mx
 import numpy as np
 
-from mlxvr.grpo.step.packing import Packed
+from mlxvr.grpo.step.packing import PackedGroup
 from mlxvr.model.network import VideoModel
 
 __all__ = ["LOGITS_AT_ONCE", "QUERIES_AT_ONCE", "SCORES_AT_ONCE", "completion_logprobs"]
@@ -44,7 +44,7 @@ LOGITS_AT_ONCE = 2**25
 
 def completion_logprobs(
     model: VideoModel,
-    packed: Packed,
+    packed: PackedGroup,
     *,
     temperature: float = 1.0,
     checkpoint: bool = False,
@@ -80,7 +80,7 @@ def completion_logprobs(
     return _pad(score(_predicting(hidden.squeeze(0), packed)), packed.mask.sum(axis=1))
 
 
-def _predicting(hidden: mx.array, packed: Packed) -> mx.array:
+def _predicting(hidden: mx.array, packed: PackedGroup) -> mx.array:
     """The hidden states (M, hidden) that predict the tokens of all completions, of those (N, hidden) of the columns.
 
     They are the columns `packed.columns[packed.mask]`, taken by slices.
@@ -132,7 +132,7 @@ class _Block:
         total[:, :, self.own : self.stop] += part[:, :, self.shared :]
 
 
-def _blocks(packed: Packed, heads: int) -> list[_Block]:
+def _blocks(packed: PackedGroup, heads: int) -> list[_Block]:
     """Cut a packed sequence so that no block has more queries or scores than may exist at once.
 
     Short completions share a block, which then needs a mask of its own size; a long one is a block or several.
@@ -151,7 +151,7 @@ def _blocks(packed: Packed, heads: int) -> list[_Block]:
     return blocks
 
 
-def _completion_blocks(spans: Sequence[tuple[int, int]], packed: Packed, heads: int) -> list[_Block]:
+def _completion_blocks(spans: Sequence[tuple[int, int]], packed: PackedGroup, heads: int) -> list[_Block]:
     """Blocks of completions that lie side by side: one for several, one or more for one."""
     prompt, first, last = packed.prompt_length, spans[0][0], spans[-1][1]
     if len(spans) == 1:

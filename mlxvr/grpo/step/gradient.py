@@ -19,7 +19,7 @@ from mlxvr.grpo.step.forward import completion_logprobs
 from mlxvr.grpo.step.lora import disable_adapters
 from mlxvr.grpo.step.loss import objective
 from mlxvr.grpo.step.loss_config import LossConfig
-from mlxvr.grpo.step.packing import Packed, pack
+from mlxvr.grpo.step.packing import PackedGroup, pack
 from mlxvr.model.adapter import find_layers
 from mlxvr.model.network import VideoModel
 
@@ -131,7 +131,7 @@ def group_logprobs(model: VideoModel, rollout: "Rollout", *, temperature: float 
     return _logprobs(model, pack(rollout.prompt, [one.ids for one in rollout.completions]), temperature)
 
 
-def _logprobs(model: VideoModel, packed: Packed, temperature: float) -> np.ndarray:
+def _logprobs(model: VideoModel, packed: PackedGroup, temperature: float) -> np.ndarray:
     return np.array(completion_logprobs(model, packed, temperature=temperature))
 
 

@@ -25,11 +25,11 @@ from mlxvr.model.network import VisionFeatures
 if TYPE_CHECKING:
     from mlxvr.grpo.step.prompts import EncodedPrompt
 
-__all__ = ["Packed", "pack", "tree_mask"]
+__all__ = ["PackedGroup", "pack", "tree_mask"]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Packed:
+class PackedGroup:
     """G completions of one prompt as one sequence of N columns.
 
     Attributes:
@@ -64,7 +64,7 @@ class Packed:
         return list(zip([self.prompt_length, *ends[:-1].tolist()], ends.tolist()))
 
 
-def pack(prompt: "EncodedPrompt", completions: Sequence[np.ndarray]) -> Packed:
+def pack(prompt: "EncodedPrompt", completions: Sequence[np.ndarray]) -> PackedGroup:
     """Lay completions out after their prompt.
 
     Args:
@@ -84,7 +84,7 @@ def pack(prompt: "EncodedPrompt", completions: Sequence[np.ndarray]) -> Packed:
     targets[mask] = np.concatenate(completions)
     columns = np.where(step == 0, start - 1, first[:, None] + step - 1)
     own = np.concatenate([np.arange(count) for count in read])
-    return Packed(
+    return PackedGroup(
         ids=np.concatenate([prompt.ids, targets[:, :-1][mask[:, 1:]]]).astype(np.int32),
         positions=np.concatenate([prompt.positions, np.tile(prompt.next_position + own, (3, 1))], 1).astype(np.int32),
         owner=np.repeat(np.arange(-1, len(lengths)), [start, *read]).astype(np.int32),
@@ -96,7 +96,7 @@ def pack(prompt: "EncodedPrompt", completions: Sequence[np.ndarray]) -> Packed:
     )
 
 
-def tree_mask(packed: Packed) -> mx.array:
+def tree_mask(packed: PackedGroup) -> mx.array:
     """Which columns (axis 1) each column (axis 0) sees: bool (N, N)."""
     owner, column = packed.owner, np.arange(len(packed.owner))
     visible = (owner[None] < 0) | (owner[None] == owner[:, None])

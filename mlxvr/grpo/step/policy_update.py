@@ -22,22 +22,22 @@ from mlxvr.errors import DataError
 from mlxvr.grpo.step.gradient import GroupStats, group_gradient
 from mlxvr.grpo.step.loss import advantages
 from mlxvr.grpo.step.prompts import EncodedPrompt
-from mlxvr.grpo.step.reward_model import Judge, Judgement
+from mlxvr.grpo.step.reward_model import GroupRewards, RewardModel
 from mlxvr.grpo.step.rollout import Rollout, rollout
 from mlxvr.grpo.train_config import TrainConfig
 from mlxvr.model.network import VideoModel
-from mlxvr.runtime.distributed import Ranks
+from mlxvr.runtime.distributed import ProcessGroup
 from mlxvr.runtime.hooks import ShouldStop
 
-__all__ = ["Group", "Learner", "NotFinite", "Update", "row_seed"]
+__all__ = ["NotFinite", "PolicyUpdater", "ScoredGroup", "UpdateStats", "row_seed"]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Group:
+class ScoredGroup:
     """A row's completions, what they earned, and how much better each did than the others: float32 (G,)."""
 
     rollout: Rollout
-    judgement: Judgement
+    scores: GroupRewards
     advantages: np.ndarray
 
     @property
@@ -57,7 +57,7 @@ class Group:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Update:
+class UpdateStats:
     """What an update was.
 
     Attributes:
@@ -74,7 +74,7 @@ class NotFinite(DataError):
     """A loss or a gradient is not a finite number; nothing was changed."""
 
 
-class Learner:
+class PolicyUpdater:
     """A model with an adapter, its optimizer, and how to take a step.
 
     Attributes:
@@ -88,8 +88,8 @@ class Learner:
         self,
         model: VideoModel,
         config: TrainConfig,
-        judge: Judge,
-        ranks: Ranks,
+        reward_model: RewardModel,
+        ranks: ProcessGroup,
         *,
         reference: Mapping[str, mx.array] | None = None,
     ) -> None:
@@ -99,11 +99,11 @@ class Learner:
         self.is_whole = True
         self.optimizer = optim.AdamW(config.learning_rate, weight_decay=config.weight_decay, bias_correction=True)
         self._config = config
-        self._judge = judge
+        self._reward_model = reward_model
         self._ranks = ranks
         self._loss = config.loss
 
-    def sample(self, prompt: EncodedPrompt, step: int, *, should_stop: ShouldStop | None = None) -> Group:
+    def sample(self, prompt: EncodedPrompt, step: int, *, should_stop: ShouldStop | None = None) -> ScoredGroup:
         """Sample and judge the completions of a row.
 
         Args:
@@ -111,7 +111,7 @@ class Learner:
             step: from 1; with the run's seed and the row's id it decides what is drawn.
             should_stop: asked between tokens.
 
-        Raises as `rollout` and `Judge.judge`.
+        Raises as `rollout` and `RewardModel.score`.
         """
         config = self._config
         made = rollout(
@@ -125,14 +125,14 @@ class Learner:
             prefill_step_size=config.prefill_step_size,
             should_stop=should_stop,
         )
-        judgement = self._judge.judge(self.model, made)
-        return Group(
+        scores = self._reward_model.score(self.model, made)
+        return ScoredGroup(
             rollout=made,
-            judgement=judgement,
-            advantages=advantages(judgement.totals, scale=config.scale_rewards),
+            scores=scores,
+            advantages=advantages(scores.totals, scale=config.scale_rewards),
         )
 
-    def update(self, groups: Sequence[Group], rate: float, *, step: int = 0) -> Update:
+    def update(self, groups: Sequence[ScoredGroup], rate: float, *, step: int = 0) -> UpdateStats:
         """Learn from this rank's groups, together with all other ranks, as often as the settings say.
 
         Args:
@@ -158,10 +158,10 @@ class Learner:
             norms.append(norm)
             if not learned:
                 break
-        return Update(stats=[_over_updates(seen) for seen in zip(*every)], grad_norm=norms[0])
+        return UpdateStats(stats=[_over_updates(seen) for seen in zip(*every)], grad_norm=norms[0])
 
     def _gradients(
-        self, groups: Sequence[Group], before: Sequence[GroupStats | None], seeds: Sequence[int]
+        self, groups: Sequence[ScoredGroup], before: Sequence[GroupStats | None], seeds: Sequence[int]
     ) -> tuple[dict[str, mx.array], list[GroupStats | None]]:
         """The sum of the groups' gradients by name, empty without any, and what they saw."""
         total: dict[str, mx.array] = {}
@@ -188,7 +188,7 @@ class Learner:
             stats.append(seen)
         return total, stats
 
-    def _teaches_nothing(self, group: Group) -> bool:
+    def _teaches_nothing(self, group: ScoredGroup) -> bool:
         """Whether a group's gradient is 0, or only its distance's pull and that is not wanted."""
         if self._loss.mask_truncated and group.is_truncated:
             return True
@@ -203,7 +203,7 @@ class Learner:
                 trained = cast("list[Any]", tree_flatten(self.model.network.trainable_parameters()))
                 total = {name: mx.zeros(array.shape) for name, array in trained}
             counts = mx.array([count, learned, loss], dtype=mx.float32)
-            summed = self._ranks.sum({**total, "": counts})
+            summed = self._ranks.all_sum({**total, "": counts})
             count, learned, loss = np.array(summed.pop("")).tolist()
             total = summed
         if not learned:

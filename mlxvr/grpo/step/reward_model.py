@@ -11,11 +11,11 @@ from mlxvr.grpo.step.label_free_rewards import GroupAnswer, agreement, coherence
 from mlxvr.grpo.step.rollout import Rollout
 from mlxvr.model.network import VideoModel
 
-__all__ = ["Judge", "Judgement"]
+__all__ = ["GroupRewards", "RewardModel"]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Judgement:
+class GroupRewards:
     """What a group earned.
 
     Attributes:
@@ -34,7 +34,7 @@ class Judgement:
         return np.array([reward.total for reward in self.rewards])
 
 
-class Judge:
+class RewardModel:
     """Judges groups, as the settings say."""
 
     def __init__(
@@ -53,8 +53,8 @@ class Judge:
         self._label_free = tuple(label_free)
         self._temperature = temperature
 
-    def judge(self, model: VideoModel, group: Rollout) -> Judgement:
-        """Judge the completions of a row.
+    def score(self, model: VideoModel, group: Rollout) -> GroupRewards:
+        """Score the completions of a row.
 
         Raises:
             DataError: the row has no answer and nothing judges such rows, its answer has the wrong form, or the user's
@@ -63,13 +63,13 @@ class Judge:
         """
         row = group.prompt.row
         if self._own is not None:
-            return Judgement(rewards=[call_reward(self._own, text, row) for text in group.texts], parts={})
+            return GroupRewards(rewards=[call_reward(self._own, text, row) for text in group.texts], parts={})
         if row.answer is not None:
             try:
                 rewards = [score(text, row.answer, row.kind, weights=self._weights) for text in group.texts]
             except DataError as error:
                 raise DataError(f"{row.line}: {error}") from error
-            return Judgement(rewards=rewards, parts={})
+            return GroupRewards(rewards=rewards, parts={})
         if not self._label_free:
             raise DataError(f"{row.line}: the row has no answer: add it, or use --reward agreement,coherence")
         parts = {}
@@ -78,4 +78,4 @@ class Judge:
         if "coherence" in self._label_free:
             parts["coherence"] = coherence(model, group, temperature=self._temperature)
         rewards = label_free_reward(parts, group.texts, row.kind, weights=self._weights)
-        return Judgement(rewards=rewards, parts=parts, unlabelled=group_answer(row, group.texts))
+        return GroupRewards(rewards=rewards, parts=parts, unlabelled=group_answer(row, group.texts))
