@@ -154,7 +154,8 @@ def test_the_trajectory_is_that_of_one_rank(place, alone, together):
         for name in ours.keys() - timed:
             expected = None if ours[name] is None else pytest.approx(ours[name], rel=1e-3, abs=1e-6)
             assert theirs[name] == expected, (ours["step"], name)
-    sampled = {"reward", "reward_std", "tokens_mean", "tokens_max", "truncated", "zero_variance", "entropy", "rows"}
+    lengths = {f"completions/{name}" for name in ("mean_length", "max_length", "clipped_ratio")}
+    sampled = {"reward", "reward_std", *lengths, "frac_reward_zero_std", "entropy", "rows"}
     assert {name: one[0][name] for name in sampled} == {name: two[0][name] for name in sampled}
     assert all(entry["grad_norm"] > 0 for entry in one), "every step changes something"
     found = weights(place, alone)
