@@ -1,7 +1,6 @@
 """What is bundled with the package: a complete checkpoint, clips that play, and figures that hold."""
 
 import json
-import re
 import sys
 import time
 from fractions import Fraction
@@ -11,7 +10,6 @@ import pytest
 
 import mlxvr
 from mlxvr.checkpoint.folder import ModelFolder
-from mlxvr.errors import ConfigError
 from mlxvr.media import load_vision
 from mlxvr.media.spec import VisionSpec
 from mlxvr.reasoner.reasoner import demo_folder
@@ -116,20 +114,3 @@ def test_the_figures_of_the_readme_hold(tmp_path):
     assert table["3:1 mix"]["think_tokens"] >= 2 * table["3:1 mix"]["auto_tokens"]
     assert table["held-out sequences"]["second_right"] >= 0.97
     assert table["longer games"]["second_right"] >= 0.92
-
-
-@pytest.mark.slow
-def test_the_readmes_python_runs(tmp_path, monkeypatch):
-    """As it stands there, with the bundled checkpoint and a bundled clip under the names that it uses."""
-    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-    code = re.search(r"```python\n(import mlxvr\n.*?)```", readme, re.DOTALL)[1]
-    (tmp_path / "path/to").mkdir(parents=True)
-    (tmp_path / "path/to/converted").symlink_to(demo_folder() / "checkpoint")
-    (tmp_path / "clip.mp4").symlink_to(demo_folder() / "clips" / "clip00.mp4")
-    monkeypatch.chdir(tmp_path)
-    names = {}
-    exec(code, names)
-    assert names["answer"].option.text in ("left", "middle", "right")
-    assert isinstance(names["event"], mlxvr.Answer)
-    with pytest.raises(ConfigError, match="closed"):
-        names["clip"].ask("And now?")
