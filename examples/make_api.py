@@ -95,6 +95,17 @@ def signature(name: str, node: ast.FunctionDef) -> str:
     return "\n".join([f"def {name}(", *(f"    {text}," if text != "*" else "    *," for text in listed), f"){result}"])
 
 
+def field_line(field: ast.AnnAssign) -> str:
+    """A field of a dataclass with its type and its default."""
+    text, value = f"{ast.unparse(field.target)}: {annotation(field.annotation)}", field.value
+    if isinstance(value, ast.Call):
+        given = {keyword.arg: ast.unparse(keyword.value) for keyword in value.keywords}
+        default = given.get("default") or (f"{given['default_factory']}()" if "default_factory" in given else None)
+    else:
+        default = None if value is None else ast.unparse(value)
+    return text if default is None else f"{text} = {default}"
+
+
 def is_property(node: ast.FunctionDef) -> bool:
     """Whether a method is read like an attribute."""
     return any(ast.unparse(decorator) in ("property", "cached_property") for decorator in node.decorator_list)
@@ -146,7 +157,11 @@ def settings(value: type) -> str:
     """The fields of a dataclass that is also a verb's settings: type, default and help."""
     lines = []
     for field in dataclasses.fields(value):
-        node = definitions(value.__module__)[f"{value.__qualname__}.{field.name}"]
+        node = next(
+            definitions(base.__module__)[f"{base.__qualname__}.{field.name}"]
+            for base in value.__mro__
+            if field.name in base.__dict__.get("__annotations__", {})
+        )
         assert isinstance(node, ast.AnnAssign), "a field has a type"
         default = "required" if field.default is dataclasses.MISSING else f"`{field.default!r}`"
         nested = field.default_factory if isinstance(field.default_factory, type) else None
@@ -180,7 +195,7 @@ def entry(name: str, value: Any, owner: ModuleType) -> str:
             parts.append(settings(value))
         else:
             fields = [child for child in node.body if isinstance(child, ast.AnnAssign)]
-            shown = [f"    {field.target.id}: {annotation(field.annotation)}" for field in fields]
+            shown = [f"    {field_line(field)}" for field in fields]
             parts.insert(1, "```python\n" + "\n".join([f"class {name}:", *shown]) + "\n```\n")
     for child in node.body:
         if not isinstance(child, ast.FunctionDef) or child.name.startswith("_") or is_accessor(child):
