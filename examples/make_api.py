@@ -157,11 +157,9 @@ def settings(value: type) -> str:
     """The fields of a dataclass that is also a verb's settings: type, default and help."""
     lines = []
     for field in dataclasses.fields(value):
-        node = next(
-            definitions(base.__module__)[f"{base.__qualname__}.{field.name}"]
-            for base in value.__mro__
-            if field.name in base.__dict__.get("__annotations__", {})
-        )
+        bases = [base for base in value.__mro__ if base.__module__.startswith("mlxvr")]
+        nodes = [definitions(base.__module__).get(f"{base.__qualname__}.{field.name}") for base in bases]
+        node = next(node for node in nodes if node is not None)
         assert isinstance(node, ast.AnnAssign), "a field has a type"
         default = "required" if field.default is dataclasses.MISSING else f"`{field.default!r}`"
         nested = field.default_factory if isinstance(field.default_factory, type) else None
