@@ -242,7 +242,7 @@ def test_subtitles_of_both_clocks(tmp_path):
     assert read_timed_lines(path, 0.0, 10.0) == "a b\nc"
     assert read_timed_lines(path, 2.5, 10.0) == "c"
     path.write_text('[{"start": "1:2"}]')
-    with pytest.raises(DataError, match="is no list of timed subtitles"):
+    with pytest.raises(DataError, match="is not a list of timed subtitles"):
         read_timed_lines(path, 0.0, 10.0)
 
 
@@ -449,7 +449,7 @@ def test_mvbench_uncut(release):
     )
     assert shown(count, "answer", "start", "end") == ("A", None, None)  # its videos are not parts
     assert len(benchmark.skipped) == 18 + 1
-    assert benchmark.skipped[0] == "action_antonym.json: the task's file is not there"
+    assert benchmark.skipped[0] == "action_antonym.json: the task's file is missing"
     assert benchmark.skipped[-1].startswith("json/action_sequence.json:2: end 5 is not after start 5")
 
 
@@ -521,9 +521,9 @@ def test_names_and_options():
 
 @pytest.mark.parametrize("name", sorted(BENCHMARKS))
 def test_folders_that_hold_something_else(name, tmp_path):
-    with pytest.raises(DataError, match="is no folder: give the folder that holds"):
+    with pytest.raises(DataError, match="is not a folder: give the folder with"):
         read_benchmark(name, tmp_path / "none")
-    with pytest.raises(DataError, match=r"holds none of .* as the data root") as caught:
+    with pytest.raises(DataError, match=r"holds none of .*--data-root") as caught:
         read_benchmark(name, tmp_path)
     assert BENCHMARKS[name].title in str(caught.value)
 
@@ -534,7 +534,7 @@ def test_folders_that_hold_something_else(name, tmp_path):
         ("videomme", "test-0.parquet", "not parquet", r"test-0.parquet cannot be read \(.*\): download it again"),
         ("longvideobench", "lvb_val.json", "[{", "lvb_val.json cannot be read"),
         ("longvideobench", "lvb_val.json", "3", "lvb_val.json holds a int: expected a list of records"),
-        ("longvideobench", "lvb_val.json", "[3]", "entry 1 is no record but int"),
+        ("longvideobench", "lvb_val.json", "[3]", "entry 1 is of type int: expected a record"),
         ("mvbench", "json/other.json", "[]", "holds none of MVBench's tasks"),
         ("mmvu", "validation.json", "[]", "holds nothing of MMVU .* that can be evaluated: mmvu: 0 questions"),
     ],
@@ -557,7 +557,7 @@ def test_ids_are_unique(release):
     for number in range(2):
         release.table(f"test-0000{number}-of-00002.parquet", [VIDEOMME])
     release.videos("data/fFjv93ACGo8.mp4")
-    with pytest.raises(DataError, match=r"test-00001.*:1: the id '001-1' is that of test-00000.*:1 already"):
+    with pytest.raises(DataError, match=r"test-00001.*:1: test-00000.*:1 has the id '001-1' too"):
         release.read("videomme")
 
 

@@ -291,7 +291,7 @@ class TestRows:
         """Its times would be those of frames that were sampled as the checkpoint samples them."""
         (tmp_path / "frames").mkdir()
         self.row(tmp_path, "frames")
-        with pytest.raises(DataError, match=r"frames is a folder: say its frames' rate with 'frames_fps'"):
+        with pytest.raises(DataError, match=r"frames is a folder: give the rate of its frames as 'frames_fps'"):
             load_rows(tmp_path / "rows.jsonl")[0].source()
 
     def test_frames_of_a_folder(self, tmp_path):

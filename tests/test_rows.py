@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 import mlxvr
-from mlxvr.data.rows import Row, load_rows, make_locator, make_row, scan_rows, strip_letters, to_record
+from mlxvr.data.option_letters import strip_letters
+from mlxvr.data.rows import Row, load_rows, make_locator, make_row, scan_rows, to_record
 from mlxvr.errors import DataError
 from mlxvr.grading.reward import score
 
@@ -143,9 +144,9 @@ def without(record, *keys):
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ("{", "the line is not JSON (Expecting property name enclosed in double quotes): write one JSON object a line"),
-        ("[" * 100_000, "the line is not JSON (it is too deep"),
-        ('{"id": ' + "9" * 5000 + "}", "the line is not JSON (it is too deep or holds too long a number)"),
+        ("{", "the line is not JSON (Expecting property name enclosed in double quotes): write one JSON object"),
+        ("[" * 100_000, "the line is not JSON (it nests too deep"),
+        ('{"id": ' + "9" * 5000 + "}", "the line is not JSON (it nests too deep or has too long a number)"),
         ("[1]", "the line holds [1]: expected a JSON object"),
         (json.dumps({**MATH, "question": "\ud800"}), "the line is not UTF-8"),
         (without(QUESTION, "id"), "the field 'id' is missing"),
@@ -196,8 +197,8 @@ def without(record, *keys):
         ({**QUESTION, "video": 5}, "video is 5: expected a text"),
         ({**QUESTION, "start": 3, "end": 3}, "end 3 is not after start 3"),
         ({**QUESTION, "end": 0}, "end 0 is not after start 0"),
-        ({**QUESTION, "start": -1}, "start is -1: expected a number from 0 on"),
-        ({**QUESTION, "start": "1"}, "start is '1': expected a number from 0 on"),
+        ({**QUESTION, "start": -1}, "start is -1: expected a number that is at least 0"),
+        ({**QUESTION, "start": "1"}, "start is '1': expected a number that is at least 0"),
         ({**QUESTION, "frames_fps": 0}, "frames_fps is 0"),
         ({**MATH, "start": 1}, "start is for videos, and the row has none"),
         ({**QUESTION, "video": "../a.mp4"}, "'../a.mp4' leaves the folder of the file"),
@@ -213,14 +214,14 @@ def test_what_is_refused(write, record, message):
     path = write(MATH, record)
     with pytest.raises(DataError) as caught:
         load_rows(path)
-    said = str(caught.value)
-    assert said.startswith(f"{path}:2: {message}")
-    assert "\n" not in said
+    error = str(caught.value)
+    assert error.startswith(f"{path}:2: {message}")
+    assert "\n" not in error
 
 
 def test_ids_are_unique(write):
     path = write(MATH, "", MATH)
-    with pytest.raises(DataError, match=re.escape(f"{path}:3: the id 'm' is that of {path}:1 already")):
+    with pytest.raises(DataError, match=re.escape(f"{path}:3: {path}:1 has the id 'm' too")):
         load_rows(path)
 
 
@@ -291,14 +292,14 @@ def test_a_folder_of_frames(write, tmp_path):
         write({**QUESTION, "video": "f", "frames_fps": 3}, {**QUESTION, "id": "b", "video": "none", "frames_fps": 3})
     )
     assert [path.name for path in rows[0].source()] == ["00001.jpg", "00002.jpg", "00010.PNG"]
-    with pytest.raises(DataError, match=r"d\.jsonl:2: .*none is no folder of jpg or png frames"):
+    with pytest.raises(DataError, match=r"d\.jsonl:2: .*none is not a folder of jpg or png frames"):
         rows[1].source()
 
 
 def test_subtitles_go_before_the_question(write):
-    plain, said = load_rows(write(QUESTION, {**QUESTION, "id": "b", "subtitles": "Hello.\nBye."}))
+    plain, subtitled = load_rows(write(QUESTION, {**QUESTION, "id": "b", "subtitles": "Hello.\nBye."}))
     assert plain.text == "Which cup?"
-    assert said.text == "This video's subtitles are listed below:\nHello.\nBye.\nWhich cup?"
+    assert subtitled.text == "This video's subtitles are listed below:\nHello.\nBye.\nWhich cup?"
 
 
 @pytest.mark.parametrize(

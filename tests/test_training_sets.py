@@ -240,7 +240,7 @@ BAD = [
     ("dapo-math", {"prompt": " "}, "prompt is ' ': expected a text"),
     ("dapo-math", {"solution": None}, "the field 'answer' is missing"),
     ("virl", {"image": []}, "the field 'image' is missing"),
-    ("virl", {"image": [{"bytes": "x"}]}, "expected a path; write what the table holds to files first"),
+    ("virl", {"image": [{"bytes": "x"}]}, "expected a path; write the table's images to files first"),
     ("virl", {"answer": ""}, "the field 'answer' is missing"),
     ("virl", {"image": ["../x.png"]}, "leaves the folder of the file"),
     ("thinklite-vl-hard", {"problem_type": "essay"}, "problem_type is 'essay': expected exact_match or math"),

@@ -23,7 +23,7 @@ from mlxvr.answering.confidence import score_first_answer, should_exit
 from mlxvr.answering.events import Answer, Event, FirstAnswer, Option, ReasoningDelta, Usage
 from mlxvr.answering.sampling_config import SamplingConfig, is_number
 from mlxvr.answering.transcript import DualAnswerParser, Transcript, is_fallback, parse
-from mlxvr.data.rows import strip_letters
+from mlxvr.data.option_letters import strip_letters
 from mlxvr.errors import ConfigError
 from mlxvr.grading.choices import find_choice
 

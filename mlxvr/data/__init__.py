@@ -1,1 +1,1 @@
-"""Questions about clips: rows, the public files that they come from, and reading what they show."""
+"""Datasets: rows of questions about clips, readers of public files, and reading the media of a row."""

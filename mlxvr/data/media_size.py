@@ -1,7 +1,7 @@
-"""How large what a row shows will be, from the headers of its file: sizes and times, and no patches.
+"""Predict the size of a row's vision input from the headers of its file: grid and times, without patches.
 
-Reading a clip's frames takes seconds, its headers some milliseconds. What is given here has the grid that `load_row`
-gives, as both use the same rules; times of a variable frame rate, and of a range in it, may be off by a frame.
+Reading a clip's frames takes seconds, its headers some milliseconds. The grid is that of `load_row`, as both use the
+same rules. At a variable frame rate, the times, and the range of frames, may be off by a frame.
 """
 
 from pathlib import Path
@@ -22,15 +22,15 @@ __all__ = ["outline_row"]
 
 
 def outline_row(row: Row, spec: VisionSpec) -> VisionInput | None:
-    """What `load_row` would give, without patches; None for text alone.
+    """Return the input that `load_row` would return, without patches; None for text alone.
 
-    A file whose headers do not say enough, such as an animated image, is read whole.
+    A file whose headers do not tell enough, such as an animated image, is read whole.
 
     Args:
-        row: of a dataset.
+        row: a row of a dataset.
         spec: how frames are sampled and sized.
 
-    Raises as `load_row`.
+    Raises the same as `load_row`.
     """
     source = row.source()
     if source is None:
@@ -88,7 +88,7 @@ def _outline(
 
 
 def _image_size(path: Path) -> tuple[int, int] | None:
-    """(height, width) of an image as it is shown; None where it moves, or only decoding it tells."""
+    """Return (height, width) of an image as it is shown; None if it is animated."""
     with Image.open(path) as image:
         if getattr(image, "is_animated", False):
             return None

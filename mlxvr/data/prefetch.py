@@ -1,4 +1,4 @@
-"""What rows of a dataset show, read from disk, one row ahead of who works on them."""
+"""Read the media of a dataset's rows from disk, one row ahead of the caller."""
 
 import threading
 import time
@@ -20,14 +20,14 @@ def load_row(row: Row, spec: VisionSpec, *, should_stop: ShouldStop | None = Non
     """Read the clip, the frames or the image of a row; None for text alone.
 
     Args:
-        row: of a dataset; its `frames_fps` takes the place of the fps in `spec`.
+        row: a row of a dataset; its `frames_fps` replaces the fps of `spec`.
         spec: how frames are sampled and sized.
-        should_stop: asked between frames.
+        should_stop: called between frames.
 
     Raises:
         MediaError: the file cannot be read as a video or an image, or the range is empty.
         DataError: a folder of frames holds none.
-        Cancelled: `should_stop` said so.
+        Cancelled: `should_stop` returned True.
     """
     source: Any = row.source()
     if source is None:
@@ -40,20 +40,20 @@ def load_row(row: Row, spec: VisionSpec, *, should_stop: ShouldStop | None = Non
 def read_ahead(
     rows: Iterable[Row], spec: VisionSpec
 ) -> Generator[tuple[VisionInput | Exception | None, float], None, None]:
-    """Yield what each row shows and the seconds that reading took, while another thread reads the next row.
+    """Yield each row's vision input and the seconds that reading it took, while another thread reads the next row.
 
-    An error is yielded instead of being raised: it is that row's alone. Close the generator to stop the thread.
+    An error is yielded instead of raised, since it concerns that row alone. Close the generator to stop the thread.
     """
     stop = threading.Event()
 
     def read(row: Row) -> tuple[VisionInput | Exception | None, float]:
         started = time.perf_counter()
-        found: VisionInput | Exception | None
+        vision: VisionInput | Exception | None
         try:
-            found = load_row(row, spec, should_stop=stop.is_set)
-        except Exception as error:  # what a decoder may raise about a broken file has no bounds
-            found = error
-        return found, time.perf_counter() - started
+            vision = load_row(row, spec, should_stop=stop.is_set)
+        except Exception as error:  # a decoder may raise anything about a broken file
+            vision = error
+        return vision, time.perf_counter() - started
 
     with ThreadPoolExecutor(1, thread_name_prefix="mlxvr-frames") as pool:
         try:

@@ -1,27 +1,26 @@
-"""Records of files that others have written: tables in parquet, JSON, JSONL or CSV, and what their columns hold.
+"""Read tables that others have written, in parquet, JSON, JSONL or CSV, and the values of their columns.
 
-Benchmarks and training sets are released in whichever of these their authors liked. What is read here is not yet a row:
-the readers know which column means what, and `mlxvr.data.rows` checks what they make of it.
+Benchmarks and training sets are released in any of these formats. A record read here is not yet a row: the reader of
+its format knows the meaning of each column, and `mlxvr.data.rows` checks the row that it makes.
 """
 
 import ast
 import csv
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from string import ascii_uppercase
 from typing import Any
 
-from mlxvr.data.rows import parse_line, read_lines
+from mlxvr.data.jsonl import parse_line, read_lines
 from mlxvr.errors import DataError
 
-__all__ = ["as_list", "as_text", "letter_of", "load_file", "read_records", "scan_records", "segments"]
+__all__ = ["as_list", "as_text", "load_file", "read_records", "scan_records", "segments"]
 
 
 def read_records(path: Path) -> list[Any]:
-    """All records of a table file; of a JSON object its values, each with its name as `key`.
+    """Return all records of a table file; of a JSON object its values, each with its name as `key`.
 
-    Raises `DataError`: the file is damaged, or parquet cannot be read for want of pyarrow.
+    Raises `DataError`: the file is damaged, or it is parquet and pyarrow is not installed.
     """
     content = _read_parquet(path) if path.suffix == ".parquet" else load_file(path)
     if isinstance(content, Mapping):
@@ -32,9 +31,10 @@ def read_records(path: Path) -> list[Any]:
 
 
 def scan_records(path: Path) -> Iterator[tuple[str, Mapping[str, Any] | DataError]]:
-    """Yield each record of a table file with its place, or what is wrong with it.
+    """Yield each record of a table file, or its error, with its place.
 
-    A place is "file:line" in JSONL, and "file: entry n" elsewhere, from 1. Raises `DataError`: see `read_records`.
+    A place is "file:line" in JSONL, and "file: entry n" in other formats, both from 1. Raises the same as
+    `read_records`.
     """
     if path.suffix == ".jsonl":
         for number, raw in enumerate(read_lines(path), start=1):
@@ -54,7 +54,7 @@ def scan_records(path: Path) -> Iterator[tuple[str, Mapping[str, Any] | DataErro
 
 
 def load_file(path: Path) -> Any:
-    """What a JSON, JSONL, CSV or text file holds; raises `DataError` if it is damaged."""
+    """Read a JSON, JSONL, CSV or text file; raises `DataError` if it is damaged."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             if path.suffix == ".csv":
@@ -69,7 +69,7 @@ def load_file(path: Path) -> Any:
 
 
 def as_list(value: Any) -> list[Any]:
-    """A column that holds a list, in whichever way it was stored: as such, or written out."""
+    """Return the value of a column of lists, stored as a list or as Python text; [] if it is neither."""
     if isinstance(value, str):
         try:
             value = ast.literal_eval(value)
@@ -79,25 +79,18 @@ def as_list(value: Any) -> list[Any]:
 
 
 def as_text(value: Any) -> str:
-    """A column that names something, a number or a text, as text without outer space."""
+    """Return the value of a column of names, stored as numbers or texts, as stripped text."""
     return "" if value is None else str(value).strip()
 
 
-def letter_of(answer: str, options: Sequence[str]) -> str:
-    """The letter of the option that an answer spells out; the answer itself if it is none of them."""
-    plain = [option.strip().casefold() for option in options]
-    wanted = answer.strip().casefold()
-    return ascii_uppercase[plain.index(wanted)] if wanted in plain[:26] else answer
-
-
 def segments(value: Any) -> list[list[float]]:
-    """Intervals of a release with their ends in order, as the public evaluator puts them; points are left out."""
+    """Return the intervals of a column, their ends in order as in the public evaluator, without points."""
     pairs = value if isinstance(value, list | tuple) and value and isinstance(value[0], list | tuple) else [value]
     try:
-        found = [sorted((float(start), float(end))) for start, end in pairs]
+        intervals = [sorted((float(start), float(end))) for start, end in pairs]
     except (TypeError, ValueError, OverflowError):
         return []
-    return [pair for pair in found if 0 <= pair[0] < pair[1]]
+    return [interval for interval in intervals if 0 <= interval[0] < interval[1]]
 
 
 def _read_parquet(path: Path) -> list[dict[str, Any]]:

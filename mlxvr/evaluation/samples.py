@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, get_args
 
-from mlxvr.data.rows import Kind
+from mlxvr.data.row_fields import GradingKind
 from mlxvr.errors import ConfigError, DataError
 from mlxvr.storage.jsonl_log import Ledger, check_run, read_entries, read_run, write_ledger
 
@@ -59,7 +59,7 @@ class Sample:
     """
 
     id: str
-    kind: Kind
+    kind: GradingKind
     task: str = ""
     category: str = ""
     pair: str = ""
@@ -90,8 +90,8 @@ class Sample:
     def __post_init__(self) -> None:
         if not isinstance(self.id, str) or not self.id:
             raise DataError(f"a sample's id is {self.id!r}; expected a text that is not empty")
-        if self.kind not in get_args(Kind):
-            raise DataError(f"sample {self.id}: kind {self.kind!r}; expected one of {', '.join(get_args(Kind))}")
+        if self.kind not in get_args(GradingKind):
+            raise DataError(f"sample {self.id}: kind {self.kind!r}; expected one of {', '.join(get_args(GradingKind))}")
         if self.confidence is not None and not math.isfinite(self.confidence):
             object.__setattr__(self, "confidence", None)
         if self.confidence is not None and not 0 <= self.confidence <= 1:

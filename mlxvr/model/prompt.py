@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from mlxvr.checkpoint.config_normalization import text_settings
-from mlxvr.data.rows import strip_letters
+from mlxvr.data.option_letters import strip_letters
 from mlxvr.errors import CheckpointError, ConfigError
 from mlxvr.media.patches import VisionInput
 from mlxvr.model.families.base import Family, VisionBlock

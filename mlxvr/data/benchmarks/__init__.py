@@ -3,10 +3,10 @@
     benchmark = read_benchmark("videomme", "/data/Video-MME", subtitles=True)
     benchmark.rows, benchmark.budgets["qwen3_vl"], benchmark.missing
 
-One module a benchmark: its docstring says which files, columns and folders it expects, and where that is known from.
-Each yields rows in the form of `mlxvr.data.rows`, which checks them as it checks everybody's; a row that fails is
-listed in `skipped`, a row without its video counts in `missing_rows`. Rows carry question and options only: the words
-that ask for a box are the prompt's (`mlxvr.model.prompt`), the same for all of them.
+Each benchmark has a module, whose docstring lists the files, columns and folders that it expects, with their source.
+It yields records in the form of `mlxvr.data.rows`, which checks them like any other; a row that fails is listed in
+`skipped`, and a row without its video counts in `missing_rows`. Rows hold only the question and its options: the
+instruction to write a box belongs to the prompt (`mlxvr.model.prompt`) and is the same for all benchmarks.
 """
 
 from mlxvr.data.benchmarks.benchmark import Benchmark

@@ -3,13 +3,13 @@
 Files, either of
     val_2.json                    ActivityNet Captions' own, also in captions/ or activitynet_captions/:
                                   {"v_<id>": {"duration", "timestamps": [[start, end], ..], "sentences": [..]}, ..}
-                                  Grounding is tested on this file, by VideoMind for one.
+                                  Others, such as VideoMind, test grounding on this file.
     data/test-*.parquet, test.json
-                                  video, caption, timestamp (or description, timestamps), one moment a record
+                                  video, caption, timestamp (or description, timestamps), one moment per record
 and the videos, `videos/v_<id>.mp4` (or .mkv, .webm).
 
-Which list the paper used could not be looked up: its figure may rest on a part of this one. Ids are `v_<id>-<number>`,
-moments numbered within their video. Swapped ends are put in order; moments without length are skipped.
+It is not known which list the paper used: its figure may rest on a part of this one. Ids are `v_<id>-<number>`, where
+the number counts the moments of a video. Swapped ends are put in order; moments without length are skipped.
 """
 
 from collections import Counter

@@ -1,4 +1,4 @@
-"""Benchmarks by name, and the one way to read any of them."""
+"""The benchmarks by name, and the function that reads any of them."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from mlxvr.data.benchmarks import (
     videommmu,
 )
 from mlxvr.data.benchmarks.benchmark import Benchmark, Budgets, budgets
-from mlxvr.data.benchmarks.entries import Entry, Reader
+from mlxvr.data.benchmarks.entries import Entry, EntryReader
 from mlxvr.data.benchmarks.files import Folder
 from mlxvr.data.rows import Row, make_row
 from mlxvr.errors import ConfigError, DataError
@@ -31,7 +31,7 @@ class Preset:
     """How a benchmark is read and evaluated."""
 
     title: str
-    read: Reader
+    read: EntryReader
     budgets: Mapping[str, Budgets]
     has_subtitles: bool = False
 
@@ -57,32 +57,35 @@ def read_benchmark(name: str, root: str | Path, *, subtitles: bool = False) -> B
 
     Args:
         name: one of `BENCHMARKS`.
-        root: the folder that holds annotations and videos.
-        subtitles: whether what is said in a video goes into its questions.
+        root: the folder that holds the annotations and the videos.
+        subtitles: whether a video's subtitles are put before its questions.
 
     Raises:
         ConfigError: the name is unknown, or the benchmark has no subtitles.
-        DataError: the annotations are not there or damaged, none of the videos is there, or an id comes twice.
+        DataError: the annotations are missing or damaged, all videos are missing, or an id occurs twice.
     """
     preset = BENCHMARKS.get(name)
     if preset is None:
         raise ConfigError(f"benchmark {name!r} is unknown: choose from {', '.join(sorted(BENCHMARKS))}")
     if subtitles and not preset.has_subtitles:
-        having = sorted(one for one, other in BENCHMARKS.items() if other.has_subtitles)
-        raise ConfigError(f"{preset.title} has no subtitles: leave the option out; {' and '.join(having)} have them")
+        with_subtitles = sorted(key for key, value in BENCHMARKS.items() if value.has_subtitles)
+        raise ConfigError(
+            f"{preset.title} has no subtitles: leave out --subtitles (subtitles=True); {' and '.join(with_subtitles)} "
+            "have them"
+        )
     folder = Folder(Path(root), preset.title)
     rows: dict[str, Row] = {}
     missing: dict[str, int] = {}
     skipped = []
-    for entry, made in _made(preset.read(folder, subtitles=subtitles), folder):
-        if isinstance(made, str):
-            skipped.append(f"{entry.line}: {made}")
+    for entry, row in _make_rows(preset.read(folder, subtitles=subtitles), folder):
+        if isinstance(row, str):
+            skipped.append(f"{entry.line}: {row}")
         elif entry.video is None:
             missing[entry.wanted] = missing.get(entry.wanted, 0) + 1
-        elif made.id in rows:
-            raise DataError(f"{entry.line}: the id {made.id!r} is that of {rows[made.id].line} already: keep one copy")
+        elif row.id in rows:
+            raise DataError(f"{entry.line}: {rows[row.id].line} has the id {row.id!r} too: keep one copy")
         else:
-            rows[made.id] = made
+            rows[row.id] = row
     benchmark = Benchmark(
         name=name,
         rows=tuple(rows.values()),
@@ -96,8 +99,8 @@ def read_benchmark(name: str, root: str | Path, *, subtitles: bool = False) -> B
     return benchmark
 
 
-def _made(entries: Iterator[Entry], folder: Folder) -> Iterator[tuple[Entry, Row | str]]:
-    """Each entry with its row, or with the reason why it has none."""
+def _make_rows(entries: Iterator[Entry], folder: Folder) -> Iterator[tuple[Entry, Row | str]]:
+    """Yield each entry with its row, or with the reason why it has none."""
     for entry in entries:
         if entry.problem:
             yield entry, entry.problem

@@ -1,23 +1,23 @@
-"""What a reader yields: a question in the form of `mlxvr.data.rows`, and its video."""
+"""The entries that a benchmark's reader yields: a question in the form of `mlxvr.data.rows`, and its video."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Entry", "Reader"]
+__all__ = ["Entry", "EntryReader"]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One question as a reader found it.
+    """One question of a release.
 
     Attributes:
         line: "file:line".
         record: the fields of a row, without its media.
-        wanted: the video as the release names it.
-        video: where it is; None: it is not there.
-        problem: why the question cannot be asked, if the reader saw that.
+        wanted: the video's name in the release.
+        video: the video's file; None: it is missing.
+        problem: why the question cannot be asked; "" if the reader noticed no reason.
     """
 
     line: str
@@ -27,4 +27,4 @@ class Entry:
     problem: str = ""
 
 
-Reader = Callable[..., Iterator[Entry]]  # of (folder: Folder, *, subtitles: bool)
+EntryReader = Callable[..., Iterator[Entry]]  # of (folder: Folder, *, subtitles: bool)

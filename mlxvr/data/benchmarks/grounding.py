@@ -1,4 +1,4 @@
-"""Questions of temporal grounding: a description, its interval, a video."""
+"""Entries of temporal grounding: a description, its interval and a video."""
 
 from typing import Any
 
@@ -12,15 +12,15 @@ __all__ = ["grounding_entry", "read_columns"]
 def grounding_entry(
     line: str, identity: str, text: str, interval: Any, video: str, folder: Folder, videos: tuple[str, ...]
 ) -> Entry:
-    """One question; an interval without length is a problem, since nothing can overlap it."""
-    found = segments(interval)
-    row = {"id": identity, "question": " ".join(text.split()), "answer": found, "kind": "iou"}
-    problem = "" if found else f"the interval is {interval!r}: nothing can overlap it"
+    """Make an entry; an interval without length is a problem, since nothing can overlap it."""
+    intervals = segments(interval)
+    row = {"id": identity, "question": " ".join(text.split()), "answer": intervals, "kind": "iou"}
+    problem = "" if intervals else f"the interval is {interval!r}: nothing can overlap it"
     return Entry(line, row, video, folder.find(video, videos), problem)
 
 
 def read_columns(record: dict[str, Any]) -> tuple[str, Any, str]:
-    """(description, interval, video) of a record: the Hub's column names, or those of VideoAuto-R1's own files."""
+    """Return a record's (description, interval, video), from the Hub's columns or those of VideoAuto-R1's files."""
     text = next((record[key] for key in ("caption", "description", "sentence") if record.get(key)), None)
     interval = next((record[key] for key in ("timestamp", "timestamps") if record.get(key) is not None), None)
     return as_text(text), as_list(interval), as_text(record.get("video"))

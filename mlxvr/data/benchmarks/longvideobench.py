@@ -1,4 +1,4 @@
-"""LongVideoBench, validation: 1,337 questions about videos of up to an hour, many of which refer to what is said.
+"""LongVideoBench, validation: 1,337 questions about videos of up to an hour, many of which refer to the subtitles.
 
 Files, as `longvideobench/LongVideoBench` has them and lmms-eval's `longvideobench_val_v` task reads them:
 
@@ -11,8 +11,8 @@ Files, as `longvideobench/LongVideoBench` has them and lmms-eval's `longvideoben
 
 `task` is the question category, `category` the duration group. The answers of the test split are not public.
 
-Subtitles: departure from the public `longvideobench_val_i`, which sends single images with the lines that are said
-between them; a video goes to these models as one block, so the lines stand before the question, as in Video-MME.
+Subtitles depart from the public `longvideobench_val_i`, which sends single images with the lines spoken between them.
+These models take a video as one block, so the lines are put before the question, as for Video-MME.
 """
 
 from collections.abc import Iterator
@@ -52,6 +52,6 @@ def read(folder: Folder, *, subtitles: bool) -> Iterator[Entry]:
 
 
 def _options(record: dict[str, Any]) -> list[str]:
-    """The choices: those that are not "N/A", which stand last."""
+    """Return the choices, without those that are "N/A", which come last."""
     listed = as_list(record.get("candidates")) or [record.get(f"option{number}") for number in range(5)]
     return [str(option) for option in listed if option not in (None, "N/A")]

@@ -1,4 +1,4 @@
-"""MMVU, validation: questions of 27 subjects about expert videos; the multiple-choice ones.
+"""MMVU, validation: the multiple-choice questions about expert videos of 27 subjects.
 
 Files, as `yale-nlp/MMVU` and `lmms-lab/MMVU` have them and lmms-eval's `mmvu_val` task reads them:
 

@@ -5,16 +5,16 @@ Files, as `OpenGVLab/MVBench` has them. The annotations are
     json/<task>.json              a list of {"video", "question", "candidates", "answer" (a candidate's text)}, and
                                   "start" and "end" where only a part of the video is meant
 
-and the videos lie in a folder a task (`_FOLDERS`), beside json/, in video/, or in data0613/ within either, in one of
-two layouts, which may be mixed:
+and the videos are in one folder per task (`_FOLDERS`), beside json/, in video/, or in data0613/ within either, in one
+of two layouts, which may be mixed:
 
-- Cut: the Hub's `video` revision, which lmms-eval's `mvbench` tasks read. Names may carry the part,
+- Cut: the Hub's `video` revision, which lmms-eval's `mvbench` tasks read. A name may contain the part's times, as in
   `star/Charades_segment/USNP1_1.3_15.4.mp4`. Such a clip is shown whole.
 - Uncut: the first release, which the authors' own script reads: `star/Charades_v1_480/USNP1.mp4` with `start` and
-  `end`; and for Episodic Reasoning `tvqa/frames_fps3_hq/<clip>/00001.jpg ..`, folders of frames at 3 a second.
+  `end`; and for Episodic Reasoning `tvqa/frames_fps3_hq/<clip>/00001.jpg ..`, folders of frames at 3 per second.
 
 `task` is the task. Ids are `<task>-<number>`, numbered from 0 in the order of the file. The videos of Fine-grained Pose
-(NTU RGB+D) are not in the release: they have to be added, as `nturgbd/`. Tasks whose file is not there are listed as
+(NTU RGB+D) are not in the release and have to be added as `nturgbd/`. Tasks whose file is missing are listed as
 skipped.
 """
 
@@ -26,14 +26,15 @@ from typing import Any
 
 from mlxvr.data.benchmarks.entries import Entry
 from mlxvr.data.benchmarks.files import Folder
-from mlxvr.data.tables import as_list, as_text, letter_of
+from mlxvr.data.option_letters import letter_of
+from mlxvr.data.tables import as_list, as_text
 from mlxvr.errors import DataError
 from mlxvr.storage.paths import list_visible
 
 __all__ = ["read"]
 
 _ROOTS = (".", "video", "data0613", "video/data0613")
-# (cut, uncut): where a task's videos lie in the two layouts; only what is cut into segments has a part.
+# (cut, uncut): the folders of a task's videos in the two layouts; only tasks of segments have parts.
 _FOLDERS: dict[str, tuple[str, str]] = {
     "action_antonym": ("ssv2_video_mp4", "ssv2_video"),
     "action_count": ("", "perception/videos"),
@@ -67,7 +68,7 @@ def read(folder: Folder, *, subtitles: bool) -> Iterator[Entry]:
             f"{folder.root} holds none of MVBench's tasks, such as json/action_count.json: unpack them there"
         )
     for task in sorted(_FOLDERS.keys() - {path.stem for path in paths}):
-        yield Entry(f"{task}.json", {}, "", None, "the task's file is not there")
+        yield Entry(f"{task}.json", {}, "", None, "the task's file is missing")
     for path in paths:
         for number, (line, record) in enumerate(folder.table(path)):
             options = [as_text(option) for option in as_list(record.get("candidates"))]
@@ -91,16 +92,16 @@ def read(folder: Folder, *, subtitles: bool) -> Iterator[Entry]:
 
 
 def _find_cut(folder: Folder, place: str, name: str, record: dict[str, Any]) -> Path | None:
-    """The clip that holds just the part that is meant: under the video's name, or under that and the part's times."""
+    """Return the clip that was cut to the record's part, named after the video or after the video and the times."""
     folders = [f"{root}/{place}" for root in _ROOTS]
-    if found := folder.find(name, folders):
-        return found
+    if video := folder.find(name, folders):
+        return video
     part = record.get("start"), record.get("end")
     stem = name.rpartition(".")[0] or name
     if None in part or "/" in stem or stem in ("", ".", ".."):
         return None
-    for one in folders:
-        for path in list_visible(folder.root / one, f"{escape(stem)}_*_*.*"):
+    for subfolder in folders:
+        for path in list_visible(folder.root / subfolder, f"{escape(stem)}_*_*.*"):
             if _same_times(path.stem.removeprefix(f"{stem}_"), part):
                 return path
     return None
@@ -108,6 +109,6 @@ def _find_cut(folder: Folder, place: str, name: str, record: dict[str, Any]) -> 
 
 def _same_times(text: str, part: tuple[Any, Any]) -> bool:
     try:
-        return all(math.isclose(float(one), float(other), abs_tol=1e-3) for one, other in zip(text.split("_"), part))
+        return all(math.isclose(float(time), float(end), abs_tol=1e-3) for time, end in zip(text.split("_"), part))
     except (TypeError, ValueError):
         return False

@@ -1,24 +1,26 @@
-r"""MVP, minimal video pairs: one question, two videos that differ in little, two opposite answers.
+r"""MVP, minimal video pairs: each pair has one question, two similar videos and two opposite answers.
 
 Files, as `facebook/minimal_video_pairs` has them and lmms-eval's `mvp` tasks read them:
 
     <subset>/mini-00000-of-00001.parquet, full-00000-of-00001.parquet
         subset: human_object_interactions, intuitive_physics, robot_object_interactions, temporal_reasoning
-        video_id (<pair>_<which>), video_path, question, candidates (a list, or one written out), answer (its text),
+        video_id (<pair>_<1 or 2>), video_path, question, candidates (a list, or text of one), answer (its text),
         source (the data set that the video is from)
-    videos/<video_path>           by the authors' scripts, one folder a source
+    videos/<video_path>           by the authors' scripts, one folder per source
 
-`task` is the subset, `category` the source, `pair` the id without which of the two. A pair counts when both are right.
+`task` is the subset, `category` the source, `pair` the id without the last part. A pair counts if both answers are
+right.
 
-VideoAuto-R1's evaluator begins the model's turn with `\boxed{Answer:` on this benchmark and counts only the answer's
-last token for confidence; rows say so by `response_prefix`.
+VideoAuto-R1's evaluator starts the model's turn with `\boxed{Answer:` on this benchmark and takes the confidence from
+the answer's last token alone; rows have that text as `response_prefix`.
 """
 
 from collections.abc import Iterator
 
 from mlxvr.data.benchmarks.entries import Entry
 from mlxvr.data.benchmarks.files import Folder
-from mlxvr.data.tables import as_list, as_text, letter_of
+from mlxvr.data.option_letters import letter_of
+from mlxvr.data.tables import as_list, as_text
 
 __all__ = ["read"]
 

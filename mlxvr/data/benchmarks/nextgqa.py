@@ -1,11 +1,11 @@
-"""NExT-GQA, test: causal and temporal questions, each with the moments that show the answer.
+"""NExT-GQA, test: causal and temporal questions, each with the moments of the video that show the answer.
 
 Files, as the authors' repository `doc-doc/NExT-GQA` has them under datasets/nextgqa:
 
     test.csv                      video_id, question, answer, qid, type (CW, CH, TN, TC, TP), a0 .. a4
-                                  (answer: the text of a choice; a number or `a3` is understood too)
+                                  (answer: the text of a choice; a number or `a3` is accepted too)
     gsub_test.json                {video_id: {"duration", "location": {qid: [[start, end], ..]}}}
-    map_vid_vidorID.json          {video_id: "1164/3238737531"}: where the video lies
+    map_vid_vidorID.json          {video_id: "1164/3238737531"}: the path of the video
     NExTVideo/1164/3238737531.mp4 (or videos/), from NExT-QA
 
 `task` is the type. Points among the moments are left out; a question without a moment is skipped.
@@ -18,7 +18,8 @@ from typing import Any
 
 from mlxvr.data.benchmarks.entries import Entry
 from mlxvr.data.benchmarks.files import Folder
-from mlxvr.data.tables import as_text, letter_of, read_records, segments
+from mlxvr.data.option_letters import letter_of
+from mlxvr.data.tables import as_text, read_records, segments
 
 __all__ = ["read"]
 
@@ -37,16 +38,16 @@ def read(folder: Folder, *, subtitles: bool) -> Iterator[Entry]:
     for line, record in folder.table(questions):
         video, number = as_text(record.get("video_id")), as_text(record.get("qid"))
         options = [as_text(record.get(choice)) for choice in _CHOICES]
-        found = segments(grounded.get(video, {}).get(number) or [None])
+        intervals = segments(grounded.get(video, {}).get(number) or [None])
         row = {
             "id": f"{video}_{number}",
             "question": record.get("question"),
             "options": options,
-            "answer": [_answer(as_text(record.get("answer")), options), found],
+            "answer": [_answer(as_text(record.get("answer")), options), intervals],
             "kind": "gqa",
             "task": record.get("type"),
         }
-        problem = "" if found else f"{moments.name} holds no moment of video {video}, question {number}"
+        problem = "" if intervals else f"{moments.name} holds no moment of video {video}, question {number}"
         wanted = f"{where.get(video, video)}.mp4"
         yield Entry(line, row, wanted, folder.find(wanted, _VIDEOS), problem)
 
@@ -56,7 +57,7 @@ def _file(folder: Folder, name: str) -> Path:
 
 
 def _answer(answer: str, options: list[str]) -> Any:
-    """The letter of an answer that is a choice's text, its column or its number."""
+    """Return the letter of an answer that is a choice's text, its column or its number; else the answer itself."""
     letter = letter_of(answer, options)
     number = answer.removeprefix("a")
     if letter == answer and number.isdecimal() and int(number) < len(options):

@@ -1,4 +1,4 @@
-"""Subtitles as lines of text, in the order in which they are said."""
+"""Read subtitles as lines of text, in the order in which they are spoken."""
 
 import json
 import re
@@ -16,34 +16,36 @@ _TAG = re.compile(r"<[^<>]*>|\{\\[^{}]*\}")
 
 
 def read_srt(path: Path) -> str:
-    """The text of a SubRip file, without numbers, times and tags; bytes that are not UTF-8 are replaced."""
+    """Return the text of a SubRip file, without numbers, times and tags; bytes that are not UTF-8 are replaced."""
     text = path.read_text(encoding="utf-8-sig", errors="replace")
     lines = []
     for block in re.split(r"\n\s*\n", text):
-        _, arrow, said = block.partition("-->")
+        _, arrow, after = block.partition("-->")
         if arrow:
-            lines.append(" ".join(_TAG.sub("", said.partition("\n")[2]).split()))
+            lines.append(" ".join(_TAG.sub("", after.partition("\n")[2]).split()))
     return "\n".join(filter(None, lines))
 
 
 def read_timed_lines(path: Path, start: float, duration: float) -> str:
-    """The text of LongVideoBench's JSON subtitles that is said within a clip.
+    """Return the text of LongVideoBench's JSON subtitles that is spoken within a clip.
 
     Args:
         path: a list of {"start": "00:00:01.000", "end", "line"} or {"timestamp": [s, e], "text"}.
-        start: where the clip begins, in seconds on the subtitles' clock.
-        duration: of the clip, in seconds.
+        start: the time at which the clip begins, in seconds on the subtitles' clock.
+        duration: the length of the clip in seconds.
 
-    Raises `DataError` if the file is neither.
+    Raises `DataError` if the file has neither form.
     """
     try:
-        said = [_timed(one, start, duration) for one in json.loads(path.read_text(encoding="utf-8-sig"))]
+        records = json.loads(path.read_text(encoding="utf-8-sig"))
+        lines = [_timed(record, start, duration) for record in records]
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise DataError(f"{path} is no list of timed subtitles: download it again") from error
-    return "\n".join(text for first, last, text in said if text and last >= 0 and first <= duration)
+        raise DataError(f"{path} is not a list of timed subtitles: download it again") from error
+    return "\n".join(text for first, last, text in lines if text and last >= 0 and first <= duration)
 
 
 def _timed(record: Mapping[str, Any], start: float, duration: float) -> tuple[float, float, str]:
+    """Return (start, end, text) of a line, in seconds from the clip's start."""
     if "timestamp" in record:
         first, last = record["timestamp"]
         last = start + duration if last is None else last  # the last line of a clip may have no end

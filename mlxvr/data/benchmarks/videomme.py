@@ -8,11 +8,11 @@ Files, as `lmms-lab/Video-MME` has them and lmms-eval's `videomme` task reads th
     data/<videoID>.mp4            from videos_chunked_*.zip; also .MP4, .mkv
     subtitle/<videoID>.srt        from subtitle.zip
 
-`task` is the task type, `category` the duration, by which the paper reports.
+`task` is the task type, `category` the duration, by which the paper groups its results.
 
 Subtitles: the public prompt puts `This video's subtitles are listed below:` and the lines before the question, or
-`No subtitles available`. Departure: it keeps the lines of the frames that are sampled, which is known only once a model
-is chosen; here all lines are kept, as its variant for models with a long context does.
+`No subtitles available`. Departure: the public prompt keeps only the lines of the sampled frames, which are known only
+once a model is chosen; here all lines are kept, as in its variant for models with a long context.
 """
 
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from mlxvr.data.benchmarks.entries import Entry
 from mlxvr.data.benchmarks.files import Folder
 from mlxvr.data.benchmarks.subtitles import NO_SUBTITLES, read_srt
-from mlxvr.data.rows import strip_letters
+from mlxvr.data.option_letters import strip_letters
 from mlxvr.data.tables import as_list, as_text
 
 __all__ = ["read"]

@@ -8,15 +8,15 @@ Files, as `lmms-lab/VideoMMMU` has them and lmms-eval's `video_mmmu` tasks read 
 
 `task` is the subject in the id, `category` the track. A lecture has a question in each track, so ids are `Track/id`.
 
-Adaptation asks about a picture that ends the video. Its questions begin with the sentences that lmms-eval puts there,
-without the one that asks for the answer alone. Open-ended answers are numbers or formulas: kind `math`.
+Adaptation asks about a picture at the end of the video. Its questions begin with the sentences that lmms-eval puts
+there, without the one that asks for the answer alone. Open-ended answers are numbers or formulas: kind `math`.
 """
 
 from collections.abc import Iterator
 
 from mlxvr.data.benchmarks.entries import Entry
 from mlxvr.data.benchmarks.files import Folder
-from mlxvr.data.rows import strip_letters
+from mlxvr.data.option_letters import strip_letters
 from mlxvr.data.tables import as_list, as_text
 
 __all__ = ["read"]

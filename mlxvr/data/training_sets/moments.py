@@ -1,6 +1,6 @@
-"""Moments in videos: descriptions to locate, and questions whose answer is to be shown (NeXT-GQA).
+"""Readers of moments in videos: descriptions to locate, and questions with the moments of their answer (NeXT-GQA).
 
-Swapped ends are put in order; a record without a moment that has a length is a bad one.
+Swapped ends are put in order. A record whose moments all have no length is an error.
 """
 
 from collections.abc import Mapping
@@ -25,11 +25,11 @@ def read_timer1(record: Mapping[str, Any], source: Source) -> Fields:
 
 def read_nextgqa(record: Mapping[str, Any], source: Source) -> Fields:
     """NeXT-GQA: `question`, `options`, `answer` (a letter or an option), `timestamps`, `video`."""
-    given = options(record.get("options"))
+    choices = options(record.get("options"))
     return {
         "question": plain_question(text(record, "question")),
-        "options": given,
-        "answer": [choice(as_text(record.get("answer")), given), interval(record, "timestamps")],
+        "options": choices,
+        "answer": [choice(as_text(record.get("answer")), choices), interval(record, "timestamps")],
         "kind": "gqa",
         "video": media_path(record.get("video"), "video"),
         "category": as_text(record.get("type")),

@@ -1,4 +1,4 @@
-"""Text and image questions, and Video-R1: free text, numbers and choices, judged as a text or as a formula."""
+"""Readers of text and image questions, and of Video-R1: answers are texts, numbers or choices."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -24,9 +24,9 @@ _VIDEO_R1 = ("multiple choice", "numerical")
 
 
 def read_dapo_math(record: Mapping[str, Any], source: Source) -> Fields:
-    """DAPO-Math: `prompt`, `solution`; text alone, judged as a formula.
+    """DAPO-Math: `prompt`, `solution`; text alone, graded as a formula.
 
-    The original parquet is understood too: a list of messages in `prompt`, the solution in `reward_model`.
+    The original parquet is read too: it has a list of messages in `prompt`, and the solution in `reward_model`.
     """
     prompt = record.get("prompt")
     if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], Mapping):
@@ -62,21 +62,21 @@ def read_thinklite(record: Mapping[str, Any], source: Source) -> Fields:
 def read_video_r1(record: Mapping[str, Any], source: Source) -> Fields:
     """Video-R1: `problem`, `options`, `solution` (`<answer>B</answer>`), `path`, `data_type`, `problem_type`.
 
-    The mix takes what is multiple choice or numerical; other types (OCR, free-form, regression) are left out.
+    The mix takes multiple-choice and numerical problems; other types (OCR, free-form, regression) are left out.
     """
     kind, media = text(record, "problem_type"), text(record, "data_type")
     if kind not in _VIDEO_R1:
         raise LeftOut(f"problem_type is {kind!r}: the mix has {' and '.join(_VIDEO_R1)}")
     if media not in ("image", "video"):
         raise DataError(f"data_type is {media!r}: expected image or video")
-    found = _SOLUTION.search(text(record, "solution"))
-    if not found or not found[1]:
+    solution = _SOLUTION.search(text(record, "solution"))
+    if not solution or not solution[1]:
         raise DataError("solution holds no <answer>..</answer>: expected one, such as <answer>B</answer>")
     if kind == "numerical":
-        asked: Fields = {"question": plain_question(text(record, "problem")), "answer": found[1]}
+        asked: Fields = {"question": plain_question(text(record, "problem")), "answer": solution[1]}
     else:
-        given = options(record["options"]) if record.get("options") else []
-        asked = _asked(text(record, "problem"), found[1], given)
+        choices = options(record["options"]) if record.get("options") else []
+        asked = _asked(text(record, "problem"), solution[1], choices)
     return {
         **asked,
         "kind": _KINDS[kind],
@@ -85,14 +85,17 @@ def read_video_r1(record: Mapping[str, Any], source: Source) -> Fields:
     }
 
 
-def _asked(question: str, answer: str, given: Sequence[str] = ()) -> Fields:
-    """Question, options and answer; `given` are options that stand beside the question."""
+def _asked(question: str, answer: str, choices: Sequence[str] = ()) -> Fields:
+    """Return the fields of question, options and answer; `choices` are the options of a column of their own."""
     question = plain_question(question)
-    head, found = split_options(question)
-    if found and (found == given if given else letter(answer) in ascii_uppercase[: len(found)] and letter(answer)):
-        question, given = plain_question(head), found
-    if given:
-        return {"question": question, "options": given, "answer": choice(answer, given) or None, "kind": "exact_match"}
+    head, listed = split_options(question)
+    if listed and (
+        listed == choices if choices else letter(answer) in ascii_uppercase[: len(listed)] and letter(answer)
+    ):
+        question, choices = plain_question(head), listed
+    if choices:
+        right = choice(answer, choices) or None
+        return {"question": question, "options": choices, "answer": right, "kind": "exact_match"}
     answer = letter(answer) or answer
     kind = "math" if is_formula(answer) else "exact_match"
     return {"question": question, "answer": answer or None, "kind": kind}

@@ -1,4 +1,4 @@
-"""Formats by name, and the one way to read any of them."""
+"""The formats of training sets by name, and the function that reads any of them."""
 
 import hashlib
 import json
@@ -11,14 +11,14 @@ from typing import Any
 from mlxvr.data.rows import Row, load_rows, make_locator, make_row
 from mlxvr.data.tables import scan_records
 from mlxvr.data.training_sets import moments, multiple_choice, questions
-from mlxvr.data.training_sets.columns import LeftOut, Reader, Source
+from mlxvr.data.training_sets.columns import LeftOut, RecordReader, Source
 from mlxvr.errors import ConfigError, DataError
 from mlxvr.storage.paths import list_visible
 
 __all__ = ["FORMATS", "format_name", "read_rows"]
 
 _OURS = "mlxvr"
-_READERS: dict[str, Reader] = {
+_READERS: dict[str, RecordReader] = {
     "activitynet-tvg": moments.read_moments,
     "charades-sta": moments.read_moments,
     "dapo-math": questions.read_dapo_math,
@@ -37,16 +37,18 @@ _SUFFIXES = (".json", ".jsonl", ".parquet")
 
 
 def format_name(text: str) -> str:
-    """The format that is meant, as `FORMATS` has it: capitals, `-`, `_` and what follows a clear beginning may differ.
+    """Return the name in `FORMATS` that a text means; case, `-` and `_` are ignored, and a unique prefix is enough.
 
-    Raises `ConfigError` if it is none of them, or the beginning of several.
+    Raises `ConfigError` if it is the prefix of no name, or of several.
     """
-    plain = {re.sub(r"[^a-z0-9]", "", name): name for name in FORMATS}
+    by_plain_name = {re.sub(r"[^a-z0-9]", "", name): name for name in FORMATS}
     wanted = re.sub(r"[^a-z0-9]", "", text.lower())
-    found = [wanted] if wanted in plain else [name for name in plain if wanted and name.startswith(wanted)]
-    if len(found) != 1:
+    matches = [plain for plain in by_plain_name if wanted and plain.startswith(wanted)]
+    if wanted in by_plain_name:
+        matches = [wanted]
+    if len(matches) != 1:
         raise ConfigError(f"format {text!r} is unknown: use one of {', '.join(FORMATS)}")
-    return plain[found[0]]
+    return by_plain_name[matches[0]]
 
 
 def read_rows(
@@ -60,8 +62,8 @@ def read_rows(
     """Read a training set.
 
     Args:
-        path: a file: JSONL, or for the formats of others also JSON or parquet (which needs pyarrow); or a folder of
-            such files, read in the order of their names.
+        path: a JSONL file; for formats other than mlxvr's also a JSON or parquet file (parquet needs pyarrow), or a
+            folder of such files, which are read in the order of their names.
         format: one of `FORMATS`; see `format_name`.
         media_root: the folder that media paths are relative to; None: that of the file, or `path` if it is a folder.
         skip_bad: whether to leave out rows that cannot be used instead of raising.
@@ -69,13 +71,13 @@ def read_rows(
 
     Returns:
         The rows, and one message for each record that was left out: "file:line: reason" for JSONL, "file: entry n:
-        reason" (from 1) for the others. Records that are no part of the mix (several images, other types of problem)
-        are left out in any case. An id is the format's name and a digest of the row's own content, so it depends
-        neither on the row's place nor on what else is in the file; copies of a row get a number behind it.
+        reason" (from 1) for the other formats. Records that do not belong to the mix (several images, other types of
+        problem) are always left out. An id is the format's name and a digest of the row's content, so it does not
+        depend on the row's place or on the rest of the file; copies of a row get a number appended.
 
     Raises:
         ConfigError: the format is unknown.
-        DataError: the file cannot be read or holds no row that can be used; or, without `skip_bad`, a row cannot be.
+        DataError: the file cannot be read or holds no usable row; or, without `skip_bad`, a row cannot be used.
     """
     name, path = format_name(format), Path(path)
     if name == _OURS:
@@ -84,29 +86,29 @@ def read_rows(
         return rows, [str(error) for error in bad or ()]
     rows, left_out = [], []
     copies: dict[str, int] = {}
-    for found in _scan(path, name, media_root, labelled):
-        if isinstance(found, Row):
-            copies[found.id] = copies.get(found.id, 0) + 1
-            count = copies[found.id]
-            rows.append(found if count == 1 else replace(found, id=f"{found.id}-{count}"))
-        elif isinstance(found, DataError) and not skip_bad:
-            raise found
+    for result in _scan(path, name, media_root, labelled):
+        if isinstance(result, Row):
+            copies[result.id] = copies.get(result.id, 0) + 1
+            count = copies[result.id]
+            rows.append(result if count == 1 else replace(result, id=f"{result.id}-{count}"))
+        elif isinstance(result, DataError) and not skip_bad:
+            raise result
         else:
-            left_out.append(str(found))
+            left_out.append(str(result))
     if not rows:
-        told = f": {left_out[0]}" if left_out else ""
-        raise DataError(f"{path} holds no row of the format {name} that can be used{told}")
+        reason = f": {left_out[0]}" if left_out else ""
+        raise DataError(f"{path} holds no row of the format {name} that can be used{reason}")
     return rows, left_out
 
 
 def _scan(path: Path, name: str, media_root: Path | None, labelled: bool) -> Iterator[Row | DataError | LeftOut]:
-    """Each row, or why there is none."""
+    """Yield each record's row, or the reason why it has none."""
     locate = make_locator(path if path.is_dir() else path.parent, media_root)
 
     def holds(text: str) -> bool:
         try:
             return locate(text).exists()
-        except (DataError, OSError, ValueError):  # no path, or none that the system can look for
+        except (DataError, OSError, ValueError):  # a forbidden path, or one that the system cannot look up
             return False
 
     for file in _files(path):
@@ -131,14 +133,14 @@ def _files(path: Path) -> list[Path]:
         if not path.exists():
             raise DataError(f"{path} does not exist: check the path")
         return [path]
-    found = [file for file in list_visible(path) if file.suffix in _SUFFIXES and file.is_file()]
-    if not found:
+    files = [file for file in list_visible(path) if file.suffix in _SUFFIXES and file.is_file()]
+    if not files:
         raise DataError(f"{path} holds none of {', '.join(f'*{suffix}' for suffix in _SUFFIXES)}: give the annotations")
-    return found
+    return files
 
 
 def _named(name: str, fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields with an id that only their content decides, and the format as the task."""
+    """Return the fields with an id that depends on their content alone, and with the format as the task."""
     content = json.dumps(fields, sort_keys=True, default=str)
     if "\\ud" in content:  # half of a surrogate pair could not be written to any file
         try:

@@ -1,18 +1,18 @@
-r"""Questions that come as prompts: back to the question and its options, where that is certain.
+r"""Turn a prompt back into the question and its options, where that is certain.
 
-- `<image>` and `<video>` stand for the picture, which our prompt puts in front: they go.
-- Instructions in the very words of a known prompt go: DAPO's two sentences, MathVista's hints (ThinkLite), requests for
-  `\boxed{}` or for the letter at the end, and the grounding prompts of VideoAuto-R1.
-- Options become options when they end the question, one a line (`A. red`, `A) red`, `(A) red`, `A: red`), or on one
-  line after `Options:` or `Choices:`, lettered from A without a gap and in one style; and when the answer is one of
-  their letters. Anything else could be part of the question and stays in it.
+- The placeholders `<image>` and `<video>` are removed: mlxvr's prompt puts the media in front of the question.
+- Instructions in the exact words of a known prompt are removed: DAPO's two sentences, MathVista's hints (ThinkLite),
+  requests for `\boxed{}` or for the letter at the end, and the grounding prompts of VideoAuto-R1.
+- Options are split off if they end the question, one per line (`A. red`, `A) red`, `(A) red`, `A: red`) or on one line
+  after `Options:` or `Choices:`, are lettered from A without a gap and in one style, and the answer is one of their
+  letters. Any other text could be part of the question and stays in it.
 """
 
 import re
 from collections.abc import Sequence
 from string import ascii_uppercase
 
-from mlxvr.data.tables import letter_of
+from mlxvr.data.option_letters import letter_of
 
 __all__ = ["boxed", "choice", "is_formula", "letter", "plain_question", "split_options"]
 
@@ -56,23 +56,23 @@ _FORMULA = re.compile(
 
 
 def plain_question(question: str) -> str:
-    """A question without placeholders and without the instructions of known prompts."""
-    found = _PLACEHOLDER.sub("", question).strip()
+    """Return a question without placeholders and without the instructions of known prompts."""
+    plain = _PLACEHOLDER.sub("", question).strip()
     while True:
-        shorter = found
+        shorter = plain
         for pattern in _BEFORE:
             if match := pattern.match(shorter):
                 shorter = shorter[match.end() :].lstrip()
         for pattern in _AFTER:
             if match := pattern.search(shorter):
                 shorter = shorter[: match.start()].rstrip()
-        if shorter == found or not shorter:
-            return found
-        found = shorter
+        if shorter == plain or not shorter:
+            return plain
+        plain = shorter
 
 
 def split_options(question: str) -> tuple[str, list[str]]:
-    """A question and the options that end it; without such, the question as it is and no options."""
+    """Return a question and the options that end it; if none do, the question as it is and no options."""
     for head, listed in (_listed(question), _inline(question)):
         if head and len(listed) > 1 and all(listed):
             return head, listed
@@ -80,18 +80,18 @@ def split_options(question: str) -> tuple[str, list[str]]:
 
 
 def letter(answer: str) -> str:
-    """The letter that an answer is, bare or as `(A)`, `A.`, `A:` or `A)`; "" if it is more or something else."""
+    """Return the letter of an answer that is `A`, `(A)`, `A.`, `A:` or `A)` and nothing else; "" for any other."""
     match = _LETTER.fullmatch(answer.strip())
     return match.group(1) if match else ""
 
 
 def choice(answer: str, options: Sequence[str]) -> str:
-    """The letter of the option that an answer names, by its letter, its text or both; else the answer itself."""
+    """Return the letter of the option that an answer names by its letter, its text or both; else the answer itself."""
     known = ascii_uppercase[: len(options)]
-    if (one := letter(answer)) and one in known:
-        return one
-    if (one := letter_of(answer, options)) != answer:
-        return one
+    if (bare := letter(answer)) and bare in known:
+        return bare
+    if (by_text := letter_of(answer, options)) != answer:
+        return by_text
     match = _OPTION.fullmatch(answer.strip())
     if match and match.group(1) in known and letter_of(match.group(2), options) == match.group(1):
         return match.group(1)
@@ -99,7 +99,7 @@ def choice(answer: str, options: Sequence[str]) -> str:
 
 
 def boxed(answer: str) -> str:
-    r"""The content of the last `\boxed{}` of an answer; the answer itself if there is none or it is never closed."""
+    r"""Return the content of the last `\boxed{}` of an answer; the answer itself if it has none that is closed."""
     start = answer.rfind(r"\boxed{")
     if start < 0:
         return answer.strip()
@@ -113,35 +113,35 @@ def boxed(answer: str) -> str:
 
 
 def is_formula(answer: str) -> bool:
-    r"""Whether an answer is for the symbolic grader: it holds marked LaTeX, a fraction, or a number that stands alone.
+    r"""Return whether the symbolic grader should judge an answer: it holds marked LaTeX, a fraction or a number.
 
-    The public code asks whether `math-verify` finds anything to parse in the bare answer; this is the same question
-    without that package. So `x+1` and `\sqrt{3}`, unmarked, are texts there and here.
+    The public code checks whether `math-verify` finds anything to parse in the bare answer; this function gives the
+    same result without that package. So `x+1` and `\sqrt{3}`, which are not marked as LaTeX, are texts there and here.
     """
     return _FORMULA.search(answer) is not None
 
 
 def _listed(question: str) -> tuple[str, list[str]]:
-    """Options that are the last lines, one each."""
+    """Split off options that are the last lines, one per line."""
     lines = [line.strip() for line in question.split("\n")]
     for pattern in _LINE.values():
-        found: list[tuple[str, str]] = []
+        options: list[tuple[str, str]] = []
         rest = len(lines)
         while rest and (not lines[rest - 1] or (match := pattern.fullmatch(lines[rest - 1]))):
             rest -= 1
             if lines[rest]:
-                found.insert(0, (match[1], match[2]))  # type: ignore[index]
+                options.insert(0, (match[1], match[2]))  # type: ignore[index]
                 if match[1] == "A":  # type: ignore[index]
                     break
-        if _in_order([one for one, _ in found]):
+        if _in_order([letter for letter, _ in options]):
             if rest and _HEADER.fullmatch(lines[rest - 1]):
                 rest -= 1
-            return "\n".join(question.split("\n")[:rest]).strip(), [listed.strip() for _, listed in found]
+            return "\n".join(question.split("\n")[:rest]).strip(), [option.strip() for _, option in options]
     return "", []
 
 
 def _inline(question: str) -> tuple[str, list[str]]:
-    """Options on one line, after a word that announces them."""
+    """Split off options on one line, after a header such as `Options:`."""
     headers = list(_HEADER.finditer(question))
     if not headers:
         return "", []
@@ -152,8 +152,8 @@ def _inline(question: str) -> tuple[str, list[str]]:
         marks = list(pattern.finditer(listed))
         if marks and marks[0].start() == 0 and _in_order([mark[1] for mark in marks]):
             ends = [*(mark.start() for mark in marks[1:]), len(listed)]
-            found = [listed[mark.end() : end].strip().rstrip(",;").strip() for mark, end in zip(marks, ends)]
-            return question[: headers[-1].start()].strip(), found
+            options = [listed[mark.end() : end].strip().rstrip(",;").strip() for mark, end in zip(marks, ends)]
+            return question[: headers[-1].start()].strip(), options
     return "", []
 
 

@@ -14,7 +14,7 @@ from string import ascii_uppercase
 from typing import Any
 
 from mlxvr.answering.transcript import is_fallback
-from mlxvr.data.rows import strip_letters
+from mlxvr.data.option_letters import strip_letters
 from mlxvr.errors import ConfigError, DataError, MediaError
 from mlxvr.evaluation.graded_rows import Judged
 from mlxvr.evaluation.samples import Sample
