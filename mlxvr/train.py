@@ -133,11 +133,11 @@ def _train(args: argparse.Namespace) -> int | None:
 
 def _history(config: TrainConfig, first: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """What a run that is gone on with had recorded before its first entry of this time."""
-    from mlxvr.grpo.monitor.metrics_log import FILE_NAME, read_entries
+    from mlxvr.grpo.monitor.metrics_log import FILE_NAME, read_metrics
 
     if not config.resume:
         return []
-    return [entry for entry in read_entries(config.output / FILE_NAME) if entry["step"] < first["step"]]
+    return [entry for entry in read_metrics(config.output / FILE_NAME) if entry["step"] < first["step"]]
 
 
 @contextmanager

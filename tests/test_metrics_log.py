@@ -1,4 +1,4 @@
-"""The journal of a training run: what is on the disk after every write, after a kill, and after going on."""
+"""The metrics of a training run: what is on the disk after every write, after a kill, and after going on."""
 
 import json
 import os
@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from mlxvr.errors import ConfigError, DataError
-from mlxvr.grpo.monitor.metrics_log import Journal, make_sinks
+from mlxvr.grpo.monitor.metrics_log import MetricsLog
+from mlxvr.grpo.monitor.sinks import make_sinks
 
 
 def read(folder):
@@ -34,11 +35,11 @@ class Recorder:
 
 
 def test_lines_are_what_was_written(tmp_path):
-    with Journal(tmp_path / "a" / "run") as journal:
-        journal.write({"step": 1, "loss": 0.25, "rows": ["Ж", "b"], "kl": None})
+    with MetricsLog(tmp_path / "a" / "run") as log:
+        log.write({"step": 1, "loss": 0.25, "rows": ["Ж", "b"], "kl": None})
         assert read(tmp_path / "a" / "run") == '{"step": 1, "loss": 0.25, "rows": ["Ж", "b"], "kl": null}\n'
-        journal.write({"step": 2})
-        assert journal.entries() == [{"step": 1, "loss": 0.25, "rows": ["Ж", "b"], "kl": None}, {"step": 2}]
+        log.write({"step": 2})
+        assert log.entries() == [{"step": 1, "loss": 0.25, "rows": ["Ж", "b"], "kl": None}, {"step": 2}]
 
 
 @pytest.mark.parametrize(
@@ -60,63 +61,63 @@ def test_lines_are_what_was_written(tmp_path):
     ],
 )
 def test_numbers_are_readable(tmp_path, value, written):
-    with Journal(tmp_path) as journal:
-        journal.write({"x": value})
+    with MetricsLog(tmp_path) as log:
+        log.write({"x": value})
         assert read(tmp_path) == f'{{"x": {written}}}\n'
-        assert journal.entries() == [json.loads(f'{{"x": {written}}}')]
+        assert log.entries() == [json.loads(f'{{"x": {written}}}')]
 
 
 @pytest.mark.parametrize("torn", [b'{"step": 3, "lo', b'{"step": 3}'])
 def test_a_torn_last_line_is_dropped_and_overwritten(tmp_path, torn):
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n{"step": 2}\n' + torn)
-    with Journal(tmp_path) as journal:
-        assert [entry["step"] for entry in journal.entries()] == [1, 2]
-        journal.write({"step": 9})
+    with MetricsLog(tmp_path) as log:
+        assert [entry["step"] for entry in log.entries()] == [1, 2]
+        log.write({"step": 9})
         assert read(tmp_path) == '{"step": 1}\n{"step": 2}\n{"step": 9}\n'
 
 
 def test_killed_after_a_write_nothing_is_lost(tmp_path):
     code = (
-        "import os, sys, pathlib; from mlxvr.grpo.monitor.metrics_log import Journal\n"
-        "journal = Journal(pathlib.Path(sys.argv[1]))\n"
-        "for step in range(1, 4): journal.write({'step': step})\n"
+        "import os, sys, pathlib; from mlxvr.grpo.monitor.metrics_log import MetricsLog\n"
+        "log = MetricsLog(pathlib.Path(sys.argv[1]))\n"
+        "for step in range(1, 4): log.write({'step': step})\n"
         "os.kill(os.getpid(), 9)"
     )
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], timeout=300).returncode == -9
-    with Journal(tmp_path) as journal:
-        assert [entry["step"] for entry in journal.entries()] == [1, 2, 3]
+    with MetricsLog(tmp_path) as log:
+        assert [entry["step"] for entry in log.entries()] == [1, 2, 3]
 
 
 def test_every_line_is_synced(tmp_path, monkeypatch):
     sizes = []
     sync = os.fsync
-    with Journal(tmp_path) as journal:
+    with MetricsLog(tmp_path) as log:
         monkeypatch.setattr(os, "fsync", lambda file: (sizes.append(os.fstat(file).st_size), sync(file)))
-        journal.write({"step": 1})
-        journal.write({"step": 2})
+        log.write({"step": 1})
+        log.write({"step": 2})
     assert sizes == [len('{"step": 1}\n'), 2 * len('{"step": 1}\n')]
 
 
 def test_rewind_drops_what_came_after(tmp_path):
-    with Journal(tmp_path) as journal:
+    with MetricsLog(tmp_path) as log:
         for entry in ({"step": 0, "valid_reward": 1}, {"step": 1}, {"said": "x"}, {"step": 2}, {"step": 3}):
-            journal.write(entry)
-        before = os.stat(journal.path).st_ino
-        journal.rewind(3)
-        assert os.stat(journal.path).st_ino == before
-        journal.rewind(1)
-        assert journal.entries() == [{"step": 0, "valid_reward": 1}, {"step": 1}, {"said": "x"}]
-        journal.write({"step": 2, "again": True})
+            log.write(entry)
+        before = os.stat(log.path).st_ino
+        log.rewind(3)
+        assert os.stat(log.path).st_ino == before
+        log.rewind(1)
+        assert log.entries() == [{"step": 0, "valid_reward": 1}, {"step": 1}, {"said": "x"}]
+        log.write({"step": 2, "again": True})
         assert read(tmp_path).endswith('{"said": "x"}\n{"step": 2, "again": true}\n')
-        journal.rewind(-1)
-        assert journal.entries() == [{"said": "x"}]
+        log.rewind(-1)
+        assert log.entries() == [{"said": "x"}]
         assert sorted(os.listdir(tmp_path)) == ["metrics.jsonl"]
 
 
 def test_a_rewind_that_fails_leaves_everything(tmp_path, monkeypatch):
-    with Journal(tmp_path) as journal:
-        journal.write({"step": 1})
-        journal.write({"step": 2})
+    with MetricsLog(tmp_path) as log:
+        log.write({"step": 1})
+        log.write({"step": 2})
 
         def fail(*_):
             raise OSError(28, "No space left on device")
@@ -124,62 +125,62 @@ def test_a_rewind_that_fails_leaves_everything(tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(os, "replace", fail)
             with pytest.raises(ConfigError, match=r"No space left|is full"):
-                journal.rewind(0)
-        assert [entry["step"] for entry in journal.entries()] == [1, 2]
-        journal.write({"step": 3})
-        assert [entry["step"] for entry in journal.entries()] == [1, 2, 3]
+                log.rewind(0)
+        assert [entry["step"] for entry in log.entries()] == [1, 2]
+        log.write({"step": 3})
+        assert [entry["step"] for entry in log.entries()] == [1, 2, 3]
 
 
 def test_a_write_that_fails_leaves_whole_lines(tmp_path, monkeypatch):
-    with Journal(tmp_path) as journal:
-        journal.write({"step": 1})
+    with MetricsLog(tmp_path) as log:
+        log.write({"step": 1})
 
         def fail(_):
             raise OSError(28, "No space left on device")
 
         with monkeypatch.context() as patch:
             patch.setattr(os, "fsync", fail)
-            with pytest.raises(ConfigError, match=r"metrics\.jsonl cannot be written .No space left on device"):
-                journal.write({"step": 2})
+            with pytest.raises(ConfigError, match=r"the disk of .*metrics\.jsonl is full; free some space"):
+                log.write({"step": 2})
         assert read(tmp_path) == '{"step": 1}\n'
 
 
 def test_a_damaged_line_is_named(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n')
-    with Journal(tmp_path) as journal, pytest.raises(DataError, match=r"metrics\.jsonl:2: no JSON"):
-        journal.entries()
+    with MetricsLog(tmp_path) as log, pytest.raises(DataError, match=r"metrics\.jsonl:2: no JSON"):
+        log.entries()
     (tmp_path / "metrics.jsonl").write_text("[1]\n")
-    with Journal(tmp_path) as journal, pytest.raises(DataError, match=r"metrics\.jsonl:1: a list; expected an object"):
-        journal.rewind(0)
+    with MetricsLog(tmp_path) as log, pytest.raises(DataError, match=r"metrics\.jsonl:1: a list; expected an object"):
+        log.rewind(0)
 
 
 def test_one_process_writes(tmp_path):
-    with Journal(tmp_path) as journal:
+    with MetricsLog(tmp_path) as log:
         with pytest.raises(ConfigError, match="another process is writing"):
-            Journal(tmp_path)
-        journal.write({"step": 1})
-        journal.write({"step": 2})
-        journal.rewind(1)  # the new file is held too
+            MetricsLog(tmp_path)
+        log.write({"step": 1})
+        log.write({"step": 2})
+        log.rewind(1)  # the new file is held too
         with pytest.raises(ConfigError, match="another process is writing"):
-            Journal(tmp_path)
-    journal.close()
-    Journal(tmp_path).close()
+            MetricsLog(tmp_path)
+    log.close()
+    MetricsLog(tmp_path).close()
 
 
 def test_a_folder_that_cannot_be(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="cannot be written"):
-        Journal(tmp_path / "file" / "run")
+        MetricsLog(tmp_path / "file" / "run")
     with pytest.raises(ConfigError, match="cannot be written"):
         make_sinks([], tmp_path / "file" / "run", {})
 
 
 def test_sinks_get_what_the_file_gets(tmp_path):
     sink = Recorder()
-    with Journal(tmp_path, sinks=[sink]) as journal:
-        journal.write({"step": 1, "loss": float("nan"), "kl": np.float32(0.3)})
-        journal.rewind(0)
-    journal.close()
+    with MetricsLog(tmp_path, sinks=[sink]) as log:
+        log.write({"step": 1, "loss": float("nan"), "kl": np.float32(0.3)})
+        log.rewind(0)
+    log.close()
     assert sink.told == [("write", {"step": 1, "loss": None, "kl": 0.3}), ("rewind", 0), ("close",)]
 
 
@@ -189,13 +190,13 @@ def test_a_sink_that_fails_is_left_out(tmp_path, caplog):
             raise RuntimeError("network is down")
 
     other = Recorder()
-    with Journal(tmp_path, sinks=[Broken(), other]) as journal:
-        journal.write({"step": 1})
-        journal.write({"step": 2})
-        assert len(journal.entries()) == 2
+    with MetricsLog(tmp_path, sinks=[Broken(), other]) as log:
+        log.write({"step": 1})
+        log.write({"step": 2})
+        assert len(log.entries()) == 2
     assert [one[0] for one in other.told] == ["write", "write", "close"]
     assert caplog.messages == [
-        f"Broken gets no more figures (network is down); {tmp_path / 'metrics.jsonl'} has all of them"
+        f"Broken gets no more metrics (network is down); {tmp_path / 'metrics.jsonl'} has all of them"
     ]
 
 
@@ -221,8 +222,8 @@ def tensorboard(monkeypatch):
 def test_tensorboard(tmp_path, tensorboard):
     sinks = make_sinks(["tensorboard", "tensorboard"], tmp_path, {"rank": 16})
     assert len(sinks) == 1
-    with Journal(tmp_path, sinks=sinks) as journal:
-        journal.write({"step": 1, "loss": 0.5, "kl": None, "rows": ["a"], "ok": True, "valid_reward": 2.5})
+    with MetricsLog(tmp_path, sinks=sinks) as log:
+        log.write({"step": 1, "loss": 0.5, "kl": None, "rows": ["a"], "ok": True, "valid_reward": 2.5})
     (calls,) = tensorboard
     assert calls[0] == ("open", str(tmp_path / "tensorboard"), None, "")
     assert calls[1][:2] == ("add_text", "config")
@@ -236,10 +237,10 @@ def test_tensorboard(tmp_path, tensorboard):
 
 
 def test_tensorboard_hides_what_is_trained_again(tmp_path, tensorboard):
-    with Journal(tmp_path, sinks=make_sinks(["tensorboard"], tmp_path, {})) as journal:
-        journal.write({"step": 8, "loss": 1.0})
-        journal.rewind(5)
-        journal.write({"step": 6, "loss": 1.0})
+    with MetricsLog(tmp_path, sinks=make_sinks(["tensorboard"], tmp_path, {})) as log:
+        log.write({"step": 8, "loss": 1.0})
+        log.rewind(5)
+        log.write({"step": 6, "loss": 1.0})
     first, second = tensorboard
     assert first[-1] == ("close",)
     # the second file begins at 6, and is not the first one of the same second
@@ -268,8 +269,8 @@ def wandb(monkeypatch):
 
 def test_wandb_goes_on_with_the_same_run(tmp_path, wandb):
     for step in (1, 2):
-        with Journal(tmp_path, sinks=make_sinks(["wandb"], tmp_path, {"rank": 16})) as journal:
-            journal.write({"step": step, "loss": 0.5, "kl": None, "rows": ["a"]})
+        with MetricsLog(tmp_path, sinks=make_sinks(["wandb"], tmp_path, {"rank": 16})) as log:
+            log.write({"step": step, "loss": 0.5, "kl": None, "rows": ["a"]})
     found = (tmp_path / "wandb_id").read_text().strip()
     assert len(found) == 8
     init = {"project": "mlxvr", "dir": str(tmp_path), "config": {"rank": 16}, "id": found, "resume": "allow"}
@@ -308,7 +309,7 @@ def test_a_package_that_is_absent(tmp_path, monkeypatch, name, module, said):
 
 
 def test_a_place_that_is_not_known(tmp_path):
-    with pytest.raises(ConfigError, match="'mlflow' is no place for figures: expected tensorboard or wandb"):
+    with pytest.raises(ConfigError, match="'mlflow' is no place for metrics: expected tensorboard or wandb"):
         make_sinks(["mlflow"], tmp_path, {})
 
 
@@ -318,11 +319,11 @@ def test_tensorboard_shows_the_figures(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    with Journal(tmp_path, sinks=make_sinks(["tensorboard"], tmp_path, {"rank": 16})) as journal:
+    with MetricsLog(tmp_path, sinks=make_sinks(["tensorboard"], tmp_path, {"rank": 16})) as log:
         for step in range(1, 9):
-            journal.write({"step": step, "loss": float(step)})
-        journal.rewind(5)
-        journal.write({"step": 6, "loss": 60.0})
+            log.write({"step": step, "loss": float(step)})
+        log.rewind(5)
+        log.write({"step": 6, "loss": 60.0})
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(one.step, one.value) for one in events.Scalars("train/loss")] == [

@@ -78,7 +78,7 @@ def test_killed_between_any_two_writes(source, tmp_path, small_shards):
         if out.exists():
             continue
         partial = tmp_path / f".out{part}.mlxvr-partial"
-        before = {path.name: path.stat().st_ino for path in partial.glob("*.safetensors")}
+        before = {path.name: path.stat().st_ino for path in partial.glob("model-*.safetensors")}
         report = convert(source, out, bits=4, group_size=32)
         kept.append(report.resumed_shards)
         assert report.resumed_shards == len(before)
@@ -106,7 +106,7 @@ def interrupted(source: Path, out: Path, **options: object) -> Path:
 
 def test_ctrl_c_keeps_what_is_finished_and_says_where(source, tmp_path, small_shards, caplog):
     partial = interrupted(source, tmp_path / "out")
-    finished = list(partial.glob("*.safetensors"))
+    finished = list(partial.glob("model-*.safetensors"))
     assert finished
     assert f"{len(finished)} finished shards wait in {partial}: run again to go on, or remove it" in caplog.text
     assert not list(partial.glob("*.json"))
@@ -138,7 +138,7 @@ def test_a_source_that_changed_begins_anew(source, tmp_path, small_shards):
 
 def test_a_finished_shard_that_lost_its_end_is_written_again(source, tmp_path, small_shards):
     partial = interrupted(source, tmp_path / "out")
-    finished = sorted(partial.glob("*.safetensors"))
+    finished = sorted(partial.glob("model-*.safetensors"))
     os.truncate(finished[0], finished[0].stat().st_size - 1)
     report = convert(source, tmp_path / "out")
     assert report.resumed_shards == len(finished) - 1

@@ -20,10 +20,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from mlxvr.errors import CheckpointError
+from mlxvr.errors import CheckpointError, ConfigError
 from mlxvr.runtime.hooks import Progress
+from mlxvr.storage.atomic import replace_file
 from mlxvr.storage.paths import list_all
-from mlxvr.storage.staging import write_synced
 
 __all__ = ["check", "noted"]
 
@@ -44,11 +44,8 @@ def noted(repository: Path) -> Iterator[frozenset[str]]:
     note = repository / _NOTE
     present = frozenset(_blobs(repository))
     known = present & _read(note, present)
-    with suppress(OSError):  # a cache that cannot be written gets no new files either
-        repository.mkdir(parents=True, exist_ok=True)
-        draft = note.with_suffix(f".{os.getpid()}.tmp")
-        write_synced(draft, json.dumps(sorted(known)).encode())
-        draft.replace(note)
+    with suppress(ConfigError):  # a cache that cannot be written gets no new files either
+        replace_file(note, lambda file: file.write(json.dumps(sorted(known)).encode()))
     try:
         yield known
     except BaseException:

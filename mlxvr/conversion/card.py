@@ -15,8 +15,8 @@ from mlxvr.checkpoint import hub
 from mlxvr.checkpoint.folder import ModelFolder
 from mlxvr.checkpoint.recipe import Recipe
 from mlxvr.errors import CheckpointError
+from mlxvr.storage.atomic import write_synced
 from mlxvr.storage.paths import list_visible
-from mlxvr.storage.staging import write_synced
 
 __all__ = ["Origin", "origin", "settings", "with_threshold", "write"]
 

@@ -8,19 +8,18 @@ a weight, its scales and its biases grow side by side. A file has its final name
 
 import json
 import math
-import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
-from mlxvr.storage.staging import write_synced
+from mlxvr.storage.atomic import replacing, write_synced
 
-__all__ = ["MAX_SHARD_BYTES", "OutputTensor", "ShardWriter", "is_finished", "plan_shards", "write_index"]
+__all__ = ["MAX_SHARD_BYTES", "OutputTensor", "ShardWriter", "is_finished", "plan_shards", "write_index", "write_shard"]
 
 MAX_SHARD_BYTES = 10**9  # what an interrupted conversion may have to do again; loaders take any number of shards
 _DTYPE_BYTES = {"U8": 1, "BF16": 2, "F16": 2, "F32": 4, "U32": 4}
@@ -81,12 +80,23 @@ def is_finished(path: Path, tensors: list[OutputTensor]) -> bool:
         return file.read(len(start)) == start
 
 
-class ShardWriter:
-    """One safetensors file being written; a context manager that names the file only when every byte is there."""
+@contextmanager
+def write_shard(path: Path, tensors: list[OutputTensor]) -> Iterator["ShardWriter"]:
+    """Yield the writer of a safetensors file, which gets its name when every byte of it is on the disk.
 
-    def __init__(self, path: Path, tensors: list[OutputTensor]) -> None:
-        self._path = path
-        self._partial = path.with_name(path.name + ".partial")
+    Raises `ValueError` when bytes are missing at the end.
+    """
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        writer = ShardWriter(file, tensors)
+        yield writer
+        writer.check_complete(path.name)
+
+
+class ShardWriter:
+    """Writes the tensors of one safetensors file, each of them in as many pieces as there are."""
+
+    def __init__(self, file: IO[bytes], tensors: list[OutputTensor]) -> None:
+        self._file = file
         start = _header(tensors)
         self._next: dict[str, int] = {}
         self._end: dict[str, int] = {}
@@ -94,7 +104,6 @@ class ShardWriter:
         for tensor in _in_order(tensors):
             self._next[tensor.name], self._end[tensor.name] = offset, offset + tensor.nbytes
             offset += tensor.nbytes
-        self._file = self._partial.open("wb")
         self._file.write(start)
 
     def append(self, name: str, rows: np.ndarray) -> None:
@@ -106,21 +115,11 @@ class ShardWriter:
         self._file.write(rows.data.cast("B"))
         self._next[name] = start + rows.nbytes
 
-    def __enter__(self) -> "ShardWriter":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        with self._file:
-            if error is not None:
-                return
-            short = [name for name, position in self._next.items() if position != self._end[name]]
-            if short:
-                raise ValueError(f"{self._path.name} is not complete: {short[0]} has bytes missing")
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        self._partial.rename(self._path)
+    def check_complete(self, name: str) -> None:
+        """Raise `ValueError`, which calls the file `name`, when bytes of a tensor are missing."""
+        short = [name for name, position in self._next.items() if position != self._end[name]]
+        if short:
+            raise ValueError(f"{name} is not complete: {short[0]} has bytes missing")
 
 
 def _in_order(tensors: list[OutputTensor]) -> list[OutputTensor]:

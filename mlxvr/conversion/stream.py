@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlxvr.checkpoint.weight_formats import as_mlx, as_numpy
-from mlxvr.conversion.shards import ShardWriter, is_finished
+from mlxvr.conversion.shards import ShardWriter, is_finished, write_shard
 from mlxvr.conversion.source import all_finite
 from mlxvr.conversion.tensor_plan import Job, Plan
 from mlxvr.errors import CheckpointError
@@ -43,7 +43,7 @@ def write_shards(
             resumed += 1
             done += sum(job.source.nbytes for job in jobs)
             continue
-        with ShardWriter(stage / name, outputs) as writer:
+        with write_shard(stage / name, outputs) as writer:
             for job in jobs:
                 if on_tensor is not None:
                     on_tensor(job.source.key)

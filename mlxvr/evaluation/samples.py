@@ -3,7 +3,7 @@ r"""One generated row, as it is kept: a line of `samples.jsonl`, from which ever
 A row is generated once, in think mode. Its sample holds both answers, the confidence and what each part cost, so that
 direct, think and auto at any threshold follow without another generation (`decide`).
 
-The file is a `Ledger`: it grows by one line per row, survives a kill, and refuses samples that were made with other
+The file is a `JsonlLog`: it grows by one line per row, survives a kill, and refuses samples that were made with other
 settings.
 """
 
@@ -18,7 +18,7 @@ from typing import Any, Self, get_args
 
 from mlxvr.data.row_fields import GradingKind
 from mlxvr.errors import ConfigError, DataError
-from mlxvr.storage.jsonl_log import Ledger, check_run, read_entries, read_run, write_ledger
+from mlxvr.storage.jsonl_log import JsonlLog, check_run, read_records, read_run, write_records
 
 __all__ = [
     "Decision",
@@ -146,9 +146,9 @@ def ordered(samples: Iterable[Sample]) -> list[Sample]:
     Raises `DataError` for an id that is there twice.
     """
     result = sorted(samples, key=lambda sample: sample.id)
-    for one, other in pairwise(result):
-        if one.id == other.id:
-            raise DataError(f"two samples have the id {one.id!r}; give every row an id of its own")
+    for sample, following in pairwise(result):
+        if sample.id == following.id:
+            raise DataError(f"two samples have the id {sample.id!r}; give every row an id of its own")
     return result
 
 
@@ -160,7 +160,7 @@ def read_samples(path: str | os.PathLike[str]) -> list[Sample]:
     """
     source = Path(path)
     samples: dict[str, Sample] = {}
-    for number, record in read_entries(source):
+    for number, record in read_records(source):
         sample = _sample(source, number, record)
         if sample.id in samples:
             raise DataError(f"{source}:{number}: the id {sample.id!r} is there twice; remove one of the two lines")
@@ -173,7 +173,7 @@ def write_samples(path: str | os.PathLike[str], run: Mapping[str, Any], samples:
 
     Raises `ConfigError` when it cannot be written.
     """
-    write_ledger(path, run, (sample.to_dict() for sample in samples))
+    write_records(path, (sample.to_dict() for sample in samples), run=run)
 
 
 class SampleWriter:
@@ -198,11 +198,11 @@ class SampleWriter:
     """
 
     def __init__(self, path: str | os.PathLike[str], run: Mapping[str, Any]) -> None:
-        self._ledger = Ledger(path, run)
+        self._log = JsonlLog(path, run)
         try:
             self.done = {sample.id for sample in read_samples(path)}
         except BaseException:
-            self._ledger.close()
+            self._log.close()
             raise
 
     def write(self, sample: Sample) -> None:
@@ -213,13 +213,13 @@ class SampleWriter:
             ConfigError: the disk is full or the file cannot be written; what was there before still is.
         """
         if sample.id in self.done:
-            raise DataError(f"{self._ledger.path} has a sample {sample.id!r} already; give every row an id of its own")
-        self._ledger.append(sample.to_dict())
+            raise DataError(f"{self._log.path} has a sample {sample.id!r} already; give every row an id of its own")
+        self._log.append(sample.to_dict())
         self.done.add(sample.id)
 
     def close(self) -> None:
         """Let go of the file; may be called twice."""
-        self._ledger.close()
+        self._log.close()
 
     def __enter__(self) -> Self:
         return self

@@ -9,7 +9,7 @@ from which the reward itself takes an answer for right. The paper has a language
 A reward function of the user's own judges in its place: by the `second` of a `Reward`, or by the number itself where it
 returns a number. Such a function may judge rows that have no answer, too.
 
-What is sampled is kept row by row in a ledger beside the output, on the disk before the next row begins. Killed at any
+What is sampled is kept row by row in a log beside the output, on the disk before the next row begins. Killed at any
 point, the same call goes on there; since a row's seed comes from the run's seed and the row's id, it ends with the same
 output. A row that was changed is sampled again, and the threshold may be changed without any sampling. The output is
 written at the end, in one step: a dataset like any other, with `pass_rate` for curious readers.
@@ -33,7 +33,7 @@ from mlxvr.errors import Cancelled, ConfigError, DataError, MediaError
 from mlxvr.grading.reward import RewardFunction, call_reward, highest_reward, score
 from mlxvr.media.spec import VisionSpec
 from mlxvr.runtime.hooks import Progress, ShouldStop
-from mlxvr.storage.jsonl_log import Ledger, read_entries, write_atomically
+from mlxvr.storage.jsonl_log import JsonlLog, read_records, write_records
 
 if TYPE_CHECKING:
     from mlxvr.model.network import VideoModel
@@ -71,7 +71,7 @@ class FilterReport:
 
     Attributes:
         output: the file of the rows that were kept.
-        progress: the ledger of what was sampled.
+        progress: the log of what was sampled.
         media_root: what has to be given as the media root to read `output`; None: nothing.
         samples: completions a row.
         threshold: from which an answer was right.
@@ -174,8 +174,8 @@ def filter_rows(
     labelled = [row for row in rows if row.answer is not None or reward is not None]
     failed: list[str] = []
     sampled = 0
-    with Ledger(progress_file(output), {**_run(model, samples, sampling, spec), **(judged_by or {})}) as ledger:
-        known = _known(ledger.path, samples)
+    with JsonlLog(progress_file(output), {**_run(model, samples, sampling, spec), **(judged_by or {})}) as log:
+        known = _known(log.path, samples)
         for done, row in enumerate(labelled):
             _tell(progress, done, len(labelled))
             if (row.id, _digest(row)) in known:
@@ -190,7 +190,7 @@ def filter_rows(
                     raise type(error)(told) from error
                 failed.append(told)
                 continue
-            ledger.append({"id": row.id, "asked": _digest(row), "second": earned})
+            log.append({"id": row.id, "asked": _digest(row), "second": earned})
             known[row.id, _digest(row)] = earned
             sampled += 1
         _tell(progress, len(labelled), len(labelled))
@@ -199,7 +199,7 @@ def filter_rows(
         )
         if not records:
             raise DataError(f"no row is left of {report.total}: {report.describe()}")
-        write_atomically(output, records)
+        write_records(output, records)
     return report
 
 
@@ -240,7 +240,7 @@ def make_sampler(
 
 
 def progress_file(output: Path) -> Path:
-    """The ledger of an output: `kept.progress.jsonl` beside `kept.jsonl`."""
+    """The log of an output: `kept.progress.jsonl` beside `kept.jsonl`."""
     return output.with_name(f"{output.stem}.progress.jsonl")
 
 
@@ -282,7 +282,7 @@ def _run(model: "VideoModel | None", samples: int, sampling: Sampling, spec: Vis
 def _known(path: Path, samples: int) -> dict[tuple[str, str], list[float]]:
     """What earlier runs found: rewards of second answers, by id and digest."""
     known = {}
-    for number, record in read_entries(path):
+    for number, record in read_records(path):
         second = record.get("second")
         named = isinstance(record.get("id"), str) and isinstance(record.get("asked"), str)
         if not named or not isinstance(second, list) or len(second) != samples:

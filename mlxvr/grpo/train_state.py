@@ -5,7 +5,6 @@ it is one safetensors file that is replaced in one step: a killed run finds the 
 """
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from mlxvr.errors import CheckpointError, ConfigError
 from mlxvr.grpo.step.lora import lora_weights
 from mlxvr.model.adapter import find_layers
 from mlxvr.model.network import VideoModel
+from mlxvr.storage.atomic import replacing
 
 __all__ = ["TrainState", "load_state", "read_state", "save_state", "state_file"]
 
@@ -76,19 +76,14 @@ def save_state(
     arrays = {f"adapter/{name}": array for name, array in lora_weights(model).items()}
     arrays |= {f"optimizer/{name}": array for name, array in cast("list[Any]", tree_flatten(optimizer.state))}
     arrays |= {f"reference/{name}": array for name, array in (reference or {}).items()}
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.safetensors")  # MLX insists on the ending
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        mx.save_safetensors(str(temporary), arrays, {_NOTES: json.dumps(asdict(state))})
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            mx.save_safetensors(str(temporary), arrays, {_NOTES: json.dumps(asdict(state))})
     except (OSError, RuntimeError) as error:
         raise ConfigError(
             f"the state cannot be written to {path}: {error}; make room, or use another output"
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_state(output: Path) -> TrainState:

@@ -37,7 +37,8 @@ from mlxvr.grading.reward import RewardFunction, load_reward
 from mlxvr.grpo.data_order import batches
 from mlxvr.grpo.filtering import FilterReport, Sampling, filter_rows
 from mlxvr.grpo.monitor.curves import plot_curves
-from mlxvr.grpo.monitor.metrics_log import FILE_NAME, Journal, make_sinks
+from mlxvr.grpo.monitor.metrics_log import FILE_NAME, MetricsLog
+from mlxvr.grpo.monitor.sinks import make_sinks
 from mlxvr.grpo.monitor.step_metrics import step_metrics, summarise_group
 from mlxvr.grpo.monitor.train_report import TrainReport
 from mlxvr.grpo.prompt_lengths import measure_prompts
@@ -246,11 +247,11 @@ class _Run:
         valid: dict[int, Mapping[str, Any]] = {}
         stopped = False
         with ExitStack() as stack:
-            journal = self._open_journal(stack)
+            metrics_log = self._open_log(stack)
 
             def write(entry: Mapping[str, Any]) -> None:
-                if journal is not None:
-                    journal.write(entry)
+                if metrics_log is not None:
+                    metrics_log.write(entry)
                     if on_entry is not None:
                         on_entry(entry, self.total)
 
@@ -298,8 +299,8 @@ class _Run:
                 if is_due:
                     stopped = not validate() or stopped
                     self._save()
-            if journal is not None and config.plot is not None:
-                plot_curves(journal.entries(), config.plot)
+            if metrics_log is not None and config.plot is not None:
+                plot_curves(metrics_log.entries(), config.plot)
         if self.collapse is not None:
             raise self.collapse
         return TrainReport(
@@ -479,17 +480,17 @@ class _Run:
             save_state(self.config.output, self.model, self.updater.optimizer, self.state, reference=reference)
             save_adapter(self.config.output, self.model, self.lora)
 
-    def _open_journal(self, stack: ExitStack) -> Journal | None:
-        """The journal of rank 0, where the run goes on."""
+    def _open_log(self, stack: ExitStack) -> MetricsLog | None:
+        """Open the metrics of rank 0 where the run resumes; None on other ranks."""
         if self.ranks.rank:
             return None
         output = self.config.output
         write_settings(output / _SETTINGS_FILE, self.config, title="what `mlxvr train --config` reads")
         told = {name: str(value) for name, value in dataclasses.asdict(self.config).items()}
-        journal = stack.enter_context(Journal(output, sinks=make_sinks(self.config.report_to, output, told)))
+        metrics_log = stack.enter_context(MetricsLog(output, sinks=make_sinks(self.config.report_to, output, told)))
         kept = self.state.step - (self.state.pending is not None)  # a step that is measured anew is written anew
-        journal.rewind(kept if self.goes_on else -1)
-        return journal
+        metrics_log.rewind(kept if self.goes_on else -1)
+        return metrics_log
 
 
 @dataclass(frozen=True)

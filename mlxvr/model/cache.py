@@ -18,6 +18,7 @@ from typing import Any, cast
 import mlx.core as mx
 
 from mlxvr.errors import ConfigError
+from mlxvr.storage.atomic import replacing
 
 __all__ = ["CACHE_STEP", "KV_BITS", "group_size", "is_quantized", "length", "load", "make", "nbytes", "save", "trim"]
 
@@ -135,14 +136,11 @@ def save(cache: Sequence[Any], path: str | os.PathLike[str], metadata: Mapping[s
         {"bits": layer.bits, "group_size": layer.group_size} if _is_quantized(layer) else {} for layer in cache
     ]
     notes = {**(metadata or {}), _LAYOUT: json.dumps(quantized)}
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.safetensors")  # MLX insists on the ending
     try:
-        mx.save_safetensors(str(temporary), arrays, notes)
-        os.replace(temporary, target)
+        with replacing(target, suffix=".safetensors") as temporary:  # MLX insists on the suffix
+            mx.save_safetensors(str(temporary), arrays, notes)
     except (OSError, RuntimeError) as error:
         raise ConfigError(f"the cache cannot be written to {target}: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load(path: str | os.PathLike[str]) -> tuple[list[Any], dict[str, str]]:

@@ -16,7 +16,8 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from mlxvr.errors import CheckpointError
+from mlxvr.errors import CheckpointError, ConfigError
+from mlxvr.storage.atomic import replace_file
 
 __all__ = ["FileStamp", "hash_file", "hash_files", "stamp_of"]
 
@@ -74,8 +75,5 @@ def _kept_at(stamp: FileStamp) -> Path:
 
 
 def _keep(target: Path, digest: str) -> None:
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    with contextlib.suppress(OSError):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(digest, encoding="ascii")
-        os.replace(temporary, target)
+    with contextlib.suppress(ConfigError):
+        replace_file(target, lambda file: file.write(digest.encode()))

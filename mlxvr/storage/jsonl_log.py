@@ -1,89 +1,86 @@
-"""A file of records that grows line by line and outlives the process that writes it.
+"""A log: a file of JSON records, one a line, that grows while a program runs and outlives its end.
 
-The first line says which settings the records were made with: a run with other settings is refused, since what follows
-from both together would describe neither. Every line after it is one record, on the disk before `append` returns.
-Killed at any moment, a run loses at most the record that it was writing: a last line without its newline is dropped
-when the file is read, and overwritten when the run goes on. One process writes at a time.
+A record is on the disk before `append` returns. A program that is killed loses at most the record that it was writing:
+a last line without its newline is dropped when the file is read, and overwritten when the next run appends. One process
+writes at a time.
 
-Samples of an evaluation and the progress of a filtering are such files.
+A log can begin with a line of settings, `{"run": {..}}`. A run with other settings is then refused, since records of
+both together would describe neither.
+
+The samples of an evaluation, the progress of a filtering and the metrics of a training are such logs.
 """
 
+import contextlib
 import fcntl
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import IO, Any, Self
 
 from mlxvr.errors import ConfigError, DataError
-from mlxvr.storage.atomic import unwritable
+from mlxvr.storage.atomic import replace_file, sync_folder, unwritable
 
-__all__ = ["Ledger", "check_run", "read_entries", "read_run", "write_atomically", "write_ledger"]
+__all__ = ["JsonlLog", "check_run", "read_records", "read_run", "write_records"]
 
 _RUN = "run"
+_ADVICE = "choose another output folder"
+_WHEN_FULL = "free some space and run again: it resumes where it stopped"
+_REMEDY = "remove the line, and its row is asked again"
 
 
-def read_entries(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield each record with its line's number, from 1; the settings and a last line that was cut off are left out.
+def read_records(path: str | os.PathLike[str], *, remedy: str = _REMEDY) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield each record with the number of its line, from 1; settings and a cut-off last line are left out.
 
-    Raises `DataError` naming file and line for a line that is no JSON object, and `ConfigError` when the file cannot
-    be read.
+    Raises:
+        DataError: a line is no JSON object; the message names file and line and ends in `remedy`.
+        ConfigError: the file cannot be read.
     """
-    source = Path(path)
-    for number, record in _records(source, _whole_lines(_read(source))):
+    for number, record in _objects(Path(path), _whole_lines(Path(path)), remedy):
         if number > 1 or set(record) != {_RUN}:
             yield number, record
 
 
 def read_run(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read the settings that the records of a file were made with; {} if it does not say."""
-    source = Path(path)
-    for _, record in _records(source, _whole_lines(_read(source)).split(b"\n", 1)[0]):
+    """Return the settings that a log begins with; {} if it begins with a record. Raises as `read_records`."""
+    for _, record in _objects(Path(path), _first_line(Path(path)), _REMEDY):
         if set(record) == {_RUN} and isinstance(record[_RUN], dict):
             return record[_RUN]
-        break
     return {}
 
 
 def check_run(path: str | os.PathLike[str], run: Mapping[str, Any]) -> None:
-    """Raise `ConfigError` when a file's records were made with other settings than `run`; an empty file is fine."""
-    found = _whole_lines(_read(Path(path)))
-    if found:
-        _check_run(Path(path), found, _line({_RUN: dict(run)}))
+    """Raise `ConfigError` when a log was made with settings other than `run`; an empty file was made with none."""
+    header = _first_line(Path(path))
+    before, now = read_run(path), json.loads(_line(run))
+    if not header or before == now:
+        return
+    if not before and (not header.strip() or set(json.loads(header)) != {_RUN}):
+        raise ConfigError(f"{path} does not begin with the settings of a run; {_ADVICE}")
+    names = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
+    changes = ", ".join(f"{name} {before.get(name)!r} (now {now.get(name)!r})" for name in names[:3])
+    raise ConfigError(f"{path} was made with other settings: {changes}; use those, or {_ADVICE}")
 
 
-def write_ledger(path: str | os.PathLike[str], run: Mapping[str, Any], records: Iterable[Mapping[str, Any]]) -> None:
-    """Write a whole file in one step: a stop leaves the old file or the new one.
+def write_records(
+    path: str | os.PathLike[str], records: Iterable[Mapping[str, Any]], *, run: Mapping[str, Any] | None = None
+) -> None:
+    """Write a whole log in one step: a stop leaves the old file or the new one.
 
     Raises `ConfigError` when it cannot be written.
     """
-    write_atomically(path, ({_RUN: dict(run)}, *records))
+    header = () if run is None else ({_RUN: dict(run)},)
+    replace_file(Path(path), lambda file: file.writelines(_line(record) for record in (*header, *records)))
 
 
-def write_atomically(path: str | os.PathLike[str], records: Iterable[Mapping[str, Any]]) -> None:
-    """Write records, one JSON object a line, in one step; raises `ConfigError` when they cannot be written."""
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.writelines(_line(record) for record in records)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-        _sync_folder(target.parent)
-    except OSError as error:
-        raise _unwritable(target, error) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-class Ledger:
+class JsonlLog:
     """Appends records to a file, each on the disk before `append` returns.
 
     Args:
-        path: of the file; it and its folder are created when they are not there.
-        run: what the records depend on, as JSON-ready values.
+        path: the file; it and its folder are created when they are not there.
+        run: the settings that the records depend on, as JSON-ready values; None: the log has none.
+        remedy: what to do about a line that is no JSON object.
 
     Raises:
         ConfigError: the file was made with other settings or for another purpose, another process is writing it, or
@@ -91,33 +88,60 @@ class Ledger:
         DataError: its first line is damaged.
     """
 
-    def __init__(self, path: str | os.PathLike[str], run: Mapping[str, Any]) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], run: Mapping[str, Any] | None = None, *, remedy: str = _REMEDY
+    ) -> None:
         self.path = Path(path)
-        header = _line({_RUN: dict(run)})
+        self._remedy = remedy
+        self._file = -1
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as error:
-            raise _unwritable(self.path, error) from error
+            raise unwritable(self.path, error, advice=_ADVICE, when_full=_WHEN_FULL) from error
+        self._open()
         try:
-            _lock(self._file, self.path)
-            found = _whole_lines(self.path.read_bytes())
-            self._end = len(found)
-            if found:
-                _check_run(self.path, found, header)
-            else:
-                self._append(header)
-                _sync_folder(self.path.parent)
+            if run is not None and self._end:
+                check_run(self.path, run)
+            elif run is not None:
+                self.append({_RUN: dict(run)})
+            sync_folder(self.path.parent)
         except BaseException:
             self.close()
             raise
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Put a record behind the last whole one, over what may be left of one that was cut off.
+        """Put a record behind the last whole one, over the rest of a record that was cut off.
 
-        Raises `ConfigError`: the disk is full or the file cannot be written; what was there before still is.
+        Raises `ConfigError`: the disk is full or the file cannot be written; earlier records are still there.
         """
-        self._append(_line(record))
+        line = _line(record)
+        try:
+            os.ftruncate(self._file, self._end)
+            written = 0
+            while written < len(line):
+                written += os.pwrite(self._file, line[written:], self._end + written)
+            os.fsync(self._file)
+        except OSError as error:
+            with contextlib.suppress(OSError):  # readers drop a line that was cut off
+                os.ftruncate(self._file, self._end)
+            raise unwritable(self.path, error, advice=_ADVICE, when_full=_WHEN_FULL) from error
+        self._end += len(line)
+
+    def records(self) -> list[dict[str, Any]]:
+        """Return all records; raises as `read_records`."""
+        return [record for _, record in read_records(self.path, remedy=self._remedy)]
+
+    def retain(self, is_wanted: Callable[[dict[str, Any]], bool]) -> None:
+        """Drop the records that a function refuses, in one step: a stop leaves all of them or none.
+
+        Raises as `append` and `read_records`.
+        """
+        lines = _whole_lines(self.path).split(b"\n")
+        objects = dict(_objects(self.path, b"\n".join(lines), self._remedy))
+        wanted = [lines[number - 1] + b"\n" for number, record in objects.items() if is_wanted(record)]
+        if len(wanted) < len(lines) - 1:
+            replace_file(self.path, lambda file: file.writelines(wanted))
+            self._open()
 
     def close(self) -> None:
         """Let go of the file; may be called twice."""
@@ -133,17 +157,23 @@ class Ledger:
     ) -> None:
         self.close()
 
-    def _append(self, line: bytes) -> None:
+    def _open(self) -> None:
+        """Open and lock the file that is at the path now, and let go of the one before."""
         try:
-            os.ftruncate(self._file, self._end)
-            written = 0
-            while written < len(line):
-                written += os.pwrite(self._file, line[written:], self._end + written)
-            os.fsync(self._file)
+            file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as error:
-            _shorten(self._file, self._end)
-            raise _unwritable(self.path, error) from error
-        self._end += len(line)
+            raise unwritable(self.path, error, advice=_ADVICE, when_full=_WHEN_FULL) from error
+        self.close()
+        self._file = file
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._end = len(_whole_lines(self.path))
+        except BlockingIOError as error:
+            self.close()
+            raise ConfigError(f"another process is writing {self.path}; wait for it or stop it") from error
+        except BaseException:
+            self.close()
+            raise
 
 
 def _line(record: Mapping[str, Any]) -> bytes:
@@ -154,71 +184,38 @@ def _line(record: Mapping[str, Any]) -> bytes:
         return f"{json.dumps(record, allow_nan=False)}\n".encode()
 
 
-def _read(path: Path) -> bytes:
+def _first_line(path: Path) -> bytes:
+    """Read the first line with its newline; an empty one if it was cut off."""
+    with _readable(path) as file:
+        line = file.readline()
+    return line if line.endswith(b"\n") else b""
+
+
+def _whole_lines(path: Path) -> bytes:
+    """Read a file without its last line if that was cut off."""
+    with _readable(path) as file:
+        content = file.read()
+    return content[: content.rfind(b"\n") + 1]
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[IO[bytes]]:
     try:
-        return path.read_bytes()
+        with path.open("rb") as file:
+            yield file
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror}); give a file that a run has written") from error
 
 
-def _whole_lines(content: bytes) -> bytes:
-    """The content without a last line that was cut off."""
-    return content[: content.rfind(b"\n") + 1]
-
-
-def _records(path: Path, content: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The objects of a file's lines with their numbers, from 1; empty lines are passed over."""
+def _objects(path: Path, content: bytes, remedy: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the objects of a file's lines with the lines' numbers, from 1; empty lines are passed over."""
     for number, line in enumerate(content.split(b"\n"), 1):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
         except ValueError as error:
-            raise DataError(
-                f"{path}:{number}: no JSON ({error}); remove the line, and its row is asked again"
-            ) from error
+            raise DataError(f"{path}:{number}: no JSON ({error}); {remedy}") from error
         if not isinstance(record, dict):
-            raise DataError(
-                f"{path}:{number}: a {type(record).__name__}; expected an object; remove the line, and its row is "
-                "asked again"
-            )
+            raise DataError(f"{path}:{number}: a {type(record).__name__}; expected an object; {remedy}")
         yield number, record
-
-
-def _check_run(path: Path, found: bytes, header: bytes) -> None:
-    """Refuse to add to the records of another run."""
-    old = read_run(path)
-    new = json.loads(header)[_RUN]
-    if old == new:
-        return
-    if not old and set(json.loads(found.split(b"\n", 1)[0] or b"{}")) != {_RUN}:
-        raise ConfigError(f"{path} does not begin with the settings of a run; choose another output folder")
-    names = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
-    told = ", ".join(f"{name} {old.get(name)!r} (now {new.get(name)!r})" for name in names[:3])
-    raise ConfigError(f"{path} was made with other settings: {told}; use those, or choose another output folder")
-
-
-def _lock(descriptor: int, path: Path) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise ConfigError(f"another process is writing {path}; wait for it or stop it") from error
-
-
-def _shorten(descriptor: int, size: int) -> None:
-    try:
-        os.ftruncate(descriptor, size)
-    except OSError:  # the line that was cut off is dropped by whoever reads the file
-        return
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _unwritable(path: Path, error: OSError) -> ConfigError:
-    return unwritable(path, error, when_full="free some space and run again: it goes on where it stopped")

@@ -16,9 +16,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mlxvr.errors import CheckpointError, ConfigError
+from mlxvr.storage.atomic import sync_folder, write_synced
 from mlxvr.storage.paths import list_all, list_visible
 
-__all__ = ["check_target", "staged", "write_synced"]
+__all__ = ["check_target", "staged"]
 
 _PLAN = ".plan"  # in the hidden folder: what is being written there
 _log = logging.getLogger(__name__)
@@ -71,11 +72,11 @@ def staged(target: Path, plan: str) -> Iterator[Path]:
         write_synced(folder / _PLAN, plan.encode())
         yield folder
         (folder / _PLAN).unlink()
-        _sync_folder(folder)
+        sync_folder(folder)
         if target.is_dir():
             target.rename(aside)
         folder.rename(target)
-        _sync_folder(target.parent)
+        sync_folder(target.parent)
         shutil.rmtree(aside, ignore_errors=True)
     except BaseException as error:
         kept = set() if isinstance(error, CheckpointError) or not folder.is_dir() else _finished(folder, plan)
@@ -89,14 +90,6 @@ def staged(target: Path, plan: str) -> Iterator[Path]:
         raise
     finally:
         os.close(lock)
-
-
-def write_synced(path: Path, content: bytes) -> None:
-    """Write a file and wait until it is on the disk."""
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _claim(folder: Path) -> int:
@@ -141,11 +134,3 @@ def _clear(folder: Path, *, keep: set[str]) -> None:
             shutil.rmtree(entry)
         else:
             entry.unlink()
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,4 +1,4 @@
-"""The curves of a training run in one picture, from the entries of its journal.
+"""The curves of a training run in one picture, from the entries of its `metrics.jsonl`.
 
 Six panels over the steps: the reward with its parts, the accuracies of both answers, the shares (confidence, think
 ratio, format), lengths, loss and KL, gradient norm and learning rate. Validations are marked by dots. Groups are few in
@@ -47,7 +47,7 @@ def plot_curves(entries: Sequence[Mapping[str, Any]], path: Path, *, title: str 
     """Write the curves of a run as PNG or SVG, by the suffix of `path`; the file is replaced in one step.
 
     Args:
-        entries: of a journal; those without a step are passed over.
+        entries: of a `metrics.jsonl`; those without a step are passed over.
         path: ends in `.png` or `.svg`.
         title: heads the picture.
 

@@ -10,7 +10,6 @@ an adapter, it is the model with that adapter as it was: an `adapter_state`.
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +23,7 @@ from mlxvr.grpo.step.lora_config import PROJECTIONS, LoraConfig
 from mlxvr.model.adapter import LORA_PARTS, Adapter, add_layers, apply_adapter, find_layers, swap_modules
 from mlxvr.model.adapter_base import warn_of_another_base
 from mlxvr.model.network import VideoModel
+from mlxvr.storage.atomic import replacing, write_synced
 
 __all__ = [
     "adapter_digest",
@@ -153,18 +153,16 @@ def save_adapter(folder: Path, model: VideoModel, config: LoraConfig) -> None:
         },
         "base": {"fingerprint": model.parts["model"], **model.base},
     }
-    temporary = [folder / f".adapter.{os.getpid()}.json", folder / f".adapter.{os.getpid()}.safetensors"]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        temporary[0].write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
-        mx.save_safetensors(str(temporary[1]), weights)
-        os.replace(temporary[0], folder / "adapter_config.json")
-        os.replace(temporary[1], folder / "adapters.safetensors")
+        with (
+            replacing(folder / "adapters.safetensors") as tensors,
+            replacing(folder / "adapter_config.json") as settings,
+        ):
+            write_synced(settings, (json.dumps(described, indent=2) + "\n").encode())
+            mx.save_safetensors(str(tensors), weights)
     except (OSError, RuntimeError) as error:
         raise ConfigError(f"the adapter cannot be written to {folder}: {error}") from error
-    finally:
-        for file in temporary:
-            file.unlink(missing_ok=True)
 
 
 @contextmanager
