@@ -70,7 +70,7 @@ def test_killed_between_any_two_writes(source, tmp_path, small_shards):
     expected = contents(tmp_path / "whole")
     assert len([name for name in expected if name.endswith(".safetensors")]) > 3
     kept = []
-    for part in (0.03, 0.3, 0.55, 0.8, 0.97, 1.0):
+    for part in (0.01, 0.3, 0.55, 0.8, 0.97, 1.0):
         out = tmp_path / f"out{part}"
         killed = run(source, out, max(1, int(part * total)))
         assert killed.returncode == -signal.SIGKILL
