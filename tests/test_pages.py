@@ -36,7 +36,7 @@ from mlxvr.checkpoint.bundled import demo_folder
 ROOT = Path(__file__).resolve().parent.parent
 BLOCKS = {
     "README.md": ["ci", "ci", "python", "parses", "runs", "runs", "runs"],
-    "CONTRIBUTING.md": ["parses"],
+    "CONTRIBUTING.md": ["parses", "drawing", "drawing", "drawing", "drawing"],
     "convert/README.md": ["parses", "recipe"],
     "examples/api.md": "stubs",
     "examples/commands.md": "help",
@@ -52,7 +52,7 @@ BLOCKS = {
 }
 NEEDS = {"IVUL-KAUST/": "the Hub", "--task": "the files of a benchmark", "lmms_eval": "lmms-eval"}
 SHORTER = {  # appended to a command, so that it takes seconds
-    "eval": "--max-tokens 48 --max-frames 4",
+    "eval": "--max-tokens 48 --max-frames 4 --limit 20",
     "train": "--steps 1 --batch-size 1 --group-size 2 --max-completion-tokens 8 --max-frames 4 --valid-limit 1 "
     "--filter-samples 2 --limit 1",
 }
