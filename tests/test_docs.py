@@ -92,6 +92,13 @@ def test_links_between_pages_lead_somewhere(page):
         assert ((ROOT / page).parent / target).exists(), target
 
 
+def test_contributing_names_files_that_exist():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    walked = re.findall(r"^([\w/]+\.py)  ", text, re.MULTILINE)
+    assert [name for name in walked if not (ROOT / "mlxvr" / name).is_file()] == [], "tests/test_walks.py has the order"
+    assert len(walked) > 30
+
+
 def test_the_field_log_names_tests_that_exist():
     text, module, named = (ROOT / "tests" / "FIELD.md").read_text(encoding="utf-8"), "", 0
     for name in re.findall(r"`((?:test_\w+)?(?:::\w+)*)`", text):
