@@ -34,6 +34,7 @@ from mlxvr.data.prefetch import read_ahead
 from mlxvr.data.rows import Row, to_record
 from mlxvr.errors import ConfigError, DataError, MediaError
 from mlxvr.grading.reward import RewardFunction, load_reward
+from mlxvr.grpo.collapse_guard import CollapseGuard, GroupAnswer
 from mlxvr.grpo.data_order import batches
 from mlxvr.grpo.filtering import FilterReport, Sampling, filter_rows
 from mlxvr.grpo.monitor.curves import plot_curves
@@ -57,7 +58,6 @@ from mlxvr.grpo.setup import (
     reward_weights,
 )
 from mlxvr.grpo.shared_state import check_same, have_same_bits, shared_state
-from mlxvr.grpo.step.label_free_rewards import CollapseGuard, GroupAnswer
 from mlxvr.grpo.step.lora import adapter_digest, adapter_state, attach, attach_saved, lora_weights, save_adapter
 from mlxvr.grpo.step.policy_update import NotFinite, PolicyUpdater, ScoredGroup
 from mlxvr.grpo.step.prompts import encode_row

@@ -1,13 +1,16 @@
-"""What the completions of a group earn: the paper's reward, the user's own, or one that needs no labels."""
+"""What the completions of a group earn: the paper's reward, the user's own, or a reward that needs no labels."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from mlxvr.data.rows import Row
 from mlxvr.errors import DataError
 from mlxvr.grading.reward import Reward, RewardFunction, Weights, call_reward, score
-from mlxvr.grpo.step.label_free_rewards import GroupAnswer, agreement, coherence, group_answer, label_free_reward
+from mlxvr.grpo.collapse_guard import GroupAnswer, summarise_answers
+from mlxvr.grpo.step.coherence import coherence
+from mlxvr.grpo.step.label_free_rewards import agreement, label_free_reward
 from mlxvr.grpo.step.rollout import Rollout
 from mlxvr.model.network import VideoModel
 
@@ -20,8 +23,8 @@ class GroupRewards:
 
     Attributes:
         rewards: of each completion.
-        parts: scores (G,) of a row without an answer, by name; empty for others.
-        unlabelled: what such a group says, for the guard; None for others.
+        parts: scores (G,) of a row without an answer, by name; empty for rows with an answer.
+        unlabelled: what a group without an answer says, for the collapse guard; None for rows with an answer.
     """
 
     rewards: Sequence[Reward]
@@ -30,12 +33,12 @@ class GroupRewards:
 
     @property
     def totals(self) -> np.ndarray:
-        """float64 (G,)."""
+        """The rewards as numbers: float64 (G,)."""
         return np.array([reward.total for reward in self.rewards])
 
 
 class RewardModel:
-    """Judges groups, as the settings say."""
+    """Scores groups of completions by the rules of a run."""
 
     def __init__(
         self, *, weights: Weights, own: RewardFunction | None = None, label_free: Sequence[str] = (), temperature: float
@@ -44,9 +47,9 @@ class RewardModel:
 
         Args:
             weights: of the reward's parts.
-            own: takes the place of the paper's reward.
-            label_free: what scores rows without an answer, of `labelfree.PARTS`.
-            temperature: that completions are sampled at.
+            own: the user's function, which replaces the paper's reward.
+            label_free: the scores of rows without an answer, from `rollout_config.LABEL_FREE`.
+            temperature: the temperature that completions are sampled at.
         """
         self._weights = weights
         self._own = own
@@ -57,19 +60,15 @@ class RewardModel:
         """Score the completions of a row.
 
         Raises:
-            DataError: the row has no answer and nothing judges such rows, its answer has the wrong form, or the user's
-                own function returned something that is no reward; the message begins with the row's line.
+            DataError: the row has no answer and no label-free score is chosen, its answer has the wrong form, or the
+                user's function returned something that is no reward; the message begins with the row's line.
             ConfigError: the row needs a package that is not installed.
         """
         row = group.prompt.row
         if self._own is not None:
             return GroupRewards(rewards=[call_reward(self._own, text, row) for text in group.texts], parts={})
         if row.answer is not None:
-            try:
-                rewards = [score(text, row.answer, row.kind, weights=self._weights) for text in group.texts]
-            except DataError as error:
-                raise DataError(f"{row.line}: {error}") from error
-            return GroupRewards(rewards=rewards, parts={})
+            return GroupRewards(rewards=self._labelled_rewards(group, row), parts={})
         if not self._label_free:
             raise DataError(f"{row.line}: the row has no answer: add it, or use --reward agreement,coherence")
         parts = {}
@@ -78,4 +77,10 @@ class RewardModel:
         if "coherence" in self._label_free:
             parts["coherence"] = coherence(model, group, temperature=self._temperature)
         rewards = label_free_reward(parts, group.texts, row.kind, weights=self._weights)
-        return GroupRewards(rewards=rewards, parts=parts, unlabelled=group_answer(row, group.texts))
+        return GroupRewards(rewards=rewards, parts=parts, unlabelled=summarise_answers(row, group.texts))
+
+    def _labelled_rewards(self, group: Rollout, row: Row) -> list[Reward]:
+        try:
+            return [score(text, row.answer, row.kind, weights=self._weights) for text in group.texts]
+        except DataError as error:
+            raise DataError(f"{row.line}: {error}") from error
