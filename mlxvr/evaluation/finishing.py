@@ -18,7 +18,7 @@ from mlxvr.evaluation.analysis.metrics import summarise
 from mlxvr.evaluation.analysis.run_summary import Summary
 from mlxvr.evaluation.analysis.sweep import SweepRow, sweep
 from mlxvr.evaluation.eval_config import EvalConfig
-from mlxvr.evaluation.report.report_files import write_report
+from mlxvr.evaluation.report.report_files import ReportedRun, ReportOptions, write_report
 from mlxvr.evaluation.samples import Sample, read_samples
 from mlxvr.evaluation.threshold_file import save_threshold, write_threshold
 from mlxvr.grading import math_equality
@@ -221,19 +221,22 @@ def _finish(
             report = replace(report, comparison=comparison)
     except MlxvrError as error:
         failure = error
-    page = write_report(
-        config.output,
+    run = ReportedRun(
+        title=f"{report.settings['model']} on {report.settings['data']}",
         samples=samples,
         threshold=threshold,
-        title=f"{report.settings['model']} on {report.settings['data']}",
         settings={**report.settings, **({"left_out": list(report.notes)} if report.notes else {})},
-        calibration=report.calibration,
-        other=None if other is None or report.comparison is None else (other.name, other.samples),
-        other_threshold=earlier_threshold,
-        media_root=media_root,
-        bootstrap=config.resamples,
-        seed=config.seed,
-        progress=progress,
+    )
+    before = None
+    if other is not None and report.comparison is not None:
+        before = ReportedRun(
+            title=other.name,
+            samples=other.samples,
+            threshold=earlier_threshold,
+        )
+    options = ReportOptions(media_root=media_root, bootstrap=config.resamples, seed=config.seed)
+    page = write_report(
+        config.output, run, before=before, calibration=report.calibration, options=options, progress=progress
     )
     if failure is not None:
         raise failure

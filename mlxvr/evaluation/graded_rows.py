@@ -15,13 +15,13 @@ from mlxvr.evaluation.analysis.sweep import SweepRow
 from mlxvr.evaluation.samples import Sample, decide, ordered
 from mlxvr.grading.lenient import Grade
 
-__all__ = ["Judged", "curve", "judge"]
+__all__ = ["GradedRow", "curve", "grade_rows"]
 
 _MOST_THRESHOLDS = 240
 
 
 @dataclass(frozen=True)
-class Judged:
+class GradedRow:
     """A sample, the grades of its first and its final answer, and whether auto reasons.
 
     Grades are None without a label, for a row that failed, and `think` also where a live run stopped early.
@@ -38,23 +38,23 @@ class Judged:
         return self.think if self.reasoned else self.direct
 
 
-def judge(samples: Iterable[Sample], threshold: float) -> list[Judged]:
+def grade_rows(samples: Iterable[Sample], threshold: float) -> list[GradedRow]:
     """Grade every sample, sorted by id; the errors are those of `summarise`."""
     every = ordered(samples)
     live = any(not sample.reasoned for sample in every if sample.error is None)
     result = []
     for sample in every:
         if sample.error is not None:
-            result.append(Judged(sample, None, None, sample.reasoned))
+            result.append(GradedRow(sample, None, None, sample.reasoned))
             continue
         direct = direct_grade(sample)
         think = direct if sample.final == sample.first else mode_grade(sample, sample.final)
         reasoned = sample.reasoned if live else decide(sample, threshold).reasoned
-        result.append(Judged(sample, direct, think if sample.reasoned else None, reasoned))
+        result.append(GradedRow(sample, direct, think if sample.reasoned else None, reasoned))
     return result
 
 
-def curve(rows: Sequence[Judged], threshold: float, most: int = _MOST_THRESHOLDS) -> list[SweepRow]:
+def curve(rows: Sequence[GradedRow], threshold: float, most: int = _MOST_THRESHOLDS) -> list[SweepRow]:
     """Auto at the thresholds that change a decision, from 0 (every direct answer stands) to above all confidences.
 
     Args:

@@ -8,7 +8,7 @@ from mlxvr.evaluation.analysis.calibration import Calibration
 from mlxvr.evaluation.analysis.compare import Comparison
 from mlxvr.evaluation.analysis.run_summary import GroupSummary, Summary
 from mlxvr.evaluation.analysis.sweep import SweepRow
-from mlxvr.evaluation.graded_rows import Judged
+from mlxvr.evaluation.graded_rows import GradedRow
 
 __all__ = ["Against", "Content", "score_name"]
 
@@ -19,7 +19,7 @@ class Against:
 
     title: str
     comparison: Comparison
-    rows: Sequence[Judged]
+    rows: Sequence[GradedRow]
     summary: Summary
     curve: Sequence[SweepRow]
 
@@ -41,7 +41,7 @@ class Content:
     settings: Mapping[str, Any]
     summary: Summary
     curve: Sequence[SweepRow]
-    rows: Sequence[Judged]
+    rows: Sequence[GradedRow]
     records: Sequence[Mapping[str, Any]]
     clips: Sequence[Mapping[str, Any]]
     clips_left_out: int = 0

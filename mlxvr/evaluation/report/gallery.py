@@ -16,7 +16,7 @@ from typing import Any
 from mlxvr.answering.transcript import is_fallback
 from mlxvr.data.option_letters import strip_letters
 from mlxvr.errors import ConfigError, DataError, MediaError
-from mlxvr.evaluation.graded_rows import Judged
+from mlxvr.evaluation.graded_rows import GradedRow
 from mlxvr.evaluation.samples import Sample
 from mlxvr.grading.intervals import find_named_interval, segments_of
 from mlxvr.grading.lenient import Grade, final_answer
@@ -34,8 +34,8 @@ Clip = tuple[str, float | None, float | None]  # media as given, start, end
 
 
 def gallery_rows(
-    rows: Sequence[Judged],
-    others: Mapping[str, Judged] | None = None,
+    rows: Sequence[GradedRow],
+    others: Mapping[str, GradedRow] | None = None,
     changes: Mapping[str, Sequence[str]] | None = None,
 ) -> list[dict[str, Any]]:
     """A JSON-ready record for each row.
@@ -58,7 +58,7 @@ def gallery_rows(
 
 
 def embed_frames(
-    rows: Sequence[Judged], records: Sequence[dict[str, Any]], *, media_root: Path | None, limit: int,
+    rows: Sequence[GradedRow], records: Sequence[dict[str, Any]], *, media_root: Path | None, limit: int,
     progress: Progress | None = None,
 ) -> tuple[list[dict[str, Any]], int]:  # fmt: skip
     """Read the frames of up to `limit` clips and point each record at its clip's (`clip`: an index, or None).
@@ -140,7 +140,7 @@ def read_thumbnails(path: Path, *, start: float | None = None, end: float | None
     return [jpeg(pixels, round(float(at), 2)) for pixels, at in zip(frames.pixels, frames.seconds)]
 
 
-def _record(row: Judged) -> dict[str, Any]:
+def _record(row: GradedRow) -> dict[str, Any]:
     sample = row.sample
     options = strip_letters(sample.options)
     return {
@@ -163,7 +163,7 @@ def _record(row: Judged) -> dict[str, Any]:
     }
 
 
-def _answers(row: Judged) -> dict[str, Any]:
+def _answers(row: GradedRow) -> dict[str, Any]:
     """What one run made of a row."""
     sample = row.sample
     return {
@@ -180,7 +180,7 @@ def _answers(row: Judged) -> dict[str, Any]:
     }
 
 
-def _grades(row: Judged) -> list[tuple[str, Grade | None]]:
+def _grades(row: GradedRow) -> list[tuple[str, Grade | None]]:
     return [("direct", row.direct), ("think", row.think), ("auto", row.auto)]
 
 
@@ -233,7 +233,7 @@ def _spans(sample: Sample) -> dict[str, Any] | None:
     return {"gold": gold, "first": first, "final": final}
 
 
-def _interest(row: Judged, changes: Sequence[str]) -> int:
+def _interest(row: GradedRow, changes: Sequence[str]) -> int:
     """How much a row tells, 0 the most: what comes first in the gallery, and whose frames are in the page."""
     direct, think, auto = (_is_right(grade) for _, grade in _grades(row))
     signs = (

@@ -1,6 +1,7 @@
 """What a run is worth, for somebody who decides whether to ship it: `report.html`, `report.json` and plots.
 
-    write_report(Path("report"), samples=read_samples("report/samples.jsonl"), threshold=0.97, title="My clips")
+    run = ReportedRun(title="My clips", samples=read_samples("report/samples.jsonl"), threshold=0.97)
+    write_report(Path("report"), run)
 
 `report.html` is one file that needs no network (`mlxvr.evaluation.report.page`); `report.json` holds every figure of
 it; `plots/` is written where matplotlib is installed. Each file is replaced in one step, the page last.
@@ -10,7 +11,7 @@ import json
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from mlxvr.errors import ConfigError
 from mlxvr.evaluation.analysis.calibration import Calibration
 from mlxvr.evaluation.analysis.compare import Comparison, compare
 from mlxvr.evaluation.analysis.metrics import summarise
-from mlxvr.evaluation.graded_rows import Judged, curve, judge
+from mlxvr.evaluation.graded_rows import GradedRow, curve, grade_rows
+from mlxvr.evaluation.report.charts import Chart, draw_charts
 from mlxvr.evaluation.report.content import Against, Content
 from mlxvr.evaluation.report.gallery import embed_frames, gallery_rows
 from mlxvr.evaluation.report.page import make_page
@@ -26,46 +28,64 @@ from mlxvr.evaluation.samples import Sample
 from mlxvr.runtime.hooks import Progress
 from mlxvr.storage.atomic import replace_file
 
-__all__ = ["write_report"]
+__all__ = ["ReportOptions", "ReportedRun", "write_report"]
 
 logger = logging.getLogger(__name__)
 
-_CLIPS = 120  # with frames in the page: about 4 MB
+
+@dataclass(frozen=True, kw_only=True)
+class ReportedRun:
+    """A run to report on.
+
+    Attributes:
+        title: heads the page.
+        samples: of the run, in any order; those that failed are listed and in no figure.
+        threshold: the operating point; for a live run the one that it ran with.
+        settings: what the run was made with, JSON-ready: shown, and kept in `report.json`.
+    """
+
+    title: str
+    samples: Iterable[Sample]
+    threshold: float
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions:
+    """How a report is made.
+
+    Attributes:
+        media_root: folder that the samples' media paths are relative to; None: the working directory.
+        clips: of how many clips frames are put into the page (120 are about 4 MB); 0: of none.
+        plots: whether to write plots; None: if matplotlib is installed.
+        bootstrap, seed: see `summarise`.
+    """
+
+    media_root: Path | None = None
+    clips: int = 120
+    plots: bool | None = None
+    bootstrap: int = 1000
+    seed: int = 0
 
 
 def write_report(
     out: str | os.PathLike[str],
+    run: ReportedRun,
     *,
-    samples: Iterable[Sample],
-    threshold: float,
-    title: str,
-    settings: Mapping[str, Any] | None = None,
+    before: ReportedRun | None = None,
     calibration: Calibration | None = None,
-    other: tuple[str, Iterable[Sample]] | None = None,
-    other_threshold: float | None = None,
-    media_root: Path | None = None,
-    clips: int = _CLIPS,
-    plots: bool | None = None,
-    bootstrap: int = 1000,
-    seed: int = 0,
+    options: ReportOptions | None = None,
     progress: Progress | None = None,
 ) -> Path:
     """Write the report of a run.
 
     Args:
         out: the folder; it is created.
-        samples: of the run, in any order; those that failed are listed and in no figure.
-        threshold: the operating point; for a live run the one that it ran with.
-        title: heads the page.
-        settings: what the run was made with, JSON-ready: shown, and kept in `report.json`.
+        run: the run.
+        before: another run over the same rows to compare it with (before training, full precision): differences are
+            `run` minus `before`.
         calibration: what `calibrate` found.
-        other: title and samples of another run over the same rows, the one this run is held against (before training,
-            full precision): differences are this run minus it.
-        other_threshold: of that run; None: the same.
-        media_root: folder that the samples' media paths are relative to; None: the working directory.
-        clips: of how many clips frames are put into the page; 0: of none.
-        plots: whether to write plots; None: if matplotlib is installed.
-        bootstrap, seed: see `summarise`.
+        options: how the report is made.
         progress: called with ("frames", clips done, clips).
 
     Returns the path of `report.html`.
@@ -74,21 +94,20 @@ def write_report(
         ConfigError: a file cannot be written.
         DataError: see `summarise` and `compare`.
     """
-    folder, run = Path(out), list(samples)
-    summary = summarise(run, threshold=threshold, bootstrap=bootstrap, seed=seed)
-    rows = judge(run, threshold)
-    against = None
-    if other is not None:
-        earlier_threshold = threshold if other_threshold is None else other_threshold
-        against = _against(other[0], list(other[1]), earlier_threshold, run, threshold, bootstrap, seed)
-    others = None if against is None else {row.sample.id: row for row in against.rows}
-    changes = None if against is None else _changes(against.comparison, rows, others or {})
-    records = gallery_rows(rows, others, changes)
-    pictures, left_out = embed_frames(rows, records, media_root=media_root, limit=clips, progress=progress)
-    points = curve(rows, threshold)
+    folder, samples, options = Path(out), list(run.samples), options or ReportOptions()
+    summary = summarise(samples, threshold=run.threshold, bootstrap=options.bootstrap, seed=options.seed)
+    rows = grade_rows(samples, run.threshold)
+    against, rows_before, changes = None, None, None
+    if before is not None:
+        against = _compare(before, samples, run.threshold, options)
+        rows_before = {row.sample.id: row for row in against.rows}
+        changes = _changes(against.comparison, rows, rows_before)
+    records = gallery_rows(rows, rows_before, changes)
+    clips, left_out = embed_frames(rows, records, media_root=options.media_root, limit=options.clips, progress=progress)
+    points = curve(rows, run.threshold)
     figures = {
-        "title": title,
-        "settings": dict(settings or {}),
+        "title": run.title,
+        "settings": dict(run.settings),
         "summary": summary.to_dict(),
         "curve": [asdict(point) for point in points],
         "calibration": None if calibration is None else calibration.to_dict(),
@@ -96,24 +115,25 @@ def write_report(
         "other_summary": None if against is None else against.summary.to_dict(),
     }
     content = Content(
-        title=title,
-        settings=dict(settings or {}),
+        title=run.title,
+        settings=dict(run.settings),
         summary=summary,
         curve=points,
         rows=rows,
         records=records,
-        clips=pictures,
-        clips_left_out=left_out if clips else 0,
+        clips=clips,
+        clips_left_out=left_out if options.clips else 0,
         calibration=calibration,
         against=against,
         figures=figures,
     )
-    page = make_page(content)
+    charts = draw_charts(content)
+    page = make_page(content, charts)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"{folder} cannot be created ({error.strerror}); choose another output folder") from error
-    _write_plots(content, folder, plots)
+    _write_plots(charts, folder, options.plots)
     _write_text(folder / "report.json", json.dumps(figures, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     _write_text(folder / "report.html", page)
     return folder / "report.html"
@@ -124,58 +144,54 @@ def _write_text(path: Path, text: str) -> None:
     replace_file(path, lambda file: file.write(text.encode(errors="replace")))
 
 
-def _write_plots(content: Content, folder: Path, wanted: bool | None) -> None:
+def _write_plots(charts: Mapping[str, Chart], folder: Path, wanted: bool | None) -> None:
     from mlxvr.evaluation.report.plots import have_matplotlib, write_plots
 
     if wanted is False:
         return
     if have_matplotlib():
-        write_plots(content, folder / "plots")
+        write_plots(charts, folder / "plots")
     elif wanted:
         logger.warning("plots are left out: matplotlib is not installed (pip install 'mlxvr[plot]')")
 
 
-def _against(
-    title: str,
-    samples: list[Sample],
-    earlier_threshold: float,
-    run: list[Sample],
-    threshold: float,
-    bootstrap: int,
-    seed: int,
-) -> Against:
-    rows = judge(samples, earlier_threshold)
+def _compare(before: ReportedRun, samples: list[Sample], threshold: float, options: ReportOptions) -> Against:
+    """What changed from `before` to the run with these samples at this threshold."""
+    bootstrap, seed, samples_before = options.bootstrap, options.seed, list(before.samples)
+    rows = grade_rows(samples_before, before.threshold)
     return Against(
-        title=title,
+        title=before.title,
         comparison=compare(
-            samples, run, threshold=earlier_threshold, second_threshold=threshold, bootstrap=bootstrap, seed=seed
+            samples_before, samples,
+            threshold=before.threshold, second_threshold=threshold, bootstrap=bootstrap, seed=seed,
         ),
         rows=rows,
-        summary=summarise(
-            samples,
-            threshold=earlier_threshold,
-            bootstrap=bootstrap,
-            seed=seed,
-        ),
-        curve=curve(rows, earlier_threshold),
-    )
+        summary=summarise(samples_before, threshold=before.threshold, bootstrap=bootstrap, seed=seed),
+        curve=curve(rows, before.threshold),
+    )  # fmt: skip
 
 
-def _changes(found: Comparison, rows: Sequence[Judged], others: Mapping[str, Judged]) -> dict[str, list[str]]:
+def _changes(
+    comparison: Comparison, rows: Sequence[GradedRow], rows_before: Mapping[str, GradedRow]
+) -> dict[str, list[str]]:
     """What became of each row, by id."""
-    groups = {"began_to_think": found.began_to_think, "stopped_thinking": found.stopped_thinking}
-    if found.auto is not None:
-        groups = {"became_right": found.auto.became_right, "became_wrong": found.auto.became_wrong, **groups}
+    groups = {"began_to_think": comparison.began_to_think, "stopped_thinking": comparison.stopped_thinking}
+    if comparison.auto is not None:
+        groups = {
+            "became_right": comparison.auto.became_right,
+            "became_wrong": comparison.auto.became_wrong,
+            **groups,
+        }
     groups["answer_changed"] = tuple(
         row.sample.id
         for row in rows
         if row.sample.error is None
-        and (other := others.get(row.sample.id)) is not None
-        and other.sample.error is None
-        and other.sample.first != row.sample.first
+        and (row_before := rows_before.get(row.sample.id)) is not None
+        and row_before.sample.error is None
+        and row_before.sample.first != row.sample.first
     )
     changes: dict[str, list[str]] = {}
     for name, ids in groups.items():
-        for one in ids:
-            changes.setdefault(one, []).append(name)
+        for row_id in ids:
+            changes.setdefault(row_id, []).append(name)
     return changes
