@@ -2,14 +2,12 @@
 
 import base64
 import hashlib
+import html
 import html.parser
 import io
 import json
-import math
-import os
 import random
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -17,21 +15,20 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from browser import NEEDS_BROWSER, Browser
 from clips import write_clip
 from PIL import Image
 
 from mlxvr.errors import ConfigError, DataError, MediaError
-from mlxvr.evaluation import formatting
 from mlxvr.evaluation.analysis.bootstrap import Estimate
+from mlxvr.evaluation.analysis.calibration import Calibration, TaskThreshold, TemperatureFit, ThresholdOutcome
 from mlxvr.evaluation.analysis.compare import compare
 from mlxvr.evaluation.analysis.metrics import summarise
-from mlxvr.evaluation.analysis.reliability import reliability
-from mlxvr.evaluation.analysis.sweep import SweepRow, sweep
+from mlxvr.evaluation.analysis.sweep import sweep
 from mlxvr.evaluation.analysis.threshold_search import calibrate
-from mlxvr.evaluation.graded_rows import curve, judge
-from mlxvr.evaluation.report import charts
+from mlxvr.evaluation.graded_rows import curve, grade_rows
 from mlxvr.evaluation.report.gallery import read_thumbnails
-from mlxvr.evaluation.report.report_files import write_report
+from mlxvr.evaluation.report.report_files import ReportedRun, ReportOptions, write_report
 from mlxvr.evaluation.samples import Sample
 
 FALLBACK = "Let's analyze the problem step by step."
@@ -105,9 +102,14 @@ class Reader(html.parser.HTMLParser):
 
 @pytest.fixture
 def write(tmp_path):
-    def write(samples, threshold=0.9, **others):
-        others = {"title": "A run", "bootstrap": 50, "plots": False, "media_root": tmp_path, **others}
-        return write_report(tmp_path / "out", samples=samples, threshold=threshold, **others)
+    def write(samples, threshold=0.9, *, title="A run", settings=None, other=None, calibration=None, progress=None,
+              **options):  # fmt: skip
+        run = ReportedRun(title=title, samples=samples, threshold=threshold, settings=settings or {})
+        before = None if other is None else ReportedRun(title=other[0], samples=other[1], threshold=threshold)
+        options = ReportOptions(**{"bootstrap": 50, "plots": False, "media_root": tmp_path, **options})
+        return write_report(
+            tmp_path / "out", run, before=before, calibration=calibration, options=options, progress=progress
+        )
 
     return write
 
@@ -117,38 +119,62 @@ def data_of(path):
     return json.loads(found[1])
 
 
+def plain_text(path):
+    """The words of a page's body, without markup."""
+    body = re.sub(r"(?s)<(script|style).*?</\1>|<tr>.*?</tr>", "", path.read_text().partition("<body>")[2])
+    return re.sub(r"\s+", " ", html.unescape(re.sub("<[^>]*>", "", body.replace("</p>", " </p>"))))
+
+
 def test_figures_are_the_summarys(write):
     path = write(HAND, settings={"model": "m", "nested": {"x": 1}})
     data, figures = data_of(path), json.loads((path.parent / "report.json").read_text())
     expected = json.loads(json.dumps(summarise(HAND, threshold=0.9, bootstrap=50).to_dict()))
     assert data["summary"] == figures["summary"] == expected
+    # 1, 2 exit right, 4 wrong, 9 with IoU 0.5; 3, 5, 7 reason and are right, 6 is wrong, 10 too but for IoU 0.5
+    assert expected["overall"]["auto"]["score"]["value"] == pytest.approx((1 + 1 + 0 + 0.5 + 1 + 1 + 1 + 0 + 0.25) / 9)
     assert figures["settings"] == {"model": "m", "nested": {"x": 1}}
     assert figures["curve"] == data["curve"]
     assert sorted(item.name for item in path.parent.iterdir()) == ["report.html", "report.json"]
 
 
-def test_tables_show_the_summary(write):
-    samples = [*random_samples(60), row("x", pair="p"), row("y", pair="p")]
-    summary, reader = summarise(samples, threshold=0.9, bootstrap=50), Reader(write(samples).read_text())
-    modes = {cells[0].split()[0]: cells for cells in reader.rows if cells[0].split()[:1] != []}
-    for name in ("direct", "think", "auto"):
-        figures = getattr(summary.overall, name)
-        accuracy = f"{100 * figures.accuracy.value:.0f}%"
-        assert modes[name][1].split() == [
-            accuracy,
-            f"{100 * figures.accuracy.low:.0f}",
-            "to",
-            f"{100 * figures.accuracy.high:.0f}",
-        ]
-        assert modes[name][2].split()[0] == ("100%" if figures.pair_accuracy.value == 1 else "0%")
-        assert modes[name][3].split()[0] == formatting.tokens(figures.tokens.mean)
-    for name, group in summary.per_task.items():
-        cells = next(cells for cells in reader.rows if cells[0] == name)
-        assert cells[1] == str(group.count)
-        for cell, figures in zip(cells[3:6], (group.direct, group.think, group.auto)):
-            assert cell.split()[0] == f"{100 * figures.accuracy.value:.0f}%"
-        assert cells[6].split()[0] == formatting.points(group.gain, group.count)
-        assert cells[8].split()[0] == f"{100 * group.think_ratio.value:.0f}%"
+# rows 0 to 7 exit with a right answer, 8 with a wrong one, 9 reasons and is put right; 7 and 8 are a pair
+TEN = [
+    row(str(n), "A" if n < 8 else "B", "A", 0.99 if n < 9 else 0.1, task="one" if n < 5 else "two",
+        pair="p" if n in (7, 8) else "")
+    for n in range(10)
+]  # fmt: skip
+
+
+def test_tables_by_hand(write):
+    """Nine clips, since a pair is drawn together: where all agree, Wilson's interval begins at 9 / (9 + 1.96^2)."""
+    cells = {cells[0]: cells[1:] for cells in Reader(write(TEN).read_text()).rows}
+    direct, think, auto = (
+        cells[f"{name} {note}"]
+        for name, note in (("direct", "first answer"), ("think", "always reasons"), ("auto", "early exit"))
+    )
+    assert [mode[0].split()[0] for mode in (direct, think, auto)] == ["80%", "100%", "90%"]
+    assert think[0] == "100% 70 to 100"
+    assert [mode[1].split()[0] for mode in (direct, think, auto)] == ["0%", "100%", "0%"]
+    assert direct[2:] == ["5.0 5.0 · 5.0 · 5.0", "0.50 s 0.50 · 0.50 · 0.50"]
+    assert think[2:] == ["105 105 · 105 · 105", "4.5 s 4.5 · 4.5 · 4.5"]
+    # mean (9 * 5 + 105) / 10, 90th percentile 5 + 0.1 * 100, 95th 5 + 0.55 * 100
+    assert auto[2] == "15.0 5.0 · 15.0 · 60"
+    assert auto[3] == "0.90 s 0.50 · 0.90 · 2.7"  # likewise (9 * 0.5 + 4.5) / 10, 0.5 + 0.1 * 4, 0.5 + 0.55 * 4
+    assert cells["Task"][2:] == [
+        "Direct",
+        "Think",
+        "Auto",
+        "Gain of thinking",
+        "Auto − think",
+        "Think ratio",
+        "Tokens",
+        "of think’s",
+    ]
+    # one: five rows that are right and exit; two: of five, 8 and 9 are wrong at first, only 9 reasons
+    assert [cell.split()[0] for cell in cells["one"]] == ["5", "5", "100%", "100%", "100%", "0", "0", "0%", "5.0", "5%"]
+    assert [cell.split()[0] for cell in cells["two"]] == (
+        ["5", "4", "60%", "100%", "80%", "+40", "−20", "20%", "25", "24%"]
+    )
 
 
 def test_columns_say_how_many_rows_they_are_over(write):
@@ -160,7 +186,7 @@ def test_columns_say_how_many_rows_they_are_over(write):
 
 
 def test_first_sentence(write):
-    text = write([row(str(n), "A" if n < 8 else "B", "A", 0.99 if n < 9 else 0.1) for n in range(10)])
+    text = write([replace(sample, pair="") for sample in TEN])
     said = re.sub("<[^>]*>", "", re.search('<p class="lead">(.*?)</p>', text.read_text())[1])
     # 0-7 exit right, 8 exits wrong, 9 reasons and is put right: 9 of 10; (9 * 5 + 105) / 10 tokens against 105
     assert said.startswith("At threshold 0.9 the model scores 90% accuracy (95% interval ")
@@ -168,10 +194,20 @@ def test_first_sentence(write):
     assert "against 105 for always thinking: the early exit saves 86% of the tokens and costs 10 points of acc" in said
 
 
+def test_curve_by_hand():
+    rows = curve(grade_rows(TEN, 0.9), 0.9)
+    assert [(row.threshold, row.score, row.mean_tokens, row.think_ratio) for row in rows] == [
+        (0, 0.8, 5, 0),
+        (pytest.approx(0.545), 0.9, 15, 0.1),  # between the two confidences
+        (0.9, 0.9, 15, 0.1),
+        (pytest.approx(0.995), 1, 105, 1),
+    ]
+
+
 def test_curve_equals_sweep():
     samples = [*random_samples(80, 1), *HAND[2:]]
     samples = [replace(sample, id=f"{index}") for index, sample in enumerate(samples)]
-    rows = curve(judge(samples, 0.97), 0.97)
+    rows = curve(grade_rows(samples, 0.97), 0.97)
     expected = sweep(samples, [one.threshold for one in rows])
     for found, wanted in zip(rows, expected, strict=True):
         assert vars(found) == pytest.approx(vars(wanted), abs=1e-9)
@@ -180,7 +216,7 @@ def test_curve_equals_sweep():
     assert 0.97 in [one.threshold for one in rows]
     ratios = [one.think_ratio for one in rows]
     assert len(set(ratios)) == 2 + len({s.confidence for s in samples if not s.error and s.confidence is not None}) - 1
-    assert len(curve(judge(samples, 0.97), 0.97, most=5)) <= 8
+    assert len(curve(grade_rows(samples, 0.97), 0.97, most=5)) <= 8
 
 
 def test_page_is_well_formed_and_loads_nothing(write):
@@ -430,7 +466,7 @@ def test_comparison(write):
     assert table["think ratio"][1:3] == ["67%", "56%"]
     cells = table["tokens a question"]
     # 9 rows; of this run 1, 2, 4 and 9 exit, of the other 1, 4 and 9
-    assert cells[1:3] == [formatting.tokens((3 * 5 + 6 * 105) / 9), formatting.tokens((4 * 5 + 5 * 105) / 9)]
+    assert cells[1:3] == ["72", "61"]  # (3 * 5 + 6 * 105) / 9 = 71.7 and (4 * 5 + 5 * 105) / 9 = 60.6
 
 
 def test_comparison_of_other_rows_is_refused(write):
@@ -438,17 +474,81 @@ def test_comparison_of_other_rows_is_refused(write):
         write(HAND, other=("other", [row("elsewhere")]))
 
 
+def outcome(**scores):
+    """Of 200 rows 60% reason, at 50 tokens on average against 105."""
+    estimates = {name: Estimate(value=value, low=low, high=high) for name, (value, low, high) in scores.items()}
+    ratio, tokens = Estimate(value=0.6, low=0.53, high=0.67), Estimate(value=50.4, low=45, high=56)
+    return ThresholdOutcome(
+        count=200, clips=200, think_ratio=ratio, tokens=tokens, always_tokens=105.2,
+        **{"auto": None, "think": None, "direct": None, "difference": None, **estimates},
+    )  # fmt: skip
+
+
+CHOSEN = Calibration(
+    threshold=0.97,
+    goal="no_loss",
+    margin=0.01,
+    budget=None,
+    fold_thresholds=(0.98, 0.96, 0.97),
+    held_out=outcome(auto=(0.8, 0.74, 0.86), think=(0.9, 0.86, 0.94), difference=(-0.1, -0.15, -0.05)),
+    in_sample=outcome(auto=(0.9, 0.86, 0.94), think=(0.9, 0.86, 0.94), difference=(0.0, 0.0, 0.0)),
+    per_task={"own": TaskThreshold(threshold=0.5, count=150, held_out=outcome(difference=(0.1, 0.05, 0.15))),
+              "few": TaskThreshold(threshold=0.97, count=3, held_out=None)},
+    temperature=TemperatureFit(temperature=1.234, count=1500, ece=0.1, ece_scaled=0.0321, brier=0.25,
+                               brier_scaled=0.2),
+    folds=3,
+    bootstrap=50,
+    seed=0,
+)  # fmt: skip
+
+
 def test_calibration_is_shown(write):
+    path = write(TEN, 0.97, calibration=CHOSEN)
+    assert data_of(path)["calibration"] == json.loads(json.dumps(CHOSEN.to_dict()))
+    words = plain_text(path)
+    assert "Goal: no loss of score against always thinking, within 1 point. All rows choose 0.97; " in words
+    assert "the 3 folds chose from 0.96 to 0.98." in words
+    assert "other figures of this page" not in words
+    cells = {cells[0]: cells[1:] for cells in Reader(path.read_text()).rows}
+    assert cells["held-out folds"] == (
+        ["80% 74 to 86", "90% 86 to 94", "–", "−10 −15 to −5", "60% 53 to 67", "50", "105"]
+    )
+    assert cells["the rows that chose it"][3] == "0"
+    assert cells["own"] == ["0.5", "150", "+10 +5 to +15", "60% 53 to 67", "50"]
+    assert "1 task with too few rows take the common threshold." in words
+    assert "T = 1.23, over 1,500 answers, held out." in words
+    assert (cells["raw"], cells["scaled"]) == (["0.100", "0.250"], ["0.032", "0.200"])
+    coloured = [attributes["class"] for _, attributes in Reader(path.read_text()).tags
+                if attributes.get("class") in ("better", "worse")]  # fmt: skip
+    assert sorted(coloured) == ["better", "worse"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"margin": 0.005}, "Goal: no loss of score against always thinking, within 0.5 points. All"),
+        ({"goal": "ratio", "budget": 0.6}, "Goal: at most 60% of the rows reason. All"),
+        ({"goal": "tokens", "budget": 80.0}, "Goal: at most 80 mean tokens. All"),
+        ({"goal": "accuracy"}, "Goal: the best score. All"),
+        ({"fold_thresholds": (0.97, 0.97)}, "the 3 folds chose 0.97. "),
+        (
+            {"threshold": 1.0000001},
+            "All rows choose above 1; the 3 folds chose from 0.96 to 0.98. No direct",
+        ),
+        ({"threshold": 0.5}, "The other figures of this page are those of threshold 0.97."),
+    ],
+)
+def test_what_a_calibration_says(write, changes, words):
+    assert words in plain_text(write(TEN, 0.97, calibration=replace(CHOSEN, **changes)))
+
+
+def test_a_calibration_that_was_searched_is_shown(write):
     samples = random_samples(200, 5)
     found = calibrate(samples, "ratio", budget=0.6, temperature=True, per_task=True, least_per_task=50)
     path = write(samples, found.threshold, calibration=found)
     assert data_of(path)["calibration"] == json.loads(json.dumps(found.to_dict()))
-    text = path.read_text()
-    assert "at most 60% of the rows reason" in text
-    assert f"All rows choose <b>{formatting.confidence(found.threshold)}</b>" in text
-    cells = next(cells for cells in Reader(text).rows if cells[0] == "held-out folds")
+    cells = next(cells for cells in Reader(path.read_text()).rows if cells[0] == "held-out folds")
     assert cells[5].split()[0] == f"{100 * found.held_out.think_ratio.value:.0f}%"
-    assert "other figures of this page" not in text
 
 
 def test_thousands_of_rows_take_seconds(write):
@@ -473,22 +573,36 @@ def test_old_report_stays_when_the_new_one_cannot_be_written(write, tmp_path):
         write([*HAND, HAND[0]])
     assert path.read_bytes() == old
     (tmp_path / "file").touch()
+    run, options = ReportedRun(samples=HAND, threshold=0.9, title="x"), ReportOptions(plots=False, bootstrap=0)
     with pytest.raises(ConfigError, match="choose another output folder"):
-        write_report(tmp_path / "file", samples=HAND, threshold=0.9, title="x", plots=False, bootstrap=0)
+        write_report(tmp_path / "file", run, options=options)
 
 
 def test_plots(write):
     pytest.importorskip("matplotlib")
-    path = write(HAND, plots=True, other=("bf16", HAND))
-    names = {
-        f"{name}.{kind}" for name in ("cost", "reliability", "confidence", "think_ratio") for kind in ("png", "svg")
-    }
-    assert {item.name for item in (path.parent / "plots").iterdir()} == names
+    path = write(HAND, plots=True, title="cost $x$", other=("bf16", HAND))
+    charts = ("cost", "thresholds", "confidence", "reliability", "think_ratio")
+    folder = path.parent / "plots"
+    assert {item.name for item in folder.iterdir()} == {f"{name}.{kind}" for name in charts for kind in ("png", "svg")}
+    words = {name: re.findall(r"<text[^>]*>([^<]*)<", (folder / f"{name}.svg").read_text()) for name in charts}
+    assert {"cost $x$, threshold 0.9", "cost $x$", "bf16", "auto", "Score"} <= set(words["cost"])
+    assert {"right (5)", "wrong (2)", "threshold 0.9"} <= set(words["confidence"])  # wrong: 3 and 4; 5 and 6 have none
+    assert {"count (3)", "&lt;odd&gt; task (1)", "rows that reason"} <= set(words["think_ratio"])
+    before = {item.name: item.read_bytes() for item in folder.iterdir()}
+    write(HAND, plots=True, title="cost $x$", other=("bf16", HAND))
+    assert {item.name: item.read_bytes() for item in folder.iterdir()} == before
+
+
+def test_plots_show_what_the_page_shows(write):
+    """The dot of auto: at the same place of the drawing in the page and in the file, six inches or 900 dots wide."""
+    pytest.importorskip("matplotlib")
+    path = write(TEN, plots=True)
+    dot = re.search(r'class="dot run0 auto" cx="([\d.]+)" cy="([\d.]+)"', path.read_text())
     with Image.open(path.parent / "plots" / "cost.png") as picture:
-        assert picture.size == (900, 600)
-    content = (path.parent / "plots" / "cost.svg").read_bytes()
-    write(HAND, plots=True, other=("bf16", HAND))
-    assert (path.parent / "plots" / "cost.svg").read_bytes() == content
+        scale, below = picture.width / 460, 300  # the height of the drawing, under its heading
+        x, y = float(dot[1]) * scale, picture.height - (below - float(dot[2])) * scale
+        assert picture.size == (900, round((300 + 18) * scale))
+        assert picture.convert("RGB").getpixel((round(x), round(y))) == (0xC4, 0x36, 0x1F)
 
 
 def test_plots_without_matplotlib(write, monkeypatch, caplog):
@@ -506,148 +620,25 @@ def test_page_needs_no_matplotlib():
     assert subprocess.run([sys.executable, "-c", code], timeout=300).returncode == 0
 
 
-def test_axis_and_ticks():
-    axis = charts.Axis(0, 200, 48, 446)
-    assert [axis.at(value) for value in (0, 100, 200)] == [48, 247, 446]
-    assert charts.Axis(1, 1, 0, 10).at(1) == 5
-    assert charts.ticks(0, 1) == [0, 0.2, 0.4, 0.6, 0.8, 1]
-    assert charts.ticks(0.57, 0.93) == [0.6, 0.7, 0.8, 0.9]
-    assert charts.ticks(-3, 15) == [0, 5, 10, 15]
-    assert charts.ticks(2, 2) == [2]
-
-
-def test_nines_and_histogram():
-    assert [charts.nines(value) for value in (0, 0.9, 0.99, 1, 1 - 1e-9)] == pytest.approx([0, 1, 2, 4, 4])
-    assert charts.histogram([0.0, 0.5, 0.95, 0.95, 1.0], 4) == [2, 2, 0, 1]
-
-
-def test_cost_chart_by_hand():
-    def sweep_row(threshold, score, tokens):
-        return SweepRow(
-            threshold=threshold,
-            score=score,
-            accuracy=score,
-            miou=None,
-            think_ratio=0,
-            mean_tokens=tokens,
-            mean_seconds=0,
-        )
-
-    point = charts.Point("auto", 50, Estimate(value=0.6, low=0.5, high=0.7))
-    svg = charts.cost_chart([charts.Curve("run", [sweep_row(0, 0.5, 0), sweep_row(1, 0.7, 100)], [point])], "Accuracy")
-    # x: 0..104 over 48..446; y: 0.48..0.72 (0.02 beyond both) over 252..14
-    line = re.search(r'points="([^"]*)"', svg)[1]
-    assert line == f"48,{252 - 238 * 0.02 / 0.24:.2f} {48 + 398 * 100 / 104:.2f},{252 - 238 * 0.22 / 0.24:.2f}"
-    dot = re.search(r'<circle class="dot run0 auto" cx="([\d.]+)" cy="([\d.]+)"', svg)
-    assert [float(dot[1]), float(dot[2])] == pytest.approx([48 + 398 * 50 / 104, 133], abs=0.01)
-    whisker = re.search(r'class="whisker run0" x1="[\d.]+" y1="([\d.]+)" x2="[\d.]+" y2="([\d.]+)"', svg)
-    assert [float(whisker[1]), float(whisker[2])] == pytest.approx([232.17, 33.83], abs=0.01)
-    assert charts.cost_chart([charts.Curve("run", [sweep_row(0, None, 5)])], "Accuracy") == ""
-
-
-def test_reliability_chart_by_hand():
-    bins = reliability(np.array([0.15, 0.95, 0.95, 0.95]), np.array([False, True, True, False]))
-    svg = charts.reliability_chart(bins)
-    columns = [[float(value) for value in found] for found in re.findall(r'class="column" x="(.*?)" y="(.*?)" w', svg)]
-    # bins 0.1 and 0.9 of 48..446, a unit inwards; accuracies 0 and 2/3 of 252..32
-    assert columns == [
-        pytest.approx([48 + 39.8 + 1, 252], abs=0.01),
-        pytest.approx([48 + 398 * 0.9 + 1, 252 - 220 * 2 / 3], abs=0.01),
-    ]
-    assert re.findall(r'class="count"[^>]*>(\d+)<', svg) == ["1", "3"]
-
-
-def test_histogram_chart_by_hand():
-    svg = charts.histogram_chart([0.95, 0.95, 1.0], [0.0], 0.9)
-    scale = 238 / (3 + 0.12 * 3)  # two up, one down, 6% of three beyond both
-    found = re.findall(r'<rect class="(\w+)" x="(.*?)" y="(.*?)" width=".*?" height="(.*?)"', svg)
-    zero = 252 - scale * (1 + 0.18)
-    width = 398 / 16
-    expected = [
-        ("wrong", 48 + 1, zero, scale),
-        ("right", 48 + 5 * width + 1, zero - 2 * scale, 2 * scale),  # 0.95 is 1.30 nines, bin 5
-        ("right", 48 + 15 * width + 1, zero - scale, scale),
-    ]
-    for (kind, *box), (wanted, *numbers) in zip(found, expected, strict=True):
-        assert kind == wanted
-        assert [float(value) for value in box] == pytest.approx(numbers, abs=0.02)
-    assert f'class="threshold" x1="{48 + 398 / 4:g}"' in svg
-
-
-def test_think_ratio_bars():
-    svg = charts.bars_chart([("a" * 30, Estimate(value=0.5, low=0.2, high=0.8), 40), ("b", Estimate(value=0), 4)], "n")
-    assert re.findall(r'class="bar" x="150" y="[\d.]+" width="([\d.]+)"', svg) == ["125", "0"]
-    assert ">aaaaaaaaaaaaaaaaaaa…<" in svg
-    assert f"{'a' * 30}: 50% of 40 rows" in svg
-
-
-@pytest.mark.parametrize(
-    ("found", "wanted"),
-    [
-        (formatting.share(Estimate(value=0.8434, low=0.82, high=0.86), 2000), "84.3%"),
-        (formatting.share(Estimate(value=0.8434, low=0.76, high=0.91), 2000), "84%"),
-        (formatting.share(Estimate(value=0.8434, low=0.84, high=0.85), 20), "84%"),
-        (formatting.share(0.8434, 999), "84%"),
-        (formatting.share(0.8434, 1000), "84.3%"),
-        (formatting.share(None), "–"),
-        (formatting.interval(Estimate(value=0.8, low=0.76, high=0.91), 200), "76 to 91"),
-        (formatting.interval(Estimate(value=0.8, low=0.78, high=0.82), 200), "78.0 to 82.0"),
-        (formatting.interval(Estimate(value=0.5, low=0.5, high=0.5), 200), ""),
-        (formatting.interval(Estimate(value=1, low=None, high=None), 200), ""),
-        (formatting.points(Estimate(value=-0.008, low=-0.02, high=0.01), 500), "−0.8"),
-        (formatting.points(Estimate(value=-0.001, low=-0.2, high=0.1), 500), "0"),
-        (formatting.points_interval(Estimate(value=0, low=-0.021, high=0.005), 500), "−2.1 to +0.5"),
-        (formatting.tokens(1234.5), "1,234"),
-        (formatting.tokens(6.54), "6.5"),
-        (formatting.seconds(0.354), "0.35 s"),
-        (formatting.seconds(4.54), "4.5 s"),
-        (formatting.seconds(0), "0 s"),
-        (formatting.confidence(0.97), "0.97"),
-        (formatting.confidence(0.99997), "0.99997"),
-        (formatting.confidence(math.nextafter(1, 2)), "above 1"),
-        (formatting.confidence(1.0), "1"),
-        (formatting.plain(0.8765, 1000), "0.876"),
-        (formatting.plain(0.8765, 10), "0.88"),
-        (formatting.count(1, "clip"), "1 clip"),
-        (formatting.count(2000, "clip"), "2,000 clips"),
-    ],
-)
-def test_numbers(found, wanted):
-    assert found == wanted
-
-
-def browse(page, folder, *flags):
-    """The page as the browser shows it, which complains of nothing; a browser that hangs or crashes is a failure."""
-    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom"]
-    command += [f"--user-data-dir={folder / 'profile'}", *flags, page.as_uri()]
-    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "<html" in done.stdout
-    assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []
-    return done.stdout
-
-
-DRIVE = """
+SHOW = """
 (async () => {
-  const found = {}, field = (name) => document.getElementById(`filter-${name}`);
+  const shown = {};
   for (const [name, value] of WANTED) {
-    for (const one of document.querySelectorAll("#filters select:not(#filter-sort), #filters input")) one.value = "";
-    field(name).value = value;
+    for (const field of document.querySelectorAll("#filters select, #filters input")) {
+      if (field.id !== "filter-sort") field.value = "";
+    }
+    document.getElementById(`filter-${name}`).value = value;
     document.getElementById("filters").dispatchEvent(new Event("input"));
     await new Promise((done) => setTimeout(done, 200));
     const texts = (meta) => [...meta.children].map((part) => part.textContent);
-    found[`${name} ${value}`] = [...document.querySelectorAll("article.card .meta")].map(texts);
+    shown[`${name} ${value}`] = [...document.querySelectorAll("article.card .meta")].map(texts);
   }
-  const seen = document.createElement("pre");
-  seen.id = "driven";
-  seen.textContent = JSON.stringify(found);
-  document.body.append(seen);
-})();
+  return shown;
+})()
 """
 
 
-@pytest.mark.skipif(not shutil.which("chromium"), reason="needs the browser chromium")
+@NEEDS_BROWSER
 def test_filters_in_a_browser(write, tmp_path):
     """Each filter shows the rows that it names, worked out by hand from HAND at 0.9."""
     other = [replace(sample, confidence=0.1) if sample.id == "2" else sample for sample in HAND]
@@ -668,26 +659,61 @@ def test_filters_in_a_browser(write, tmp_path):
         "text SUCH file": "8",
         "text because": "1",
     }
-    wanted = json.dumps([name.split(" ", 1) for name in names])
-    text = re.sub('<meta http-equiv="Content-Security-Policy".*?>', "", path.read_text())
-    driven = path.with_name("driven.html")
-    driven.write_text(text.replace("</body>", f"<script>{DRIVE.replace('WANTED', wanted)}</script></body>"))
-    shown = browse(driven, tmp_path, "--virtual-time-budget=20000")
-    found = json.loads(html.unescape(re.search('<pre id="driven">(.*?)</pre>', shown)[1]))
     ids = {sample.id for sample in HAND}
+    with Browser(tmp_path) as browser:
+        browser.open(path)
+        shown = browser.evaluate(SHOW.replace("WANTED", json.dumps([name.split(" ", 1) for name in names])))
     assert {
         name: " ".join(sorted((part for card in cards for part in card if part in ids), key=int))
-        for name, cards in found.items()
+        for name, cards in shown.items()
     } == names
 
 
-@pytest.mark.skipif(not shutil.which("chromium"), reason="needs the browser chromium")
+@NEEDS_BROWSER
 def test_in_a_browser(write, tmp_path):
+    """The gallery, the slider by its keys, links by theirs, dark colours, paper; the console has no complaints."""
     write_clip(tmp_path / "a.mp4", frames=12)
     path = write([*HAND, *(row(f"m{n}", question=NASTY) for n in range(60))], other=("before", HAND))
-    shown = browse(path, tmp_path)
-    assert shown.count('<article class="card">') >= 24
-    assert "70 of 70 rows" in shown
-    assert "data:image/jpeg" in shown
-    assert re.search(r'<output id="tried"[^>]*>threshold 0.9 · ', shown)
-    assert float(re.search(r'class="probe" r="6" cx="([-\d.]+)"', shown)[1]) > 48
+    background = "getComputedStyle(document.body).backgroundColor"
+    menu = "getComputedStyle(document.querySelector('nav')).display"
+    with Browser(tmp_path) as browser:
+        browser.open(path)
+        assert browser.evaluate("document.querySelectorAll('article.card').length") == 24
+        assert browser.evaluate("document.getElementById('found').textContent") == "70 of 70 rows"
+        browser.evaluate("document.querySelector('.frames').scrollIntoView()")
+        browser.wait("document.querySelector('.frames img').naturalWidth > 0")
+        tried = "document.getElementById('tried').textContent"
+        assert browser.evaluate(tried).startswith("threshold 0.9 · ")
+        probe = "Number(document.getElementById('probe').getAttribute('cx'))"
+        assert browser.evaluate(probe) > 48
+        browser.evaluate("document.getElementById('threshold').focus()")
+        browser.press("End", 35)
+        # at the end of the curve every row reasons: 100% and 105 tokens
+        assert browser.evaluate(tried).endswith(" · 100% of rows reason · 105 tokens a question")
+        browser.evaluate("document.querySelector('.cautions a').focus()")
+        browser.press("Enter", 13)
+        assert browser.evaluate("document.getElementById('found').textContent") == "1 of 70 rows"
+        assert (browser.evaluate(background), browser.evaluate(menu)) == ("rgb(251, 251, 250)", "flex")
+        browser.open(path, 400, is_dark=True)
+        assert browser.evaluate(background) == "rgb(20, 22, 26)"
+        root = "document.documentElement"
+        assert browser.evaluate(f"{root}.scrollWidth <= {root}.clientWidth"), "a narrow page scrolls sideways"
+        browser.open(path, medium="print")
+        assert browser.evaluate(menu) == "none"
+        assert browser.complaints == []
+
+
+@NEEDS_BROWSER
+def test_the_policy_holds_in_a_browser(write, tmp_path):
+    """What would slip into the page neither runs nor loads."""
+    intruder = (
+        "(() => { const script = document.createElement('script'); script.textContent = 'window.ran = true';"
+        "const picture = new Image(); picture.src = 'http://127.0.0.1:9/x.png';"
+        "document.body.append(script, picture); return window.ran === undefined; })()"
+    )
+    with Browser(tmp_path) as browser:
+        browser.open(write(HAND[:3]))
+        assert browser.evaluate(intruder)
+        browser.evaluate("new Promise((done) => setTimeout(done, 300))")
+        refused = [complaint for complaint in browser.complaints if "Content Security Policy" in complaint]
+    assert len(refused) == len(browser.complaints) == 2

@@ -116,7 +116,7 @@ class Circle:
 
 @dataclass(frozen=True)
 class Text:
-    """Words on their baseline: `anchor` is start, middle or end; `note` is added in files, which have no tooltips."""
+    """Words on their baseline; `anchor` is start, middle or end, `in_files` what they are where there is more room."""
 
     shape: ClassVar[str] = "text"
     x: float
@@ -124,7 +124,7 @@ class Text:
     content: str
     kind: str
     anchor: str = "middle"
-    note: str = ""
+    in_files: str = ""
     is_upright: bool = False  # reads upwards, around (x, y)
 
 
@@ -320,7 +320,7 @@ def bars_chart(bars: Sequence[tuple[str, Estimate, int]], axis_name: str) -> Cha
         middle = 10 + step * index + step / 2
         title = f"{name}: {formatting.share(estimate, size)} of {formatting.count(size, 'row')}"
         short = name if len(name) <= 20 else f"{name[:19]}…"
-        marks.append(Text(left - 8, middle + 4, short, "tick", "end", note=f" ({size:,})"))
+        marks.append(Text(left - 8, middle + 4, short, "tick", "end", in_files=f"{name[:28]} ({size:,})"))
         marks.append(Rect(left, middle - 8, across.at(estimate.value) - left, 16, "bar", title))
         if estimate.low is not None and estimate.high is not None:
             marks.append(Line(across.at(estimate.low), middle, across.at(estimate.high), middle, "whisker"))

@@ -40,7 +40,7 @@ def write_plots(charts: Mapping[str, Chart], folder: Path) -> list[Path]:
     for name, chart in charts.items():
         marks = [*_caption(chart), *chart.marks]
         texts = [mark for mark in marks if isinstance(mark, Text)]
-        left = min([0.0, *(text.x - _LETTER * len(text.content + text.note) for text in texts if text.anchor == "end")])
+        left = min([0.0, *(text.x - _LETTER * len(text.in_files) for text in texts if text.anchor == "end")])
         top = min(0.0, *(text.y - _LINE for text in texts))
         box = (left, WIDTH, chart.height, top)
         size = (_INCHES, _INCHES * (chart.height - top) / (WIDTH - left))
@@ -78,7 +78,6 @@ def _paint(figure: "Figure", marks: Sequence[Mark], box: tuple[float, float, flo
 
 def _put(axes: "Axes", mark: Mark, points: float, order: int) -> None:
     from matplotlib.patches import Circle, Rectangle
-    from matplotlib.patheffects import withStroke
 
     words = mark.kind.split()
     color = _first(_COLORS, words, GRAY)
@@ -100,7 +99,7 @@ def _put(axes: "Axes", mark: Mark, points: float, order: int) -> None:
         axes.text(
             mark.x,
             mark.y,
-            mark.content + mark.note,
+            mark.in_files or mark.content,
             color=color,
             fontsize=points * (11 if "count" in words else 12),
             fontweight="bold" if is_label else "normal",
@@ -109,7 +108,7 @@ def _put(axes: "Axes", mark: Mark, points: float, order: int) -> None:
             rotation=90 if mark.is_upright else 0,
             rotation_mode="anchor",
             parse_math=False,  # a title may hold dollars
-            path_effects=[withStroke(linewidth=3 * points, foreground="white")] if is_label else None,
+            bbox={"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": points} if is_label else None,
             **look,
         )
 

@@ -509,12 +509,11 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, 
 
 def _embedded(content: Content) -> dict[str, Any]:
     """What the page's script reads: the figures, the gallery's rows and clips."""
-    group, scored = content.summary.overall, (0.0, 0)
-    if group is not None:
-        scored = (0.0, group.count) if group.auto.score is None else (group.auto.score, group.auto.labelled)
+    group = content.summary.overall
+    score, rows = (None, 0) if group is None else (group.auto.score, group.auto.labelled or group.count)
     return {
         **content.figures,
-        "digits": formatting.decimals(*scored),
+        "digits": formatting.decimals(score or 0.0, rows),
         "score_name": score_name(group),
         "rows": list(content.records),
         "clips": list(content.clips),
