@@ -16,6 +16,7 @@ from mlxvr.cli.parser import VerbParser, run_verb
 from mlxvr.cli.progress import Bars
 from mlxvr.conversion.summary import ConversionReport, format_bytes, peak_memory
 from mlxvr.errors import VerificationError
+from mlxvr.model.families.base import titles
 
 if TYPE_CHECKING:
     from mlxvr.conversion.measure.verify import VerificationReport, verify
@@ -41,7 +42,7 @@ def make_parser() -> VerbParser:
     """Return the command line's parser."""
     parser = VerbParser(
         "mlxvr convert",
-        "Convert a Qwen2.5-VL or Qwen3-VL checkpoint (VideoAuto-R1's among them) to quantized MLX weights.",
+        f"Convert a {titles(' or ')} checkpoint (VideoAuto-R1's among them) to quantized MLX weights.",
         epilog="example: mlxvr convert --hf-path IVUL-KAUST/VideoAuto-R1-Qwen3-VL-8B --mlx-path videoauto-8b-4bit",
     )
     parser.add_argument("--hf-path", metavar="ID_OR_DIR", help="the checkpoint: a Hub id or a folder")

@@ -13,14 +13,15 @@ from PIL import Image, features
 
 from mlxvr.errors import Cancelled, MediaError
 from mlxvr.evaluation.report.gallery import read_thumbnails
-from mlxvr.media import VisionSpec, load_vision, probe
+from mlxvr.media import load_vision, probe
 from mlxvr.media.animation.animation_reader import is_animation, read_animation
 from mlxvr.media.animation.apng import read_apng
 from mlxvr.media.animation.canvas import composite
 from mlxvr.media.animation.gif import read_gif
 from mlxvr.media.image import to_rgb
+from mlxvr.model.families.base import FAMILIES
 
-SPEC = VisionSpec.from_files({"model_type": "qwen3_vl"})
+SPEC = FAMILIES["qwen3_vl"].vision_spec({})
 PALETTE = ((255, 0, 0), (0, 255, 0), (0, 0, 255), (10, 20, 30))
 WIDTH, HEIGHT = 8, 6
 

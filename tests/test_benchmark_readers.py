@@ -16,6 +16,7 @@ from clips import read_codes, write_clip
 from PIL import Image
 
 from mlxvr.data.benchmarks import BENCHMARKS, read_benchmark
+from mlxvr.data.benchmarks.benchmark import COMMON_LIMITS
 from mlxvr.data.benchmarks.subtitles import read_srt, read_timed_lines
 from mlxvr.errors import ConfigError, DataError
 from mlxvr.media.spec import VisionSpec
@@ -493,21 +494,26 @@ def test_a_part_of_a_real_video_is_read(release):
     assert all(20 <= index <= 40 for index in read_codes(frames.pixels))
 
 
-def test_budgets():
-    """The frames of the table of evaluation budgets, and what every benchmark shares."""
-    assert {preset.budgets.keys() == {family.name for family in FAMILIES} for preset in BENCHMARKS.values()} == {True}
-    frames = {
-        name: (preset.budgets["qwen2_5_vl"]["max_frames"], preset.budgets["qwen3_vl"]["max_frames"])
-        for name, preset in BENCHMARKS.items()
+def test_frame_limits():
+    """The frames of the paper's table of evaluation settings, and what every benchmark shares."""
+    limits = {
+        name: [{**COMMON_LIMITS, **FAMILIES[family].benchmark_limits(name)} for family in ("qwen2_5_vl", "qwen3_vl")]
+        for name in BENCHMARKS
     }
+    frames = {name: tuple(family["max_frames"] for family in families) for name, families in limits.items()}
     usual = dict.fromkeys(BENCHMARKS, (256, 2048))
     assert frames == usual | {"videommmu": (64, 64), "mmvu": (64, 2048), "activitynet": (512, 2048)}
-    for preset in BENCHMARKS.values():
-        for family, video_tokens in (("qwen2_5_vl", 16_384), ("qwen3_vl", 128_000)):
-            spec = SPEC.with_overrides(**preset.budgets[family])
+    for families in limits.values():
+        for family, video_tokens in zip(families, (16_384, 128_000)):
+            spec = SPEC.with_overrides(**family)
             assert (spec.fps, spec.sample_by, spec.video_tokens) == (2.0, "index", video_tokens)
             assert (spec.frame_min_tokens, spec.frame_max_tokens) == (16, 768)
             assert (spec.image_min_tokens, spec.image_max_tokens) == (128, 16_384)
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_families_name_benchmarks_that_exist(family):
+    assert family.benchmark_frames.keys() <= BENCHMARKS.keys()
 
 
 def test_names_and_options():

@@ -11,7 +11,6 @@ import pytest
 import mlxvr
 from mlxvr.checkpoint.folder import ModelFolder
 from mlxvr.media import load_vision
-from mlxvr.media.spec import VisionSpec
 from mlxvr.reasoner.reasoner import demo_folder
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
@@ -71,7 +70,7 @@ def test_transformers_reads_the_tokenizer():
 def test_bundled_clips_come_to_trained_sizes():
     """The processor files bring clips of any size to frames of 15 to 20 tokens, two a second."""
     folder = ModelFolder.open(demo_folder() / "checkpoint")
-    spec = VisionSpec.from_files(folder.config, folder.image_processor, folder.video_processor)
+    spec = folder.family.vision_spec(folder.config, folder.image_processor, folder.video_processor)
     for row in {row["video"]: row for row in ROWS}.values():
         time, height, width = load_vision(demo_folder() / row["video"], spec).grid
         assert (height * 16, width * 16) in {(128, 128), (128, 160), (160, 128), (96, 160)}

@@ -8,7 +8,7 @@ import pytest
 
 import mlxvr
 from mlxvr.checkpoint.folder import ModelFolder
-from mlxvr.media import VisionSpec, load_vision, normalise
+from mlxvr.media import load_vision, normalise
 from mlxvr.model.loading import load_model
 from mlxvr.model.prompt import build_prompt
 from mlxvr.reasoner.reasoner import demo_folder
@@ -55,7 +55,7 @@ def test_what_we_generate_is_as_likely_there(theirs, row):
     with mlxvr.load() as reasoner:
         answer = reasoner.ask(path, row["question"], options=row["options"], kind=row["kind"], mode="think")
     folder = ModelFolder.open(demo_folder() / "checkpoint")
-    spec = VisionSpec.from_files(folder.config, folder.image_processor, folder.video_processor)
+    spec = folder.family.vision_spec(folder.config, folder.image_processor, folder.video_processor)
     model = load_model(demo_folder() / "checkpoint")
     prompt = build_prompt(
         model.tokenizer,

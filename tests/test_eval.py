@@ -25,7 +25,7 @@ from mlxvr.evaluation.report import plots
 from mlxvr.evaluation.runner import read_questions
 from mlxvr.evaluation.samples import Sample, read_samples, write_samples
 from mlxvr.grading import math_equality
-from mlxvr.media import VisionSpec
+from mlxvr.model.families.base import family_of
 from mlxvr.reasoner.reasoner import demo_folder
 
 ROWS = 40
@@ -464,5 +464,9 @@ def test_evaluate_is_the_modules_own():
 
 def test_what_is_asked_of_frames_has_the_names_of_the_spec():
     config = EvalConfig(output=Path("o"), fps=1.0, max_frames=8, video_tokens=500, image_tokens=300)
-    spec = VisionSpec.from_files({"model_type": "qwen3_vl"}).with_overrides(**config.frame_budgets)
+    spec = (
+        family_of({"model_type": "qwen3_vl"})
+        .vision_spec({"model_type": "qwen3_vl"})
+        .with_overrides(**config.frame_budgets)
+    )
     assert (spec.fps, spec.max_frames, spec.video_tokens, spec.image_max_tokens) == (1.0, 8, 500, 300)

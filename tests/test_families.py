@@ -9,7 +9,7 @@ import pytest
 
 from mlxvr.checkpoint.config_normalization import text_settings
 from mlxvr.errors import CheckpointError
-from mlxvr.model.families import base
+from mlxvr.model.families import qwen2_5_vl
 from mlxvr.model.families.base import FAMILIES, family_of
 
 # config.json of the public checkpoints (Qwen2.5-VL-7B-Instruct in its first release's dialect, Qwen3-VL-8B-Instruct).
@@ -138,7 +138,7 @@ def test_public_names_and_shapes_become_mlx_ones(family: str, names: str, tied: 
 
 
 def test_names_by_hand() -> None:
-    qwen2_5, qwen3 = FAMILIES
+    qwen2_5, qwen3 = FAMILIES["qwen2_5_vl"], FAMILIES["qwen3_vl"]
     for name, key in {
         "visual.blocks.0.attn.qkv.weight": "vision_tower.blocks.0.attn.qkv.weight",
         "model.visual.merger.mlp.0.bias": "vision_tower.merger.mlp.0.bias",
@@ -161,7 +161,7 @@ def test_names_by_hand() -> None:
 
 
 def test_patch_embedding_is_laid_out_once() -> None:
-    adapter = FAMILIES[1]
+    adapter = FAMILIES["qwen3_vl"]
     key = "vision_tower.patch_embed.proj.weight"
     torch_layout = np.arange(4 * 3 * 2 * 5 * 5).reshape(4, 3, 2, 5, 5)
     ours = adapter.mlx_tensor(key, torch_layout)
@@ -228,10 +228,10 @@ def test_both_rope_spellings_and_scaled_rope() -> None:
     config = config_of("qwen3_vl", "5")
     config["text_config"]["rope_parameters"] = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6}
     with pytest.raises(CheckpointError, match="rope type 'yarn'"):
-        FAMILIES[1].mlx_config(config)
+        FAMILIES["qwen3_vl"].mlx_config(config)
     config["text_config"]["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 8, 8]}
     with pytest.raises(CheckpointError, match="makes 24; expected 16"):
-        FAMILIES[1].mlx_config(config)
+        FAMILIES["qwen3_vl"].mlx_config(config)
 
 
 @pytest.mark.parametrize(
@@ -256,7 +256,7 @@ def test_missing_setting_is_named() -> None:
     config = config_of("qwen3_vl", "5")
     del config["text_config"]["num_hidden_layers"]
     with pytest.raises(CheckpointError, match="'num_hidden_layers'"):
-        FAMILIES[1].mlx_config(config)
+        FAMILIES["qwen3_vl"].mlx_config(config)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2_vl", "qwen3_vl_moe", None])
@@ -289,13 +289,13 @@ def test_null_token_ids_at_the_root_are_those_of_the_section_or_qwens() -> None:
     config = config_of("qwen2_5_vl", "4.57")
     config |= {"image_token_id": None, "video_token_id": None}
     config["text_config"]["video_token_id"] = 7
-    found = FAMILIES[0].mlx_config(config)
+    found = FAMILIES["qwen2_5_vl"].mlx_config(config)
     assert (found["image_token_id"], found["video_token_id"]) == (151655, 7)
 
 
 def test_qwen3_writes_a_block_for_each_row_with_its_time() -> None:
     video = checkpoints.random_media("qwen3_vl", "video", (4, 6, 8), second_per_grid=0.5, first=0.25)
-    layout = FAMILIES[1].vision_layout(video, config_of("qwen3_vl", "5"))
+    layout = FAMILIES["qwen3_vl"].vision_layout(video, config_of("qwen3_vl", "5"))
     # 0.25, 0.75, 1.25 and 1.75 are exact in binary, so ties go to the even digit
     assert [block.label for block in layout] == ["<0.2 seconds>", "<0.8 seconds>", "<1.2 seconds>", "<1.8 seconds>"]
     assert {block.grid for block in layout} == {(1, 3, 4)}
@@ -304,24 +304,26 @@ def test_qwen3_writes_a_block_for_each_row_with_its_time() -> None:
 
 def test_qwen2_5_writes_one_block_whose_rows_lie_apart_by_their_time() -> None:
     video = checkpoints.random_media("qwen2_5_vl", "video", (4, 6, 8), second_per_grid=0.75)
-    (block,) = FAMILIES[0].vision_layout(video, config_of("qwen2_5_vl", "5"))
+    (block,) = FAMILIES["qwen2_5_vl"].vision_layout(video, config_of("qwen2_5_vl", "5"))
     assert (block.label, block.grid, block.time_step) == ("", (4, 3, 4), 1.5)
 
 
 def test_the_time_between_rows_is_the_one_of_the_release_that_wrote_the_checkpoint(caplog) -> None:
-    base._warn_of_one_time.cache_clear()
+    qwen2_5_vl._warn_of_one_time.cache_clear()
     video = checkpoints.random_media("qwen2_5_vl", "video", (4, 6, 8), second_per_grid=2.75)
     fast = checkpoints.random_media("qwen2_5_vl", "video", (4, 6, 8), second_per_grid=0.5)
     steps = {}
     for version in ("4.49.0", "4.57.1", "5.24.0"):
         config = {**config_of("qwen2_5_vl", "5"), "transformers_version": version}
-        assert FAMILIES[0].mlx_config(config)["transformers_version"] == version
-        steps[version] = [FAMILIES[0].vision_layout(media, config)[0].time_step for media in (video, fast, fast)]
+        assert FAMILIES["qwen2_5_vl"].mlx_config(config)["transformers_version"] == version
+        steps[version] = [
+            FAMILIES["qwen2_5_vl"].vision_layout(media, config)[0].time_step for media in (video, fast, fast)
+        ]
     assert steps == {"4.49.0": [5.5, 1.0, 1.0], "4.57.1": [4.0, 0.0, 0.0], "5.24.0": [5.5, 1.0, 1.0]}
     assert ["give fps=2 or less" in record.message for record in caplog.records] == [True]
 
 
-@pytest.mark.parametrize("adapter", FAMILIES)
+@pytest.mark.parametrize("adapter", FAMILIES.values(), ids=FAMILIES)
 def test_an_image_is_one_block_without_a_time(adapter) -> None:
     image = checkpoints.random_media(adapter.name, "image", (1, 6, 8))
     (block,) = adapter.vision_layout(image, config_of(adapter.name, "5"))
@@ -331,5 +333,5 @@ def test_an_image_is_one_block_without_a_time(adapter) -> None:
 def test_a_row_without_a_time_is_a_mistake() -> None:
     video = checkpoints.random_media("qwen3_vl", "video", (2, 4, 4))
     wrong = type(video)("video", video.patches, (3, 4, 4), video.seconds, 1.0)
-    with pytest.raises(ValueError, match="3 temporal rows and 2 times"):
-        FAMILIES[1].vision_layout(wrong, config_of("qwen3_vl", "5"))
+    with pytest.raises(ValueError, match="3 temporal patches and 2 times"):
+        FAMILIES["qwen3_vl"].vision_layout(wrong, config_of("qwen3_vl", "5"))

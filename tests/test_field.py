@@ -10,10 +10,11 @@ import pytest
 from PIL import Image, ImageOps
 
 from mlxvr.errors import ConfigError, MediaError
-from mlxvr.media import VisionSpec, load_vision, read_image
+from mlxvr.media import load_vision, read_image
+from mlxvr.model.families.base import FAMILIES
 from tests import clips
 
-SPEC = VisionSpec.from_files({"model_type": "qwen3_vl"})
+SPEC = FAMILIES["qwen3_vl"].vision_spec({})
 
 
 @pytest.fixture

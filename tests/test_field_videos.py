@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from mlxvr.errors import MediaError
-from mlxvr.media import VisionSpec, load_vision, probe, read_video
+from mlxvr.media import load_vision, probe, read_video
+from mlxvr.model.families.base import FAMILIES
 
-SPEC = VisionSpec.from_files({"model_type": "qwen3_vl"}).with_overrides(frame_min_tokens=1)
+SPEC = FAMILIES["qwen3_vl"].vision_spec({}).with_overrides(frame_min_tokens=1)
 FRAMES = 60
 AV1 = {"codec": "libsvtav1", "size": (256, 192)}
 DNXHD = {"profile": "dnxhr_sq"}

@@ -8,9 +8,10 @@ import pytest
 from PIL import Image, UnidentifiedImageError, features
 
 from mlxvr.errors import ConfigError, MediaError
-from mlxvr.media import VisionSpec, load_vision, read_image
+from mlxvr.media import load_vision, read_image
+from mlxvr.model.families.base import FAMILIES
 
-SPEC = VisionSpec.from_files({"model_type": "qwen3_vl"})
+SPEC = FAMILIES["qwen3_vl"].vision_spec({})
 
 
 def corner(height: int = 40, width: int = 60) -> np.ndarray:

@@ -52,7 +52,9 @@ OPTIONAL = {  # extras, imported when they are needed
     "mlxvr.cli.plotting": {"matplotlib"},
 }
 NEVER = {"cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve", "torch", "torchvision"}
-MLX_VLM = {"mlxvr.model.adapter", "mlxvr.model.cache", "mlxvr.model.families.base"}
+MLX_VLM = {"mlxvr.model.adapter", "mlxvr.model.cache"} | {
+    f"mlxvr.model.families.{path.stem}" for path in (PACKAGE / "model" / "families").glob("*.py") if path.stem != "base"
+}
 TOKENS_ONLY = {"mlxvr.model.cache", "mlxvr.model.decode"}
 
 

@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 from releases.prompts import PROMPTS
 
-from mlxvr.model.families.base import VisionBlock
-from mlxvr.model.mrope import MRopeConvention
-from mlxvr.model.positions import rope_positions
+from mlxvr.model.families.qwen2_5_vl import MRopeConvention
+from mlxvr.model.positions import VisionBlock, rope_positions
 
 RELEASES = json.loads((Path(__file__).parent / "releases" / "positions.json").read_text())
 FAULTY = ("5.3.0", "5.5.4")  # all rows of a video at one time

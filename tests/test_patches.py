@@ -5,11 +5,11 @@ import pytest
 
 from mlxvr.errors import ConfigError
 from mlxvr.media.patches import normalise, patchify, row_seconds
-from mlxvr.media.spec import VisionSpec
+from mlxvr.model.families.base import FAMILIES
 
 SPECS = {
-    "qwen2_5_vl": VisionSpec.from_files({"model_type": "qwen2_5_vl"}),
-    "qwen3_vl": VisionSpec.from_files({"model_type": "qwen3_vl"}),
+    "qwen2_5_vl": FAMILIES["qwen2_5_vl"].vision_spec({}),
+    "qwen3_vl": FAMILIES["qwen3_vl"].vision_spec({}),
 }
 
 

@@ -14,9 +14,10 @@ import clips
 import numpy as np
 import pytest
 
-from mlxvr.media import VisionSpec, read_video
+from mlxvr.media import read_video
+from mlxvr.model.families.base import FAMILIES
 
-SPEC = VisionSpec.from_files({"model_type": "qwen3_vl"}).with_overrides(frame_min_tokens=1)
+SPEC = FAMILIES["qwen3_vl"].vision_spec({}).with_overrides(frame_min_tokens=1)
 
 X265 = {"x265-params": "log-level=none:qp=1"}
 X264 = {"qp": "1"}

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from mlxvr.model.families.base import VisionBlock
-from mlxvr.model.positions import rope_positions
+from mlxvr.model.positions import VisionBlock, rope_positions
 
 
 def prompt(*parts: int | VisionBlock) -> tuple[np.ndarray, list[VisionBlock]]:

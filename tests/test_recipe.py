@@ -61,7 +61,7 @@ def test_a_family_finds_its_recipe_and_a_known_checkpoint_its_own():
 
 
 def test_every_family_has_a_recipe():
-    for family in FAMILIES:
+    for family in FAMILIES.values():
         assert recipe.for_config({"model_type": family.name}).family == family.name
 
 

@@ -10,10 +10,10 @@ import pytest
 
 from mlxvr.errors import ConfigError, MediaError
 from mlxvr.media.sampling import frame_indices, frame_size, image_size
-from mlxvr.media.spec import VisionSpec
+from mlxvr.model.families.base import FAMILIES, family_of
 
-QWEN2 = VisionSpec.from_files({"model_type": "qwen2_5_vl"})  # factor 28
-QWEN3 = VisionSpec.from_files({"model_type": "qwen3_vl"})  # factor 32
+QWEN2 = FAMILIES["qwen2_5_vl"].vision_spec({})  # factor 28
+QWEN3 = FAMILIES["qwen3_vl"].vision_spec({})  # factor 32
 
 # n = total / source_fps * fps, clipped to [min_frames, max_frames] and to total, down to a multiple of 2;
 # indices = round(first + i * (last - first) / (n - 1))
@@ -258,7 +258,7 @@ class TestSpecFromFiles:
 
     def test_qwen25(self):
         config = {"model_type": "qwen2_5_vl", "vision_config": {"patch_size": 14, "spatial_merge_size": 2}}
-        spec = VisionSpec.from_files(config, QWEN25_IMAGE, QWEN25_VIDEO)
+        spec = family_of(config).vision_spec(config, QWEN25_IMAGE, QWEN25_VIDEO)
         assert (spec.patch_size, spec.merge_size, spec.temporal_patch_size, spec.factor) == (14, 2, 2, 28)
         assert (spec.frame_min_tokens, spec.frame_max_tokens) == (16, 768)  # the files allow 4 to 16,384
         assert (spec.image_min_tokens, spec.image_max_tokens) == (128, 4096)  # the files allow 4 to 16,384
@@ -267,7 +267,7 @@ class TestSpecFromFiles:
 
     def test_qwen3(self):
         config = {"model_type": "qwen3_vl", "vision_config": {"patch_size": 16, "spatial_merge_size": 2}}
-        spec = VisionSpec.from_files(config, QWEN3_IMAGE, QWEN3_VIDEO)
+        spec = family_of(config).vision_spec(config, QWEN3_IMAGE, QWEN3_VIDEO)
         assert (spec.patch_size, spec.factor) == (16, 32)
         assert spec.video_tokens == 12288  # 25165824 pixels of all frames / 1024 a token / 2 frames a patch
         assert (spec.frame_min_tokens, spec.frame_max_tokens) == (16, 768)
@@ -280,25 +280,25 @@ class TestSpecFromFiles:
 
     def test_file_budgets_narrow_the_training_budgets(self):
         video = {"min_pixels": 32 * 784, "max_pixels": 100 * 784}
-        spec = VisionSpec.from_files({"model_type": "qwen2_5_vl"}, None, video)
+        spec = FAMILIES["qwen2_5_vl"].vision_spec({}, None, video)
         assert (spec.frame_min_tokens, spec.frame_max_tokens) == (32, 100)
 
     def test_a_disjoint_file_budget_wins(self):
-        spec = VisionSpec.from_files({"model_type": "qwen2_5_vl"}, None, {"min_pixels": 784, "max_pixels": 8 * 784})
+        spec = FAMILIES["qwen2_5_vl"].vision_spec({}, None, {"min_pixels": 784, "max_pixels": 8 * 784})
         assert (spec.frame_min_tokens, spec.frame_max_tokens) == (1, 8)
 
     def test_sampling_settings_come_from_the_video_file(self):
-        spec = VisionSpec.from_files({"model_type": "qwen3_vl"}, None, {"fps": 4, "min_frames": 8, "max_frames": 32})
+        spec = FAMILIES["qwen3_vl"].vision_spec({}, None, {"fps": 4, "min_frames": 8, "max_frames": 32})
         assert (spec.fps, spec.min_frames, spec.max_frames) == (4.0, 8, 32)
 
     def test_a_cap_on_the_tokens_of_a_frame(self):
-        spec = VisionSpec.from_files({"model_type": "qwen3_vl"}, None, {**QWEN3_VIDEO, "max_video_tokens": 20})
+        spec = FAMILIES["qwen3_vl"].vision_spec({}, None, {**QWEN3_VIDEO, "max_video_tokens": 20})
         assert (spec.frame_min_tokens, spec.frame_max_tokens) == (16, 20)
 
     def test_nested_processor_config_of_transformers_5(self):
         nested = {"image_processor": QWEN3_IMAGE, "video_processor": QWEN3_VIDEO}
-        split = VisionSpec.from_files({"model_type": "qwen3_vl"}, QWEN3_IMAGE, QWEN3_VIDEO)
-        assert VisionSpec.from_files({"model_type": "qwen3_vl"}, nested, nested) == split
+        split = FAMILIES["qwen3_vl"].vision_spec({}, QWEN3_IMAGE, QWEN3_VIDEO)
+        assert FAMILIES["qwen3_vl"].vision_spec({}, nested, nested) == split
 
     @pytest.mark.parity
     def test_files_that_transformers_writes(self, tmp_path):
@@ -309,7 +309,7 @@ class TestSpecFromFiles:
 
         Qwen2VLImageProcessorPil(patch_size=16, min_pixels=200 * 1024, max_pixels=900 * 1024).save_pretrained(tmp_path)
         image = json.loads((tmp_path / "preprocessor_config.json").read_text())
-        spec = VisionSpec.from_files({"model_type": "qwen3_vl"}, image)
+        spec = FAMILIES["qwen3_vl"].vision_spec({}, image)
         assert (spec.image_min_tokens, spec.image_max_tokens) == (200, 900)
 
     def test_contradictions_are_refused(self):
@@ -317,9 +317,9 @@ class TestSpecFromFiles:
 
         config = {"model_type": "qwen3_vl", "vision_config": {"patch_size": 14}}
         with pytest.raises(CheckpointError, match="disagree on patch_size"):
-            VisionSpec.from_files(config, QWEN3_IMAGE)
+            family_of(config).vision_spec(config, QWEN3_IMAGE)
         with pytest.raises(CheckpointError, match="cannot be used"):
-            VisionSpec.from_files({"model_type": "qwen3_vl"}, None, {"max_frames": "many"})
+            FAMILIES["qwen3_vl"].vision_spec({}, None, {"max_frames": "many"})
 
 
 class TestOverrides:

@@ -5,13 +5,14 @@ import numpy as np
 import pytest
 
 from mlxvr.errors import ConfigError, MediaError
-from mlxvr.media import VisionSpec, load_vision, read_video
+from mlxvr.media import load_vision, read_video
 from mlxvr.media.sampling import frame_indices
 from mlxvr.media.selection import select
 from mlxvr.media.video.timeline import Timeline
+from mlxvr.model.families.base import FAMILIES
 from tests.test_video import TICKS
 
-SPEC = VisionSpec.from_files({"model_type": "qwen3_vl"}).with_overrides(frame_min_tokens=1)
+SPEC = FAMILIES["qwen3_vl"].vision_spec({}).with_overrides(frame_min_tokens=1)
 BY_INDEX = SPEC.with_overrides(sample_by="index")
 
 # A screen recording: 40 frames in 2 s, then one that stays until 20 s, then one more, shown for 0.05 s.

@@ -7,9 +7,10 @@ import pytest
 from PIL import Image
 
 from mlxvr.errors import ConfigError, MediaError
-from mlxvr.media import VisionSpec, load_vision, read_frames
+from mlxvr.media import load_vision, read_frames
+from mlxvr.model.families.base import FAMILIES
 
-SPEC = VisionSpec.from_files({"model_type": "qwen3_vl"})
+SPEC = FAMILIES["qwen3_vl"].vision_spec({})
 
 
 def gray(level: int, size: tuple[int, int] = (64, 48)) -> Image.Image:

@@ -23,8 +23,8 @@ from mlxvr.conversion.measure.verification import Divergence, ProbeResult, Verif
 from mlxvr.conversion.measure.verify import verify
 from mlxvr.conversion.quantize import convert
 from mlxvr.errors import Cancelled, CheckpointError, ConfigError
-from mlxvr.media import VisionSpec
 from mlxvr.model.decode import prefill, suppression
+from mlxvr.model.families.base import FAMILIES
 from mlxvr.model.loading import load_model
 from mlxvr.model.network import VideoModel
 from mlxvr.model.prompt import Prompt
@@ -441,7 +441,7 @@ def test_bundled_probes() -> None:
 
 @pytest.mark.parametrize(("family", "patch"), [("qwen3_vl", 16), ("qwen2_5_vl", 14)])
 def test_probes_are_short_and_share_their_media(family: str, patch: int) -> None:
-    spec = VisionSpec.from_files({"model_type": family, "vision_config": {"patch_size": patch}})
+    spec = FAMILIES[family].vision_spec({"vision_config": {"patch_size": patch}})
     probes = bundled()
     media = load_media(probes, budgeted(spec))
     for probe, shown in zip(probes, media):

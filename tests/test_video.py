@@ -19,15 +19,16 @@ import numpy as np
 import pytest
 
 from mlxvr.errors import Cancelled, ConfigError, MediaError
-from mlxvr.media import VisionSpec, load_vision, probe, read_frames, read_video
+from mlxvr.media import load_vision, probe, read_frames, read_video
 from mlxvr.media.sampling import frame_indices
 from mlxvr.media.video import video_reader as video_module
 from mlxvr.media.video.decode_plan import Stretch, plan_stretches
 from mlxvr.media.video.timeline import scan
+from mlxvr.model.families.base import FAMILIES
 from mlxvr.runtime import thread_pool
 
 # One token is 32 x 32 pixels; these bounds keep 128 x 96 frames at their own size.
-SPEC = VisionSpec.from_files({"model_type": "qwen3_vl"}).with_overrides(frame_min_tokens=1)
+SPEC = FAMILIES["qwen3_vl"].vision_spec({}).with_overrides(frame_min_tokens=1)
 BY_INDEX = SPEC.with_overrides(sample_by="index")
 FRAMES = 60
 

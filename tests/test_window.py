@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 
 from mlxvr.errors import Cancelled, MediaError
-from mlxvr.media import VisionSpec, read_video
+from mlxvr.media import read_video
 from mlxvr.media.video import video_reader as video_module
 from mlxvr.media.video.demux import open_video
 from mlxvr.media.video.timeline import PacketTable
 from mlxvr.media.video.window import scan_range
+from mlxvr.model.families.base import FAMILIES
 from tests.test_video import TICKS
 
-SPEC = VisionSpec.from_files({"model_type": "qwen3_vl"}).with_overrides(frame_min_tokens=1)
+SPEC = FAMILIES["qwen3_vl"].vision_spec({}).with_overrides(frame_min_tokens=1)
 FRAMES = 400
 
 # A pause of 2 s in the middle of each second hundred, and a little jitter everywhere.

@@ -1,4 +1,4 @@
-"""One reading of `config.json` in all the dialects that it is written in.
+"""One reading of `config.json`, whichever release of transformers or MLX wrote it.
 
 transformers 4.57 writes `rope_theta` and `rope_scaling`, transformers 5 writes `rope_parameters`. Qwen2.5-VL's text
 settings stand at the root (its first release), under `text_config` (transformers 5) or in both places (4.57), and a
@@ -10,22 +10,19 @@ on: every key present, `text_config` complete, `rope_scaling` with `type` and `m
 leaves keys that it does not know as they are, nulls of sections aside.
 
 Values that a file leaves out are those of transformers' configuration classes, which is what its writer meant. Settings
-that the network code does not implement are refused here, since they would otherwise give wrong numbers silently.
+that the network code does not implement are refused here, since they would otherwise give wrong numbers silently. Both
+are particular to a family, which states them as `ConfigRules`.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from mlxvr.errors import CheckpointError
 
-__all__ = ["is_tied", "normalise", "text_settings", "untie"]
+__all__ = ["ConfigRules", "is_tied", "normalise", "text_settings", "untie"]
 
-_TOKEN_IDS = {
-    "image_token_id": 151655,
-    "video_token_id": 151656,
-    "vision_start_token_id": 151652,
-    "vision_end_token_id": 151653,
-}
+_TOKEN_IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 _NEEDED_TEXT = (
     "vocab_size",
     "hidden_size",
@@ -47,58 +44,53 @@ _NOT_TEXT = frozenset(
         "vision_config",
     }
 )
-_VISION_DEFAULTS: dict[str, dict[str, Any]] = {
-    "qwen2_5_vl": {
-        "depth": 32,
-        "fullatt_block_indexes": [7, 15, 23, 31],
-        "hidden_act": "silu",
-        "hidden_size": 3584,
-        "in_channels": 3,
-        "intermediate_size": 3420,
-        "num_heads": 16,
-        "out_hidden_size": 3584,
-        "patch_size": 14,
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
-        "tokens_per_second": 4,
-        "window_size": 112,
-    },
-    "qwen3_vl": {
-        "deepstack_visual_indexes": [8, 16, 24],
-        "depth": 27,
-        "hidden_act": "gelu_pytorch_tanh",
-        "hidden_size": 1152,
-        "in_channels": 3,
-        "intermediate_size": 4304,
-        "num_heads": 16,
-        "num_position_embeddings": 2304,
-        "out_hidden_size": 3584,
-        "patch_size": 16,
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
-    },
-}
-_ROPE_DEFAULTS = {"qwen2_5_vl": (1_000_000.0, [16, 24, 24]), "qwen3_vl": (5_000_000.0, [24, 20, 20])}
 _PLAIN_ROPE = (None, "default", "mrope")
 
 
-def normalise(config: Mapping[str, Any], family: str) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class ConfigRules:
+    """What a family's `config.json` leaves out, and what its network implements.
+
+    Attributes:
+        model_type: the family's name in the file.
+        text_model_type: mlx-vlm's name of the language model.
+        text_at_root: mlx-vlm reads the text settings from the root.
+        head_dim: of the language model where the file leaves it out; None: always hidden_size / num_attention_heads.
+        must_be_off: text settings that the network does not implement.
+        vision_defaults: the keys of `vision_config`, with the values of those that the file leaves out. Its
+            `hidden_act` is the only one that the network implements.
+        rope_theta, mrope_section: of the rotary embedding, likewise.
+        token_ids: of the media, likewise.
+    """
+
+    model_type: str
+    text_model_type: str
+    text_at_root: bool = False
+    head_dim: int | None = None
+    must_be_off: tuple[str, ...] = ()
+    vision_defaults: Mapping[str, Any]
+    rope_theta: float
+    mrope_section: tuple[int, ...]
+    token_ids: Mapping[str, int]
+
+
+def normalise(config: Mapping[str, Any], rules: ConfigRules) -> dict[str, Any]:
     """Rewrite a parsed `config.json` in the spelling that mlx-vlm reads; the input is not changed.
 
     Raises `CheckpointError` for a setting that is missing or that the network code does not implement.
     """
-    text = _text_section(config, family)
-    vision = {**_VISION_DEFAULTS[family], **_section(config, "vision_config")}
+    text = _text_section(config, rules)
+    vision = {**rules.vision_defaults, **_section(config, "vision_config")}
     if "in_chans" in vision:  # the spelling of Qwen2.5-VL's first release
         vision["in_channels"] = vision.pop("in_chans")
-    _refuse_unimplemented(text, vision, family)
-    vision["model_type"] = family
-    result = {**config, **_token_ids(config)}
+    _refuse_unimplemented(text, vision, rules)
+    vision["model_type"] = rules.model_type
+    result = {**config, **_token_ids(config, rules)}
     result.pop("rope_parameters", None)
-    if family == "qwen2_5_vl":  # mlx-vlm reads this family's text settings from the root
+    if rules.text_at_root:
         result.update(text)
     result.update(
-        model_type=family,
+        model_type=rules.model_type,
         tie_word_embeddings=text["tie_word_embeddings"],
         text_config=text,
         vision_config=vision,
@@ -107,7 +99,7 @@ def normalise(config: Mapping[str, Any], family: str) -> dict[str, Any]:
 
 
 def text_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The language model's settings wherever the dialect keeps them: the root's, then `text_config`'s on top.
+    """The language model's settings wherever the file keeps them: the root's, then `text_config`'s on top.
 
     Token ids of media belong to the root alone, and a null in `text_config` does not hide the root's value.
     """
@@ -133,14 +125,14 @@ def _section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {key: value for key, value in (config.get(name) or {}).items() if value is not None}
 
 
-def _token_ids(config: Mapping[str, Any]) -> dict[str, int]:
-    """The ids of the media's tokens: the root's, else those in `text_config`, else Qwen's."""
+def _token_ids(config: Mapping[str, Any], rules: ConfigRules) -> dict[str, int]:
+    """The ids of the media's tokens: the root's, else those in `text_config`, else the family's."""
     stated = {key: value for key, value in config.items() if value is not None}
     nested = _section(config, "text_config")
-    return {key: stated.get(key, nested.get(key, default)) for key, default in _TOKEN_IDS.items()}
+    return {key: stated.get(key, nested.get(key, rules.token_ids[key])) for key in _TOKEN_IDS}
 
 
-def _text_section(config: Mapping[str, Any], family: str) -> dict[str, Any]:
+def _text_section(config: Mapping[str, Any], rules: ConfigRules) -> dict[str, Any]:
     """The complete text settings under one roof, with rope in the older spelling."""
     text = text_settings(config)
     if missing := [key for key in _NEEDED_TEXT if text.get(key) is None]:
@@ -149,21 +141,20 @@ def _text_section(config: Mapping[str, Any], family: str) -> dict[str, Any]:
         )
     if text.get("num_key_value_heads") is None:
         text["num_key_value_heads"] = text["num_attention_heads"]
-    if family == "qwen3_vl" and text.get("head_dim") is None:
-        text["head_dim"] = 128
+    if rules.head_dim is not None and text.get("head_dim") is None:
+        text["head_dim"] = rules.head_dim
     text.setdefault("hidden_act", "silu")
     text["tie_word_embeddings"] = is_tied(config)
-    text["model_type"] = "qwen3_vl_text" if family == "qwen3_vl" else family
-    theta, section = _rope(text, family)
+    text["model_type"] = rules.text_model_type
+    theta, section = _rope(text, rules)
     text.pop("rope_parameters", None)
     text["rope_theta"] = theta
     text["rope_scaling"] = {"type": "default", "mrope_section": section}
     return text
 
 
-def _rope(text: Mapping[str, Any], family: str) -> tuple[float, list[int]]:
+def _rope(text: Mapping[str, Any], rules: ConfigRules) -> tuple[float, list[int]]:
     """Base and sections of the rotary embedding from either spelling."""
-    default_theta, default_section = _ROPE_DEFAULTS[family]
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
     kind = rope.get("rope_type") or rope.get("type")
     if kind not in _PLAIN_ROPE:
@@ -172,27 +163,28 @@ def _rope(text: Mapping[str, Any], family: str) -> tuple[float, list[int]]:
             "to use the model at its original context length"
         )
     theta = rope.get("rope_theta") or text.get("rope_theta")
-    section = list(rope.get("mrope_section") or default_section)
-    head = text.get("head_dim") if family == "qwen3_vl" else None
-    half = int(head or text["hidden_size"] // text["num_attention_heads"]) // 2
+    section = list(rope.get("mrope_section") or rules.mrope_section)
+    head_dim = text.get("head_dim") if rules.head_dim is not None else None
+    half = int(head_dim or text["hidden_size"] // text["num_attention_heads"]) // 2
     if sum(section) != half:
         raise CheckpointError(
             f"config.json splits the rotary embedding as {section}, which makes {sum(section)}; expected {half}, half "
             "of a head: the checkpoint is damaged"
         )
-    return float(theta or default_theta), section
+    return float(theta or rules.rope_theta), section
 
 
-def _refuse_unimplemented(text: Mapping[str, Any], vision: Mapping[str, Any], family: str) -> None:
-    expected = {
+def _refuse_unimplemented(text: Mapping[str, Any], vision: Mapping[str, Any], rules: ConfigRules) -> None:
+    settings = {  # name: (in the file, implemented)
         "text hidden_act": (text["hidden_act"], "silu"),
-        "vision hidden_act": (vision["hidden_act"], _VISION_DEFAULTS[family]["hidden_act"]),
+        "vision hidden_act": (vision["hidden_act"], rules.vision_defaults["hidden_act"]),
         "vision in_channels": (vision["in_channels"], 3),
         "use_sliding_window": (bool(text.get("use_sliding_window")), False),
         "layer_types": (sorted(set(text.get("layer_types") or ["full_attention"])), ["full_attention"]),
+        **{key: (bool(text.get(key)), False) for key in rules.must_be_off},
     }
-    if family == "qwen3_vl":
-        expected["attention_bias"] = (bool(text.get("attention_bias")), False)
-    for key, (found, wanted) in expected.items():
-        if found != wanted:
-            raise CheckpointError(f"config.json sets {key} to {found!r}; {family} is implemented for {wanted!r} only")
+    for key, (in_file, implemented) in settings.items():
+        if in_file != implemented:
+            raise CheckpointError(
+                f"config.json sets {key} to {in_file!r}; {rules.model_type} is implemented for {implemented!r} only"
+            )

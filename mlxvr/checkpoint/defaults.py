@@ -88,8 +88,8 @@ class Defaults:
             "task_thresholds": _FILE if values["task_thresholds"] else _BUILT_IN,
         }
         config = folder.family.mlx_config(folder.config)
-        files = VisionSpec.from_files(config, folder.image_processor, folder.video_processor)
-        built_in = VisionSpec.from_files(config)
+        files = folder.family.vision_spec(config, folder.image_processor, folder.video_processor)
+        built_in = folder.family.vision_spec(config)
         limits = {**known.limits, **budgets}
         for name in _LIMITS:
             in_recipe = known.source if name in known.limits else _processor_source(folder, files, built_in, name)

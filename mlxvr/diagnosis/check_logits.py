@@ -17,10 +17,12 @@ __all__ = ["check_chunks", "check_follow_up", "check_logits", "check_packing", "
 
 _TENSOR_CORES = "float32 products are rounded here (TF32 on NVIDIA cards): set MLX_ENABLE_TF32=0 for exact numbers"
 _REPORT = "do not trust answers computed this way; please report it with this output"
-_NO_KERNEL = {
-    "qwen3_vl": "this backend cannot quantize keys and values of heads of 32 numbers, as the demo has; public models "
-    "have 128: see the lines of qwen2_5_vl",
-    "qwen2_5_vl": "this backend cannot quantize keys and values of a public model's heads: leave --kv-bits out",
+_NO_KERNEL = dict.fromkeys(
+    reference.MODELS,
+    "this backend cannot quantize keys and values of a public model's heads: leave --kv-bits out",
+) | {
+    reference.BUNDLED: "this backend cannot quantize keys and values of heads of 32 numbers, as the demo has; public "
+    f"models have 128: see the lines of {' and '.join(reference.MODELS[1:])}"
 }
 # (dtype, bits of the language model, bits of keys and values) -> errors up to which logits are green, from which red.
 # On an x86 CPU they are 6e-7, 8e-3, 6e-4, 7e-7, 3e-3 and 5e-2 at most; another order of sums needs room.
@@ -35,7 +37,7 @@ _WAYS: dict[tuple[str, int | None, int | None], tuple[float, float]] = {
 
 
 def check_logits() -> Iterator[Finding]:
-    """Both families, a clip and an image, prefilled and decoded step by step with the committed answer's tokens."""
+    """Every model, a clip and an image, prefilled and decoded step by step with the committed answer's tokens."""
     truth = reference.load()
     for (dtype, bits, kv_bits), (green, red) in _WAYS.items():
         way = dtype if bits is None else f"{bits} bits"
@@ -68,7 +70,7 @@ def check_logits() -> Iterator[Finding]:
 
 def check_chunks() -> Iterator[Finding]:
     """A prompt read in chunks gives the logits of a prompt read whole."""
-    model = reference.open_model("qwen3_vl")
+    model = reference.open_model(reference.BUNDLED)
     asked = reference.prompt(model, "clip")
     token = np.zeros(1, dtype=np.int32)
     whole = answer_logits(model, asked, token)
@@ -79,7 +81,7 @@ def check_chunks() -> Iterator[Finding]:
 
 def check_follow_up() -> Iterator[Finding]:
     """A follow-up question on a rewound cache gives the bits of a first question."""
-    model = reference.open_model("qwen3_vl", dtype="bfloat16")
+    model = reference.open_model(reference.BUNDLED, dtype="bfloat16")
     asked = reference.prompt(model, "clip")
     second = build_prompt(model.tokenizer, model.family, model.config, asked.media, "How does it move?")
     fresh, _ = Prefix.compute(model, asked)

@@ -7,11 +7,12 @@ to 4 bits in the language model); what they take is multiplied by how many there
     vision     depth * block + the rest of the tower
 
 Small sizes are tried first, and larger ones as long as the machine is fast enough, so that a slow one ends in time too.
-Widths are those of Qwen3-VL-8B-Instruct's `config.json`.
+Widths are those of Qwen3-VL-8B-Instruct's `config.json` (`reference/speed.json`).
 """
 
+import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -20,41 +21,25 @@ import mlx.nn as nn
 import numpy as np
 
 from mlxvr.diagnosis.findings import Finding
-from mlxvr.media import VisionSpec, normalise
+from mlxvr.diagnosis.reference import FOLDER
+from mlxvr.media import normalise
 from mlxvr.model import cache as kv
 from mlxvr.model.families.base import family_of
 from mlxvr.model.memory_plan import plan_prompt
-from mlxvr.model.vision_tower import plan_frame, run_tower
+from mlxvr.model.vision_tower import run_tower
 from mlxvr.runtime.device_memory import avoid_cpu_compiler, backend, usable_memory
 
 __all__ = ["Prediction", "check_speed", "measure", "predict"]
 
-LAYERS, DEPTH, VOCABULARY, HIDDEN = 36, 27, 151_936, 4096
-_TEXT = {
-    "hidden_size": HIDDEN,
-    "intermediate_size": 12288,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "max_position_embeddings": 262_144,
-    "rms_norm_eps": 1e-6,
-    "vocab_size": 64,
-    "rope_theta": 5e6,
-    "rope_scaling": {"rope_type": "default", "mrope_section": [24, 20, 20], "mrope_interleaved": True},
-}
-_VISION = {
-    "hidden_size": 1152,
-    "intermediate_size": 4304,
-    "num_heads": 16,
-    "num_position_embeddings": 2304,
-    "out_hidden_size": HIDDEN,
-    "patch_size": 16,
-    "spatial_merge_size": 2,
-    "temporal_patch_size": 2,
-}
-_MEASURED = 2  # layers of the language model
-_BLOCKS = 3  # of the vision tower; one alone tells what the rest of the tower takes
-_WEIGHT_BYTES = 5.76e9  # of the whole model at 4 bits in groups of 64, vision tower in 16 bits
+# A public model: title, config.json, bytes of the whole model at 4 bits in groups of 64 (vision tower in 16 bits), and
+# what is different in the few layers that are measured: their number, and a vocabulary that takes no time to make.
+_MODEL: dict[str, Any] = json.loads((FOLDER / "speed.json").read_text(encoding="utf-8"))
+_WHOLE, _PART = _MODEL["config"], _MODEL["measured"]
+TITLE = _MODEL["title"]
+LAYERS, DEPTH = _WHOLE["text_config"]["num_hidden_layers"], _WHOLE["vision_config"]["depth"]
+VOCABULARY, HIDDEN = _WHOLE["text_config"]["vocab_size"], _WHOLE["text_config"]["hidden_size"]
+_MEASURED = _PART["text_config"]["num_hidden_layers"]  # layers of the language model
+_BLOCKS = _PART["vision_config"]["depth"]  # of the vision tower; one alone tells what the rest of the tower takes
 _STEP = 2048  # tokens that go through the model at once, at most
 _FRAMES, _ROW = 64, (20, 36)  # frames; patches of a temporal patch of two frames: 180 tokens
 _TEXT_TOKENS, _ANSWER = 340, 8
@@ -69,7 +54,7 @@ _Size = TypeVar("_Size", int, tuple[int, int, int])
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """What a question about 64 frames costs with Qwen3-VL-8B at 4 bits.
+    """What a question about 64 frames costs with the model of `TITLE` at 4 bits.
 
     Attributes:
         prompt_tokens: of the clip and the question.
@@ -115,7 +100,7 @@ def check_speed() -> Iterator[Finding]:
     allowed = usable_memory()
     fits, quick = prediction.peak_bytes <= allowed, prediction.direct_seconds <= _PATIENCE
     text = (
-        f"{_FRAMES} frames of Qwen3-VL-8B at 4 bits: about {_seconds(prediction.direct_seconds)} to the direct answer "
+        f"{_FRAMES} frames of {TITLE} at 4 bits: about {_seconds(prediction.direct_seconds)} to the direct answer "
         f"({_seconds(prediction.vision_seconds)} to look, {_seconds(prediction.prefill_seconds)} to read "
         f"{prediction.prompt_tokens:,} tokens), then {1 / prediction.token_seconds:.3g} tokens/s, "
         f"{prediction.peak_bytes / 1e9:.1f} GB"
@@ -144,7 +129,7 @@ def predict(timings: Timings) -> Prediction:
     prefill = LAYERS * tokens * (timings.token + timings.context * tokens / 2) + timings.head
     token = LAYERS * timings.step + timings.head
     memory = plan_prompt(
-        _config(layers=LAYERS, blocks=DEPTH, levels=[8, 16, 24]),
+        _config(),
         prompt_tokens=tokens,
         answer_tokens=_ANSWER,
         grids=[(rows, *_ROW)],
@@ -157,7 +142,7 @@ def predict(timings: Timings) -> Prediction:
         prefill_seconds=prefill,
         token_seconds=token,
         direct_seconds=vision + prefill + _ANSWER * token,
-        peak_bytes=_WEIGHT_BYTES + memory.peak,
+        peak_bytes=_MODEL["weight_bytes"] + memory.peak,
     )
 
 
@@ -215,7 +200,7 @@ def _timed(work: _Work) -> float:
 
 
 def _read(language: Any, tokens: int, dtype: mx.Dtype) -> _Work:
-    return lambda: _step(language, tokens, 0, kv.make(_MEASURED, head_dim=128), dtype)
+    return lambda: _step(language, tokens, 0, kv.make(_MEASURED, head_dim=_WHOLE["text_config"]["head_dim"]), dtype)
 
 
 def _decode(language: Any, count: int, cache: list[Any], dtype: mx.Dtype) -> _Work:
@@ -232,9 +217,11 @@ def _decode(language: Any, count: int, cache: list[Any], dtype: mx.Dtype) -> _Wo
 
 def _filled(language: Any, tokens: int, dtype: mx.Dtype) -> list[Any]:
     """A cache that holds `tokens` random tokens."""
-    cache = kv.make(_MEASURED, head_dim=128)
+    text = _WHOLE["text_config"]
+    shape = (1, text["num_key_value_heads"], tokens, text["head_dim"])
+    cache = kv.make(_MEASURED, head_dim=text["head_dim"])
     for layer in cache:
-        layer.update_and_fetch(*(mx.random.normal((1, 8, tokens, 128)).astype(dtype) for _ in range(2)))
+        layer.update_and_fetch(*(mx.random.normal(shape).astype(dtype) for _ in range(2)))
     mx.eval([layer.state for layer in cache])
     return cache
 
@@ -256,9 +243,11 @@ def _step(
 def _look(tower: Any, size: tuple[int, int, int], blocks: int) -> _Work:
     """The first blocks of the vision tower over temporal patches: how many, and their height and width in patches."""
     rows, height, width = size
-    plan = plan_frame(height, width, merge=2, head_dim=72, table_side=48)
-    patches = np.random.RandomState(0).randint(0, 256, (rows * height * width, 3 * 2 * 16 * 16), dtype=np.uint8)
-    spec = VisionSpec.from_files({"model_type": "qwen3_vl"})
+    config = _config(**_PART)
+    family = family_of(config)
+    plan, spec = family.frame_plan(config, height, width), family.vision_spec(config)
+    values = 3 * spec.temporal_patch_size * spec.patch_size**2
+    patches = np.random.RandomState(0).randint(0, 256, (rows * height * width, values), dtype=np.uint8)
 
     def work() -> Sequence[mx.array]:
         whole = tower.blocks
@@ -272,20 +261,15 @@ def _look(tower: Any, size: tuple[int, int, int], blocks: int) -> _Work:
     return work
 
 
-def _config(*, layers: int, blocks: int, levels: list[int]) -> dict[str, Any]:
-    """Qwen3-VL-8B's config with so many layers and blocks; `levels` are those whose features early layers take."""
-    raw = {
-        "model_type": "qwen3_vl",
-        "text_config": {**_TEXT, "num_hidden_layers": layers},
-        "vision_config": {**_VISION, "depth": blocks, "deepstack_visual_indexes": levels},
-        "tie_word_embeddings": True,
-    }
+def _config(**changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The whole model's config, with changes to its sections."""
+    raw = {**_WHOLE, **{section: {**_WHOLE[section], **values} for section, values in changes.items()}}
     return family_of(raw).mlx_config(raw)
 
 
 def _network() -> Any:
     """The network with two layers and three blocks; what the language model multiplies with is packed to 4 bits."""
-    config = _config(layers=_MEASURED, blocks=_BLOCKS, levels=[0])
+    config = _config(**_PART)
     family = family_of(config)
     network = family.build(config)
     dtype = mx.float32 if backend() == "cpu" else mx.bfloat16  # as the product does

@@ -18,7 +18,7 @@ _TRAINING = "training would learn something else here: please report it with thi
 
 def check_rollout() -> Iterator[Finding]:
     """Log-probs that a rollout notes are those of the training pass over the same tokens."""
-    model = reference.open_model("qwen3_vl")
+    model = reference.open_model(reference.BUNDLED)
     reference.attach_known_adapter(model)
     encoded = reference.group(model, reference.prompt(model, "clip")).prompt
     drawn = rollout(model, encoded, group_size=4, max_tokens=24, temperature=1.0, seed=1)
@@ -58,7 +58,7 @@ def check_repeatable() -> Iterator[Finding]:
 
 
 def _gradient(kind: str) -> dict[str, np.ndarray]:
-    model = reference.open_model("qwen3_vl")
+    model = reference.open_model(reference.BUNDLED)
     if kind == "4bit":
         reference.quantize(model)
     reference.attach_known_adapter(model)

@@ -34,6 +34,7 @@ from mlxvr.reasoner.reasoner import demo_folder
 __all__ = [
     "ADVANTAGES",
     "BITS",
+    "BUNDLED",
     "FOLDER",
     "GROUP_SIZE",
     "LORA",
@@ -52,7 +53,8 @@ __all__ = [
 ]
 
 FOLDER = Path(__file__).parent / "reference"
-MODELS = ("qwen3_vl", "qwen2_5_vl")
+BUNDLED = str(json.loads((demo_folder() / "checkpoint" / "config.json").read_text(encoding="utf-8"))["model_type"])
+MODELS = (BUNDLED, *sorted(config.parent.name for config in FOLDER.glob("*/config.json")))
 SHOWN = ("clip", "image")
 BITS, GROUP_SIZE = 4, 64  # of packed weights
 LORA = LoraConfig(rank=2, scale=1.5)
@@ -84,8 +86,8 @@ def load() -> Reference:
 
 
 def open_model(name: str, *, dtype: str = "float32") -> VideoModel:
-    """The bundled checkpoint ("qwen3_vl") or the tiny random Qwen2.5-VL."""
-    return load_model(demo_folder() / "checkpoint" if name == "qwen3_vl" else FOLDER / name, dtype=dtype)
+    """The bundled checkpoint (`BUNDLED`), or one of the tiny random ones: the other names of `MODELS`."""
+    return load_model(demo_folder() / "checkpoint" if name == BUNDLED else FOLDER / name, dtype=dtype)
 
 
 def prompt(model: VideoModel, shown: str) -> Prompt:

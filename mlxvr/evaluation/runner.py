@@ -33,6 +33,7 @@ from mlxvr.evaluation.generation import Asking, digest, generate, group_rows
 from mlxvr.evaluation.samples import Sample, SampleWriter, read_samples, write_samples
 from mlxvr.evaluation.threshold_file import check_writable
 from mlxvr.media import VisionSpec
+from mlxvr.model.families.base import FAMILIES
 from mlxvr.model.prompt import evaluation_copy
 from mlxvr.runtime.distributed import ProcessGroup
 from mlxvr.runtime.hooks import Progress
@@ -53,14 +54,14 @@ class Questions:
         rows: in their order.
         name: for titles.
         folder: what `Row.media` is relative to.
-        budgets: by family, what frames are given for a benchmark; {} for a data file.
+        limits: frame and token limits of a benchmark that all families share; None for a data file.
         notes: what was left out and why, for people.
     """
 
     rows: tuple[Row, ...]
     name: str
     folder: Path
-    budgets: dict[str, dict[str, Any]]
+    limits: Mapping[str, Any] | None
     notes: tuple[str, ...] = ()
 
 
@@ -89,8 +90,11 @@ def evaluate(config: EvalConfig, *, progress: Progress | None = None) -> EvalRep
     if is_demo_model(config.model) and not is_bundled(questions.folder):
         logger.warning(NOT_OF_THE_DEMO)
     with _load(config, progress) as reasoner:
-        preset = questions.budgets.get(reasoner.identity()["family"], {})
-        reasoner.spec = reasoner.spec.with_overrides(**{**preset, **config.frame_budgets})
+        limits: dict[str, Any] = {}
+        if questions.limits is not None:
+            family = FAMILIES[reasoner.identity()["family"]]
+            limits = {**questions.limits, **family.benchmark_limits(questions.name)}
+        reasoner.spec = reasoner.spec.with_overrides(**{**limits, **config.frame_budgets})
         if config.task is not None:
             reasoner.system_prompt = evaluation_copy(reasoner.system_prompt)
         settings = _settings(config, questions, reasoner)
@@ -116,7 +120,7 @@ def read_questions(config: EvalConfig) -> Questions:
             rows=benchmark.rows[: config.limit],
             name=benchmark.name,
             folder=config.data_root,
-            budgets=benchmark.budgets,
+            limits=benchmark.limits,
             notes=benchmark.notes,
         )
     path = config.data
@@ -128,7 +132,7 @@ def read_questions(config: EvalConfig) -> Questions:
         rows=tuple(rows[: config.limit]),
         name=path.stem,
         folder=config.media_root or path.parent,
-        budgets={},
+        limits=None,
         notes=tuple(str(error) for error in bad or ()),
     )
 

@@ -338,7 +338,8 @@ class _Sizes:
     def of(cls, config: Mapping[str, Any]) -> "_Sizes":
         text = config["text_config"]
         heads = int(text["num_attention_heads"])
-        head_dim = int(text.get("head_dim") or text["hidden_size"] // heads)
+        family = family_of(config)
+        head_dim = family.head_dim(config)
         return cls(
             layers=int(text["num_hidden_layers"]),
             hidden=int(text["hidden_size"]),
@@ -347,7 +348,7 @@ class _Sizes:
             inner=int(text["intermediate_size"]),
             vocabulary=int(text["vocab_size"]),
             heads=heads,
-            head_norms=config["model_type"] == "qwen3_vl",
+            head_norms=family.has_head_norms,
         )
 
     def shapes(self) -> dict[str, tuple[int, int]]:
@@ -366,7 +367,7 @@ class _Sizes:
 def _estimate(work: Workload) -> MemoryEstimate:
     sizes = _Sizes.of(work.config)
     adapters = work.adapter_parameters * _LORA
-    levels = len(work.config["vision_config"].get("deepstack_visual_indexes", ()))
+    levels = len(family_of(work.config).deepstack_layers(work.config))
     kept, layer, attention = _layers_pass(work, sizes, levels)
     head = _head_pass(work, sizes)
     learned = 0 if work.samples_only else 1

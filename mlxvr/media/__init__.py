@@ -1,7 +1,7 @@
 """Files to patches: decoding, sampling, resizing and patchifying, in numpy alone.
 
-    spec = VisionSpec.from_files(config, image_processor, video_processor) vision = load_vision("clip.mp4",
-    spec)      # patches (rows, values), grid (t, h, w), the seconds of each row
+    spec = VisionSpec.from_files(rules, config, image_processor, video_processor)  # rules: of the model's family
+    vision = load_vision("clip.mp4", spec)  # patches (n, values), grid (t, h, w), the seconds of each temporal patch
 
 Below it lie `sampling` (which frames, what size), `video` and `image` (files to pixels), `resize` and
 `patches`.

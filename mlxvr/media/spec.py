@@ -27,7 +27,7 @@ from typing import Any, Self
 
 from mlxvr.errors import CheckpointError, ConfigError
 
-__all__ = ["SAMPLE_BY", "VisionSpec"]
+__all__ = ["SAMPLE_BY", "FrameRules", "VisionSpec"]
 
 SAMPLE_BY = ("time", "index")
 
@@ -36,9 +36,22 @@ _FRAME_TOKENS = (16, 768)
 _IMAGE_TOKENS = (128, 4_096)  # trained and evaluated with up to 16,384: see above
 _VIDEO_TOKENS = 16_384
 
-_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-_HALF = (0.5, 0.5, 0.5)
+
+@dataclass(frozen=True, kw_only=True)
+class FrameRules:
+    """What the processor files of one family leave out, and how they count.
+
+    Attributes:
+        patch_size: pixels of one side of a patch.
+        mean, std: of RGB in [0, 1].
+        counts_whole_clip: the pixel range of the video processor counts the pixels of all frames of a clip together,
+            and `max_video_tokens` (transformers 5.22 and later) those of a frame; else the range is of one frame.
+    """
+
+    patch_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    counts_whole_clip: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +121,7 @@ class VisionSpec:
     @classmethod
     def from_files(
         cls,
+        rules: FrameRules,
         config: Mapping[str, Any],
         image_processor: Mapping[str, Any] | None = None,
         video_processor: Mapping[str, Any] | None = None,
@@ -115,6 +129,7 @@ class VisionSpec:
         """Read a checkpoint's files, as parsed JSON.
 
         Args:
+            rules: of the checkpoint's family (`mlxvr.model.families`, whose `vision_spec` calls this).
             config: `config.json`.
             image_processor: `preprocessor_config.json`, or None.
             video_processor: `video_preprocessor_config.json`, or None.
@@ -125,8 +140,7 @@ class VisionSpec:
         image = _section(image_processor, "image_processor")
         video = _section(video_processor, "video_processor")
         vision = config.get("vision_config") or {}
-        is_qwen3 = str(config.get("model_type", "")).startswith("qwen3")
-        patch = _agreed("patch_size", (vision, "patch_size"), image, video) or (16 if is_qwen3 else 14)
+        patch = _agreed("patch_size", (vision, "patch_size"), image, video) or rules.patch_size
         merge = _agreed("merge_size", (vision, "spatial_merge_size"), image, video) or 2
         temporal = _agreed("temporal_patch_size", (vision, "temporal_patch_size"), image, video) or 2
         token = (patch * merge) ** 2  # pixels
@@ -134,9 +148,8 @@ class VisionSpec:
         image_tokens = _overlap(_pixel_range(image, token), _IMAGE_TOKENS)
         frame_tokens, video_tokens = _FRAME_TOKENS, _VIDEO_TOKENS
         low, high = _pixel_range(video, token)
-        if is_qwen3:  # its range counts the pixels of all frames of a clip together
+        if rules.counts_whole_clip:
             video_tokens = min(video_tokens, high // temporal) if high else video_tokens
-            # the cap per frame that transformers has had since 5.22
             frame_tokens = _overlap((None, _first("max_video_tokens", video)), frame_tokens)
         else:
             frame_tokens = _overlap((low, high), frame_tokens)
@@ -145,8 +158,8 @@ class VisionSpec:
                 patch_size=patch,
                 merge_size=merge,
                 temporal_patch_size=temporal,
-                mean=tuple(_first("image_mean", image, video) or (_HALF if is_qwen3 else _CLIP_MEAN)),
-                std=tuple(_first("image_std", image, video) or (_HALF if is_qwen3 else _CLIP_STD)),
+                mean=tuple(_first("image_mean", image, video) or rules.mean),
+                std=tuple(_first("image_std", image, video) or rules.std),
                 fps=float(_first("fps", video) or 2.0),
                 min_frames=_first("min_frames", video) or 4,
                 max_frames=_first("max_frames", video) or 768,

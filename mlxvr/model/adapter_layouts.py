@@ -22,7 +22,7 @@ from typing import Any
 
 from mlxvr.checkpoint.safetensors import TensorInfo
 from mlxvr.errors import CheckpointError
-from mlxvr.model.families.base import FAMILIES
+from mlxvr.model.families.base import mlx_name
 
 __all__ = ["AdapterLayer", "read_mlx", "read_peft"]
 
@@ -116,7 +116,7 @@ def _mlx_module(name: str) -> str:
     for tree, ours in _TREES:
         if name.startswith(tree):
             return ours + name[len(tree) :]
-    return str(FAMILIES[0].mlx_key(f"{name}.weight")).removesuffix(".weight")
+    return mlx_name(f"{name}.weight").removesuffix(".weight")
 
 
 def _is_named(end: str, part: str) -> bool:

@@ -19,7 +19,6 @@ import mlx.nn as nn
 from mlxvr.checkpoint.folder import ModelFolder
 from mlxvr.checkpoint.fp8 import unpack_fp8
 from mlxvr.errors import CheckpointError, ConfigError
-from mlxvr.media.spec import VisionSpec
 from mlxvr.model.adapter import Adapter, apply_adapter
 from mlxvr.model.adapter_base import describe_base, warn_of_another_base
 from mlxvr.model.network import VideoModel
@@ -67,7 +66,7 @@ def load_model(
         )
     avoid_cpu_compiler()
     config = found.family.mlx_config(found.config)
-    spec = VisionSpec.from_files(config, found.image_processor, found.video_processor)
+    spec = found.family.vision_spec(config, found.image_processor, found.video_processor)
     tokenizer = _load_tokenizer(found, config)
     network = found.family.build(config)
     weights = map_weights(found)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlxvr.model.cache import CACHE_STEP, group_size
+from mlxvr.model.families.base import family_of
 from mlxvr.model.network import PATCHES_AT_ONCE
 from mlxvr.model.vision_tower import SCORES_AT_ONCE
 
@@ -76,7 +77,7 @@ def plan_prompt(
         is_fused: attention keeps no scores (not so on the CPU, nor with `kv_bits`).
     """
     vision = config["vision_config"]
-    levels = 1 + len(vision.get("deepstack_visual_indexes", ()))
+    levels = 1 + len(family_of(config).deepstack_layers(config))
     tokens = sum(math.prod(grid) for grid in grids) // vision["spatial_merge_size"] ** 2
     return PromptMemory(
         features=tokens * vision["out_hidden_size"] * levels * itemsize,
@@ -97,12 +98,13 @@ def plan_prompt(
 def cache_bytes(config: Mapping[str, Any], tokens: int, *, itemsize: int = 2, kv_bits: int | None = None) -> int:
     """Bytes of the keys and values of so many tokens, in the steps by which a cache grows."""
     text = config["text_config"]
-    width = text["num_key_value_heads"] * _head_dim(text)
+    head_dim = family_of(config).head_dim(config)
+    width = text["num_key_value_heads"] * head_dim
     reserved = math.ceil(tokens / CACHE_STEP) * CACHE_STEP
     if kv_bits is None:
         token = width * itemsize
     else:  # packed numbers, and a scale and a bias for each group of them
-        token = width * kv_bits // 8 + 2 * (width // group_size(_head_dim(text), kv_bits)) * itemsize
+        token = width * kv_bits // 8 + 2 * (width // group_size(head_dim, kv_bits)) * itemsize
     return int(text["num_hidden_layers"]) * reserved * 2 * token
 
 
@@ -124,7 +126,7 @@ def prefill_bytes(
     A layer's cache has its old arrays too while it grows.
     """
     text = config["text_config"]
-    heads, head_dim = int(text["num_attention_heads"]), _head_dim(text)
+    heads, head_dim = int(text["num_attention_heads"]), family_of(config).head_dim(config)
     hidden, inner = int(text["hidden_size"]), int(text["intermediate_size"])
     keys = int(text["num_key_value_heads"]) * head_dim
     token = (4 * inner + 5 * hidden + 2 * heads * head_dim + 4 * keys) * itemsize
@@ -168,7 +170,3 @@ def vision_bytes(
     attention = patches * width * (5 * itemsize + 10 * 4) + scores
     mlp = patches * (width * 4 + inner * 5) * itemsize
     return patches * values * (4 + itemsize) + max(attention, mlp)
-
-
-def _head_dim(text: Mapping[str, Any]) -> int:
-    return int(text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"])

@@ -26,7 +26,7 @@ from mlxvr.model.families.base import Family
 from mlxvr.model.head import Head
 from mlxvr.model.prompt import SYSTEM_PROMPT
 from mlxvr.model.tokenizer import ChatTokenizer
-from mlxvr.model.vision_tower import SCORES_AT_ONCE, FramePlan, plan_frame, run_tower
+from mlxvr.model.vision_tower import SCORES_AT_ONCE, run_tower
 from mlxvr.runtime.hooks import Progress, ShouldStop
 
 __all__ = ["PATCHES_AT_ONCE", "VideoModel", "VisionFeatures"]
@@ -58,7 +58,7 @@ class VisionFeatures:
 
 
 class VideoModel:
-    """A model of either family, ready to run; made by `mlxvr.model.loading.load_model`.
+    """A model of any family, ready to run; made by `mlxvr.model.loading.load_model`.
 
     Attributes:
         family: what is particular to the architecture.
@@ -147,9 +147,7 @@ class VideoModel:
     @property
     def key_shape(self) -> tuple[int, int]:
         """Heads of keys and values, and numbers in each of them."""
-        text = self.config["text_config"]
-        head_dim = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
-        return int(text["num_key_value_heads"]), int(head_dim)
+        return int(self.config["text_config"]["num_key_value_heads"]), self.family.head_dim(self.config)
 
     def make_cache(self, kv_bits: int | None = None) -> list[Any]:
         """An empty KV cache; see `mlxvr.model.cache.make`."""
@@ -186,7 +184,7 @@ class VideoModel:
             per_row = height * width
             scores = self.config["vision_config"]["num_heads"] * per_row**2
             step = max(1, min(patches_at_once // per_row, SCORES_AT_ONCE // scores))
-            plan, full_layers = self._plan(height, width)
+            plan = self.family.frame_plan(self.config, height, width)
             for first in range(0, rows, step):
                 if should_stop is not None and should_stop():
                     raise Cancelled("the clip was cancelled while the model looked at it")
@@ -197,7 +195,6 @@ class VideoModel:
                     pixels,
                     last - first,
                     plan,
-                    full_layers=full_layers,
                     scores_at_once=SCORES_AT_ONCE,
                     should_stop=should_stop,
                 )
@@ -259,9 +256,8 @@ class VideoModel:
             embeds = self.embed(ids, features=features, media_mask=media_mask)
         extra: dict[str, Any] = {}
         if features is not None and features.deepstack and media_mask is not None and media_mask.any():
-            # The mask stays in numpy: mlx-vlm looks its places up on the host, once a layer.
             levels = [level.astype(embeds.dtype) for level in features.deepstack]
-            extra = {"visual_pos_masks": media_mask, "deepstack_visual_embeds": levels}
+            extra = self.family.deepstack_arguments(levels, media_mask)
         out: mx.array = self.network.language_model.model(
             ids, inputs_embeds=embeds, mask=mask, cache=cache, position_ids=positions, **extra
         )
@@ -272,18 +268,6 @@ class VideoModel:
         language = self.network.language_model
         tied = self.config["tie_word_embeddings"]
         return self.head(language.model.embed_tokens if tied else language.lm_head, hidden)
-
-    def _plan(self, height: int, width: int) -> tuple[FramePlan, frozenset[int] | None]:
-        """The plan of a frame, and the layers that see all of it at once."""
-        vision = self.config["vision_config"]
-        merge = vision["spatial_merge_size"]
-        head_dim = vision["hidden_size"] // vision["num_heads"]
-        if "window_size" in vision and "fullatt_block_indexes" in vision:
-            window = vision["window_size"] // merge // vision["patch_size"]
-            plan = plan_frame(height, width, merge=merge, head_dim=head_dim, window=window)
-            return plan, frozenset(vision["fullatt_block_indexes"])
-        side = round(vision["num_position_embeddings"] ** 0.5)
-        return plan_frame(height, width, merge=merge, head_dim=head_dim, table_side=side), None
 
 
 def _joined(chunks: Sequence[VisionFeatures]) -> VisionFeatures:

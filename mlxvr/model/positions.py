@@ -1,25 +1,45 @@
 """Three-dimensional rotary positions: time, height and width of every token of a prompt.
 
-Text counts up by one on all three axes. A visual token stands, counted from where its block begins, at
+Text counts up by one on all three axes. A visual token has, counted from where its block begins, the position
 
     time    floor(row * time_step)     height    its row of tokens     width    its column
 
 in float32, as transformers computes it. Qwen2.5-VL's `time_step` is `second_per_grid * tokens_per_second` (arXiv
-2502.13923, section 2.1.3); in Qwen3-VL each temporal row is a block of its own and time runs with the text. What is
-generated goes on from the largest position of all axes.
+2502.13923, section 2.1.3); in Qwen3-VL each temporal patch is a block of its own and time runs with the text. Generated
+tokens count up from the largest position of all axes.
 
 Releases of transformers differ in the time step and in where the text after a block begins: after the block's largest
 position on any axis, or `max(height, width)` tokens after the block's beginning, whatever its length in time. The two
-agree on images and on Qwen3-VL. `mlxvr.model.mrope` says which release means what.
+agree on images and on Qwen3-VL. `mlxvr.model.families.qwen2_5_vl` says which release means what.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from mlxvr.model.families.base import VisionBlock
+__all__ = ["VisionBlock", "rope_positions"]
 
-__all__ = ["rope_positions"]
+
+@dataclass(frozen=True)
+class VisionBlock:
+    """A run of visual tokens between one vision-start and one vision-end token.
+
+    Attributes:
+        label: text before the vision-start token.
+        grid: (t, h, w) in tokens: t temporal patches of h x w tokens.
+        time_step: temporal positions from one temporal patch to the next, before rounding down.
+    """
+
+    label: str
+    grid: tuple[int, int, int]
+    time_step: float
+
+    @property
+    def tokens(self) -> int:
+        """How many visual tokens the block holds."""
+        t, h, w = self.grid
+        return t * h * w
 
 
 def rope_positions(

@@ -18,9 +18,8 @@ from mlxvr.checkpoint.config_normalization import text_settings
 from mlxvr.data.option_letters import strip_letters
 from mlxvr.errors import CheckpointError, ConfigError
 from mlxvr.media.patches import VisionInput
-from mlxvr.model.families.base import Family, VisionBlock
-from mlxvr.model.mrope import MRopeConvention
-from mlxvr.model.positions import rope_positions
+from mlxvr.model.families.base import Family
+from mlxvr.model.positions import VisionBlock
 from mlxvr.model.tokenizer import ChatTokenizer
 
 __all__ = ["KINDS", "SYSTEM_PROMPT", "Prompt", "build_prompt", "evaluation_copy", "question_text"]
@@ -153,8 +152,7 @@ def build_prompt(
             f"the prompt has {len(expanded)} tokens, {int(mask.sum())} of them visual, and the model's context is "
             f"{context}: lower video_tokens or max_frames, cut the clip with start and end, or shorten the question"
         )
-    convention = MRopeConvention.of_config(config)
-    positions, next_position = rope_positions(mask, blocks, time_is_extent=convention.time_is_extent)
+    positions, next_position = family.positions(config, mask, blocks)
     return Prompt(expanded, positions, tuple(media), mask, prefix_length, next_position, tuple(response_prefix_ids))
 
 

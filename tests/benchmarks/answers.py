@@ -23,7 +23,6 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlxvr.media.spec import VisionSpec
 from mlxvr.model.decode import decode, prefill
 from mlxvr.model.families.base import family_of
 from mlxvr.model.network import VideoModel
@@ -106,7 +105,7 @@ def make_model(shape: str) -> VideoModel:
         tokenizer.save(f"{folder}/tokenizer.json")
         chat = ChatTokenizer(Path(folder) / "tokenizer.json", chat_template=CHAT_TEMPLATE)
     chat.eos_ids = frozenset()  # nothing ends an answer but its length
-    return VideoModel(network, family, config, spec=VisionSpec.from_files(config), tokenizer=chat)
+    return VideoModel(network, family, config, spec=family.vision_spec(config), tokenizer=chat)
 
 
 def timed(work: Callable[[], object]) -> float:

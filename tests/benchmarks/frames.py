@@ -24,8 +24,9 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from clips import draw_code, read_code, write_clip
 
-from mlxvr.media import VisionSpec, read_video
+from mlxvr.media import read_video
 from mlxvr.media.sampling import frame_indices
+from mlxvr.model.families.base import FAMILIES
 
 FPS = 30
 
@@ -73,7 +74,7 @@ def read_corner(frame: np.ndarray) -> int | None:
 
 
 def read_ours(path: Path, case: Case) -> np.ndarray:
-    spec = VisionSpec.from_files({"model_type": "qwen3_vl"})
+    spec = FAMILIES["qwen3_vl"].vision_spec({})
     return read_video(path, spec, nframes=case.nframes).pixels
 
 

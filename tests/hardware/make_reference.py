@@ -141,7 +141,7 @@ class Adapted(torch.nn.Module):
 
 def gradients(kind: str) -> dict[str, np.ndarray]:
     """The gradient of mean over completions of the mean over tokens of -ratio * advantage, at ratio 1."""
-    model = reference.open_model("qwen3_vl")
+    model = reference.open_model(reference.BUNDLED)
     theirs = their_model("qwen3_vl", model, 4 if kind == "4bit" else None)
     theirs.model.double().requires_grad_(False)
     reference.attach_known_adapter(model)
@@ -177,7 +177,7 @@ def clip_truth(folder: Path) -> dict[str, Any]:
         decoded = [np.asarray(Image.open(file).convert("RGB")) for file in sorted(Path(made).glob("*.png"))]
     for index in clip_check.FRAMES:
         Image.fromarray(decoded[index]).save(folder / f"frame{index}.png", optimize=True)
-    model = reference.open_model("qwen3_vl")
+    model = reference.open_model(reference.BUNDLED)
     vision: VisionInput = load_vision(path, model.spec)
     asked = build_prompt(
         model.tokenizer,

@@ -6,7 +6,7 @@ lock-step. As many layers stay in memory as the limit allows; what stays is deci
 numbers do not depend on it.
 
 The layers are mlx-vlm's, each called through a decoder that has no other: mask, rotary embedding and the visual
-features that Qwen3-VL adds after its first layers are those of the whole network.
+features that some families add after their first layers are those of the whole network.
 
 Prompts about the same media share the pass over their prefix, cut where `mlxvr.model.prefix` cuts it. So a model gives
 here, to the last bit, what it gives there, as long as neither part of a prompt is longer than a long step of `prefill`.
@@ -15,7 +15,7 @@ here, to the last bit, what it gives there, as long as neither part of a prompt 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from os import PathLike
 from types import SimpleNamespace
 from typing import Any, cast
@@ -99,9 +99,7 @@ class Layer:
         self.index = index
         self.path = f"{_LAYERS}.{index}"
         self.module = module
-        whole = model.network.language_model.model
-        decoder = type(whole)(replace(whole.args, num_hidden_layers=0))
-        decoder.layers, decoder.norm = [module], nn.Identity()
+        decoder = model.family.decoder(model.network, [module])
         network = SimpleNamespace(language_model=SimpleNamespace(model=decoder))
         self._alone = VideoModel(network, model.family, model.config, spec=model.spec, tokenizer=model.tokenizer)
 

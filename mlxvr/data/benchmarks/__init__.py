@@ -1,7 +1,7 @@
 """Public benchmarks, read from the files of their releases: nothing is downloaded.
 
     benchmark = read_benchmark("videomme", "/data/Video-MME", subtitles=True)
-    benchmark.rows, benchmark.budgets["qwen3_vl"], benchmark.missing
+    benchmark.rows, benchmark.limits, benchmark.missing
 
 Each benchmark has a module, whose docstring lists the files, columns and folders that it expects, with their source.
 It yields records in the form of `mlxvr.data.rows`, which checks them like any other; a row that fails is listed in

@@ -1,16 +1,17 @@
-"""A benchmark that has been read, and the frame and token budgets that it is evaluated with."""
+"""A benchmark that has been read, and the frame and token limits that it is evaluated with."""
 
 from dataclasses import dataclass, field
 
 from mlxvr.data.rows import Row
 
-__all__ = ["Benchmark", "Budgets", "budgets"]
+__all__ = ["COMMON_LIMITS", "Benchmark", "FrameLimits"]
 
-Budgets = dict[str, int | float | str]
+FrameLimits = dict[str, int | float | str]
 
-# arXiv 2601.05175 and its public scripts, by family: what every benchmark has unless it says otherwise. The scripts
-# spread frames over a video's frames, not over its time; the two differ where the rate varies.
-_COMMON: Budgets = {
+# arXiv 2601.05175 and its public scripts: what every benchmark has, whatever the model. How many frames and tokens of
+# video there are beside is particular to a family (`Family.benchmark_limits`). The scripts spread frames over a video's
+# frames, not over its time; the two differ where the rate varies.
+COMMON_LIMITS: FrameLimits = {
     "fps": 2.0,
     "sample_by": "index",
     "min_frames": 4,
@@ -18,10 +19,6 @@ _COMMON: Budgets = {
     "frame_max_tokens": 768,
     "image_min_tokens": 128,
     "image_max_tokens": 16_384,
-}
-_FAMILIES: dict[str, Budgets] = {
-    "qwen2_5_vl": {**_COMMON, "max_frames": 256, "video_tokens": 16_384},
-    "qwen3_vl": {**_COMMON, "max_frames": 2_048, "video_tokens": 128_000},
 }
 
 
@@ -32,7 +29,7 @@ class Benchmark:
     Attributes:
         name: as `read_benchmark` knows it.
         rows: the questions whose videos are there, in the order of the files.
-        budgets: by family ("qwen2_5_vl", "qwen3_vl"), values for `VisionSpec.with_overrides`.
+        limits: frame and token limits that all families share, values for `VisionSpec.with_overrides`.
         missing: videos that are not there, as the files name them, each once, in the order of their first use.
         missing_rows: how many questions are about them.
         skipped: "file:line: reason" of every question that cannot be asked or graded.
@@ -40,7 +37,7 @@ class Benchmark:
 
     name: str
     rows: tuple[Row, ...]
-    budgets: dict[str, Budgets]
+    limits: FrameLimits = field(default_factory=COMMON_LIMITS.copy)
     missing: tuple[str, ...] = ()
     missing_rows: int = 0
     skipped: tuple[str, ...] = field(default=(), repr=False)
@@ -60,11 +57,3 @@ class Benchmark:
         """Lines for a report: the sum, every video that is not there, every question that cannot be used; or none."""
         missing = (f"{video}: the video is not there" for video in self.missing)
         return (self.describe(), *missing, *self.skipped) if self.missing or self.skipped else ()
-
-
-def budgets(**frames: int) -> dict[str, Budgets]:
-    """The budgets of a benchmark by family, with its own `max_frames` for the families that are named."""
-    return {
-        family: {**values, **({"max_frames": frames[family]} if family in frames else {})}
-        for family, values in _FAMILIES.items()
-    }

@@ -1,6 +1,6 @@
 """The benchmarks by name, and the function that reads any of them."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from mlxvr.data.benchmarks import (
     videomme,
     videommmu,
 )
-from mlxvr.data.benchmarks.benchmark import Benchmark, Budgets, budgets
+from mlxvr.data.benchmarks.benchmark import Benchmark
 from mlxvr.data.benchmarks.entries import Entry, EntryReader
 from mlxvr.data.benchmarks.files import Folder
 from mlxvr.data.rows import Row, make_row
@@ -28,27 +28,24 @@ __all__ = ["BENCHMARKS", "Preset", "read_benchmark"]
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """How a benchmark is read and evaluated."""
+    """How a benchmark is read."""
 
     title: str
     read: EntryReader
-    budgets: Mapping[str, Budgets]
     has_subtitles: bool = False
 
 
 BENCHMARKS: dict[str, Preset] = {
-    "activitynet": Preset(title="ActivityNet grounding", read=activitynet.read, budgets=budgets(qwen2_5_vl=512)),
-    "charades": Preset(title="Charades-STA", read=charades.read, budgets=budgets()),
-    "longvideobench": Preset(
-        title="LongVideoBench (validation)", read=longvideobench.read, budgets=budgets(), has_subtitles=True
-    ),
-    "mmvu": Preset(title="MMVU (validation, multiple choice)", read=mmvu.read, budgets=budgets(qwen2_5_vl=64)),
-    "mvbench": Preset(title="MVBench", read=mvbench.read, budgets=budgets()),
-    "mvp": Preset(title="MVP (mini)", read=partial(mvp.read, split="mini"), budgets=budgets()),
-    "mvp_full": Preset(title="MVP (full)", read=partial(mvp.read, split="full"), budgets=budgets()),
-    "nextgqa": Preset(title="NExT-GQA (test)", read=nextgqa.read, budgets=budgets()),
-    "videomme": Preset(title="Video-MME", read=videomme.read, budgets=budgets(), has_subtitles=True),
-    "videommmu": Preset(title="VideoMMMU", read=videommmu.read, budgets=budgets(qwen2_5_vl=64, qwen3_vl=64)),
+    "activitynet": Preset(title="ActivityNet grounding", read=activitynet.read),
+    "charades": Preset(title="Charades-STA", read=charades.read),
+    "longvideobench": Preset(title="LongVideoBench (validation)", read=longvideobench.read, has_subtitles=True),
+    "mmvu": Preset(title="MMVU (validation, multiple choice)", read=mmvu.read),
+    "mvbench": Preset(title="MVBench", read=mvbench.read),
+    "mvp": Preset(title="MVP (mini)", read=partial(mvp.read, split="mini")),
+    "mvp_full": Preset(title="MVP (full)", read=partial(mvp.read, split="full")),
+    "nextgqa": Preset(title="NExT-GQA (test)", read=nextgqa.read),
+    "videomme": Preset(title="Video-MME", read=videomme.read, has_subtitles=True),
+    "videommmu": Preset(title="VideoMMMU", read=videommmu.read),
 }
 
 
@@ -89,7 +86,6 @@ def read_benchmark(name: str, root: str | Path, *, subtitles: bool = False) -> B
     benchmark = Benchmark(
         name=name,
         rows=tuple(rows.values()),
-        budgets={family: dict(values) for family, values in preset.budgets.items()},
         missing=tuple(missing),
         missing_rows=sum(missing.values()),
         skipped=tuple(skipped),

@@ -30,6 +30,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlxvr.grpo.step.packing import PackedGroup
+from mlxvr.model.families.base import Attend, Family
 from mlxvr.model.network import VideoModel
 
 __all__ = ["LOGITS_AT_ONCE", "QUERIES_AT_ONCE", "SCORES_AT_ONCE", "completion_logprobs"]
@@ -71,7 +72,7 @@ def completion_logprobs(
     is_media = mx.array(packed.media_mask)[:, None]  # (N, 1)
     row = mx.array(np.maximum(np.cumsum(packed.media_mask) - 1, 0).astype(np.int32))  # of the features, for each column
     for index, layer in enumerate(model.layers):
-        hidden = _run_layer(layer, hidden, positions, attend, checkpoint=checkpoint)
+        hidden = _run_layer(model.family, layer, hidden, positions, attend, checkpoint=checkpoint)
         if index < len(levels):  # features are constants, so this gather has no gradient
             hidden = hidden + mx.where(is_media, levels[index][row], 0.0).astype(hidden.dtype)[None]
     if tokens_at_once is None:
@@ -173,10 +174,7 @@ def _queries(keys: int, heads: int) -> int:
     return max(1, min(QUERIES_AT_ONCE, SCORES_AT_ONCE // (heads * keys)))
 
 
-Attention = Callable[[mx.array, mx.array, mx.array, float], mx.array]
-
-
-def _make_attention(blocks: Sequence[_Block]) -> Attention:
+def _make_attention(blocks: Sequence[_Block]) -> Attend:
     """Attention (1, heads, N, head_dim) over the blocks, which keeps nothing but queries, keys and values."""
 
     def attend(queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
@@ -223,12 +221,14 @@ def _heads(model: VideoModel) -> int:
     return int(model.config["text_config"]["num_attention_heads"])
 
 
-def _run_layer(layer: Any, hidden: mx.array, positions: mx.array, attend: Attention, *, checkpoint: bool) -> mx.array:
+def _run_layer(
+    family: Family, layer: Any, hidden: mx.array, positions: mx.array, attend: Attend, *, checkpoint: bool
+) -> mx.array:
     """One layer over (1, N, hidden)."""
 
     def run(parameters: Any, hidden: mx.array) -> mx.array:
         layer.update(parameters)
-        hidden = hidden + _self_attention(layer.self_attn, layer.input_layernorm(hidden), positions, attend)
+        hidden = hidden + family.attention(layer.self_attn, layer.input_layernorm(hidden), positions, attend)
         out: mx.array = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
         return out
 
@@ -237,25 +237,6 @@ def _run_layer(layer: Any, hidden: mx.array, positions: mx.array, attend: Attent
         return run(parameters, hidden)
     out = mx.checkpoint(run)(parameters, hidden)
     layer.update(parameters)  # not what the layer was last traced with
-    return out
-
-
-def _self_attention(part: Any, hidden: mx.array, positions: mx.array, attend: Attention) -> mx.array:
-    """What mlx-vlm's attention of either family computes, with `attend` in the middle."""
-    _, length, _ = hidden.shape
-
-    def split(projected: mx.array, heads: int) -> mx.array:  # (1, N, heads * head_dim) -> (1, N, heads, head_dim)
-        return projected.reshape(1, length, heads, -1)
-
-    queries = split(part.q_proj(hidden), part.n_heads)
-    keys = split(part.k_proj(hidden), part.n_kv_heads)
-    values = split(part.v_proj(hidden), part.n_kv_heads)
-    if "q_norm" in part:
-        queries, keys = part.q_norm(queries), part.k_norm(keys)
-    queries, keys, values = (array.transpose(0, 2, 1, 3) for array in (queries, keys, values))
-    queries, keys = part.rotary_emb.apply_rotary(queries, keys, positions)
-    mixed = attend(queries, keys, values, part.scale)
-    out: mx.array = part.o_proj(mixed.transpose(0, 2, 1, 3).reshape(1, length, -1))
     return out
 
 

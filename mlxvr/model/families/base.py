@@ -1,68 +1,93 @@
-"""The two architectures: what differs between Qwen2.5-VL and Qwen3-VL, and nothing else.
+"""What may differ between two families of networks: one interface, and the registry of those that are known.
 
-An adapter holds facts (how a video is written in the prompt, how tensors are named and laid out, which settings the
-network reads) and no state. A third architecture is one more adapter here, its shapes in `shapes` and its dialect in
-`dialects`.
+A family is an architecture (Qwen2.5-VL, Qwen3-VL): one file beside this one holds all that is particular to it, and a
+recipe of the same name (`convert/`) says how it is quantized. The rest of mlxvr asks the family and never its name.
+A family holds facts and no state.
 
-                            Qwen2.5-VL                          Qwen3-VL
-    a video in the prompt   one vision block                    "<1.5 seconds>" and a block for each temporal row
-    temporal position       floor(row * seconds * rate), mrope  the text order of the blocks
-    vision attention        windows, and whole frames in some   whole frames, with features handed to early layers
-    pictures                patch 14, CLIP's mean and std       patch 16, 0.5 and 0.5
+What all families have in common is what mlx-vlm's networks have in common:
+
+    modules            `vision_tower`, `language_model.model.embed_tokens`, `.layers`, `.norm`, `language_model.lm_head`
+    a decoder layer    `input_layernorm`, `self_attn` (`q_proj`, `k_proj`, `v_proj`, `o_proj`, `rotary_emb`),
+                       `post_attention_layernorm`, `mlp` (`gate_proj`, `up_proj`, `down_proj`)
+    a normalised       `text_config` and `vision_config` complete, the four token ids of media, `tie_word_embeddings`
+    config             (see `mlxvr.checkpoint.config_normalization`)
+
+Importing this file loads neither MLX nor mlx-vlm: a checkpoint's files are judged without them.
 """
 
-import functools
-import logging
+import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from mlxvr.checkpoint import config_normalization
-from mlxvr.errors import CheckpointError
+import numpy as np
+
+from mlxvr.checkpoint.config_normalization import ConfigRules, normalise
+from mlxvr.errors import CheckpointError, ConfigError
 from mlxvr.media.patches import VisionInput
-from mlxvr.model import shapes
-from mlxvr.model.mrope import MRopeConvention
+from mlxvr.media.spec import FrameRules, VisionSpec
+from mlxvr.model.frame_plan import FramePlan
+from mlxvr.model.positions import VisionBlock, rope_positions
 
-__all__ = ["FAMILIES", "Family", "Qwen3VL", "Qwen25VL", "VisionBlock", "family_of"]
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+__all__ = ["FAMILIES", "Attend", "Family", "Shapes", "family_of", "mlx_name", "register", "titles", "token_grid"]
 
 Shapes = dict[str, tuple[int, ...]]
 
-_log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class VisionBlock:
-    """A run of visual tokens between one vision-start and one vision-end token.
-
-    Attributes:
-        label: text before the vision-start token.
-        grid: (t, h, w) in tokens: t temporal rows of h x w tokens.
-        time_step: temporal positions from one row to the next, before rounding down.
-    """
-
-    label: str
-    grid: tuple[int, int, int]
-    time_step: float
-
-    @property
-    def tokens(self) -> int:
-        """How many visual tokens the block holds."""
-        t, h, w = self.grid
-        return t * h * w
+# By name, in the order in which they were registered; `register` adds to it.
+FAMILIES: dict[str, "Family"] = {}
 
 
 class Family(ABC):
-    """An architecture; use `family_of(config)` to get the one that a checkpoint belongs to."""
+    """An architecture; `family_of(config)` is the one that a checkpoint belongs to.
+
+    Attributes:
+        name: what `model_type` in config.json says.
+        title: its name for people.
+        config_rules: what its config.json leaves out, and what its network does not implement.
+        frame_rules: what its processor files leave out.
+        has_head_norms: queries and keys are normalised head by head before they are rotated.
+        evaluation_limits: frames and tokens that its published evaluations give, over those that all families share
+            (`mlxvr.data.benchmarks`); values for `VisionSpec.with_overrides`.
+        benchmark_frames: by the name of a benchmark, `max_frames` where it differs from `evaluation_limits`.
+    """
 
     name: ClassVar[str]
+    title: ClassVar[str]
+    config_rules: ClassVar[ConfigRules]
+    frame_rules: ClassVar[FrameRules]
+    has_head_norms: ClassVar[bool]
+    evaluation_limits: ClassVar[Mapping[str, int]]
+    benchmark_frames: ClassVar[Mapping[str, int]] = {}
+
+    # config.json and the processors' files
 
     def mlx_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """`config.json` as stock mlx-vlm spells it, from any dialect (see `mlxvr.checkpoint.config_normalization`).
+        """`config.json` as stock mlx-vlm spells it, whichever release wrote it.
 
         Raises `CheckpointError` for a setting that is missing or not implemented.
         """
-        return config_normalization.normalise(config, self.name)
+        return normalise(config, self.config_rules)
+
+    def vision_spec(
+        self,
+        config: Mapping[str, Any],
+        image_processor: Mapping[str, Any] | None = None,
+        video_processor: Mapping[str, Any] | None = None,
+    ) -> VisionSpec:
+        """What a checkpoint expects of its pictures; arguments and errors are those of `VisionSpec.from_files`."""
+        return VisionSpec.from_files(self.frame_rules, config, image_processor, video_processor)
+
+    def benchmark_limits(self, benchmark: str) -> dict[str, int]:
+        """`evaluation_limits` for the benchmark of this name."""
+        frames = self.benchmark_frames.get(benchmark)
+        return {**self.evaluation_limits, **({} if frames is None else {"max_frames": frames})}
+
+    # tensors
 
     def mlx_key(self, hf_name: str, *, tied: bool = False) -> str | None:
         """MLX's name of a tensor in any public spelling; names that are MLX's already stay as they are.
@@ -72,11 +97,7 @@ class Family(ABC):
         """
         if hf_name.endswith(("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq", ".position_ids")):
             return None
-        name = hf_name
-        for spelling, ours in _PREFIXES:
-            if name.startswith(spelling):
-                name = ours + name[len(spelling) :]
-                break
+        name = mlx_name(hf_name)
         return None if tied and name.startswith("language_model.lm_head.") else name
 
     def mlx_tensor(self, key: str, array: Any) -> Any:
@@ -98,96 +119,162 @@ class Family(ABC):
         """Whether a tensor (by its MLX name) belongs to the vision tower."""
         return key.startswith("vision_tower.")
 
-    @abstractmethod
     def expected_shapes(self, config: Mapping[str, Any]) -> Shapes:
-        """MLX name -> shape of every tensor of the unquantized network."""
+        """MLX name -> shape of every tensor of the unquantized network.
+
+        They are read off a network that is built and never evaluated: a 72B network takes 60 ms and 60 KB. The first
+        call in a process also imports mlx-vlm (some seconds), as loading does.
+        """
+        full = self.mlx_config(config)
+        key = json.dumps([self.name, full["text_config"], full["vision_config"]], sort_keys=True)
+        if key not in _shapes:
+            _shapes[key] = _lazy_shapes(self, full)
+            while len(_shapes) > _SHAPES_KEPT:
+                _shapes.popitem(last=False)
+        return dict(_shapes[key])
+
+    # the network
 
     @abstractmethod
+    def network_code(self) -> Any:
+        """The module of mlx-vlm that has `Model` and its configuration classes; imported when it is asked for."""
+
     def build(self, config: Mapping[str, Any]) -> Any:
         """The network (an mlx-vlm `Model`) with weights yet to be loaded."""
+        code, full = self.network_code(), self.mlx_config(config)
+        text = code.TextConfig.from_dict(full["text_config"])  # the dataclasses take the keys that they know
+        vision = code.VisionConfig.from_dict(full["vision_config"])
+        settings = code.ModelConfig(
+            text_config=text,
+            vision_config=vision,
+            model_type=full["model_type"],
+            image_token_id=full["image_token_id"],
+            video_token_id=full["video_token_id"],
+            vision_start_token_id=full["vision_start_token_id"],
+            vision_end_token_id=full["vision_end_token_id"],
+            vocab_size=text.vocab_size,
+        )
+        return code.Model(settings)
+
+    def head_dim(self, config: Mapping[str, Any]) -> int:
+        """Numbers in a head of the language model, from a normalised config."""
+        text = config["text_config"]
+        return int(text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"])
+
+    def deepstack_layers(self, config: Mapping[str, Any]) -> tuple[int, ...]:
+        """The layers of the vision tower whose features are added after the first language layers, one after each."""
+        return ()
+
+    # what a prompt shows
 
     @abstractmethod
     def vision_layout(self, media: VisionInput, config: Mapping[str, Any]) -> list[VisionBlock]:
         """How a video or an image is written in the prompt: its vision blocks in order."""
 
+    def positions(
+        self, config: Mapping[str, Any], media_mask: np.ndarray, blocks: Sequence[VisionBlock]
+    ) -> tuple[np.ndarray, int]:
+        """Rope positions of a prompt; arguments and result are those of `rope_positions`."""
+        return rope_positions(media_mask, blocks)
 
-class Qwen25VL(Family):
-    """Qwen2.5-VL (arXiv 2502.13923)."""
+    @abstractmethod
+    def frame_plan(self, config: Mapping[str, Any], height: int, width: int) -> FramePlan:
+        """How the vision tower goes over a frame of height x width patches, from a normalised config."""
 
-    name = "qwen2_5_vl"
+    # layers that are run one by one
 
-    def expected_shapes(self, config: Mapping[str, Any]) -> Shapes:
-        """MLX name -> shape of every tensor of the unquantized network."""
-        full = self.mlx_config(config)
-        text = full["text_config"]
-        head_dim = text["hidden_size"] // text["num_attention_heads"]
-        language = shapes.language_shapes(text, qkv_bias=True, head_norms=False, head_dim=head_dim)
-        return language | shapes.qwen2_5_vision_shapes(full["vision_config"])
+    def deepstack_arguments(self, levels: Sequence["mx.array"], media_mask: np.ndarray) -> dict[str, Any]:
+        """The keywords by which mlx-vlm's decoder takes visual features for its first layers.
 
-    def build(self, config: Mapping[str, Any]) -> Any:
-        """The network (an mlx-vlm `Model`) with weights yet to be loaded."""
-        from mlx_vlm.models import qwen2_5_vl as code
+        Args:
+            levels: for each of these layers, what is added after it: (visual tokens, hidden).
+            media_mask: bool (b, n), True for visual tokens.
+        """
+        raise ValueError(f"{self.name} has no layers that take visual features, and {len(levels)} were given")
 
-        return _build(code, self.mlx_config(config))
+    def decoder(self, network: Any, layers: Sequence[Any]) -> Any:
+        """A language model of some of a network's layers, without a norm after them; it shares their weights."""
+        import mlx.nn as nn
 
-    def vision_layout(self, media: VisionInput, config: Mapping[str, Any]) -> list[VisionBlock]:
-        """One block; how far apart a video's rows lie in time is a matter of release (`mlxvr.model.mrope`)."""
-        vision = config["vision_config"]
-        grid = _token_grid(media, vision)
-        if media.kind == "image":
-            return [VisionBlock("", grid, 1.0)]
-        rate = vision.get("tokens_per_second", 4)
-        step = MRopeConvention.of_config(config).time_step(media.second_per_grid, rate)
-        if step == 0.0 < media.second_per_grid and grid[0] > 1:
-            _warn_of_one_time()
-        return [VisionBlock("", grid, step)]
+        whole = network.language_model.model
+        decoder = type(whole)(replace(whole.args, num_hidden_layers=0))
+        decoder.layers, decoder.norm = list(layers), nn.Identity()
+        return decoder
 
+    def attention(self, module: Any, hidden: "mx.array", positions: "mx.array", attend: "Attend") -> "mx.array":
+        """A layer's self-attention, for training: as mlx-vlm computes it, with `attend` in the middle.
 
-class Qwen3VL(Family):
-    """Qwen3-VL, the dense sizes."""
+        Args:
+            module: the layer's `self_attn`.
+            hidden: (1, n, hidden), normalised.
+            positions: int32 (3, 1, n).
+            attend: takes queries, keys and values, (1, heads, n, head_dim), and the scale of the scores.
 
-    name = "qwen3_vl"
+        Returns:
+            (1, n, hidden).
+        """
+        length = hidden.shape[1]
 
-    def expected_shapes(self, config: Mapping[str, Any]) -> Shapes:
-        """MLX name -> shape of every tensor of the unquantized network."""
-        full = self.mlx_config(config)
-        text = full["text_config"]
-        language = shapes.language_shapes(text, qkv_bias=False, head_norms=True, head_dim=text["head_dim"])
-        return language | shapes.qwen3_vision_shapes(full["vision_config"])
+        def split(projected: "mx.array", heads: int) -> "mx.array":  # (1, n, heads * head_dim) -> (1, n, heads, ..)
+            return projected.reshape(1, length, heads, -1)
 
-    def build(self, config: Mapping[str, Any]) -> Any:
-        """The network (an mlx-vlm `Model`) with weights yet to be loaded."""
-        from mlx_vlm.models import qwen3_vl as code
-
-        return _build(code, self.mlx_config(config))
-
-    def vision_layout(self, media: VisionInput, config: Mapping[str, Any]) -> list[VisionBlock]:
-        """A block for each temporal row of a video, each after the row's source time; one block for an image."""
-        t, h, w = _token_grid(media, config["vision_config"])
-        if media.kind == "image":
-            return [VisionBlock("", (t, h, w), 1.0)]
-        if len(media.seconds) != t:
-            raise ValueError(f"the video has {t} temporal rows and {len(media.seconds)} times for them")
-        return [VisionBlock(f"<{seconds:.1f} seconds>", (1, h, w), 1.0) for seconds in media.seconds]
+        queries = split(module.q_proj(hidden), module.n_heads)
+        keys = split(module.k_proj(hidden), module.n_kv_heads)
+        values = split(module.v_proj(hidden), module.n_kv_heads)
+        if self.has_head_norms:
+            queries, keys = module.q_norm(queries), module.k_norm(keys)
+        queries, keys, values = (array.transpose(0, 2, 1, 3) for array in (queries, keys, values))
+        queries, keys = module.rotary_emb.apply_rotary(queries, keys, positions)
+        mixed = attend(queries, keys, values, module.scale)
+        out: mx.array = module.o_proj(mixed.transpose(0, 2, 1, 3).reshape(1, length, -1))
+        return out
 
 
-FAMILIES: tuple[Family, ...] = (Qwen25VL(), Qwen3VL())
+Attend = Callable[["mx.array", "mx.array", "mx.array", float], "mx.array"]
+
+
+def register(family: Family) -> None:
+    """Make a family known, for all of mlxvr; it also needs a recipe (`mlxvr.checkpoint.recipe.register`).
+
+    Raises `ConfigError` when another family has its name.
+    """
+    known = FAMILIES.setdefault(family.name, family)
+    if type(known) is not type(family):
+        raise ConfigError(f"two families are called {family.name!r}: {type(known)} and {type(family)}; rename one")
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
-    """The adapter of a checkpoint, by its `config.json`.
+    """The family of a checkpoint, by its `config.json`.
 
-    Raises `CheckpointError` when it belongs to neither family.
+    Raises `CheckpointError` when it belongs to none.
     """
     model_type = config.get("model_type")
-    for family in FAMILIES:
-        if model_type == family.name:
-            return family
-    supported = " and ".join(family.name for family in FAMILIES)
+    if model_type in FAMILIES:
+        return FAMILIES[model_type]
     raise CheckpointError(
-        f"the checkpoint's model_type is {model_type!r}; supported are {supported}: choose a Qwen2.5-VL or a dense "
-        "Qwen3-VL checkpoint"
+        f"the checkpoint's model_type is {model_type!r}; supported are {' and '.join(FAMILIES)}: choose a "
+        f"{titles(' or a ')} checkpoint"
     )
+
+
+def titles(joint: str) -> str:
+    """The families' titles, for people, with `joint` between two of them."""
+    return joint.join(family.title for family in FAMILIES.values())
+
+
+def mlx_name(public_name: str) -> str:
+    """A tensor's or module's MLX name, from any public spelling."""
+    for spelling, ours in _PREFIXES:
+        if public_name.startswith(spelling):
+            return ours + public_name[len(spelling) :]
+    return public_name
+
+
+def token_grid(media: VisionInput, config: Mapping[str, Any]) -> tuple[int, int, int]:
+    """(t, h, w) of a medium in tokens."""
+    merge = config["vision_config"].get("spatial_merge_size", 2)
+    t, h, w = media.grid
+    return t, h // merge, w // merge
 
 
 # Public spelling -> ours; the first that fits is taken, so longer prefixes come first.
@@ -201,33 +288,20 @@ _PREFIXES = (
     ("lm_head.", "language_model.lm_head."),
 )
 
-
-def _build(code: Any, config: dict[str, Any]) -> Any:
-    """Make mlx-vlm's network from a normalised config; the dataclasses take the keys that they know."""
-    text = code.TextConfig.from_dict(config["text_config"])
-    vision = code.VisionConfig.from_dict(config["vision_config"])
-    settings = code.ModelConfig(
-        text_config=text,
-        vision_config=vision,
-        model_type=config["model_type"],
-        image_token_id=config["image_token_id"],
-        video_token_id=config["video_token_id"],
-        vision_start_token_id=config["vision_start_token_id"],
-        vision_end_token_id=config["vision_end_token_id"],
-        vocab_size=text.vocab_size,
-    )
-    return code.Model(settings)
+_SHAPES_KEPT = 8  # of the networks that were asked for last
+_shapes: OrderedDict[str, Shapes] = OrderedDict()
 
 
-@functools.cache  # once a process, not at every question
-def _warn_of_one_time() -> None:
-    _log.warning(
-        "more than 2 frames a second: this checkpoint counts whole seconds from one pair of frames to the next, so all "
-        "of the clip's frames have the same time for it; give fps=2 or less"
-    )
+def _lazy_shapes(family: Family, config: Mapping[str, Any]) -> Shapes:
+    """Build a network without evaluating it, and look at its parameters.
 
+    Its random weights are never drawn. MLX's global random state goes on, as it does when a model is loaded; nothing
+    here depends on it.
+    """
+    from mlx.utils import tree_flatten
 
-def _token_grid(media: VisionInput, vision: Mapping[str, Any]) -> tuple[int, int, int]:
-    merge = vision.get("spatial_merge_size", 2)
-    t, h, w = media.grid
-    return t, h // merge, w // merge
+    from mlxvr.runtime.device_lock import use_device
+
+    with use_device():
+        parameters: Any = tree_flatten(family.build(config).parameters())
+    return {key: tuple(array.shape) for key, array in parameters}
