@@ -11,10 +11,12 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxvr.checkpoint import recipe as recipes
 from mlxvr.checkpoint.recipe import Precision, Quantization, Recipe, Rule
-from mlxvr.conversion.measure import mixed_precision
+from mlxvr.conversion.measure import knapsack, mixed_precision, squared_gradients
+from mlxvr.conversion.measure.knapsack import assign
 from mlxvr.conversion.measure.layerwise import LayerwiseModel
-from mlxvr.conversion.measure.mixed_precision import assign, candidates, choose_precisions, measure
+from mlxvr.conversion.measure.mixed_precision import candidates, choose_precisions, measure
 from mlxvr.conversion.measure.probes import Probe
+from mlxvr.conversion.measure.verify import verify
 from mlxvr.conversion.source import Checkpoint
 from mlxvr.convert import convert
 from mlxvr.errors import Cancelled, ConfigError
@@ -58,7 +60,7 @@ def open_answered(folder, **options):
     parts = (model.model.tokenizer, model.model.family, model.model.config)
     video = random_media(model.model.family.name, "video", (2, 4, 8))
     prompts = [build_prompt(*parts, [video], "What moves?"), build_prompt(*parts, [], "Is two more than one?")]
-    return model, mixed_precision._answer(model, prompts, None)
+    return model, squared_gradients.answer_prompts(model, prompts, None)
 
 
 def whole_squares(folder, answered):
@@ -95,7 +97,7 @@ def whole_squares(folder, answered):
 def test_squared_gradients_are_those_of_the_whole_model(checkpoint):
     model, answered = open_answered(checkpoint, memory_limit=0)
     found = {}
-    for module, _, squares in mixed_precision._Backward(model, answered, 1 << 40).squares():
+    for module, _, squares in squared_gradients.SquaredGradients(model, answered, 1 << 40).squares():
         found[module] = np.concatenate([found[module], np.array(squares)]) if module in found else np.array(squares)
     expected = whole_squares(checkpoint, answered)
     assert found.keys() == expected.keys()
@@ -106,10 +108,10 @@ def test_squared_gradients_are_those_of_the_whole_model(checkpoint):
 
 def test_rows_of_a_vocabulary_may_come_in_parts(one_checkpoint, monkeypatch):
     model, answered = open_answered(one_checkpoint)
-    whole = {m: np.array(s) for m, _, s in mixed_precision._Backward(model, answered, 1 << 40).squares()}
-    monkeypatch.setattr(mixed_precision, "_ROWS", 100)
+    whole = {m: np.array(s) for m, _, s in squared_gradients.SquaredGradients(model, answered, 1 << 40).squares()}
+    monkeypatch.setattr(squared_gradients, "_ROWS", 100)
     model, answered = open_answered(one_checkpoint)
-    parts = [(m, np.array(s)) for m, _, s in mixed_precision._Backward(model, answered, 1 << 40).squares()]
+    parts = [(m, np.array(s)) for m, _, s in squared_gradients.SquaredGradients(model, answered, 1 << 40).squares()]
     for module in (EMBEDDING, HEAD):
         own = [squares for name, squares in parts if name == module]
         if module in whole:
@@ -119,11 +121,34 @@ def test_rows_of_a_vocabulary_may_come_in_parts(one_checkpoint, monkeypatch):
 
 def test_what_goes_into_layers_may_be_kept_in_bfloat16(one_checkpoint):
     model, answered = open_answered(one_checkpoint)
-    exact = {m: float(s.sum().item()) for m, _, s in mixed_precision._Backward(model, answered, 1 << 40).squares()}
+    exact = {
+        m: float(s.sum().item()) for m, _, s in squared_gradients.SquaredGradients(model, answered, 1 << 40).squares()
+    }
     model, answered = open_answered(one_checkpoint)
-    rounded = {m: float(s.sum().item()) for m, _, s in mixed_precision._Backward(model, answered, 0).squares()}
+    rounded = {m: float(s.sum().item()) for m, _, s in squared_gradients.SquaredGradients(model, answered, 0).squares()}
     assert rounded != exact
     assert rounded == {module: pytest.approx(total, rel=0.1) for module, total in exact.items()}
+
+
+def test_weights_may_take_a_share_of_what_mlx_should_use(one_checkpoint, monkeypatch):
+    """As a model is loaded: not of all memory that the machine has."""
+    info = {"memory_size": 5000, "max_recommended_working_set_size": 1000}
+    monkeypatch.setattr("mlxvr.runtime.device_memory.mx.device_info", lambda: info)
+    limits = []
+
+    def refuse(folder, *, dtype=None, memory_limit=None):
+        limits.append(memory_limit)
+        raise Cancelled("far enough")
+
+    monkeypatch.setattr(LayerwiseModel, "open", refuse)
+    with pytest.raises(Cancelled):
+        measure(one_checkpoint, {}, probes=PROBES)
+    with pytest.raises(Cancelled):
+        verify(one_checkpoint, one_checkpoint, probes=PROBES)
+    assert limits == [400, 400]
+    with pytest.raises(Cancelled):
+        verify(one_checkpoint, one_checkpoint, probes=PROBES, memory_limit=7)
+    assert limits[-1] == 7
 
 
 def test_the_cost_is_the_weighted_error_of_rounding(one_checkpoint):
@@ -133,7 +158,7 @@ def test_the_cost_is_the_weighted_error_of_rounding(one_checkpoint):
     prompts = mixed_precision.build_prompts(
         model.model, PROBES, mixed_precision.load_media(PROBES, mixed_precision.budgeted(model.model.spec))
     )
-    expected = whole_squares(one_checkpoint, mixed_precision._answer(model, prompts, None))
+    expected = whole_squares(one_checkpoint, squared_gradients.answer_prompts(model, prompts, None))
     module = "language_model.model.layers.1.mlp.down_proj"
     weight = load_model(one_checkpoint).network.language_model.model.layers[1].mlp.down_proj.weight
     for option, cost in zip(options[module], costs[module], strict=True):
@@ -306,7 +331,7 @@ def test_a_greedy_choice_would_be_wrong_here():
 
 
 def test_sizes_without_a_common_divisor_still_fit(monkeypatch):
-    monkeypatch.setattr(mixed_precision, "_UNITS", 50)
+    monkeypatch.setattr(knapsack, "_UNITS", 50)
     draw = np.random.default_rng(1)
     items = [[(int(size), 1 / size) for size in draw.integers(10_000, 90_001, 5)] for _ in range(20)]
     least = sum(min(size for size, _ in item) for item in items)

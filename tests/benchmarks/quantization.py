@@ -35,7 +35,7 @@ from mlxvr.answering.confidence import score_first_answer
 from mlxvr.answering.loop import Outcome, run_answer_loop
 from mlxvr.checkpoint import recipe as recipes
 from mlxvr.checkpoint.recipe import Precision, Quantization, Rule
-from mlxvr.conversion.measure import mixed_precision
+from mlxvr.conversion.measure import knapsack, mixed_precision
 from mlxvr.conversion.measure.verify import compare_logits
 from mlxvr.conversion.source import Checkpoint
 from mlxvr.conversion.tensor_plan import make_plan
@@ -474,7 +474,7 @@ def chosen_schemes(bench: Bench) -> dict[str, Stored]:
         found[name] = bench.stored(quantization)
         size = bench.nbytes(found[name])
         items = [[(one.nbytes, cost) for one, cost in zip(options[m], costs[m])] for m in options]
-        picks = mixed_precision.assign(items, size - rest)
+        picks = knapsack.assign(items, size - rest)
         found[f"ours, at most as large as {name}"] = {m: options[m][pick].precision for m, pick in zip(options, picks)}
         found[f"mlx-lm's {low} or 8 bits, at most as large as {name}"] = choose_by_threshold(
             bench, calibration, low, size

@@ -1,8 +1,8 @@
 r"""First answers to many prompts, written in lock-step by a model that runs layer by layer.
 
-The assistant turn is opened with ``\boxed``, so that a model that was not trained for the protocol answers in a box
-too. An answer ends where the product would stop without reasoning: at the closing of the first box, at the beginning of
-the reasoning, at the end of the turn, or at a limit.
+The assistant turn begins with ``\boxed``, so that a model that was not trained for the protocol also answers in a box.
+An answer ends where the product would stop without reasoning: when the first box closes, when the reasoning begins, at
+the end of the turn, or at a limit.
 """
 
 import math
@@ -20,7 +20,7 @@ from mlxvr.runtime.hooks import ShouldStop
 
 __all__ = ["MOST_TOKENS", "Draft", "choose_greedily", "opening", "write_answers"]
 
-MOST_TOKENS = 24  # with those of the opening; a box of two times and its answer has some 16
+MOST_TOKENS = 24  # the opening included; a box with two times and an answer has some 16
 
 
 def opening(tokenizer: ChatTokenizer) -> list[int]:
@@ -30,18 +30,18 @@ def opening(tokenizer: ChatTokenizer) -> list[int]:
 
 @dataclass(eq=False)
 class Draft:
-    """A first answer while it is written; it holds no weights, so that its model can go.
+    """A first answer while it is written; it holds no weights, so that the model can be freed.
 
     Attributes:
-        tokenizer: of the model that writes.
+        tokenizer: the model's.
         track: prompt and answer on their way through the layers.
         suppression: float32 (vocab,), see `mlxvr.model.decode.suppression`.
         row: float32 (vocab,), the logits of the next token.
-        rows: logits (tokens, vocab) that are kept: what it is made with, and those of every token but the first, whose
-            logits are the last of the prompt's.
-        tokens: what is written.
+        rows: recorded logits (tokens, vocab): those that the draft begins with, then those of every token but the
+            first, whose logits are the last of the prompt's.
+        tokens: the tokens written so far.
         logprobs: natural log of each token's probability.
-        ended: whether there is nothing to add.
+        ended: whether the answer is finished.
     """
 
     tokenizer: ChatTokenizer
@@ -63,11 +63,11 @@ class Draft:
 
     @property
     def scored(self) -> FirstAnswer | None:
-        """The answer and its confidence, as the product scores it."""
+        """The answer and its confidence, scored as in the product."""
         return score_first_answer(self.tokens, self.logprobs, self.tokenizer.decode)
 
     def take(self, token: int) -> None:
-        """Write a token."""
+        """Append a token."""
         if self.tokens:
             self.rows.append(self.row[None])
         self.tokens.append(token)
@@ -79,7 +79,7 @@ class Draft:
         self.ended = self.closed or self._parser.stage == "reasoning" or len(self.tokens) >= MOST_TOKENS
 
     def fork(self) -> "Draft":
-        """Another answer that begins with these tokens."""
+        """A second answer that begins with the same tokens."""
         forked = Draft(
             self.tokenizer, self.track.fork(), self.suppression, self.row, [], [*self.tokens], [*self.logprobs]
         )
@@ -89,10 +89,12 @@ class Draft:
 
 
 def choose_greedily(draft: Draft) -> int:
-    """The next token of an answer: of the opening, then the likeliest."""
-    begun = opening(draft.tokenizer)
+    """The next token of an answer: first the opening's tokens, then the likeliest token."""
+    first_tokens = opening(draft.tokenizer)
     place = len(draft.tokens)
-    return begun[place] if place < len(begun) else int(mx.argmax(draft.row + draft.suppression).item())  # type: ignore[arg-type]
+    if place < len(first_tokens):
+        return first_tokens[place]
+    return int(mx.argmax(draft.row + draft.suppression).item())  # type: ignore[arg-type]
 
 
 def write_answers(
@@ -103,25 +105,25 @@ def write_answers(
     on_token: Callable[[], None] | None = None,
     should_stop: ShouldStop | None = None,
 ) -> None:
-    """Write token by token, one of every answer at a time, until all have ended.
+    """Extend all drafts by one token at a time, until all have ended.
 
     Args:
-        model: writes.
-        drafts: what is written so far; are extended.
-        choose: the next token of an answer.
+        model: computes the logits.
+        drafts: the answers so far; they are extended in place.
+        choose: chooses the next token of a draft.
         on_token: called after each token.
         should_stop: see `LayerwiseModel.step`.
 
     Raises `ConfigError` or `CheckpointError` when the logits are not finite, see `mlxvr.model.decode.not_finite`.
     """
-    while going := [draft for draft in drafts if not draft.ended]:
-        for draft in going:
+    while unfinished := [draft for draft in drafts if not draft.ended]:
+        for draft in unfinished:
             draft.take(choose(draft))
             if not math.isfinite(draft.logprobs[-1]):
                 raise not_finite(model.model)
-        if going := [draft for draft in going if not draft.ended]:
-            tracks, tokens = [draft.track for draft in going], [draft.tokens[-1] for draft in going]
-            for draft, row in zip(going, model.step(tracks, tokens, should_stop=should_stop)):
+        if unfinished := [draft for draft in unfinished if not draft.ended]:
+            tracks, tokens = [draft.track for draft in unfinished], [draft.tokens[-1] for draft in unfinished]
+            for draft, row in zip(unfinished, model.step(tracks, tokens, should_stop=should_stop)):
                 draft.row = row
         if on_token is not None:
             on_token()

@@ -31,15 +31,17 @@ from mlxvr.media.patches import VisionInput
 from mlxvr.model.loading import load_model, map_weights
 from mlxvr.model.network import VideoModel, VisionFeatures
 from mlxvr.model.prompt import Prompt
+from mlxvr.runtime import device_memory
 from mlxvr.runtime.hooks import Progress, ShouldStop
 
-__all__ = ["Layer", "LayerwiseModel", "Piece", "Track"]
+__all__ = ["Layer", "LayerwiseModel", "Piece", "Track", "default_weights_limit"]
 
 _TOWER = "vision_tower"
 _EMBEDDING = "language_model.model.embed_tokens"
 _LAYERS = "language_model.model.layers"
 _NORM = "language_model.model.norm"
 _HEAD = "language_model.lm_head"
+_WEIGHTS_SHARE = 0.4
 _TOKENS_AT_ONCE = 512  # that a layer computes before it is waited for: bounds its intermediate results
 
 
@@ -278,6 +280,12 @@ class LayerwiseModel:
                 progress("layers", done + 1, len(self._layers))
 
     @contextmanager
+    def embedding(self) -> Iterator[mx.array]:
+        """The embedding matrix (vocab, hidden), loaded."""
+        with self._loaded(_EMBEDDING):
+            yield self.model.network.language_model.model.embed_tokens.weight
+
+    @contextmanager
     def head(self) -> Iterator[Callable[[mx.array], mx.array]]:
         """The final norm and the output head: (.., hidden) after the last layer -> float32 logits (.., vocab)."""
         norm = self._module(_NORM)
@@ -374,6 +382,14 @@ class LayerwiseModel:
         for name in part.split("."):
             module = module[int(name)] if name.isdigit() else module[name]
         return cast("nn.Module", module)
+
+
+def default_weights_limit() -> int:
+    """Bytes for weights where nobody sets a limit: 40% of the memory that MLX should use on this machine.
+
+    As much again goes into keys, values and logits.
+    """
+    return int(_WEIGHTS_SHARE * device_memory.usable_memory())
 
 
 def _owner(key: str) -> str:

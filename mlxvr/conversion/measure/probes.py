@@ -1,12 +1,12 @@
-r"""Probe prompts: what a converted model is compared with its source on.
+r"""Probe prompts, on which a converted model is compared with its source.
 
-The bundled probes are six of the package's own clips with four questions each, two pictures that are drawn here, and
-four questions without pictures: multiple choice, free text and one grounding question, from certain to guessed, so that
-confidences lie on both sides of any threshold. Questions about a clip share its prefix.
+The bundled probes are four questions about each of six of the package's own clips, one about each of two pictures that
+are drawn here, and four without a picture: multiple choice, free text and one grounding question. Models are certain of
+some and guess others, so that confidences lie on both sides of any threshold. Questions about a clip share its prefix.
 
-They are kept short, since a whole model is read for them: a clip takes at most 320 visual tokens, a picture at most 64.
-With Qwen's own tokenizer the thirty prompts have some 12,000 tokens (Qwen2.5-VL) or 14,000 (Qwen3-VL), of which 5,000
-go through the model: the questions about a clip share the rest.
+The probes are short, because whole models read them: a clip takes at most 320 visual tokens, a picture at most 64. With
+Qwen's own tokenizer the thirty prompts have some 12,000 tokens (Qwen2.5-VL) or 14,000 (Qwen3-VL); 5,000 of them go
+through the model, since questions about one clip share its tokens.
 """
 
 from collections.abc import Sequence
@@ -33,12 +33,12 @@ Asked = tuple[str, tuple[str, ...] | None, str]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Probe:
-    """A question that is asked of both models.
+    """A question for both models.
 
     Attributes:
         name: for reports.
-        source: what the question is about, as `mlxvr.media.load_vision` takes it; None: text alone. Probes with the
-            same path or the same object share what is computed for it.
+        source: the clip or picture, as `mlxvr.media.load_vision` takes it; None: text alone. Probes with the same path
+            or the same object share its computation.
         question, options, kind: as in `mlxvr.model.prompt.build_prompt`.
     """
 
@@ -50,7 +50,7 @@ class Probe:
 
 
 def bundled() -> list[Probe]:
-    """The probes that come with the package; always the same ones."""
+    """The probes that come with the package, always the same."""
     clips = Path(str(files("mlxvr"))) / "demo" / "clips"
     probes = [
         Probe(name=f"{clip}-{index}", source=clips / f"{clip}.mp4", question=question, options=options, kind=kind)
@@ -69,7 +69,7 @@ def bundled() -> list[Probe]:
 
 
 def budgeted(spec: VisionSpec) -> VisionSpec:
-    """A model's own way of looking at things, at no more tokens than a probe may have."""
+    """A model's own frame rules, with at most the tokens that a probe may have."""
     most = min(spec.image_max_tokens, _IMAGE_TOKENS)
     return spec.with_overrides(
         video_tokens=min(spec.video_tokens, _VIDEO_TOKENS),
@@ -81,42 +81,42 @@ def budgeted(spec: VisionSpec) -> VisionSpec:
 def load_media(
     probes: Sequence[Probe], spec: VisionSpec, *, should_stop: ShouldStop | None = None
 ) -> list[tuple[VisionInput, ...]]:
-    """What each probe shows, prepared for a model; probes about the same thing get the same objects.
+    """The media of each probe, prepared for a model; probes about the same media get the same objects.
 
     Raises as `load_vision`.
     """
-    seen: dict[Any, VisionInput] = {}
-    shown: list[tuple[VisionInput, ...]] = []
+    loaded: dict[Any, VisionInput] = {}
+    media: list[tuple[VisionInput, ...]] = []
     for probe in probes:
         if probe.source is None:
-            shown.append(())
+            media.append(())
             continue
         key = probe.source if isinstance(probe.source, str | Path) else id(probe.source)
-        if key not in seen:
-            seen[key] = load_vision(probe.source, spec, should_stop=should_stop)
-        shown.append((seen[key],))
-    return shown
+        if key not in loaded:
+            loaded[key] = load_vision(probe.source, spec, should_stop=should_stop)
+        media.append((loaded[key],))
+    return media
 
 
 def build_prompts(
     model: VideoModel, probes: Sequence[Probe], media: Sequence[Sequence[VisionInput]], *, system: str | None = None
 ) -> list[Prompt]:
-    """The probes in the words of a model; `media` as `load_media` gives them.
+    """The probes as prompts of a model; `media` as `load_media` returns them.
 
-    `system`: what the model is told first; None: `model.system_prompt`. Raises as `build_prompt`.
+    `system`: the system prompt; None: `model.system_prompt`. Raises as `build_prompt`.
     """
     return [
         build_prompt(
             model.tokenizer,
             model.family,
             model.config,
-            shown,
+            inputs,
             probe.question,
             options=probe.options,
             kind=probe.kind,
             system=model.system_prompt if system is None else system,
         )
-        for probe, shown in zip(probes, media, strict=True)
+        for probe, inputs in zip(probes, media, strict=True)
     ]
 
 

@@ -1,6 +1,6 @@
-"""What verifying a converted model found: figures, a table of probes, and what is beyond its limit.
+"""The result of verifying a converted model: figures, a table of probes, and the figures beyond their limits.
 
-See `verify` for what is measured and why.
+`verify` explains what is measured and why.
 """
 
 import math
@@ -18,14 +18,14 @@ __all__ = ["Divergence", "ProbeResult", "VerificationReport", "compare_logits"]
 
 @dataclass(frozen=True)
 class Divergence:
-    """How far logits are from those expected, over some tokens.
+    """The difference of a model's logits from the expected ones, over some tokens.
 
     Attributes:
-        tokens: how many.
-        logits_error: mean over tokens of |found - expected| / |expected|, Euclidean, of centred logits.
-        largest_error: the largest of them.
+        tokens: number of tokens.
+        logits_error: mean over tokens of |actual - expected| / |expected|, Euclidean, of centred logits.
+        largest_error: the largest of these errors.
         top1: share of tokens whose most likely token is the same.
-        kl: mean KL(expected || found) in nats.
+        kl: mean KL(expected || actual) in nats.
     """
 
     tokens: int
@@ -37,15 +37,16 @@ class Divergence:
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeResult:
-    """What one probe showed.
+    """The result of one probe.
 
     Attributes:
-        name: of the probe.
-        prompt_tokens: in its prompt.
+        name: the probe's.
+        prompt_tokens: number of tokens in its prompt.
         divergence: of the logits.
-        source_answer, converted_answer: the normalised first answers; None: there is none that can be scored.
-        source_confidence, converted_confidence: of the own first answers; of the source's tokens where one is None.
-        source_exits, converted_exits: whether each stops there; None: neither closed a box.
+        source_answer, converted_answer: the normalised first answers; None: no answer that can be scored.
+        source_confidence, converted_confidence: of each model's own first answer; if one of the answers is None, of the
+            source's tokens under each model.
+        source_exits, converted_exits: whether each model stops at its first answer; None: neither closed a box.
     """
 
     name: str
@@ -60,31 +61,31 @@ class ProbeResult:
 
     @property
     def drift(self) -> float:
-        """How far the confidence moved."""
+        """|converted - source| of the confidence."""
         return abs(self.converted_confidence - self.source_confidence)
 
     @property
     def answers_differ(self) -> bool:
-        """Whether both stop, with different answers."""
+        """Whether both models stop, with different answers."""
         both = bool(self.source_exits and self.converted_exits)
         return both and _folded(self.source_answer) != _folded(self.converted_answer)
 
     @property
     def flipped(self) -> bool:
-        """Whether one stops and the other does not, or both with different answers."""
+        """Whether only one of the models stops, or both stop with different answers."""
         return self.source_exits != self.converted_exits or self.answers_differ
 
 
 @dataclass(frozen=True, kw_only=True)
 class VerificationReport:
-    """How far a converted model is from its source.
+    """The differences of a converted model from its source.
 
     Attributes:
         source, converted: the two folders or Hub ids.
-        threshold: confidence from which a first answer stands.
-        probes: what each probe showed.
-        source_run: "in memory", or "layer by layer" with how much of the weights stayed in memory.
-        seconds: for all of it.
+        threshold: confidence from which a first answer is taken.
+        probes: the result of each probe.
+        source_run: "in memory", or "layer by layer" with the amount of weights that stayed in memory.
+        seconds: duration of the whole verification.
         peak_memory: the most bytes that MLX's allocator held.
     """
 
@@ -103,23 +104,23 @@ class VerificationReport:
 
     @property
     def logits_error(self) -> float:
-        """Relative, mean over tokens."""
-        return self._over_tokens(lambda one: one.logits_error)
+        """Relative error of the logits, mean over tokens."""
+        return self._over_tokens(lambda divergence: divergence.logits_error)
 
     @property
     def largest_logits_error(self) -> float:
-        """Relative, of the worst token."""
+        """Relative error of the logits of the worst token."""
         return float(np.max([probe.divergence.largest_error for probe in self.probes]))
 
     @property
     def top1(self) -> float:
         """Share of tokens whose most likely token is the same."""
-        return self._over_tokens(lambda one: one.top1)
+        return self._over_tokens(lambda divergence: divergence.top1)
 
     @property
     def kl(self) -> float:
         """KL(source || converted), nats per token."""
-        return self._over_tokens(lambda one: one.kl)
+        return self._over_tokens(lambda divergence: divergence.kl)
 
     @property
     def confidence_drift(self) -> float:
@@ -128,12 +129,12 @@ class VerificationReport:
 
     @property
     def largest_confidence_drift(self) -> float:
-        """Of the worst probe."""
+        """Confidence drift of the worst probe."""
         return float(np.max([probe.drift for probe in self.probes]))
 
     @property
     def decisions(self) -> int:
-        """Probes on which there is an exit decision."""
+        """Number of probes with an exit decision."""
         return sum(probe.source_exits is not None for probe in self.probes)
 
     @property
@@ -143,17 +144,17 @@ class VerificationReport:
 
     @property
     def flipped_exits(self) -> float | None:
-        """Share of exit decisions that flipped; None: there are none."""
+        """Share of exit decisions that flipped; None: there are no decisions."""
         return len(self.flipped) / self.decisions if self.decisions else None
 
     @property
     def different_answers(self) -> int:
-        """How many of those flipped because both models stop, with different answers."""
+        """Number of flipped decisions where both models stop, with different answers."""
         return sum(probe.answers_differ for probe in self.probes)
 
     def failures(self, limits: Limits) -> tuple[str, ...]:
-        """One line for each figure that is beyond its limit, or is no number."""
-        found: list[str] = []
+        """One line for each figure that is beyond its limit or not a number."""
+        lines: list[str] = []
         for name, value, limit in (
             ("logits error", self.logits_error, limits.logits_error),
             ("KL", self.kl, limits.kl),
@@ -161,10 +162,10 @@ class VerificationReport:
             ("share of flipped exit decisions", self.flipped_exits, limits.flipped_exits),
         ):
             if limit is not None and value is not None and not value <= limit:
-                found.append(f"{name} is {value:.4g}, the limit is {limit:g}")
+                lines.append(f"{name} is {value:.4g}, the limit is {limit:g}")
         if limits.top1 is not None and not self.top1 >= limits.top1:
-            found.append(f"top-1 agreement is {self.top1:.4g}, the limit is {limits.top1:g}")
-        return tuple(found)
+            lines.append(f"top-1 agreement is {self.top1:.4g}, the limit is {limits.top1:g}")
+        return tuple(lines)
 
     def verdict(self, limits: Limits) -> str:
         """One line: whether all figures are within their limits."""
@@ -175,7 +176,7 @@ class VerificationReport:
         return f"falls short: {'; '.join(failures)}" if failures else f"passed: within the limits of {weights}"
 
     def table(self, limits: Limits | None = None) -> str:
-        """A few lines to read, with the limits that the figures are held against and the verdict, if they are given."""
+        """The figures in a few lines of text; if `limits` are passed, with the limits and the verdict."""
         bounds = {} if limits is None else {name: value for name, value in asdict(limits).items() if value is not None}
 
         def bound(name: str, form: str) -> str:
@@ -200,7 +201,7 @@ class VerificationReport:
             ),
             ("exit decisions flipped", flips, f"threshold {self.threshold:g}{bound('flipped_exits', '.0%')}"),
         ]
-        # Limits are those of the means; the largest shows how far a single token or probe strays.
+        # Limits are for the means; "largest" shows the worst single token or probe.
         width = max(len(value) for _, value, _ in rows)
         lines = [f"{name:<24}{value:<{width}}  {note}".rstrip() for name, value, note in rows]
         for probe in self.flipped:
@@ -219,9 +220,9 @@ class VerificationReport:
         return "\n".join(lines if limits is None else [*lines, self.verdict(limits)])
 
     def to_dict(self, limits: Limits | None = None) -> dict[str, Any]:
-        """Plain values for JSON, the table of probes included; what is no number is None.
+        """Plain values for JSON, the table of probes included; None stands for what is not a number.
 
-        With `limits` they are in it, and "passed" (None: nothing is limited) and "shortfalls".
+        `limits` adds "limits", "passed" (None: nothing is limited) and "shortfalls".
         """
         judged: dict[str, Any] = {}
         if limits is not None:
@@ -257,11 +258,11 @@ class VerificationReport:
         return sum(figure(probe.divergence) * probe.divergence.tokens for probe in self.probes) / self.tokens
 
 
-def compare_logits(expected: mx.array, found: mx.array) -> Divergence:
+def compare_logits(expected: mx.array, actual: mx.array) -> Divergence:
     """Compare float32 logits (tokens, vocab), row by row."""
-    a, b = (one - one.mean(axis=-1, keepdims=True) for one in (expected, found))
+    a, b = (logits - logits.mean(axis=-1, keepdims=True) for logits in (expected, actual))
     error = mx.linalg.norm(b - a, axis=-1) / mx.linalg.norm(a, axis=-1)
-    log_p, log_q = (one - mx.logsumexp(one, axis=-1, keepdims=True) for one in (a, b))
+    log_p, log_q = (logits - mx.logsumexp(logits, axis=-1, keepdims=True) for logits in (a, b))
     kl = (mx.exp(log_p) * (log_p - log_q)).sum(axis=-1)
     same = mx.argmax(a, axis=-1) == mx.argmax(b, axis=-1)
     errors, divergences = np.array(error, dtype=np.float64), np.array(kl, dtype=np.float64)

@@ -1,21 +1,20 @@
-r"""How far a converted model is from its source, measured where it matters: on what the product decides by.
+r"""Verification of a converted model against its source, on the quantities that decide its answers.
 
-Both models read the same probe prompts and write a first answer, greedily, in an assistant turn that is opened with
-``\boxed``, so that a model that was not trained for the protocol answers in a box too. Measured are
+Both models read the same probe prompts and write a first answer greedily, in an assistant turn that begins with
+``\boxed``, so that a model that was not trained for the protocol also answers in a box. Three things are measured:
 
-- logits, at the last tokens of each prompt and along the source's answer, which the converted model is made to follow:
+- Logits, at the last tokens of each prompt and along the source's answer, which the converted model is made to follow:
   their relative error, how often the first choice is the same, and KL(source || converted) in nats. Logits are centred
   on their mean first, since softmax does not see a shift.
-- confidence of each model's own first answer, as `mlxvr.answering.confidence` scores it in the product, and how far it
-drifts,
-- exit decisions at the threshold. One has flipped where one model stops with its first answer and the other goes on to
-  reason, or where both stop with different answers.
+- Confidence of each model's own first answer, as `mlxvr.answering.confidence` scores it in the product, and its drift.
+- Exit decisions at the threshold. A decision has flipped where only one of the models stops with its first answer and
+  the other reasons, or where both stop with different answers.
 
-Where one of the two wrote no answer that can be scored (no box, or one that declines to answer), the drift is that of
+Where either model wrote no answer that can be scored (no box, or a box that declines to answer), the drift is that of
 exp(mean log p) of the source's tokens under both models. Where neither closed a box, there is no exit decision.
 
 The source is read layer by layer (see `layerwise`) and stays in memory as far as the limit allows; then the converted
-model takes its place. Both compute in their own dtype, so that what is measured is what a user gets; but on a CPU in
+model takes its place. Both compute in their own dtype, so that users get what is measured; on a CPU they compute in
 float32, which is many times faster there.
 """
 
@@ -33,7 +32,7 @@ from mlxvr.checkpoint import hub
 from mlxvr.checkpoint.defaults import Defaults
 from mlxvr.checkpoint.folder import ModelFolder
 from mlxvr.conversion.measure.first_answers import MOST_TOKENS, Draft, choose_greedily, opening, write_answers
-from mlxvr.conversion.measure.layerwise import LayerwiseModel
+from mlxvr.conversion.measure.layerwise import LayerwiseModel, default_weights_limit
 from mlxvr.conversion.measure.probes import Probe, budgeted, build_prompts, bundled, load_media
 from mlxvr.conversion.measure.verification import ProbeResult, VerificationReport, compare_logits
 from mlxvr.errors import CheckpointError, ConfigError
@@ -47,7 +46,6 @@ from mlxvr.runtime.hooks import Progress, ShouldStop
 __all__ = ["VerificationReport", "verify"]
 
 _PROMPT_ROWS = 8  # tokens at the end of a prompt whose logits are compared
-_MEMORY_SHARE = 0.4  # of the machine's memory, for weights; as much again goes into keys, values and logits
 
 
 @use_device()
@@ -65,26 +63,26 @@ def verify(
     """Compare a converted model with its source; nothing is written.
 
     Args:
-        source, converted: model folders, or Hub ids; the source may be opened already, with key rules of its own.
-        threshold: confidence from which a first answer stands; None: the converted model's own, else its family's.
-        probes: what they are asked; None: `mlxvr.conversion.measure.probes.bundled()`.
-        memory_limit: bytes that weights may take; None: 40% of the machine's memory.
-        dtype: "float32", "float16" or "bfloat16", what both compute in; None: each its own, but float32 on a CPU.
+        source, converted: model folders or Hub ids; the source may also be an open folder, with its own key rules.
+        threshold: confidence from which a first answer is taken; None: the converted model's own, else its family's.
+        probes: the questions; None: `mlxvr.conversion.measure.probes.bundled()`.
+        memory_limit: bytes that weights may take; None: `layerwise.default_weights_limit()`.
+        dtype: "float32", "float16" or "bfloat16", in which both compute; None: each in its own, or float32 on a CPU.
         progress: called with ("verify", done, total).
         should_stop: asked between layers and tokens.
 
     Raises:
-        CheckpointError: a folder cannot be loaded, or the one was not converted from the other.
+        CheckpointError: a folder cannot be loaded, or `converted` was not converted from `source`.
         ConfigError: there are no probes, an option has a value that cannot be used, or float16 overflowed.
-        Cancelled: `should_stop` said so.
+        Cancelled: `should_stop` returned True.
     """
     started = time.perf_counter()
     asked = bundled() if probes is None else list(probes)
     if not asked:
-        raise ConfigError("there are no probes to verify with: give at least one, or leave them out")
+        raise ConfigError("there are no probes to verify with: give at least one, or leave `probes` out")
     if threshold is not None and not 0.0 <= threshold <= 1.0:
         raise ConfigError(f"threshold {threshold} is outside [0, 1]: it is compared with a probability")
-    limit = int(_MEMORY_SHARE * device_memory.physical_memory()) if memory_limit is None else memory_limit
+    limit = default_weights_limit() if memory_limit is None else memory_limit
     named = str(source.path if isinstance(source, ModelFolder) else source)
     dtype = device_memory.fast_dtype() if dtype is None else dtype
     with device_memory.track_peak() as peak:
@@ -103,9 +101,9 @@ def verify(
         mx.clear_cache()
         scripts = [answer.tokens for answer in expected]
         own: list[Draft] = []
-        found = _read_and_write(ours, prompts, counter, should_stop, scripts=scripts, own=own)
-        results = tuple(_judge(*four, threshold) for four in zip(asked, expected, found, own, strict=True))
-        held = peak.bytes
+        forced = _read_and_write(ours, prompts, counter, should_stop, scripts=scripts, own=own)
+        results = tuple(_judge(*drafts, threshold) for drafts in zip(asked, expected, forced, own, strict=True))
+        peak_memory = peak.bytes
     return VerificationReport(
         source=named,
         converted=str(converted),
@@ -113,7 +111,7 @@ def verify(
         probes=results,
         source_run=source_run,
         seconds=time.perf_counter() - started,
-        peak_memory=held,
+        peak_memory=peak_memory,
     )
 
 
@@ -128,36 +126,37 @@ def _read_and_write(
 ) -> list[Draft]:
     """Read the prompts and write an answer to each, all in lock-step.
 
-    `scripts` says what to write instead of the model's own choices, which `own` then gets: the same answer as long as
-    the two agree, and from there on one that goes its own way.
+    `scripts` are tokens to write instead of the model's own choices. The model's own answers then go to `own`: the same
+    draft while both agree, and a fork of it from the first token that differs.
     """
     done = counter.done
     tracks, logits = model.read(prompts, last=_PROMPT_ROWS, progress=counter.layer, should_stop=should_stop)
-    never = suppression(model.model)
-    answers = [Draft(model.model.tokenizer, track, never, rows[-1], [rows]) for track, rows in zip(tracks, logits)]
-    apart: dict[int, Draft] = {}
+    suppressed = suppression(model.model)
+    tokenizer = model.model.tokenizer
+    answers = [Draft(tokenizer, track, suppressed, rows[-1], [rows]) for track, rows in zip(tracks, logits)]
+    forks: dict[int, Draft] = {}
 
     def follow(answer: Draft) -> int:
         index = answers.index(answer)
         assert scripts is not None
         token = scripts[index][len(answer.tokens)]
-        if index not in apart and token != choose_greedily(answer):
-            apart[index] = answer.fork()
+        if index not in forks and token != choose_greedily(answer):
+            forks[index] = answer.fork()
         return token
 
     choose = choose_greedily if scripts is None else follow
     write_answers(model, answers, choose, on_token=counter.step, should_stop=should_stop)
-    write_answers(model, list(apart.values()), should_stop=should_stop)
-    for answer in (*answers, *apart.values()):
+    write_answers(model, list(forks.values()), should_stop=should_stop)
+    for answer in (*answers, *forks.values()):
         answer.track.cache = []
     if own is not None:
-        own += [apart.get(index, answer) for index, answer in enumerate(answers)]
+        own += [forks.get(index, answer) for index, answer in enumerate(answers)]
     counter.jump(done + len(model.model.layers) + MOST_TOKENS)
     return answers
 
 
 def _judge(probe: Probe, source: Draft, forced: Draft, own: Draft, threshold: float) -> ProbeResult:
-    """Compare what the source wrote with the same tokens in the converted model, and with that one's own answer."""
+    """Compare the source's answer with the same tokens in the converted model, and with that model's own answer."""
     theirs, ours = source.scored, own.scored
     decided = source.closed or own.closed
     if theirs is not None and ours is not None:
@@ -179,7 +178,7 @@ def _judge(probe: Probe, source: Draft, forced: Draft, own: Draft, threshold: fl
 
 
 class _Counter:
-    """Tells progress, in layers of the prompts' pass and in answer tokens."""
+    """Reports progress, in layers of the prompts' pass and in answer tokens."""
 
     def __init__(self, progress: Progress | None, total: int):
         self.done = 0
@@ -199,13 +198,13 @@ class _Counter:
 
 
 def _open(model: str | Path | ModelFolder, dtype: str | None, memory_limit: int) -> LayerwiseModel:
-    """The one place that says where weights come from."""
+    """Open a folder, or a Hub id; both models are opened here."""
     folder = model if isinstance(model, ModelFolder) else hub.resolve(model)
     return LayerwiseModel.open(folder, dtype=dtype, memory_limit=memory_limit)
 
 
 def _check_pair(source: VideoModel, converted: VideoModel, source_name: str, converted_name: str) -> None:
-    """Refuse models that cannot be source and conversion of each other."""
+    """Raise `CheckpointError` unless one model can be the conversion of the other."""
     wrong, advice = (
         f"{converted_name} was not converted from {source_name}",
         "give the checkpoint that it was made from",
@@ -218,13 +217,13 @@ def _check_pair(source: VideoModel, converted: VideoModel, source_name: str, con
             sizes = (f"{list(shapes[key])}" if key in shapes else "missing" for shapes in (ours, theirs))
             raise CheckpointError(f"{wrong}: {key} is {' there and '.join(sizes)} in the source; {advice}")
     if source.tokenizer.vocabulary_size != converted.tokenizer.vocabulary_size or source.eos_ids != converted.eos_ids:
-        raise CheckpointError(f"{wrong}: its tokenizer is another one; {advice}")
+        raise CheckpointError(f"{wrong}: its tokenizer is a different one; {advice}")
 
 
 def _ask_both(
     source: VideoModel, converted: VideoModel, defaults: Defaults, probes: Sequence[Probe], wrong: str
 ) -> list[Prompt]:
-    """The prompts, which must be the same for both models: in the words of the converted one, with its frames."""
+    """The prompts, which must be the same for both models; tokenizer and frame rules are the converted model's."""
     geometry = ("patch_size", "merge_size", "temporal_patch_size", "mean", "std")
     for name in geometry:
         if getattr(source.spec, name) != getattr(converted.spec, name):
@@ -233,7 +232,7 @@ def _ask_both(
     prompts = build_prompts(converted, probes, media, system=defaults.system_prompt)
     for ours, theirs in zip(prompts, build_prompts(source, probes, media, system=defaults.system_prompt)):
         if not np.array_equal(ours.ids, theirs.ids) or not np.array_equal(ours.positions, theirs.positions):
-            raise CheckpointError(f"{wrong}: its tokenizer, chat template or positions are others; convert it again")
+            raise CheckpointError(f"{wrong}: its tokenizer, chat template or positions differ; convert it again")
     return prompts
 
 
