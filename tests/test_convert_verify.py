@@ -126,7 +126,7 @@ def test_falling_short_is_an_error_and_force_keeps_it(source, strict, tmp_path):
     (shortfall,) = report.shortfalls
     assert settings_of(tmp_path / "out")["verification"]["shortfalls"] == [shortfall]
     assert f"| Falls short | {shortfall} |" in (tmp_path / "out" / "README.md").read_text()
-    assert f"falls short: {shortfall} (kept, as --force says)" in report.table()
+    assert f"falls short: {shortfall} (kept because of --force)" in report.table()
     assert report.to_dict()["verification"]["passed"] is False
     assert "| Verified | fell short on " in (tmp_path / "out" / "README.md").read_text()
 

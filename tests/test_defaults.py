@@ -120,13 +120,13 @@ def test_the_order_of_those_who_say_something(tmp_path):
         "family": "qwen2_5_vl",
         "threshold": 0.5,
         "system_prompt": "Look.",
-        "budgets": {"fps": 1.0},
+        "frame_limits": {"fps": 1.0},
     }
     found = resolve({"recipe": recorded})
     source = "recipe mine (recorded in mlxvr.json)"
     assert [found.sources[name] for name in ("threshold", "system_prompt", "fps")] == [source] * 3
     assert (found.threshold, found.system_prompt, found.spec.fps, found.spec.max_frames) == (0.5, "Look.", 1.0, 50)
-    own = {"threshold": 0.6, "system_prompt": "Think.", "budgets": {"fps": 4.0}, "task_thresholds": {"count": 0.8}}
+    own = {"threshold": 0.6, "system_prompt": "Think.", "frame_limits": {"fps": 4.0}, "task_thresholds": {"count": 0.8}}
     found = resolve({"recipe": recorded, **own})
     assert [found.sources[name] for name in ("threshold", "system_prompt", "fps", "task_thresholds")] == [
         "mlxvr.json"
@@ -173,7 +173,12 @@ def test_a_folder_name_of_another_family_says_nothing(tmp_path):
 def test_what_was_measured_for_a_source_goes_with_it(tmp_path):
     """Its own mlxvr.json, a prompt and thresholds of tasks included, holds for the converted folder too."""
     source = write_checkpoint(tmp_path / "m", "qwen3_vl")
-    own = {"threshold": 0.9, "system_prompt": "Look.", "budgets": {"max_frames": 8}, "task_thresholds": {"count": 0.8}}
+    own = {
+        "threshold": 0.9,
+        "system_prompt": "Look.",
+        "frame_limits": {"max_frames": 8},
+        "task_thresholds": {"count": 0.8},
+    }
     (source / "mlxvr.json").write_text(json.dumps(own))
     convert(source, tmp_path / "out", bits=8, group_size=32)
     before, after = (Defaults.of(ModelFolder.open(folder)) for folder in (source, tmp_path / "out"))
@@ -196,9 +201,9 @@ def test_the_bundled_checkpoint_keeps_to_its_processor_files():
         ({"task_thresholds": {"count": "high"}}, "task_thresholds.count 'high'; expected"),
         ({"task_thresholds": [0.5]}, "task_thresholds .* expected a table"),
         ({"system_prompt": 3}, "system_prompt 3; expected a text"),
-        ({"budgets": [1]}, "budgets .* expected a table"),
-        ({"budgets": {"frames": 3}}, "budgets.frames; expected some of fps, min_frames"),
-        ({"budgets": {"max_frames": 1.5}}, "mlxvr.json .*cannot be used: max_frames is 1.5"),
+        ({"frame_limits": [1]}, "frame_limits .* expected a table"),
+        ({"frame_limits": {"frames": 3}}, "frame_limits.frames; expected some of fps, min_frames"),
+        ({"frame_limits": {"max_frames": 1.5}}, "mlxvr.json .*cannot be used: max_frames is 1.5"),
     ],
 )
 def test_what_makes_no_sense_is_refused_by_name(settings, message, tmp_path):

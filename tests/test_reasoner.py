@@ -423,7 +423,7 @@ def saved_clip(folders, clip_path, tmp_path_factory):
 
 
 def other_limits(folder):
-    (folder / "mlxvr.json").write_text(json.dumps({"budgets": {"video_tokens": 77, "fps": 1.5}}))
+    (folder / "mlxvr.json").write_text(json.dumps({"frame_limits": {"video_tokens": 77, "fps": 1.5}}))
 
 
 @pytest.mark.parametrize(
@@ -765,7 +765,7 @@ def test_the_threshold_is_the_flags_else_the_folders_else_the_recipes(folders, c
         assert loaded.threshold == 0.98
         assert loaded.ask(clip_path, "What?", max_tokens=2, **MODEST).threshold == 0.98
     own = write_checkpoint(tmp_path / "own", "qwen3_vl")
-    settings = {"threshold": 0.6, "budgets": {"video_tokens": 32, "fps": 1.0}, "task_thresholds": {"count": 0.8}}
+    settings = {"threshold": 0.6, "frame_limits": {"video_tokens": 32, "fps": 1.0}, "task_thresholds": {"count": 0.8}}
     (own / "mlxvr.json").write_text(json.dumps(settings))
     with mlxvr.load(own) as loaded:
         assert loaded.ask(clip_path, "What?", max_tokens=2).threshold == 0.6

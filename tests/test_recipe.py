@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mlxvr.checkpoint import recipe
-from mlxvr.checkpoint.recipe import Budgets, KeyRule, Limits, Precision, Quantization, Recipe, Rule
+from mlxvr.checkpoint.recipe import FrameLimits, KeyRule, Precision, Quantization, Recipe, Rule, VerificationLimits
 from mlxvr.errors import CheckpointError, RecipeError
 from mlxvr.model.families.base import FAMILIES
 
@@ -81,7 +81,7 @@ def test_defaults(read):
     mine = read(MINIMAL)
     assert mine == Recipe(name="mine", family="qwen3_vl", threshold=0.5)
     assert mine.quantization == Quantization(bits=4, group_size=64, dtype="bfloat16", keep=("vision_tower.*",))
-    assert mine.budgets == Budgets()
+    assert mine.frame_limits == FrameLimits()
 
 
 def test_every_key_is_read(read):
@@ -105,7 +105,7 @@ def test_every_key_is_read(read):
         match = "*.v_proj"
         min_bits = 2
         group_size = 128
-        [budgets]
+        [frame_limits]
         fps = 1
         min_frames = 2
         max_frames = 64
@@ -133,7 +133,9 @@ def test_every_key_is_read(read):
             keep=("vision_tower.*", "language_model.model.layers.0.*"),
             rules=(Rule(match="*.lm_head", min_bits=8), Rule(match="*.v_proj", min_bits=2, group_size=128)),
         ),
-        budgets=Budgets(**dict(zip([field.name for field in dataclasses.fields(Budgets)], values, strict=True))),
+        frame_limits=FrameLimits(
+            **dict(zip([field.name for field in dataclasses.fields(FrameLimits)], values, strict=True))
+        ),
     )
     assert isinstance(mine.threshold, float)
     assert mine.precision("language_model.model.layers.0.mlp.up_proj") is None
@@ -155,9 +157,9 @@ def test_flags_stand_above_the_recipe(read):
     ("text", "says"),
     [
         (MINIMAL + "treshold = 0.5", "unknown key 'treshold'"),
-        (MINIMAL + 'name = "x"', "a recipe is called as its file is"),
+        (MINIMAL + 'name = "x"', "the file's name is the recipe's name"),
         (MINIMAL + "[quantization]\nbit = 4", "unknown key 'quantization.bit'"),
-        (MINIMAL + "[budgets]\nframes = 4", "unknown key 'budgets.frames'"),
+        (MINIMAL + "[frame_limits]\nframes = 4", "unknown key 'frame_limits.frames'"),
         (MINIMAL + '[[quantization.rules]]\nmatch = "*"\nbits = 4', "unknown key 'quantization.rules.bits'"),
         (MINIMAL + "[[quantization.rules]]\nmin_bits = 4", "'quantization.rules.match' is missing"),
         (MINIMAL + '[[quantization.rules]]\nmatch = "*"\nmin_bits = 7', "min_bits = 7; expected one of"),
@@ -170,9 +172,9 @@ def test_flags_stand_above_the_recipe(read):
         (MINIMAL + '[quantization]\nkeep = "vision_tower.*"', "quantization.keep"),
         (MINIMAL + "[quantization]\nkeep = [1]", "expected str"),
         (MINIMAL + "quantization = 4", "quantization = 4 has the wrong type"),
-        (MINIMAL + "[budgets]\nmax_frames = 0", "budgets.max_frames = 0; expected a number above 0"),
-        (MINIMAL + "[budgets]\nmax_frames = 2.5", "expected int"),
-        (MINIMAL + "[budgets]\nfps = nan", "budgets.fps = nan"),
+        (MINIMAL + "[frame_limits]\nmax_frames = 0", "frame_limits.max_frames = 0; expected a number above 0"),
+        (MINIMAL + "[frame_limits]\nmax_frames = 2.5", "expected int"),
+        (MINIMAL + "[frame_limits]\nfps = nan", "frame_limits.fps = nan"),
         ('family = "qwen3_vl"\nthreshold = 1.5', "threshold = 1.5; expected a number from 0 to 1"),
         ('family = "qwen3_vl"\nthreshold = nan', "threshold = nan"),
         ('family = "qwen3_vl"', "'threshold' is missing"),
@@ -201,13 +203,19 @@ def test_unknown_names_and_missing_files(tmp_path):
 def test_the_readme_documents_every_key_and_every_recipe():
     text = (FOLDER / "README.md").read_text()
     tables = {"## Keys": Recipe, "### `[quantization]`": Quantization, "### `[[quantization.rules]]`": Rule}
-    tables |= {"### `[budgets]`": Budgets, "### `[[key_rules]]`": KeyRule, "### `[[verification]]`": Limits}
+    tables |= {
+        "### `[frame_limits]`": FrameLimits,
+        "### `[[key_rules]]`": KeyRule,
+        "### `[[verification]]`": VerificationLimits,
+    }
     for heading, cls in tables.items():
         section = text.split(heading + "\n")[1]
         section = section.split("### At the top")[1] if cls is Recipe else section
         documented = re.findall(r"^\| `(\w+)` \|", section.split("\n#")[0], flags=re.MULTILINE)
         declared = {field.name for field in dataclasses.fields(cls)}
-        assert set(documented) == declared - {"name", "quantization", "budgets", "key_rules", "verification"}, heading
+        assert set(documented) == declared - {"name", "quantization", "frame_limits", "key_rules", "verification"}, (
+            heading
+        )
     recipes = re.findall(r"^\| `([\w.\-]+)` \| [^|]+\| (0\.\d+) \|$", text, flags=re.MULTILINE)
     assert sorted(recipes) == [(name, str(recipe.load(name).threshold)) for name in recipe.available()]
 
@@ -225,8 +233,8 @@ def test_limits_are_those_of_the_most_bits_that_the_weights_have(read):
     mine = read(MINIMAL)
     assert [mine.limits_for(bits).bits for bits in (16, 8, 7.9, 4.7, 4, 3, 2)] == [16, 8, 6, 4, 4, 3, 3]
     own = read(MINIMAL + "[[verification]]\nbits = 4\nkl = 0.5\n")
-    assert own.limits_for(16) == own.limits_for(2) == Limits(bits=4, kl=0.5)
-    with pytest.raises(RecipeError, match=r"verification.kl = -1.0; expected a number from 0 on"):
+    assert own.limits_for(16) == own.limits_for(2) == VerificationLimits(bits=4, kl=0.5)
+    with pytest.raises(RecipeError, match=r"verification.kl = -1.0; expected a number of at least 0"):
         read(MINIMAL + "[[verification]]\nbits = 4\nkl = -1\n")
 
 

@@ -15,7 +15,7 @@ import pytest
 from recipes import write_plain
 
 import mlxvr
-from mlxvr.checkpoint.recipe import Limits
+from mlxvr.checkpoint.recipe import VerificationLimits
 from mlxvr.conversion.measure.first_answers import Draft, opening, write_answers
 from mlxvr.conversion.measure.layerwise import LayerwiseModel
 from mlxvr.conversion.measure.probes import Probe, budgeted, build_prompts, bundled, load_media
@@ -158,36 +158,36 @@ def test_tokens_count_alike() -> None:
 
 def test_the_table_shows_each_limit_and_ends_with_the_verdict() -> None:
     found = report(result(), result(converted_confidence=0.9, converted_exits=False))
-    easy = Limits(bits=4, logits_error=0.5, top1=0.25, kl=0.2, confidence_drift=0.08, flipped_exits=0.6)
+    easy = VerificationLimits(bits=4, logits_error=0.5, top1=0.25, kl=0.2, confidence_drift=0.08, flipped_exits=0.6)
     lines = found.table(easy).splitlines()
     for line, limit in zip(
         lines, (", limit 0.5", ", limit 25.0%", "limit 0.2", ", limit 0.08", ", limit 60%"), strict=False
     ):
         assert line.endswith(limit)
     assert lines[-1] == "passed: within the limits of 4 bits"
-    assert found.table(Limits(bits=16, kl=0.001)).endswith("\nfalls short: KL is 0.01, the limit is 0.001")
-    assert found.verdict(Limits(bits=16, kl=0.5)) == "passed: within the limits of unquantized weights"
-    assert found.verdict(Limits(bits=16)) == "no verdict: the recipe sets no limits"
-    assert found.to_dict(Limits(bits=16))["passed"] is None
+    assert found.table(VerificationLimits(bits=16, kl=0.001)).endswith("\nfalls short: KL is 0.01, the limit is 0.001")
+    assert found.verdict(VerificationLimits(bits=16, kl=0.5)) == "passed: within the limits of unquantized weights"
+    assert found.verdict(VerificationLimits(bits=16)) == "no verdict: the recipe sets no limits"
+    assert found.to_dict(VerificationLimits(bits=16))["passed"] is None
     assert "limit" not in found.table()
     judged = found.to_dict(easy)
     assert (judged["passed"], judged["shortfalls"], judged["limits"]["kl"]) == (True, [], 0.2)
-    assert found.to_dict(Limits(bits=16, kl=0.001))["passed"] is False
+    assert found.to_dict(VerificationLimits(bits=16, kl=0.001))["passed"] is False
 
 
 def test_limits() -> None:
     found = report(result(), result(converted_confidence=0.9, converted_exits=False))
-    strict = Limits(bits=4, logits_error=0.05, top1=1.0, kl=0.001, confidence_drift=0.01, flipped_exits=0.1)
+    strict = VerificationLimits(bits=4, logits_error=0.05, top1=1.0, kl=0.001, confidence_drift=0.01, flipped_exits=0.1)
     assert found.failures(strict) == (
         "logits error is 0.1, the limit is 0.05",
         "KL is 0.01, the limit is 0.001",
         "confidence drift is 0.05, the limit is 0.01",
         "share of flipped exit decisions is 0.5, the limit is 0.1",
     )
-    at_the_limit = Limits(
+    at_the_limit = VerificationLimits(
         bits=4, logits_error=found.logits_error, top1=1.0, kl=found.kl, confidence_drift=0.051, flipped_exits=0.5
     )
-    assert found.failures(at_the_limit) == found.failures(Limits(bits=4)) == ()
+    assert found.failures(at_the_limit) == found.failures(VerificationLimits(bits=4)) == ()
     worse = report(result(divergence=Divergence(tokens=2, logits_error=0.1, largest_error=0.2, top1=0.9, kl=0.0)))
     assert worse.failures(strict)[-1] == "top-1 agreement is 0.9, the limit is 1"
 
@@ -195,7 +195,7 @@ def test_limits() -> None:
 def test_a_figure_that_is_no_number_fails_and_is_none_in_json() -> None:
     broken = Divergence(tokens=2, logits_error=math.nan, largest_error=math.nan, top1=0.0, kl=math.inf)
     found = report(result(), result(divergence=broken))
-    assert len(found.failures(Limits(bits=2, logits_error=9.0, kl=9.0))) == 2
+    assert len(found.failures(VerificationLimits(bits=2, logits_error=9.0, kl=9.0))) == 2
     values = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert values["logits_error"] is values["kl"] is values["probes"][1]["kl"] is None
     assert values["probes"][0]["logits_error"] == 0.1
@@ -212,7 +212,10 @@ def test_identical_models_do_not_differ(probes: list[Probe]) -> None:
     assert (found.top1, found.flipped_exits) == (1.0, 0.0)
     assert found.decisions >= 3
     assert found.tokens > 8 * len(probes)
-    assert found.failures(Limits(bits=16, logits_error=0, top1=1, kl=0, confidence_drift=0, flipped_exits=0)) == ()
+    assert (
+        found.failures(VerificationLimits(bits=16, logits_error=0, top1=1, kl=0, confidence_drift=0, flipped_exits=0))
+        == ()
+    )
     done = [one for _, one, _ in told]
     assert done == sorted(done)
     assert {stage for stage, _, _ in told} == {"verify"}

@@ -1,8 +1,8 @@
-"""The bundled demo: where its files are, and which checkpoints and clips are of its world.
+"""The bundled demo: the place of its files, and the test whether a checkpoint or clip belongs to it.
 
-The demo checkpoint knows a synthetic world of moving shapes and shell games, and so does whatever is converted, fused
-or trained from it. Such a checkpoint has bundled clips to be asked about, and answers with confidence, but without
-sense, about any other video.
+The demo checkpoint only knows a synthetic world of moving shapes and shell games; so does every checkpoint that is
+converted, fused or trained from it. It answers questions about the bundled clips; about any other video its answers are
+confident and meaningless.
 """
 
 import json
@@ -22,18 +22,18 @@ _RECIPE = "shellgame"
 
 
 def demo_folder() -> Path:
-    """Where the package keeps its bundled checkpoint (`checkpoint/`) and clips (`clips/`, `clips.jsonl`)."""
+    """The folder of the bundled checkpoint (`checkpoint/`) and clips (`clips/`, `clips.jsonl`)."""
     return Path(str(files("mlxvr"))) / "demo"
 
 
 def is_demo(settings: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint comes from the bundled one, by what its `mlxvr.json` says."""
+    """Whether a checkpoint comes from the bundled one; `settings` is its `mlxvr.json`."""
     recipe = settings.get("recipe")
     return (recipe.get("name") if isinstance(recipe, Mapping) else recipe) == _RECIPE
 
 
 def is_demo_model(model: str | os.PathLike[str] | None) -> bool:
-    """Whether `mlxvr.load(model)` would load the bundled checkpoint, or one that comes from it; reads `mlxvr.json`."""
+    """Whether `mlxvr.load(model)` would load the bundled checkpoint or one made from it; reads `mlxvr.json`."""
     if model is None:
         return True
     try:
@@ -44,5 +44,5 @@ def is_demo_model(model: str | os.PathLike[str] | None) -> bool:
 
 
 def is_bundled(path: str | os.PathLike[str]) -> bool:
-    """Whether a file is one of the bundled ones."""
+    """Whether a file is bundled."""
     return Path(path).resolve().is_relative_to(demo_folder().resolve())

@@ -1,14 +1,14 @@
-"""What a checkpoint wants where nobody asks for something else, and who says so: the only place that knows.
+"""A checkpoint's default values and the source of each; only this module resolves them.
 
     flag > mlxvr.json > recipe > processor files > built-in
 
-holds for the confidence threshold, the limits of frames and tokens, and the system prompt. So weights answer alike
-under each of their names: as a Hub id, as a folder that transformers wrote, and converted.
+This order applies to the confidence threshold, the frame and token limits, and the system prompt. The same weights
+therefore answer alike as a Hub id, as a folder that transformers wrote, and converted.
 
-A converted folder carries the recipe that it was made with in its `mlxvr.json`. For any other checkpoint a recipe that
-was written for it is looked for: under the Hub id that it was downloaded by, under what it says of itself (`source` in
-`mlxvr.json`, `_name_or_path` in `config.json`), under its folder's name, under the `base_model` of its model card. The
-last three are names that people give, so a recipe of another family is passed over. Else its family's recipe holds.
+The `mlxvr.json` of a converted folder contains its recipe. For any other checkpoint, a recipe that was written for it
+is searched by several names: the Hub id of its download, the names in its own files (`source` in `mlxvr.json`,
+`_name_or_path` in `config.json`), its folder's name, the `base_model` of its model card. People choose the last three
+names freely, so a recipe of another family is ignored. If none is found, the family's recipe is used.
 """
 
 import re
@@ -20,7 +20,7 @@ from typing import Any, Self
 from mlxvr.checkpoint import hub
 from mlxvr.checkpoint import recipe as recipes
 from mlxvr.checkpoint.folder import ModelFolder
-from mlxvr.checkpoint.recipe import Budgets, Recipe
+from mlxvr.checkpoint.recipe import FrameLimits, Recipe
 from mlxvr.errors import CheckpointError, ConfigError
 from mlxvr.media.spec import VisionSpec
 from mlxvr.model.prompt import SYSTEM_PROMPT
@@ -28,20 +28,20 @@ from mlxvr.model.prompt import SYSTEM_PROMPT
 __all__ = ["Defaults", "EffectiveSetting", "find_recipe"]
 
 _VALUES = ("threshold", "task_thresholds", "system_prompt")
-_LIMITS = tuple(field.name for field in fields(Budgets))
+_LIMITS = tuple(field.name for field in fields(FrameLimits))
 _FLAG, _FILE, _PROCESSOR, _BUILT_IN = "flag", "mlxvr.json", "processor files", "built-in"
-_STATED = ("fps", "min_frames", "max_frames")  # processor files say these as they are
+_STATED = ("fps", "min_frames", "max_frames")  # processor files state these values directly
 
 
 @dataclass(frozen=True, kw_only=True)
 class EffectiveSetting:
-    """An effective value and where it comes from.
+    """An effective value and its source.
 
     Attributes:
         name: such as "threshold" or "max_frames".
         value: JSON-ready.
         source: "flag", "mlxvr.json", "recipe NAME (how it was found)", "processor files", "built-in", or "caller" for
-            what an app has set.
+            a value that an app has set.
     """
 
     name: str
@@ -55,11 +55,11 @@ class Defaults:
 
     Attributes:
         threshold: confidence from which a direct answer is taken, in [0, 1].
-        task_thresholds: thresholds that were calibrated for tasks of their own, by name.
+        task_thresholds: thresholds that were calibrated for single tasks, by task.
         spec: how frames are sampled and sized.
-        system_prompt: what the model is told first.
-        sources: by the name of a value ("threshold", "system_prompt", "task_thresholds", a limit); they are those of
-            `EffectiveSetting`.
+        system_prompt: the first message of every conversation.
+        sources: the source of each value, as in `EffectiveSetting`, by its name ("threshold", "system_prompt",
+            "task_thresholds", or a limit).
     """
 
     threshold: float
@@ -72,11 +72,11 @@ class Defaults:
     def of(cls, folder: ModelFolder) -> Self:
         """Resolve the values of a checkpoint.
 
-        Raises `CheckpointError` when `mlxvr.json` or the processor files hold what cannot be used.
+        Raises `CheckpointError` when a value in `mlxvr.json` or the processor files cannot be used.
         """
         own = folder.settings
         known = _known(folder)
-        threshold, budgets = own.get("threshold"), _budgets(folder)
+        threshold, own_limits = own.get("threshold"), _own_limits(folder)
         values: dict[str, Any] = {
             "threshold": known.threshold if threshold is None else _probability("threshold", threshold),
             "system_prompt": _text(own.get("system_prompt")) or known.system_prompt or SYSTEM_PROMPT,
@@ -90,10 +90,10 @@ class Defaults:
         config = folder.family.mlx_config(folder.config)
         files = folder.family.vision_spec(config, folder.image_processor, folder.video_processor)
         built_in = folder.family.vision_spec(config)
-        limits = {**known.limits, **budgets}
+        limits = {**known.limits, **own_limits}
         for name in _LIMITS:
             in_recipe = known.source if name in known.limits else _processor_source(folder, files, built_in, name)
-            sources[name] = _FILE if name in budgets else in_recipe
+            sources[name] = _FILE if name in own_limits else in_recipe
         try:
             spec = files.with_overrides(**limits)
         except ConfigError as error:
@@ -104,21 +104,21 @@ class Defaults:
         """The values with their sources.
 
         Args:
-            current: `threshold`, `task_thresholds`, `system_prompt` and `spec` as an app has set them; a value that
-                differs has the source "caller".
+            current: `threshold`, `task_thresholds`, `system_prompt` and `spec` as an app has set them; values that
+                differ get the source "caller".
         """
         spec = current.get("spec", self.spec)
-        found = []
+        effective = []
         for name in (*_VALUES, *_LIMITS):
             default = getattr(self.spec if name in _LIMITS else self, name)
             value = getattr(spec, name) if name in _LIMITS else current.get(name, default)
             source = self.sources[name] if value == default else "caller"
             plain = dict(value) if isinstance(value, Mapping) else value
-            found.append(EffectiveSetting(name=name, value=plain, source=source))
-        return tuple(found)
+            effective.append(EffectiveSetting(name=name, value=plain, source=source))
+        return tuple(effective)
 
     def with_flags(self, **flags: Any) -> Self:
-        """Copy with the values that a command line gives, by the names of `EffectiveSetting`; None keeps a value.
+        """Copy with a command line's values, by the names of `EffectiveSetting`; None: the old value.
 
         Raises `ConfigError` for a value that cannot be used.
         """
@@ -132,10 +132,10 @@ class Defaults:
 
 
 def find_recipe(folder: ModelFolder, source: str = "") -> tuple[Recipe, str]:
-    """The shipped recipe for a checkpoint, and how it was found, for people.
+    """The shipped recipe for a checkpoint, and a phrase that explains how it was found.
 
-    `source` is the Hub id or name that the caller knows the checkpoint by. Raises `CheckpointError` when not even its
-    family has a recipe.
+    `source` is the Hub id or name under which the caller knows the checkpoint. Raises `CheckpointError` when even its
+    family has no recipe.
     """
     named: Any = folder.settings.get("recipe")
     name = named.get("name") if isinstance(named, dict) else named
@@ -150,7 +150,7 @@ def find_recipe(folder: ModelFolder, source: str = "") -> tuple[Recipe, str]:
 
 @dataclass(frozen=True)
 class _Known:
-    """What a recipe says, as far as it concerns answering."""
+    """The values of a recipe that concern answers."""
 
     source: str
     threshold: float
@@ -159,23 +159,23 @@ class _Known:
 
 
 def _known(folder: ModelFolder) -> _Known:
-    """The recipe that a conversion wrote down in `mlxvr.json`, else the one that is found for the checkpoint."""
+    """The recipe that a conversion recorded in `mlxvr.json`, else the one that `find_recipe` finds."""
     recorded = folder.settings.get("recipe")
-    if isinstance(recorded, dict) and isinstance(recorded.get("budgets", {}), dict):
+    if isinstance(recorded, dict) and isinstance(recorded.get("frame_limits", {}), dict):
         threshold = recorded.get("threshold")
         if threshold is None:
             threshold = recipes.for_config(folder.config).threshold
-        limits = {name: value for name, value in recorded.get("budgets", {}).items() if name in _LIMITS}
+        limits = {name: value for name, value in recorded.get("frame_limits", {}).items() if name in _LIMITS}
         prompt = _text(recorded.get("system_prompt"))
         source = f"recipe {recorded.get('name', '?')} (recorded in mlxvr.json)"
         return _Known(source, _probability("recipe.threshold", threshold), prompt, limits)
     recipe, how = find_recipe(folder)
-    limits = {name: getattr(recipe.budgets, name) for name in _LIMITS if getattr(recipe.budgets, name) is not None}
+    limits = {name: value for name, value in vars(recipe.frame_limits).items() if value is not None}
     return _Known(f"recipe {recipe.name} ({how})", recipe.threshold, recipe.system_prompt, limits)
 
 
 def _names(folder: ModelFolder, source: str) -> Iterator[tuple[str, str]]:
-    """(how it was found, Hub id) of every name that the checkpoint may have, the most certain first."""
+    """Yield (how it was found, Hub id) for every name that the checkpoint may have, the most certain first."""
     repo, _ = hub.origin_of(folder.path)
     yield "by its Hub id", source or repo
     yield "by its Hub id", repo
@@ -191,29 +191,29 @@ def _names(folder: ModelFolder, source: str) -> Iterator[tuple[str, str]]:
 
 
 def _base_models(card: Path) -> list[str]:
-    """The `base_model` of a model card's metadata, one or a list."""
+    """The Hub ids under `base_model` in a model card's metadata."""
     try:
         text = card.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return []
     front = re.match(r"---\n(.*?)\n---", text, flags=re.DOTALL)
-    found = re.search(r"^base_model:(.*(?:\n[ \t]*- .*)*)", front[1], flags=re.MULTILINE) if front else None
-    return re.findall(r"[\w.\-]+/[\w.\-]+", found[1]) if found else []
+    field = re.search(r"^base_model:(.*(?:\n[ \t]*- .*)*)", front[1], flags=re.MULTILINE) if front else None
+    return re.findall(r"[\w.\-]+/[\w.\-]+", field[1]) if field else []
 
 
-def _budgets(folder: ModelFolder) -> dict[str, Any]:
-    own = folder.settings.get("budgets", {})
+def _own_limits(folder: ModelFolder) -> dict[str, Any]:
+    own = folder.settings.get("frame_limits", {})
     if not isinstance(own, dict):
-        raise CheckpointError(f"mlxvr.json says budgets {own!r}; expected a table of limits: correct the file")
+        raise CheckpointError(f"mlxvr.json says frame_limits {own!r}; expected a table of limits: correct the file")
     if unknown := sorted(own.keys() - set(_LIMITS)):
         raise CheckpointError(
-            f"mlxvr.json says budgets.{unknown[0]}; expected some of {', '.join(_LIMITS)}: correct the file"
+            f"mlxvr.json says frame_limits.{unknown[0]}; expected some of {', '.join(_LIMITS)}: correct the file"
         )
     return {name: value for name, value in own.items() if value is not None}
 
 
 def _processor_source(folder: ModelFolder, files: VisionSpec, built_in: VisionSpec, name: str) -> str:
-    """Whether processor files decide a limit. Limits of tokens are those that also training had, see `VisionSpec`."""
+    """ "processor files" if they decide a limit, else "built-in"; token limits are training's own, see `VisionSpec`."""
     video = folder.video_processor or {}
     stated = (video.get("video_processor") or video).get(name) if name in _STATED else None
     return _BUILT_IN if stated is None and getattr(files, name) == getattr(built_in, name) else _PROCESSOR

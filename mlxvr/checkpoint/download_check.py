@@ -1,14 +1,14 @@
-"""Files that came from the Hub, held against what the Hub announced.
+"""The check of downloads: files from the Hub are compared with the hashes that the Hub announced.
 
-The Hub's client compares sizes; over plain HTTP it does not compare content. It names each file of its cache after the
-file's ETag, though, which is the SHA-256 of a large file (LFS) and git's SHA-1 of a small one. So each file that
-arrived is read once more and compared with its own name, and one that differs is removed, for the next call to fetch.
+The Hub's client compares sizes; over plain HTTP it does not compare content. However, it names each file of its cache
+after the file's ETag, which is the SHA-256 of a large file (LFS) or git's SHA-1 of a small one. So each new file is
+read once more and compared with its own name; a file that differs is removed, and the next call fetches it again.
 
-Only what arrived is read. Before a download begins, a note beside the blobs lists the files that are there; it is
-removed when all that came after has been checked. A process that dies in between leaves the note, and the next call
-checks what the first could not. The client ignores the note, and deletes it together with the repository. Two limits:
-files that another program fetched are taken as they are, and a disk without symbolic links (exFAT) has no such names,
-so that nothing but the size is compared there.
+Only new files are read. Before a download begins, a note beside the blobs lists the files that exist; it is removed
+when all later files have been checked. If the process dies in between, the note stays, and the next call checks the
+rest. The client ignores the note, and deletes it together with the repository. There are two limits: files that another
+program fetched are not checked, and a disk without symbolic links (exFAT) has no such names, so only sizes are compared
+there.
 """
 
 import hashlib
@@ -36,15 +36,15 @@ _log = logging.getLogger(__name__)
 
 @contextmanager
 def noted(repository: Path) -> Iterator[frozenset[str]]:
-    """Remember what a repository's folder in the Hub's cache holds until a download into it has been checked.
+    """Note which blobs a repository's folder in the Hub's cache holds, until a download into it has been checked.
 
-    Yields the names of the blobs that `check` need not read. The note stays when the block fails, unless nothing
-    arrived at all.
+    Yields the names of the blobs that `check` need not read. The note stays when the block fails, unless no file
+    arrived.
     """
     note = repository / _NOTE
     present = frozenset(_blobs(repository))
     known = present & _read(note, present)
-    with suppress(ConfigError):  # a cache that cannot be written gets no new files either
+    with suppress(ConfigError):  # a read-only cache gets no new files either
         replace_file(note, lambda file: file.write(json.dumps(sorted(known)).encode()))
     try:
         yield known
@@ -56,9 +56,9 @@ def noted(repository: Path) -> Iterator[frozenset[str]]:
 
 
 def check(snapshot: Path, known: frozenset[str], progress: Progress | None = None) -> None:
-    """Hash every file of a snapshot whose blob is not among `known`; `progress("check", bytes_done, bytes_total)`.
+    """Hash every file of a snapshot whose blob is not in `known`, with `progress("check", bytes_done, bytes_total)`.
 
-    Raises `CheckpointError` that names the files whose content is not what the Hub announced; they have been removed.
+    Raises `CheckpointError` that names the files whose hashes differ from the Hub's; they have been removed.
     """
     arrived: dict[str, list[Path]] = {}
     for link in list_all(snapshot):
@@ -80,17 +80,17 @@ def check(snapshot: Path, known: frozenset[str], progress: Progress | None = Non
             _discard(links)
     if damaged:
         raise CheckpointError(
-            f"{', '.join(damaged)} arrived damaged (the hash is not the one that the Hub announced) and has been "
-            "removed; run again to fetch it again, and if that does not help, look at the proxy or mirror in between"
+            f"{', '.join(damaged)} arrived damaged (the hash differs from the one that the Hub announced) and has been "
+            "removed; run again to fetch it again, and if that does not help, check the proxy or mirror in between"
         )
     _log.info("checked %d new files, %d bytes", len(arrived), total)
 
 
 def _digest(path: Path, announced: str, advance: Callable[[int], None]) -> str:
-    """Return the hash of a file, of the kind that was announced."""
+    """Return the hash of a file, SHA-256 or git's SHA-1 as `announced`."""
     if _SHA256.fullmatch(announced):
         hasher = hashlib.sha256()
-    else:  # what git calls a file
+    else:  # git's blob hash
         hasher = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
     block = memoryview(bytearray(_BLOCK))
     with path.open("rb", buffering=0) as file:
@@ -101,7 +101,7 @@ def _digest(path: Path, announced: str, advance: Callable[[int], None]) -> str:
 
 
 def _discard(links: list[Path]) -> None:
-    """Remove a file from the cache: where it lies (perhaps shared between repositories), its blob, and its names."""
+    """Remove a file from the cache: the stored file (perhaps shared between repositories), its blob, and its links."""
     blob = links[0].parent / os.readlink(links[0])
     for path in (Path(os.path.realpath(blob)), blob, *links):
         path.unlink(missing_ok=True)
@@ -114,7 +114,7 @@ def _blobs(repository: Path) -> Iterator[str]:
 
 
 def _read(note: Path, default: frozenset[str]) -> frozenset[str]:
-    """Return what an earlier download noted; a note that cannot be read vouches for nothing."""
+    """Return the blobs that an earlier download noted; none if the note cannot be read."""
     try:
         return frozenset(json.loads(note.read_bytes()))
     except FileNotFoundError:

@@ -1,7 +1,7 @@
-"""Weights in blocks of 8-bit floats (E4M3), as DeepSeek and Qwen publish them.
+"""Weights in blocks of 8-bit floats (E4M3), the format of some releases by DeepSeek and Qwen.
 
-Each block of rows and columns shares a scale, `<weight>_scale_inv`; config.json gives the size of a block as
-`quantization_config.weight_block_size`. transformers calls the format finegrained fp8.
+Each block of rows and columns shares a scale, `<weight>_scale_inv`; `quantization_config.weight_block_size` in
+config.json is the size of a block. transformers calls the format finegrained fp8.
 """
 
 import mlx.core as mx
@@ -10,7 +10,7 @@ __all__ = ["unpack_fp8"]
 
 
 def unpack_fp8(weight: mx.array, scales: mx.array, block: tuple[int, int]) -> mx.array:
-    """Return the float32 numbers (rows, columns) that a weight stands for, not yet evaluated.
+    """Return a weight's float32 numbers (rows, columns), not yet evaluated.
 
     Args:
         weight: uint8 (rows, columns), the bits of E4M3 numbers.

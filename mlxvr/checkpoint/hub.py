@@ -1,14 +1,13 @@
-"""From what a user calls a model to a folder on disk: a local folder as it is, or a snapshot from the Hub.
+"""From a model's name to a folder on disk: a local folder as it is, or a snapshot from the Hub.
 
-Whatever looks like a path is never sent over the network: a mistyped folder is told to be missing, not
-looked up on the Hub. A Hub id is fetched with `huggingface_hub.snapshot_download`, which brings the cache,
-the resuming of broken downloads, `HF_ENDPOINT`, `HF_HUB_OFFLINE`, `HF_TOKEN` and `hf auth login`. Only the
-files that a model needs are fetched, and pickle weights are not among them; what arrived is compared with
-the hashes that the Hub announced (`download_check`). Each way in which this goes wrong becomes one
-`CheckpointError` line that says what to do (`hub_errors`).
+Anything that looks like a path is never sent over the network: a mistyped folder is reported as missing, not looked up
+on the Hub. A Hub id is fetched with `huggingface_hub.snapshot_download`, which brings the cache, the resuming of broken
+downloads, `HF_ENDPOINT`, `HF_HUB_OFFLINE`, `HF_TOKEN` and `hf auth login`. Only the files that a model needs are
+fetched, never pickled weights; new files are compared with the hashes that the Hub announced (`download_check`). Each
+kind of failure becomes one `CheckpointError` line that says what to do (`hub_errors`).
 
-A broken line is resumed where it broke. After a broken call, the next one fetches only the files that are
-not complete yet; those from their beginning, since the client (from 2.0 on) keeps no part of a file.
+A broken connection is resumed where it broke. After a broken call, the next one fetches only the files that are not
+complete yet; it fetches them from their beginning, since the client (from 2.0 on) keeps no part of a file.
 
 `huggingface_hub` is imported on first need, so that a local model pays nothing for it.
 """
@@ -58,12 +57,12 @@ _log = logging.getLogger(__name__)
 def resolve(model: str | Path, *, revision: str | None = None, progress: Progress | None = None) -> Path:
     """Return the folder of `model`: a local folder untouched (no network), or a downloaded snapshot.
 
-    `model` is a folder or a Hub id `org/name` (`hf://org/name` where a local folder `org` is in the way);
-    `revision` is a branch, tag or commit of a Hub repository. `progress("download", bytes_done, bytes_total)`
-    replaces the Hub client's own bars on stderr; `progress("check", ...)` follows while the new files are hashed.
+    `model` is a folder or a Hub id `org/name` (`hf://org/name` where a local folder `org` exists); `revision` is a
+    branch, tag or commit of a Hub repository. `progress("download", bytes_done, bytes_total)` replaces the Hub client's
+    own bars on stderr; `progress("check", ...)` follows while the new files are hashed.
 
-    Raises `CheckpointError` when the folder or repository is missing, closed, unreachable or has no
-    safetensors weights, or when a file arrives damaged, and `ConfigError` when a revision is asked of a local folder.
+    Raises `CheckpointError` when the folder or repository is missing, closed, unreachable or has no safetensors
+    weights, or when a file arrives damaged, and `ConfigError` for a revision of a local folder.
     """
     folder = Path(model).expanduser()
     if str(model) and folder.is_dir():
@@ -82,7 +81,7 @@ def resolve(model: str | Path, *, revision: str | None = None, progress: Progres
 
 
 def is_hub_id(model: str | Path) -> bool:
-    """Tell whether `model` can only be meant as a Hub id; no path is. Looks at the disk alone."""
+    """Whether `model` can only be a Hub id and not a path; looks at the disk alone."""
     if isinstance(model, Path):
         return False
     if model.startswith(_HUB_SCHEME):
@@ -101,22 +100,22 @@ def origin_of(folder: Path) -> tuple[str, str]:
     The cache keeps a snapshot in `models--<org>--<name>/snapshots/<commit>`.
     """
     snapshot = folder.absolute()
-    found = _SNAPSHOT.search(snapshot.as_posix())
-    return (f"{found[1]}/{found[2]}", found[3]) if found else ("", "")
+    match = _SNAPSHOT.search(snapshot.as_posix())
+    return (f"{match[1]}/{match[2]}", match[3]) if match else ("", "")
 
 
 def _no_such_folder(model: str, folder: Path) -> CheckpointError:
     if folder.is_file():
         return CheckpointError(f"{folder} is a file; expected a model folder or a Hub id such as org/name")
     hint = "expected a model folder or a Hub id such as org/name"
-    if _HUB_ID.fullmatch(model):  # its parent is a folder here
-        hint = f"the folder {folder.parent} exists but holds no {folder.name}; for the Hub's, write hf://{model}"
+    if _HUB_ID.fullmatch(model):  # its parent is a local folder
+        hint = f"the folder {folder.parent} exists but has no {folder.name}; for the Hub's model, write hf://{model}"
     return CheckpointError(f"no such folder: {model or repr(model)}; {hint}")
 
 
 def _download(repo_id: str, revision: str | None, progress: Progress | None) -> Path:
     from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import HTTPError  # the transport's: httpx in 1.x, httpx2 in 2.x
+    from huggingface_hub.errors import HTTPError  # the transport's own: httpx in 1.x, httpx2 in 2.x
 
     _log.info("fetching %s (revision %s) from the Hub", repo_id, revision or "main")
     repository = Path(constants.HF_HUB_CACHE).expanduser() / f"models--{repo_id.replace('/', '--')}"
@@ -138,10 +137,10 @@ def _download(repo_id: str, revision: str | None, progress: Progress | None) -> 
 
 
 def _forwarding_bar(progress: Progress) -> type[Any]:
-    """Return a silent tqdm class that hands the bytes of a snapshot download to `progress`."""
+    """Return a silent tqdm class that reports the bytes of a snapshot download to `progress`."""
     from tqdm.auto import tqdm
 
-    # Newer clients keep two byte bars, the second of which counts what has reached the disk.
+    # Newer clients have two bars that count bytes; the second counts those on disk.
     newest: list[Any] = []
 
     class ForwardingBar(tqdm):  # type: ignore[misc, unused-ignore]

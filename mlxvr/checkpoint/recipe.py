@@ -1,13 +1,12 @@
-"""Recipes: what is known about a checkpoint before it is converted, as data.
+"""Recipes: data about a checkpoint that is known before its conversion.
 
-A recipe is a TOML file in `convert/` (in a wheel: `mlxvr/_recipes`), one per public checkpoint or family,
-and its name is the file's. It says where the weights come from and how their tensors are called, what stays in high
-precision, how the rest is quantized, how far the result may be from its source, the system prompt, the confidence at
-which a direct answer is trusted and the frame budgets that the model works with. The dataclasses below are the only
-place where keys, types and defaults are written down; `convert/README.md` explains them, and a test holds the two
-together.
+A recipe is a TOML file in `convert/` (in a wheel: `mlxvr/_recipes`), one per public checkpoint or family, and its name
+is the file's. It contains the source of the weights and the names of their tensors, what stays in high precision, how
+the rest is quantized, the limits of a verification, the system prompt, the confidence from which a direct answer is
+taken, and the model's frame and token limits. The dataclasses below are the only place that defines keys, types and
+defaults; `convert/README.md` explains them, and a test compares the two.
 
-Nothing here touches the network or imports mlx.
+This module uses neither the network nor mlx.
 """
 
 import dataclasses
@@ -23,8 +22,8 @@ from mlxvr.checkpoint.toml_tables import build, check_value, without_unset
 from mlxvr.errors import CheckpointError, RecipeError
 from mlxvr.storage.paths import list_visible
 
-__all__ = ["BITS", "DTYPES", "GROUP_SIZES", "MODES", "Budgets", "KeyRule", "Limits", "Precision", "Quantization"]
-__all__ += ["Recipe", "Rule", "available", "for_config", "for_source", "load"]
+__all__ = ["BITS", "DTYPES", "GROUP_SIZES", "MODES", "FrameLimits", "KeyRule", "Precision", "Quantization", "Recipe"]
+__all__ += ["Rule", "VerificationLimits", "available", "for_config", "for_source", "load"]
 
 BITS = (0, 2, 3, 4, 5, 6, 8)  # 0: the weights are not quantized
 GROUP_SIZES = (32, 64, 128)
@@ -35,14 +34,14 @@ _EMBEDDING = "language_model.model.embed_tokens"
 
 @dataclass(frozen=True, kw_only=True)
 class Precision:
-    """How one weight matrix is stored: `bits` per weight, one scale (affine: and one bias) per `group_size`."""
+    """The format of a weight matrix: `bits` per weight, one scale (affine: and one bias) per `group_size` weights."""
 
     bits: int
     group_size: int
     mode: str = "affine"
 
 
-# MLX's floating-point modes come in one size each; None: bits and groups are free.
+# MLX's floating-point modes have one size each; None: bits and groups are free.
 _FIXED = {
     "affine": None,
     "mxfp4": Precision(bits=4, group_size=32, mode="mxfp4"),
@@ -54,7 +53,7 @@ MODES = tuple(_FIXED)
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """A floor under the precision of the modules whose MLX path matches `match` (shell pattern)."""
+    """A lower bound on the precision of the modules whose MLX path matches `match` (shell pattern)."""
 
     match: str
     min_bits: int = 8
@@ -72,13 +71,13 @@ class Rule:
             check_value("min_bits", self.min_bits, self.min_bits <= fixed.bits, expected)
 
     def covers(self, module: str) -> bool:
-        """Whether the rule is for the module of this MLX path."""
+        """Whether the rule applies to the module with this MLX path."""
         return fnmatchcase(module, self.match)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Quantization:
-    """Bits (0: none), weights per scale, MLX's mode, the dtype of all that is not quantized, and the exceptions."""
+    """Bits (0: unquantized), weights per scale, MLX's mode, the dtype of unquantized tensors, and the exceptions."""
 
     bits: int = 4
     group_size: int = 64
@@ -94,7 +93,7 @@ class Quantization:
             check_value("bits", self.bits, self.bits in BITS, f"one of {BITS}")
             check_value("group_size", self.group_size, self.group_size in GROUP_SIZES, f"one of {GROUP_SIZES}")
         else:
-            check_value("bits", self.bits, self.bits in (0, fixed.bits), f"{fixed.bits}, as {self.mode} has")
+            check_value("bits", self.bits, self.bits in (0, fixed.bits), f"{fixed.bits}, the bits of {self.mode}")
             check_value(
                 "group_size", self.group_size, self.group_size == fixed.group_size, f"{self.mode}'s {fixed.group_size}"
             )
@@ -108,7 +107,7 @@ class Quantization:
         mode: str | None = None,
         dtype: str | None = None,
     ) -> "Quantization":
-        """Copy with the given values in place of ours (None: keep); a mode brings its own bits and group size.
+        """Copy with new values (None: the old value); a new mode brings its own bits and group size.
 
         Raises `RecipeError` for a value that cannot be used.
         """
@@ -125,7 +124,7 @@ class Quantization:
         )
 
     def precision(self, module: str) -> Precision | None:
-        """How the weight of `module` (its MLX path, without `.weight`) is stored; None: kept in `dtype`."""
+        """The precision of the weight of `module` (its MLX path, without `.weight`); None: unquantized, in `dtype`."""
         if self.bits == 0 or any(fnmatchcase(module, pattern) for pattern in self.keep):
             return None
         bits, group_size, mode = self.bits, self.group_size, self.mode
@@ -144,18 +143,18 @@ class Quantization:
 
 @dataclass(frozen=True, kw_only=True)
 class KeyRule:
-    """A tensor whose name on disk begins with `prefix` is read as if it began with `becomes`."""
+    """Replaces the beginning `prefix` of a tensor's name on disk by `becomes`."""
 
     prefix: str
     becomes: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Limits:
-    """How far a converted model may be from its source, for weights of at least `bits` bits (16: unquantized).
+class VerificationLimits:
+    """The accepted differences of a converted model from its source, for at least `bits` bits (16: unquantized).
 
-    `logits_error` is relative, `top1` and `flipped_exits` are shares, `kl` is in nats per token, `confidence_drift` is
-    the mean absolute difference; None does not limit.
+    `logits_error` is relative, `top1` (a lower limit) and `flipped_exits` are shares, `kl` is in nats per token,
+    `confidence_drift` is the mean absolute difference; None: no limit.
     """
 
     bits: int
@@ -169,7 +168,7 @@ class Limits:
         check_value("bits", self.bits, self.bits in (*BITS[1:], 16), f"one of {(*BITS[1:], 16)}")
         for key in ("logits_error", "top1", "kl", "confidence_drift", "flipped_exits"):
             value = getattr(self, key)
-            check_value(key, value, value is None or value >= 0, "a number from 0 on")
+            check_value(key, value, value is None or value >= 0, "a number of at least 0")
 
     @property
     def limits_anything(self) -> bool:
@@ -177,20 +176,20 @@ class Limits:
         return any(value is not None for name, value in dataclasses.asdict(self).items() if name != "bits")
 
 
-# For weights that nobody has measured yet: error and KL of random weights with some room, the others by judgement.
+# For weights that nobody has measured yet: error and KL of random weights with a margin; the others are judgement.
 _USUAL_LIMITS = (
-    Limits(bits=16, logits_error=0.02, kl=0.001, confidence_drift=0.005, flipped_exits=0.05),
-    Limits(bits=8, logits_error=0.12, kl=0.006, confidence_drift=0.01, flipped_exits=0.05),
-    Limits(bits=6, logits_error=0.15, kl=0.01, confidence_drift=0.02, flipped_exits=0.07),
-    Limits(bits=5, logits_error=0.25, kl=0.03, confidence_drift=0.04, flipped_exits=0.09),
-    Limits(bits=4, logits_error=0.45, kl=0.1, confidence_drift=0.08, flipped_exits=0.1),
-    Limits(bits=3, logits_error=0.8, kl=0.4, confidence_drift=0.15, flipped_exits=0.2),
+    VerificationLimits(bits=16, logits_error=0.02, kl=0.001, confidence_drift=0.005, flipped_exits=0.05),
+    VerificationLimits(bits=8, logits_error=0.12, kl=0.006, confidence_drift=0.01, flipped_exits=0.05),
+    VerificationLimits(bits=6, logits_error=0.15, kl=0.01, confidence_drift=0.02, flipped_exits=0.07),
+    VerificationLimits(bits=5, logits_error=0.25, kl=0.03, confidence_drift=0.04, flipped_exits=0.09),
+    VerificationLimits(bits=4, logits_error=0.45, kl=0.1, confidence_drift=0.08, flipped_exits=0.1),
+    VerificationLimits(bits=3, logits_error=0.8, kl=0.4, confidence_drift=0.15, flipped_exits=0.2),
 )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Budgets:
-    """Frame and token budgets of the model; None leaves the checkpoint's processor files in charge."""
+class FrameLimits:
+    """The model's frame and token limits; for None, the checkpoint's processor files decide."""
 
     fps: float | None = None
     min_frames: int | None = None
@@ -208,7 +207,7 @@ class Budgets:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A validated recipe. `threshold` is the confidence, in [0, 1], from which a direct answer stands."""
+    """A validated recipe; `threshold` is the confidence, in [0, 1], from which a direct answer is taken."""
 
     name: str
     family: str
@@ -218,21 +217,21 @@ class Recipe:
     revision: str = ""
     license: str = ""
     base_model: str = ""
-    system_prompt: str = ""  # VideoAuto-R1's own
+    system_prompt: str = ""  # empty: VideoAuto-R1's own
     key_rules: tuple[KeyRule, ...] = ()
     quantization: Quantization = field(default_factory=Quantization)
-    verification: tuple[Limits, ...] = _USUAL_LIMITS
-    budgets: Budgets = field(default_factory=Budgets)
+    verification: tuple[VerificationLimits, ...] = _USUAL_LIMITS
+    frame_limits: FrameLimits = field(default_factory=FrameLimits)
 
     def __post_init__(self) -> None:
         check_value("threshold", self.threshold, 0.0 <= self.threshold <= 1.0, "a number from 0 to 1")
 
     def with_quantization(self, **changes: Any) -> "Recipe":
-        """Copy with other values; takes those of `Quantization.changed` and raises what it raises."""
+        """Copy with other quantization; arguments and errors are those of `Quantization.changed`."""
         return dataclasses.replace(self, quantization=self.quantization.changed(**changes))
 
     def with_tied_head(self) -> "Recipe":
-        """Copy for a checkpoint whose embedding serves as output head: rules for the head hold for it too."""
+        """Copy for a checkpoint with a tied head: rules for the head also apply to the embedding."""
         quantization = self.quantization
         heads = [dataclasses.replace(rule, match=_EMBEDDING) for rule in quantization.rules if rule.covers(_HEAD)]
         return dataclasses.replace(
@@ -243,17 +242,17 @@ class Recipe:
         """See `Quantization.precision`."""
         return self.quantization.precision(module)
 
-    def limits_for(self, bits: float) -> Limits:
-        """Limits for weights of `bits` bits (unquantized: 16): those of the most bits that are not above it.
+    def limits_for(self, bits: float) -> VerificationLimits:
+        """The limits for weights of `bits` bits (16: unquantized): of the tables up to `bits`, that with the most bits.
 
-        Below all of them, those of the fewest bits hold; without any, nothing is limited.
+        If all tables have more bits, the one with the fewest is used; without tables, nothing is limited.
         """
         ordered = sorted(self.verification, key=lambda limits: limits.bits)
         fitting = [limits for limits in ordered if limits.bits <= bits] or ordered[:1]
-        return fitting[-1] if fitting else Limits(bits=16)
+        return fitting[-1] if fitting else VerificationLimits(bits=16)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON, without what is unset."""
+        """Return plain values for JSON, without unset ones."""
         return without_unset(dataclasses.asdict(self))
 
 
@@ -263,9 +262,9 @@ def available() -> list[str]:
 
 
 def load(name_or_path: str | Path) -> Recipe:
-    """Read a recipe by its name (`available()`) or from a TOML file.
+    """Read a recipe by its name (see `available`) or from a TOML file.
 
-    Raises `RecipeError` when there is none of that name, the file cannot be read, or a key or value is wrong.
+    Raises `RecipeError` when no recipe has the name, the file cannot be read, or a key or value is wrong.
     """
     shipped = _shipped()
     if str(name_or_path) in shipped:
@@ -278,7 +277,7 @@ def load(name_or_path: str | Path) -> Recipe:
 
 
 def for_config(config: Mapping[str, Any]) -> Recipe:
-    """Return the recipe of the family that a `config.json` belongs to (`CheckpointError`: none of ours)."""
+    """Return the recipe of the family of a `config.json`; raises `CheckpointError` for any other family."""
     model_type = str(config.get("model_type", ""))
     families = {name: recipe for name, recipe in _shipped().items() if name == recipe.family}
     if model_type not in families:
@@ -290,7 +289,7 @@ def for_config(config: Mapping[str, Any]) -> Recipe:
 
 
 def for_source(source: str) -> Recipe | None:
-    """Return the recipe that was written for the checkpoint of this Hub id, if there is one."""
+    """Return the recipe that was written for the checkpoint with this Hub id; None: there is none."""
     for recipe in _shipped().values():
         if recipe.source and recipe.source.casefold() == source.casefold():
             return recipe
@@ -299,7 +298,7 @@ def for_source(source: str) -> Recipe | None:
 
 @functools.cache
 def _shipped() -> dict[str, Recipe]:
-    """Read every recipe that comes with the library, by name: half a dozen small files."""
+    """Read all recipes that come with the library, by name; they are half a dozen small files."""
     recipes = [_read(path) for path in list_visible(_folder(), "*.toml")]
     return {recipe.name: recipe for recipe in recipes}
 
@@ -320,6 +319,6 @@ def _read(path: Path) -> Recipe:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"the recipe {path} is not valid TOML: {error}") from error
     if "name" in table:
-        raise RecipeError(f"{path.name}: the key 'name' is not allowed; a recipe is called as its file is")
+        raise RecipeError(f"{path.name}: the key 'name' is not allowed; the file's name is the recipe's name")
     recipe: Recipe = build(Recipe, {"name": path.stem, **table}, where=path.name)
     return recipe

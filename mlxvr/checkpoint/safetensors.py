@@ -1,8 +1,8 @@
-"""What a safetensors file holds, read from its header alone.
+"""The content of a safetensors file, read from its header alone.
 
-The format (https://huggingface.co/docs/safetensors): eight bytes give the length of a JSON header in little-endian
-order, the header maps names to dtype, shape and byte range, and the data follow without gaps. Reading it here costs a
-few milliseconds for any size of model, needs no MLX, and tells a truncated or damaged file before anything is loaded.
+The format (https://huggingface.co/docs/safetensors): eight bytes are the length of a JSON header in little-endian
+order, the header maps names to dtype, shape and byte range, and the data follow without gaps. Reading the header takes
+a few milliseconds for any size of model, needs no MLX, and detects a truncated or damaged file before any loading.
 """
 
 import json
@@ -37,12 +37,12 @@ _LONGEST_HEADER = 100_000_000  # the reference implementation's own limit
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies on disk.
+    """The place of a tensor on disk.
 
     Attributes:
-        file: the file that holds it.
+        file: the file that contains it.
         dtype: as the header spells it ("BF16", "F32", "U32", ..).
-        shape: its sizes.
+        shape: sizes of its axes.
         offsets: first byte and the byte after the last, counted from the start of the file.
     """
 
@@ -53,9 +53,9 @@ class TensorInfo:
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Name -> where each tensor of a file lies.
+    """Read the place of each tensor of a file, by name.
 
-    Raises `CheckpointError` when the file is no safetensors file, is cut short, or its header contradicts itself.
+    Raises `CheckpointError` when the file is not a safetensors file, is cut short, or has an inconsistent header.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -63,7 +63,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         length = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or size < 8 + length:
             if len(prefix) == 8 and length > _LONGEST_HEADER:
-                raise _damaged(path, "it does not begin like a safetensors file")
+                raise _damaged(path, "it does not begin as a safetensors file does")
             raise _truncated(path, size, 8 + length)
         if length > _LONGEST_HEADER:
             raise _damaged(path, f"its header claims {length} bytes")
@@ -84,7 +84,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
 
 def holds_the_same(first: TensorInfo, second: TensorInfo) -> bool:
-    """Whether two tensors have the same type, shape and bytes; reads up to the first difference, a piece at a time."""
+    """Whether two tensors have the same dtype, shape and bytes; reads in pieces, up to the first difference."""
     if (first.dtype, first.shape) != (second.dtype, second.shape):
         return False
     with first.file.open("rb") as left, second.file.open("rb") as right:
@@ -116,7 +116,7 @@ def _tensor(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
 
 def _truncated(path: Path, size: int, expected: int) -> CheckpointError:
     return CheckpointError(
-        f"{path} is cut short: it has {size} bytes of at least {expected}: download or copy it again"
+        f"{path} is cut short: it has {size} bytes, expected at least {expected}: download or copy it again"
     )
 
 

@@ -1,7 +1,7 @@
-"""A TOML table becomes a frozen dataclass: every key known, every value of the declared type.
+"""TOML tables as frozen dataclasses: every key must be known, every value must have the declared type.
 
-The dataclass is the only place where keys, types and defaults are written down. Its own `__post_init__` judges values
-(see `check_value`); what is wrong is one `RecipeError` line with the file and the dotted key.
+The dataclass is the only place that defines keys, types and defaults. Its `__post_init__` validates values (see
+`check_value`); a mistake is one `RecipeError` line with the file and the dotted key.
 """
 
 import dataclasses
@@ -44,7 +44,7 @@ def check_value(key: str, value: object, holds: bool, expected: str) -> None:
 
 
 def without_unset(value: Any) -> Any:
-    """Return plain JSON values of nested dicts and sequences, without what is None or empty."""
+    """Return plain JSON values of nested dicts and sequences, without None and empty values."""
     if isinstance(value, dict):
         return {key: without_unset(item) for key, item in value.items() if item not in (None, "", (), {})}
     if isinstance(value, list | tuple):
@@ -61,7 +61,7 @@ def _convert(hint: Any, value: Any, *, where: str, key: str) -> Any:
             raise RecipeError(f"{where}: {key} = {value!r} has the wrong type; expected a list")
         return tuple(_convert(arguments[0], item, where=where, key=key) for item in value)
     accepted = tuple(kind for kind in (arguments or (hint,)) if isinstance(kind, type) and kind is not type(None))
-    if float in accepted and type(value) is int:  # 1 is a fine way to write 1.0
+    if float in accepted and type(value) is int:  # 1 may stand for 1.0
         value = float(value)
     if isinstance(value, bool) or not isinstance(value, accepted):
         names = " or ".join(kind.__name__ for kind in accepted)

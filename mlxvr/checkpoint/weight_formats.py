@@ -1,10 +1,10 @@
-"""How a weight lies on disk, and its rows as plain floats, a few megabytes at a time.
+"""Formats of weights on disk; each yields a weight's rows as plain floats, a few megabytes at a time.
 
-    Plain       floats (or the integers of packed weights that are copied as they are)
-    Fp8Blocks   8-bit floats with a scale for each block of rows and columns (see `mlxvr.checkpoint.fp8`)
-    Packed      MLX's own quantized weights: 32-bit words, scales and, in the affine mode, biases
+    Plain          floats (or the integers of packed weights that are copied as they are)
+    Fp8Blocks      8-bit floats with a scale for each block of rows and columns (see `mlxvr.checkpoint.fp8`)
+    MlxQuantized   MLX's own quantized weights: 32-bit words, scales and, in the affine mode, biases
 
-Reading is plain file reads rather than a memory map, so that what has been passed on leaves memory.
+Files are read, not mapped into memory, so that rows leave memory once they have been used.
 """
 
 import math
@@ -20,10 +20,10 @@ from mlxvr.checkpoint.safetensors import TensorInfo
 from mlxvr.errors import CheckpointError
 from mlxvr.model.families.base import Family
 
-__all__ = ["HELD_AS", "Encoding", "Fp8Blocks", "Packed", "Plain", "as_mlx", "as_numpy"]
+__all__ = ["NUMPY_DTYPES", "Fp8Blocks", "MlxQuantized", "Plain", "WeightFormat", "as_mlx", "as_numpy"]
 
-# How each dtype is held in numpy; it has no bfloat16, so those travel as their bit patterns.
-HELD_AS: dict[str, np.dtype[Any]] = {
+# The numpy dtype for each dtype of safetensors; numpy has no bfloat16, so its bit patterns are stored as integers.
+NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
     "BF16": np.dtype("<u2"),
     "F16": np.dtype("<f2"),
     "F32": np.dtype("<f4"),
@@ -35,22 +35,22 @@ _MLX_CODES = {mx.bfloat16: "BF16", mx.float16: "F16", mx.float32: "F32"}
 
 
 def as_mlx(values: np.ndarray, dtype: str) -> mx.array:
-    """Hand rows that are held as numpy holds `dtype` to MLX."""
+    """An MLX array of `values`, an array of `NUMPY_DTYPES[dtype]`."""
     array = mx.array(values)
     return array.view(mx.bfloat16) if dtype == "BF16" else array
 
 
 def as_numpy(array: mx.array) -> np.ndarray:
-    """View an MLX array as numpy holds it; bfloat16 as its bit patterns."""
+    """A numpy view of an MLX array; bfloat16 as its bit patterns."""
     return np.asarray(array.view(mx.uint16) if array.dtype == mx.bfloat16 else array)
 
 
-class Encoding(ABC):
-    """A tensor of the source.
+class WeightFormat(ABC):
+    """A tensor on disk.
 
     Attributes:
-        infos: what it is made of on disk.
-        dtype: "BF16", "F16", "F32" (or, of what is only copied, "U32", "U8"): what its rows come as.
+        infos: the stored tensors that it consists of.
+        dtype: dtype of the rows that `chunks` yields: "BF16", "F16", "F32" ("U32", "U8" for copied integers).
     """
 
     infos: tuple[TensorInfo, ...]
@@ -63,33 +63,33 @@ class Encoding(ABC):
 
     @abstractmethod
     def chunks(self, max_bytes: int) -> Iterator[np.ndarray]:
-        """Yield whole rows in order, about `max_bytes` at a time, held as `HELD_AS[self.dtype]`."""
+        """Yield whole rows in order, about `max_bytes` at a time, as `NUMPY_DTYPES[self.dtype]` arrays."""
 
 
-class Plain(Encoding):
-    """Numbers as they are. A tensor of more than two dimensions comes in one piece: its axes may change places."""
+class Plain(WeightFormat):
+    """Plain numbers. A tensor with more than two dimensions is yielded at once, since its axes may be reordered."""
 
     def __init__(self, key: str, info: TensorInfo, family: Family) -> None:
-        """Describe the tensor `key` (its MLX name)."""
+        """`key`: the tensor's MLX name."""
         self.infos = (info,)
         self.dtype = info.dtype
         self._key = key
         self._family = family
 
     def chunks(self, max_bytes: int) -> Iterator[np.ndarray]:
-        """Yield rows, see `Encoding`."""
+        """Yield rows, see `WeightFormat`."""
         (info,) = self.infos
         if len(info.shape) == 2:
-            with _Rows(info) as rows:
+            with _RowReader(info) as rows:
                 for _, count in _steps(info.shape[0], rows.step(max_bytes)):
                     yield rows.read(count)
             return
-        with _Rows(info) as rows:
+        with _RowReader(info) as rows:
             whole = rows.read(info.shape[0] if info.shape else 1).reshape(info.shape)
             yield np.ascontiguousarray(self._family.mlx_tensor(self._key, whole))
 
 
-class Fp8Blocks(Encoding):
+class Fp8Blocks(WeightFormat):
     """8-bit floats times the scale of their block, as float32."""
 
     dtype = "F32"
@@ -100,20 +100,20 @@ class Fp8Blocks(Encoding):
         self._block = block
 
     def chunks(self, max_bytes: int) -> Iterator[np.ndarray]:
-        """Yield rows, see `Encoding`; whole blocks of them."""
+        """Yield whole blocks of rows, see `WeightFormat`."""
         weight, scales = self.infos
         height = self._block[0]
-        with _Rows(scales) as file:
+        with _RowReader(scales) as file:
             factors = as_mlx(file.read(scales.shape[0]), scales.dtype)
-        with _Rows(weight) as rows:
+        with _RowReader(weight) as rows:
             step = max(1, rows.step(max_bytes // 4) // height) * height
             for start, count in _steps(weight.shape[0], step):
                 own = factors[start // height : -(-(start + count) // height)]
                 yield as_numpy(unpack_fp8(mx.array(rows.read(count)), own, self._block))
 
 
-class Packed(Encoding):
-    """MLX's quantized weights, unpacked to the type of their scales (float modes have none of their own: bfloat16)."""
+class MlxQuantized(WeightFormat):
+    """MLX's quantized weights, unpacked to the dtype of their scales; to bfloat16 in the floating-point modes."""
 
     def __init__(
         self, weight: TensorInfo, scales: TensorInfo, biases: TensorInfo | None, how: Mapping[str, Any]
@@ -124,8 +124,8 @@ class Packed(Encoding):
         self._how = dict(how)
 
     def chunks(self, max_bytes: int) -> Iterator[np.ndarray]:
-        """Yield rows, see `Encoding`."""
-        readers = [_Rows(info) for info in self.infos]
+        """Yield rows, see `WeightFormat`."""
+        readers = [_RowReader(info) for info in self.infos]
         try:
             step = max(1, readers[0].step(max_bytes) * self._how["bits"] // 16)
             for _, count in _steps(self.infos[0].shape[0], step):
@@ -140,18 +140,18 @@ class Packed(Encoding):
                 rows.close()
 
 
-class _Rows:
-    """A tensor on disk that is read row by row, from its first."""
+class _RowReader:
+    """Reads the rows of a tensor on disk in order."""
 
     def __init__(self, info: TensorInfo) -> None:
         self._info = info
-        self._dtype = HELD_AS[info.dtype]
+        self._dtype = NUMPY_DTYPES[info.dtype]
         self._width = math.prod(info.shape[1:])
         self._file: BinaryIO = info.file.open("rb", buffering=0)
         self._file.seek(info.offsets[0])
 
     def step(self, max_bytes: int) -> int:
-        """How many rows take about `max_bytes`, at least one."""
+        """The number of rows, at least one, that take about `max_bytes`."""
         return max(1, max_bytes // max(1, self._width * self._dtype.itemsize))
 
     def read(self, count: int) -> np.ndarray:
@@ -164,7 +164,7 @@ class _Rows:
     def close(self) -> None:
         self._file.close()
 
-    def __enter__(self) -> "_Rows":
+    def __enter__(self) -> "_RowReader":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -172,6 +172,6 @@ class _Rows:
 
 
 def _steps(rows: int, step: int) -> Iterator[tuple[int, int]]:
-    """Split `rows` into (first, count)."""
+    """Yield (first row, count) of steps over `rows` rows."""
     for start in range(0, rows, step):
         yield start, min(step, rows - start)

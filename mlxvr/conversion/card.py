@@ -1,7 +1,7 @@
 """What goes into a converted folder beside the weights: config, tokenizer files, `mlxvr.json`, the model card.
 
-`mlxvr.json` is for programs (where the weights come from, how they were made, the threshold and budgets that go with
-them), the card for people. Neither holds a date or a path, so that the same conversion gives the same bytes.
+`mlxvr.json` is for programs (where the weights come from, how they were made, their threshold and frame limits), the
+card for people. Neither holds a date or a path, so that the same conversion gives the same bytes.
 """
 
 import json
@@ -51,15 +51,15 @@ def origin(folder: ModelFolder, source: str | Path) -> Origin:
 def settings(folder: ModelFolder, origin: Origin, recipe: Recipe, *, keep_measured: bool) -> dict[str, Any]:
     """Return the content of `mlxvr.json`.
 
-    `keep_measured`: thresholds, budgets and a system prompt in the source's own `mlxvr.json` stand above the recipe's.
+    `keep_measured`: thresholds, frame limits and a system prompt in the source's own `mlxvr.json` win.
     Raises `CheckpointError` when they make no sense.
     """
     own = folder.settings if keep_measured else {}
-    threshold, budgets = own.get("threshold", recipe.threshold), own.get("budgets", {})
+    threshold, frame_limits = own.get("threshold", recipe.threshold), own.get("frame_limits", {})
     if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
         raise _unusable(folder, "threshold", threshold, "a number from 0 to 1")
-    if not isinstance(budgets, dict):
-        raise _unusable(folder, "budgets", budgets, "an object")
+    if not isinstance(frame_limits, dict):
+        raise _unusable(folder, "frame_limits", frame_limits, "an object")
     system_prompt = own.get("system_prompt") or recipe.system_prompt
     resolved = recipe.to_dict()
     quantization = recipe.quantization
@@ -68,7 +68,7 @@ def settings(folder: ModelFolder, origin: Origin, recipe: Recipe, *, keep_measur
         "commit": origin.commit,
         "family": folder.family.name,
         "threshold": threshold,
-        "budgets": budgets or resolved["budgets"],
+        "frame_limits": frame_limits or resolved["frame_limits"],
         "quantization": {
             "bits": quantization.bits,
             "group_size": quantization.group_size,

@@ -1,14 +1,14 @@
-"""Fusing: an adapter's LoRA weights become part of the model's own, and the adapter is no longer needed.
+"""Fusing: an adapter's LoRA weights are merged into the model's own, so that the adapter is no longer needed.
 
-Only the matrices that the adapter changes are touched: each is read row by row, unpacked if it is quantized, changed
-in float32 and stored as it was before (packed again with the same bits, or unquantized with `dequantize`). All other
-tensors are copied bit by bit, so memory stays as small as in a conversion (see `stream`).
+Only the matrices that the adapter changes are computed: each is read row by row, unpacked if it is quantized, changed
+in float32 and stored as before (packed again with the same bits, or unquantized with `dequantize`). All other tensors
+are copied bit by bit, so memory stays as small as in a conversion (see `stream`).
 
     LoRA   W + scale * (A B)^T                       A: (inputs, rank), B: (rank, outputs); arXiv 2106.09685
     DoRA   m * (W + scale * (A B)^T) / ||..||        rows scaled to the learned lengths m; arXiv 2402.09353
 
-Packing a changed matrix rounds it anew, so the fused model is as far from the adapted one as quantized weights are from
-unquantized ones; with `dequantize` nothing is rounded but to the weights' own float type.
+Packing a changed matrix rounds it again, so the fused model differs from the adapted one as quantized weights differ
+from unquantized ones; with `dequantize`, weights are only rounded to their own float type.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from mlxvr.conversion import card
 from mlxvr.conversion.quantize import choose_recipe, write_model
 from mlxvr.conversion.source import Checkpoint
 from mlxvr.conversion.summary import ConversionReport
-from mlxvr.conversion.tensor_plan import DTYPE_CODES, Update, make_plan
+from mlxvr.conversion.tensor_plan import DTYPE_CODES, RowUpdate, make_plan
 from mlxvr.errors import CheckpointError
 from mlxvr.model.adapter import Adapter
 from mlxvr.model.adapter_base import describe_base, warn_of_another_base
@@ -44,29 +44,29 @@ def fuse(
     progress: Progress | None = None,
     on_tensor: Callable[[str], None] | None = None,
 ) -> ConversionReport:
-    """Write the model that `model` with `adapter` on top is into the new folder `out`.
+    """Merge `adapter` into `model` and write the result into the new folder `out`.
 
     Args:
         model: a model folder or Hub id, quantized or not.
         adapter: a folder with an adapter of mlxvr, mlx-vlm, mlx-lm or PEFT.
-        out: the folder to write; it appears when it is complete, or not at all.
-        dequantize: leave nothing quantized.
+        out: the folder to write; it appears once it is complete.
+        dequantize: write unquantized weights.
         revision: branch, tag or commit of a Hub id.
-        force: replace a model folder that lies at `out`.
+        force: replace an existing model folder at `out`.
         progress: called with (stage, done, total); the stages "download", "check" and "convert" count bytes.
-        on_tensor: called with the name of each tensor as it is begun.
+        on_tensor: called with the name of each tensor before it is read.
 
     Raises:
         CheckpointError: the model or the adapter is damaged, or they do not belong together.
-        ConfigError: an output that must not or cannot be written.
+        ConfigError: the output must not or cannot be written.
     """
-    given = Adapter.open(Path(adapter).expanduser())
+    opened = Adapter.open(Path(adapter).expanduser())
     check_target(Path(out), force=force)
     folder = hub.resolve(model, revision=revision, progress=progress)
     target = check_target(Path(out), folder, force=force)
-    checkpoint = Checkpoint.open(folder, unpack=lambda module: dequantize or module in given.layers)
-    updates = _updates(given, checkpoint)
-    warn_of_another_base(given.folder, given.config, describe_base(checkpoint.folder))
+    checkpoint = Checkpoint.open(folder, unpack=lambda module: dequantize or module in opened.layers)
+    updates = _updates(opened, checkpoint)
+    warn_of_another_base(opened.folder, opened.config, describe_base(checkpoint.folder))
     recipe = _as_it_is(checkpoint, dequantize=dequantize)
     origin = card.origin(checkpoint.folder, model)
 
@@ -76,16 +76,16 @@ def fuse(
         packed = not dequantize and f"{module}.scales" in tensors
         return Precision(**checkpoint.folder.quantization_of(module)) if packed else None
 
-    plan = make_plan(checkpoint, stored, None, updates=updates, note=f"fused {given.fingerprint()}")
+    plan = make_plan(checkpoint, stored, None, updates=updates, note=f"fused {opened.fingerprint()}")
     settings = card.settings(checkpoint.folder, origin, recipe, keep_measured=True)
-    settings["adapter"] = {"name": given.folder.resolve().name, "fingerprint": given.fingerprint()}
+    settings["adapter"] = {"name": opened.folder.resolve().name, "fingerprint": opened.fingerprint()}
     return write_model(
         target, checkpoint, plan, recipe, origin, settings, force=force, progress=progress, on_tensor=on_tensor
     )
 
 
 def _as_it_is(checkpoint: Checkpoint, *, dequantize: bool) -> Recipe:
-    """The recipe of the model, with the quantization and dtype that its folder has."""
+    """The model's recipe, with the quantization and dtype of its folder."""
     folder = checkpoint.folder
     recipe = choose_recipe(checkpoint, card.origin(folder, folder.path))
     names = {code: name for name, code in DTYPE_CODES.items()}
@@ -95,30 +95,30 @@ def _as_it_is(checkpoint: Checkpoint, *, dequantize: bool) -> Recipe:
     return dataclasses.replace(recipe, quantization=Quantization(dtype=dtype, **usual))
 
 
-def _updates(adapter: Adapter, checkpoint: Checkpoint) -> dict[str, Update]:
-    """Module -> what the adapter does to its rows.
+def _updates(adapter: Adapter, checkpoint: Checkpoint) -> dict[str, RowUpdate]:
+    """Module -> the adapter's change of its rows.
 
     Raises `CheckpointError` when the adapter was made for another model.
     """
     weights = adapter.load()
     shapes = {tensor.module: tensor.shape for tensor in checkpoint.tensors if tensor.is_matrix}
-    updates: dict[str, Update] = {}
+    updates: dict[str, RowUpdate] = {}
     for module, layer in sorted(adapter.layers.items()):
         parts = {part: weights.get(f"{module}.{part}") for part in ("lora_a", "lora_b", "m")}
         first, second, lengths = parts["lora_a"], parts["lora_b"], parts["m"]
         if first is None or second is None or (lengths is None) == adapter.is_dora:
             raise CheckpointError(f"the adapter {adapter.folder} lacks a part of {module}: copy it again")
-        found = (second.shape[-1], first.shape[0])
-        if shapes.get(module) != found or first.shape[1] != second.shape[0]:
+        shape = (second.shape[-1], first.shape[0])
+        if shapes.get(module) != shape or first.shape[1] != second.shape[0]:
             raise CheckpointError(
-                f"the adapter {adapter.folder} changes {module} {list(found)}, which this model does not have in that "
+                f"the adapter {adapter.folder} changes {module} {list(shape)}, which this model does not have in that "
                 "shape: it was made for another model"
             )
         updates[module] = _update(first, second, lengths, layer.scale)
     return updates
 
 
-def _update(first: mx.array, second: mx.array, lengths: mx.array | None, scale: float) -> Update:
+def _update(first: mx.array, second: mx.array, lengths: mx.array | None, scale: float) -> RowUpdate:
     inner = scale * second.astype(mx.float32).T  # (outputs, rank)
     outer = first.astype(mx.float32).T  # (rank, inputs)
 

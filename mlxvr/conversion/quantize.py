@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from mlxvr.checkpoint import hub
 from mlxvr.checkpoint import recipe as recipes
 from mlxvr.checkpoint.defaults import find_recipe
-from mlxvr.checkpoint.recipe import Limits, Precision, Quantization, Recipe
+from mlxvr.checkpoint.recipe import Precision, Quantization, Recipe, VerificationLimits
 from mlxvr.conversion import card
 from mlxvr.conversion.shards import is_finished, write_index
 from mlxvr.conversion.source import Checkpoint
@@ -173,7 +173,7 @@ def write_model(
     settings["quantization"]["bits_per_weight"] = round(8 * plan.nbytes / checkpoint.parameters, 3)
     config = _config(checkpoint, plan, usual)
     verification: VerificationReport | None = None
-    limits: Limits | None = None
+    limits: VerificationLimits | None = None
     shortfalls: tuple[str, ...] = ()
     with staged(target, plan.fingerprint(checkpoint)) as stage:
         _check_disk(stage, plan)

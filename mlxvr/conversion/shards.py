@@ -1,9 +1,9 @@
-"""Writing safetensors files piece by piece, without ever holding a file in memory.
+"""Safetensors files that are written piece by piece, so that no file is ever in memory as a whole.
 
 A safetensors file (https://github.com/huggingface/safetensors) is 8 bytes of header length, a JSON header with the
-dtype, shape and byte range of every tensor, then the bytes. All shapes are known before the first tensor is
-computed, so the header is written first and every tensor is appended to within its own range as its rows come in:
-a weight, its scales and its biases grow side by side. A file has its final name only once it is whole.
+dtype, shape and byte range of every tensor, then the data. All shapes are known before the first tensor is computed, so
+the header is written first, and rows are appended within the byte range of their tensor as they come: a weight, its
+scales and its biases grow side by side. A file gets its final name only once it is complete.
 """
 
 import json
@@ -21,7 +21,7 @@ from mlxvr.storage.atomic import replacing, write_synced
 
 __all__ = ["MAX_SHARD_BYTES", "OutputTensor", "ShardWriter", "is_finished", "plan_shards", "write_index", "write_shard"]
 
-MAX_SHARD_BYTES = 10**9  # what an interrupted conversion may have to do again; loaders take any number of shards
+MAX_SHARD_BYTES = 10**9  # an interrupted conversion repeats at most one shard; loaders take any number of shards
 _DTYPE_BYTES = {"U8": 1, "BF16": 2, "F16": 2, "F32": 4, "U32": 4}
 
 
@@ -42,9 +42,9 @@ class OutputTensor:
 def plan_shards(
     groups: Iterable[list[OutputTensor]], max_bytes: int = MAX_SHARD_BYTES
 ) -> dict[str, list[OutputTensor]]:
-    """Deal tensors out to files of at most `max_bytes`, in order; a group (a weight and its scales) stays together.
+    """Distribute tensors over files of at most `max_bytes`, in order; a group (a weight and its scales) stays together.
 
-    A group that is larger has a file to itself.
+    A larger group gets a file of its own.
 
     Returns file name -> tensors; one file is called `model.safetensors`, several `model-00001-of-0000N.safetensors`.
     """
@@ -63,7 +63,7 @@ def plan_shards(
 
 
 def write_index(folder: Path, shards: dict[str, list[OutputTensor]]) -> int:
-    """Write `model.safetensors.index.json`; returns the total size of the tensors in bytes."""
+    """Write `model.safetensors.index.json`; return the total size of the tensors in bytes."""
     total = sum(tensor.nbytes for tensors in shards.values() for tensor in tensors)
     weight_map = {tensor.name: file for file, tensors in shards.items() for tensor in tensors}
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
@@ -72,7 +72,7 @@ def write_index(folder: Path, shards: dict[str, list[OutputTensor]]) -> int:
 
 
 def is_finished(path: Path, tensors: list[OutputTensor]) -> bool:
-    """Whether `path` is a shard of exactly these tensors. Shards get their names when every byte is on the disk."""
+    """Whether `path` is a shard of exactly these tensors; a shard gets its name once every byte is on disk."""
     start = _header(tensors)
     if not path.is_file() or path.stat().st_size != len(start) + sum(tensor.nbytes for tensor in tensors):
         return False
@@ -82,7 +82,7 @@ def is_finished(path: Path, tensors: list[OutputTensor]) -> bool:
 
 @contextmanager
 def write_shard(path: Path, tensors: list[OutputTensor]) -> Iterator["ShardWriter"]:
-    """Yield the writer of a safetensors file, which gets its name when every byte of it is on the disk.
+    """Yield the writer of a safetensors file, which gets its name once every byte is on disk.
 
     Raises `ValueError` when bytes are missing at the end.
     """
@@ -93,7 +93,7 @@ def write_shard(path: Path, tensors: list[OutputTensor]) -> Iterator["ShardWrite
 
 
 class ShardWriter:
-    """Writes the tensors of one safetensors file, each of them in as many pieces as there are."""
+    """Writes the tensors of a safetensors file, each in any number of pieces."""
 
     def __init__(self, file: IO[bytes], tensors: list[OutputTensor]) -> None:
         self._file = file
@@ -110,7 +110,7 @@ class ShardWriter:
         """Append the bytes of `rows` (C-contiguous, of the tensor's element size) to the tensor `name`."""
         start = self._next[name]
         if start + rows.nbytes > self._end[name]:
-            raise ValueError(f"{name}: more bytes than its shape has room for")
+            raise ValueError(f"{name}: more bytes than its shape holds")
         self._file.seek(start)
         self._file.write(rows.data.cast("B"))
         self._next[name] = start + rows.nbytes
@@ -119,16 +119,16 @@ class ShardWriter:
         """Raise `ValueError`, which calls the file `name`, when bytes of a tensor are missing."""
         short = [name for name, position in self._next.items() if position != self._end[name]]
         if short:
-            raise ValueError(f"{name} is not complete: {short[0]} has bytes missing")
+            raise ValueError(f"{name} is not complete: bytes of {short[0]} are missing")
 
 
 def _in_order(tensors: list[OutputTensor]) -> list[OutputTensor]:
-    """Wider elements first, so that every tensor is aligned to its element size, as the format asks."""
+    """Tensors with wider elements first, so that each is aligned to its element size, as the format requires."""
     return sorted(tensors, key=lambda tensor: -_DTYPE_BYTES[tensor.dtype])
 
 
 def _header(tensors: list[OutputTensor]) -> bytes:
-    """All that comes before the data of a shard."""
+    """The bytes before a shard's data."""
     header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
     offset = 0
     for tensor in _in_order(tensors):

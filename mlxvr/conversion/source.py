@@ -1,8 +1,8 @@
-"""The checkpoint that is to be converted, judged from its headers.
+"""The source of a conversion, checked by its headers.
 
-Everything that can be known without reading weights is checked here, before a byte of output exists: tensors that
-are missing, extra, there twice, of a wrong shape or of a type that cannot be converted, and weights that are quantized
-already. How tensors lie on disk and how they are read is told in `weight_formats`.
+Everything that can be known without reading weights is checked before any output exists: tensors that are missing,
+extra, duplicated, of a wrong shape or of a dtype that cannot be converted, and weights that are already quantized.
+`weight_formats` reads the tensors.
 """
 
 import json
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from mlxvr.checkpoint.folder import ModelFolder, TensorInfo
-from mlxvr.checkpoint.weight_formats import HELD_AS, Encoding, Fp8Blocks, Packed, Plain
+from mlxvr.checkpoint.weight_formats import NUMPY_DTYPES, Fp8Blocks, MlxQuantized, Plain, WeightFormat
 from mlxvr.errors import CheckpointError
 
 __all__ = ["Checkpoint", "SourceTensor", "all_finite"]
@@ -28,45 +28,45 @@ _DECLARED = {"quantization", "quantization_config"}
 
 @dataclass(frozen=True)
 class SourceTensor:
-    """A tensor of the source under its MLX name, with the shape that it has in MLX's layout."""
+    """A tensor of the source: its MLX name, its shape in MLX's layout, and its format on disk."""
 
     key: str
     shape: tuple[int, ...]
-    encoding: Encoding
+    format: WeightFormat
 
     @property
     def module(self) -> str:
-        """MLX path of the module whose parameter this is."""
+        """MLX path of the module that the tensor is a parameter of."""
         return self.key.rpartition(".")[0]
 
     @property
     def is_matrix(self) -> bool:
-        """Whether it is the weight of a linear layer or an embedding, in floats: what can be quantized."""
+        """Whether it is the float weight of a linear layer or an embedding, and so can be quantized."""
         return len(self.shape) == 2 and self.key.endswith(".weight") and self.dtype in _FLOATS
 
     @property
     def dtype(self) -> str:
-        """What its rows come as, as safetensors spells it."""
-        return self.encoding.dtype
+        """The dtype of its rows as they are read, as safetensors spells it."""
+        return self.format.dtype
 
     @property
     def nbytes(self) -> int:
         """Size on disk in bytes."""
-        return self.encoding.nbytes
+        return self.format.nbytes
 
     def chunks(self, max_bytes: int) -> Iterator[np.ndarray]:
-        """Yield the tensor in MLX's layout, whole rows at a time, as `encodings.HELD_AS[self.dtype]` arrays."""
-        return self.encoding.chunks(max_bytes)
+        """Yield the tensor in MLX's layout, whole rows at a time, as `NUMPY_DTYPES[self.dtype]` arrays."""
+        return self.format.chunks(max_bytes)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose headers are in order; `tensors` are in the network's own order.
+    """A checkpoint whose headers were checked.
 
     Attributes:
-        folder: where it lies.
-        tensors: what is read, see `open`.
-        parameters: how many numbers the network has.
+        folder: its files.
+        tensors: the tensors to read (see `open`), in the network's order.
+        parameters: number of the network's parameters.
     """
 
     folder: ModelFolder
@@ -81,15 +81,15 @@ class Checkpoint:
         prefixes: Sequence[tuple[str, str]] = (),
         unpack: Callable[[str], bool] | None = None,
     ) -> "Checkpoint":
-        """Check a folder (as transformers writes it, or MLX in any float type).
+        """Check a folder (in the layout of transformers, or of MLX in any float dtype).
 
         Args:
             path: the folder.
             prefixes: see `ModelFolder.open`.
-            unpack: takes weights that MLX has quantized, and tells by a module's MLX path whether its weight is
-                unpacked to floats or copied as it is (its scales are then tensors of their own); None refuses them.
+            unpack: accepts weights that MLX has quantized: MLX path of a module -> whether its weight is unpacked to
+                floats, or copied as it is (its scales are then tensors of their own). None: such weights are an error.
 
-        Raises `CheckpointError` naming the first thing that is wrong with it.
+        Raises `CheckpointError` that names the first problem.
         """
         folder = ModelFolder.open(path, prefixes=prefixes)
         if unpack is None:
@@ -118,16 +118,16 @@ class Checkpoint:
         return sum(tensor.nbytes for tensor in self.tensors)
 
     def identity(self) -> str:
-        """Tell this very source from any other, and from itself after a change: names, sizes and times of its files."""
-        files = sorted({info.file for tensor in self.tensors for info in tensor.encoding.infos})
+        """Names, sizes and times of its files: differs for any other source, and for this one after a change."""
+        files = sorted({info.file for tensor in self.tensors for info in tensor.format.infos})
         stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         return json.dumps([stats, self.folder.sample()])
 
 
 def all_finite(values: np.ndarray, dtype: str) -> bool:
-    """Whether bits read as `dtype` hold neither infinity nor NaN; integers always.
+    """Whether bits read as `dtype` hold neither infinity nor NaN; always True for integers.
 
-    Looks at the exponent bits as integers, which is several times as fast as `isfinite` and needs no bfloat16.
+    The exponent bits are compared as integers, which is several times as fast as `isfinite` and needs no bfloat16.
     """
     if values.size == 0 or dtype not in _INFINITY:
         return True
@@ -137,7 +137,7 @@ def all_finite(values: np.ndarray, dtype: str) -> bool:
 
 
 def _spelled(folder: ModelFolder) -> dict[str, str]:
-    """MLX name -> name on disk, of the tensors that the network uses."""
+    """MLX name -> name on disk, for the tensors that the network uses."""
     tied = bool(folder.family.mlx_config(folder.config)["tie_word_embeddings"])
     spelled: dict[str, str] = {}
     for name in folder.tensors:
@@ -159,7 +159,7 @@ def _read_as(
     shape: tuple[int, ...],
     unpack: Callable[[str], bool] | None,
 ) -> Iterator[tuple[SourceTensor, set[str]]]:
-    """Yield the source tensors of one of the network's, each with the keys of what else it is made of."""
+    """Yield the source tensors of a tensor of the network, each with the keys of its companions (scales and biases)."""
     info = folder.tensors[spelled[key]]
     module = key.removesuffix(".weight")
     if info.dtype == "F8_E4M3":
@@ -175,14 +175,14 @@ def _read_as(
     if unpack(module):
         scales, biases = parts[f"{module}.scales"], parts.get(f"{module}.biases")
         how = folder.quantization_of(module)
-        yield SourceTensor(key, shape, Packed(info, scales, biases, how)), set(parts)
+        yield SourceTensor(key, shape, MlxQuantized(info, scales, biases, how)), set(parts)
         return
     for part, raw in {key: info, **parts}.items():
         yield SourceTensor(part, raw.shape, Plain(part, raw, folder.family)), set()
 
 
 def _refuse_packed(folder: ModelFolder) -> None:
-    """Refuse what MLX has quantized; blocks of 8-bit floats are how some sources are published."""
+    """Raise `CheckpointError` for quantized weights, except 8-bit float blocks, in which some sources are published."""
     config = folder.config
     declared: Any = config.get("quantization") or config.get("quantization_config")
     declared = declared or (config.get("text_config") or {}).get("quantization_config")
@@ -200,18 +200,18 @@ def _refuse_packed(folder: ModelFolder) -> None:
 def _refuse_dtypes(folder: ModelFolder, spelled: dict[str, str]) -> None:
     for key, name in spelled.items():
         info: TensorInfo = folder.tensors[name]
-        if info.dtype not in HELD_AS:
+        if info.dtype not in NUMPY_DTYPES:
             raise CheckpointError(
                 f"{folder.path}: {name} has the type {info.dtype}; expected BF16, F16 or F32 weights (or F8_E4M3 "
                 "blocks): get the bf16 release"
             )
         if info.dtype in ("U8", "U32") and not _DECLARED & folder.config.keys():
             raise CheckpointError(
-                f"{folder.path}: {name} has the type {info.dtype} and config.json says nothing of quantization: "
+                f"{folder.path}: {name} has the type {info.dtype}, but config.json does not mention quantization: "
                 f"expected floats for {key}, get the bf16 release"
             )
 
 
 def _network_order(key: str) -> tuple[tuple[int, str], ...]:
-    """Sort key that counts layers as numbers: 2 before 10."""
+    """A sort key that orders layers by number: 2 before 10."""
     return tuple((int(part), "") if part.isdigit() else (-1, part) for part in key.split("."))

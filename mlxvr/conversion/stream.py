@@ -1,8 +1,8 @@
-"""Carrying out a plan: rows are read, cast, changed, quantized and appended to their shard, a few megabytes at a time.
+"""The execution of a plan: rows are read, cast, changed, quantized and appended to shards, a few megabytes at a time.
 
-Quantization works within a row, so rows can be cut anywhere without changing a bit of the result, and memory depends
-neither on the model's size nor on its largest tensor. A shard that an interrupted run has finished is passed over,
-and what it was made from is not read again.
+Quantization works within a row, so the split into chunks of rows changes no bit of the result, and memory depends
+neither on the model's size nor on its largest tensor. A shard that an interrupted run has finished is skipped, and its
+source tensors are not read again.
 """
 
 from collections.abc import Callable
@@ -20,17 +20,17 @@ from mlxvr.runtime.hooks import Progress
 
 __all__ = ["write_shards"]
 
-_CHUNK_BYTES = 8 * 2**20  # of the source; large enough for the accelerator, small enough not to be noticed
+_CHUNK_BYTES = 8 * 2**20  # of the source: large enough for the accelerator, negligible in memory
 _MLX_DTYPES = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}
 
 
 def write_shards(
     stage: Path, plan: Plan, *, progress: Progress | None = None, on_tensor: Callable[[str], None] | None = None
 ) -> int:
-    """Write every shard of `plan` that is not in `stage` yet; returns how many were there.
+    """Write every shard of `plan` that is not in `stage` yet; return the number of shards that were.
 
-    `progress("convert", done, total)` counts bytes of the source, `on_tensor(name)` tells what is read next. Raises
-    `CheckpointError` for numbers that are not finite.
+    `progress("convert", done, total)` counts bytes of the source; `on_tensor(name)` is called before a tensor is read.
+    Raises `CheckpointError` for numbers that are not finite.
     """
     total = sum(job.source.nbytes for job in plan.jobs)
     done = resumed = 0
@@ -54,12 +54,12 @@ def write_shards(
                     done = before + job.source.nbytes * read // max(1, job.source.shape[0] if job.source.shape else 1)
                     if progress is not None:
                         progress("convert", done, total)
-                mx.clear_cache()  # buffers of this tensor's sizes; the next one has others
+                mx.clear_cache()  # its buffers have this tensor's sizes; the next tensor needs others
     return resumed
 
 
 def _write_rows(job: Job, values: np.ndarray, first: int, writer: ShardWriter) -> None:
-    """Cast some rows, change and quantize them where the job says so, and append them to the shard."""
+    """Cast some rows, change and quantize them if the job demands it, and append them to the shard."""
     same = job.source.dtype == job.dtype
     if same and job.precision is None and job.update is None:
         _check_finite(job, values, values)
@@ -82,7 +82,7 @@ def _write_rows(job: Job, values: np.ndarray, first: int, writer: ShardWriter) -
 def _check_finite(job: Job, source: np.ndarray, cast: np.ndarray) -> None:
     if all_finite(cast, job.dtype):
         return
-    where = f"{job.source.encoding.infos[0].file}: {job.source.key}"
+    where = f"{job.source.format.infos[0].file}: {job.source.key}"
     if not all_finite(source, job.source.dtype):
         raise CheckpointError(f"{where} holds NaN or infinity: the checkpoint is damaged, download it again")
     raise CheckpointError(f"{where} holds numbers too large for the chosen dtype; convert with dtype bfloat16")

@@ -1,4 +1,4 @@
-"""What a conversion made, as numbers and as the table that the command line prints."""
+"""The result of a conversion, as numbers and as the table that the command line prints."""
 
 import dataclasses
 import resource
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mlxvr.checkpoint.recipe import Limits
+    from mlxvr.checkpoint.recipe import VerificationLimits
     from mlxvr.conversion.measure.verify import VerificationReport
 
 __all__ = ["ConversionReport", "format_bytes", "peak_memory"]
@@ -16,13 +16,13 @@ __all__ = ["ConversionReport", "format_bytes", "peak_memory"]
 
 @dataclass(frozen=True, kw_only=True)
 class ConversionReport:
-    """What a conversion made.
+    """The result of a conversion.
 
-    `bits` is the recipe's or what was asked for (0: unquantized, "auto": chosen for each module); `bytes_before` and
-    `bytes_after` count tensors; `indivisible` are the modules that the recipe wanted quantized and whose rows cannot
-    be divided into groups; `resumed_shards` of `shards` were there from an interrupted run; `peak_memory` is the
-    process's largest resident size in bytes, without the verification; `verification`, and the `limits` that it was
-    held against, are None if none was asked for.
+    `bits` is the recipe's or the caller's value (0: unquantized, "auto": chosen for each module); `bytes_before` and
+    `bytes_after` count tensors; `indivisible` are modules that the recipe quantizes but whose rows cannot be divided
+    into groups; an interrupted run had already written `resumed_shards` of the `shards`; `peak_memory` is the process's
+    largest resident size in bytes, the verification not included; `verification` and its `limits` are None unless a
+    verification was asked for.
     """
 
     path: Path
@@ -44,7 +44,7 @@ class ConversionReport:
     seconds: float
     peak_memory: int
     verification: "VerificationReport | None" = None
-    limits: "Limits | None" = None
+    limits: "VerificationLimits | None" = None
     shortfalls: tuple[str, ...] = ()
 
     @property
@@ -55,12 +55,12 @@ class ConversionReport:
     def to_dict(self) -> dict[str, Any]:
         """Return the fields, and `bits_per_weight`, as JSON-ready values."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        del values["limits"]  # they stand with the verification
+        del values["limits"]  # the verification includes them
         values |= {"path": str(self.path), "bits_per_weight": self.bits_per_weight}
         return {**values, "verification": self.verification and self.verification.to_dict(self.limits)}
 
     def table(self) -> str:
-        """Return the figures for people, the verification's below them."""
+        """Return the figures as a table to read, followed by the verification's."""
         resumed = f", {self.resumed_shards} of them from before" if self.resumed_shards else ""
         rows = [
             ("source", self.source + (f" at {self.commit[:12]}" if self.commit else "")),
@@ -77,8 +77,8 @@ class ConversionReport:
         table = "\n".join(f"{name:16} {value}" for name, value in rows)
         if self.verification is None:
             return table
-        kept = " (kept, as --force says)" if self.shortfalls else ""
-        return f"{table}\n\n{self.verification.table(self.limits)}{kept}"
+        note = " (kept because of --force)" if self.shortfalls else ""
+        return f"{table}\n\n{self.verification.table(self.limits)}{note}"
 
     def _weights(self) -> str:
         if self.bits == 0:
@@ -94,7 +94,7 @@ class ConversionReport:
 
 
 def format_bytes(count: int) -> str:
-    """Return a size for people, in decimal units."""
+    """Return a size to read, in decimal units."""
     return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
 
 

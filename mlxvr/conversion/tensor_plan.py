@@ -1,7 +1,7 @@
-"""What becomes of every tensor, decided from shapes alone, before a byte is read.
+"""The plan of a conversion: how every tensor is written, decided from shapes alone, before any weight is read.
 
-The plan knows the output to the byte: which tensors it has, how large they are, in which shard each lies. So free disk
-space can be checked first, and a conversion that was interrupted can tell which of its shards are finished.
+The plan knows the output to the byte: its tensors, their sizes and the shard of each. So free disk space is checked
+first, and after an interruption the finished shards are recognised.
 """
 
 import hashlib
@@ -18,23 +18,23 @@ from mlxvr.checkpoint.recipe import Precision, Quantization
 from mlxvr.conversion.shards import OutputTensor, plan_shards
 from mlxvr.conversion.source import Checkpoint, SourceTensor
 
-__all__ = ["DTYPE_CODES", "Job", "Plan", "Update", "make_plan", "packed_tensors"]
+__all__ = ["DTYPE_CODES", "Job", "Plan", "RowUpdate", "make_plan", "packed_tensors"]
 
 DTYPE_CODES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
-# Float32 rows of a matrix, and the index of the first -> the rows to write; how an adapter is fused.
-Update = Callable[[mx.array, int], mx.array]
+# (float32 rows of a matrix, index of the first) -> the rows to write; an adapter is fused with it.
+RowUpdate = Callable[[mx.array, int], mx.array]
 
 
 @dataclass(frozen=True)
 class Job:
-    """One tensor of the source and how it is written: cast to `dtype`, changed, quantized (`precision`), or copied."""
+    """A tensor of the source and what is done to it: cast to `dtype`, changed, quantized (`precision`), or copied."""
 
     source: SourceTensor
     dtype: str
     precision: Precision | None
     outputs: list[OutputTensor]
-    update: Update | None = None
+    update: RowUpdate | None = None
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,9 @@ class Plan:
 
     Attributes:
         jobs: one for each tensor of the source.
-        stored: module -> how its matrix is stored in the output, None: unquantized.
-        indivisible: modules that were to be quantized and whose rows cannot be divided into groups.
-        note: tells this plan from others that have the same source and tensors.
+        stored: module -> precision of its matrix in the output; None: unquantized.
+        indivisible: modules that stay unquantized because their rows cannot be divided into groups.
+        note: distinguishes this plan from others with the same source and tensors.
     """
 
     jobs: tuple[Job, ...]
@@ -64,13 +64,13 @@ class Plan:
 
     @property
     def bits(self) -> float:
-        """Mean bits of the quantized weights, scales left out; 16 where there are none."""
+        """Mean bits of the quantized weights, scales not counted; 16 without quantized weights."""
         counts = [(np.prod(job.source.shape), job.precision.bits) for job in self.jobs if job.precision is not None]
         total = sum(count for count, _ in counts)
         return float(sum(count * bits for count, bits in counts) / total) if total else 16.0
 
     def fingerprint(self, checkpoint: Checkpoint) -> str:
-        """Hash of everything that the bytes of the output depend on."""
+        """A hash of everything that decides the bytes of the output."""
         jobs = [
             (job.source.key, job.source.dtype, job.dtype, job.precision and asdict(job.precision), str(job.outputs))
             for job in self.jobs
@@ -79,7 +79,7 @@ class Plan:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def quantization(self, base: Quantization, is_vision: Callable[[str], bool]) -> dict[str, Any] | None:
-        """`quantization` of `config.json`: the usual precision, and an entry for each module that departs from it.
+        """`quantization` of `config.json`: the usual precision, and an entry for each module with another one.
 
         None when nothing is quantized.
         """
@@ -88,11 +88,11 @@ class Plan:
         usual = Precision(bits=base.bits, group_size=base.group_size, mode=base.mode)
         whole: dict[str, Any] = _entry(usual)
         shapes = {job.source.module: job.source.shape for job in self.jobs if job.source.key.endswith(".weight")}
-        for module, ours in self.stored.items():
-            # mlx-vlm passes over matrices whose size 64 does not divide unless they have an entry.
-            if ours is not None and (ours != usual or np.prod(shapes[module]) % 64):
-                whole[module] = _entry(ours)
-            elif ours is None and not is_vision(module):
+        for module, precision in self.stored.items():
+            # mlx-vlm skips matrices whose size is not divisible by 64 unless they have an entry.
+            if precision is not None and (precision != usual or np.prod(shapes[module]) % 64):
+                whole[module] = _entry(precision)
+            elif precision is None and not is_vision(module):
                 whole[module] = False
         return whole
 
@@ -102,16 +102,16 @@ def make_plan(
     choose: Callable[[str], Precision | None],
     dtype: str | None,
     *,
-    updates: dict[str, Update] | None = None,
+    updates: dict[str, RowUpdate] | None = None,
     note: str = "",
 ) -> Plan:
-    """Decide what becomes of every tensor.
+    """Decide how every tensor is written.
 
     Args:
         checkpoint: the source.
-        choose: precision of a module's matrix, by its MLX path.
-        dtype: of all that is not quantized, and of scales: a key of `DTYPE_CODES`; None: as each tensor has it.
-        updates: module -> what changes its rows before they are quantized.
+        choose: MLX path of a module -> precision of its matrix.
+        dtype: dtype of unquantized tensors and of scales, a key of `DTYPE_CODES`; None: each tensor's own.
+        updates: module -> change of its rows before they are quantized.
         note: see `Plan`.
     """
     jobs: list[Job] = []
@@ -139,7 +139,7 @@ def make_plan(
 
 
 def packed_tensors(key: str, shape: tuple[int, ...], precision: Precision, code: str) -> list[OutputTensor]:
-    """What MLX makes of a matrix: 32-bit words, scales and, in the affine mode, biases in the dtype `code`."""
+    """The tensors of a quantized matrix: 32-bit words, scales and, in the affine mode, biases in the dtype `code`."""
     rows, columns = shape
     module = key.removesuffix(".weight")
     words = OutputTensor(key, "U32", (rows, columns * precision.bits // 32))
@@ -150,7 +150,7 @@ def packed_tensors(key: str, shape: tuple[int, ...], precision: Precision, code:
 
 
 def _is_companion(tensor: SourceTensor) -> bool:
-    """Whether it belongs to a quantized weight that is copied, so that it keeps its type."""
+    """Whether a tensor belongs to a quantized weight that is copied, and so keeps its dtype."""
     return tensor.key.endswith((".scales", ".biases")) and len(tensor.shape) == 2
 
 

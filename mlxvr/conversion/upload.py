@@ -1,13 +1,13 @@
-"""From a converted folder to a model repository on the Hub.
+"""Upload of a converted folder to a model repository on the Hub.
 
-`check_upload` asks, before hours of work begin, whether the upload at their end can succeed: is somebody signed in, and
-may this token write there? `upload` then sends the folder as one commit, so that the repository holds the old model or
-the new one and never half of each; weights that only an earlier upload had are deleted in the same commit. Only the
-files that make up a converted folder are sent.
+`check_upload` asks, before hours of work begin, whether the final upload can succeed: is somebody signed in, and may
+this token write there? `upload` then sends the folder as one commit, so that the repository holds either the old model
+or the new one; weights of an earlier upload are deleted in the same commit. Only the files that make up a converted
+folder are sent.
 
-The transfer is `HfApi.upload_folder`, as the Hub's client has it: through Xet where `hf_xet` is installed, over plain
-HTTP elsewhere. An upload that broke is resumed by doing it again: what reached the Hub before is not sent twice (Xet:
-pieces of files, HTTP: whole files). The client splits commits only above 250 files; a folder has about fifteen.
+`HfApi.upload_folder` of the Hub's client does the transfer: through Xet where `hf_xet` is installed, over plain HTTP
+elsewhere. An upload that broke is resumed by calling it again: data that reached the Hub is not sent twice (Xet: pieces
+of files, HTTP: whole files). The client splits commits only above 250 files; a folder has about fifteen.
 """
 
 import logging
@@ -34,13 +34,13 @@ _log = logging.getLogger(__name__)
 
 
 def check_upload(repo_id: str) -> None:
-    """Ask the Hub whether `upload` to `repo_id` would be allowed; writes nothing.
+    """Ask the Hub whether `upload` to `repo_id` would be allowed; nothing is written.
 
-    A repository that exists is asked itself. For one that is still to be created, the account and the token say
-    whether they may write under that name; what they do not say (a full quota, say) shows in `upload` alone.
+    The check of an existing repository is the Hub's own. For one that must be created, the rights of the account and
+    the token decide; what they do not cover (such as a full quota) shows only in `upload`.
 
     Raises `ConfigError` when nobody is signed in, the token or the account may not write there, the name is no Hub id,
-    or the Hub cannot be asked.
+    or the Hub cannot be reached.
     """
     from huggingface_hub.errors import RepositoryNotFoundError
 
@@ -71,18 +71,18 @@ def upload(
     revision: str | None = None,
     progress: Progress | None = None,
 ) -> str:
-    """Send a converted folder to the model repository `repo_id`, created if need be; returns the commit's URL.
+    """Send a converted folder to the model repository `repo_id`, created if necessary; return the commit's URL.
 
     Args:
         folder: a complete converted folder: weights, `config.json`, `mlxvr.json`, tokenizer, model card.
         repo_id: `org/name`.
-        private: create the repository closed. An existing one that is open is refused then, not closed.
-        revision: the branch to commit to (default: `main`), created if need be.
+        private: create the repository private. An existing public one is refused, not made private.
+        revision: the branch to commit to (default: `main`), created if necessary.
         progress: `progress("upload", bytes_done, bytes_total)` when the transfer begins and when it is done; in between
             the client draws its own bars on a terminal's stderr.
 
-    Raises `CheckpointError` when the folder is not a complete converted one, before any request; and `ConfigError` when
-    the Hub refuses or cannot be reached.
+    Raises `CheckpointError`, before any request, when the folder is not a complete converted one, and `ConfigError`
+    when the Hub refuses or cannot be reached.
     """
     path, repo_id = Path(folder).expanduser(), _checked_id(repo_id)
     names = _files(path)
@@ -90,11 +90,11 @@ def upload(
     _log.info("uploading %d files, %d bytes, to %s", len(names), total, repo_id)
     with _explained(repo_id, revision):
         api = _api()
-        api.create_repo(repo_id, private=private or None, exist_ok=True)  # None: as the organization has it
+        api.create_repo(repo_id, private=private or None, exist_ok=True)  # None: the organization's default
         if private and not api.model_info(repo_id).private:
             raise ConfigError(
-                f"{repo_id} exists and is public, but the upload is to be private; choose another id, or close it at "
-                f"{endpoint()}/{repo_id}/settings"
+                f"{repo_id} exists and is public, but a private upload was asked for; choose another id, or make it "
+                f"private at {endpoint()}/{repo_id}/settings"
             )
         if revision is not None:
             _ensure_branch(api, repo_id, revision)
@@ -118,15 +118,15 @@ def _files(folder: Path) -> list[str]:
     missing = [name for name in _REQUIRED if not (folder / name).is_file()]
     if missing:
         raise CheckpointError(
-            f"{folder} has no {' and no '.join(missing)}: it is no folder that `mlxvr convert` wrote, or not all of it"
+            f"{folder} has no {' and no '.join(missing)}: `mlxvr convert` did not write it, or it is incomplete"
         )
     opened = ModelFolder.open(folder)
     opened.check_shapes()
     if not isinstance(opened.settings.get("source"), str):
-        raise CheckpointError(f"{folder / 'mlxvr.json'} names no source: it is not a folder that `mlxvr convert` wrote")
+        raise CheckpointError(f"{folder / 'mlxvr.json'} names no source: `mlxvr convert` did not write this folder")
     weights = {info.file.name for info in opened.tensors.values()}
-    found = {path.name for pattern in hub.NEEDED_FILES for path in list_visible(folder, pattern) if path.is_file()}
-    return sorted(name for name in found if name in weights or not name.endswith(".safetensors"))
+    names = {path.name for pattern in hub.NEEDED_FILES for path in list_visible(folder, pattern) if path.is_file()}
+    return sorted(name for name in names if name in weights or not name.endswith(".safetensors"))
 
 
 def _checked_id(repo_id: str) -> str:
@@ -145,7 +145,7 @@ def _checked_id(repo_id: str) -> str:
 
 
 def _check_namespace(repo_id: str, account: dict[str, Any], token: dict[str, Any]) -> None:
-    """Raise `ConfigError` unless the account may create `repo_id`, as far as its own description tells."""
+    """Raise `ConfigError` unless the account may create `repo_id`, as far as its description shows."""
     name, owner = account.get("name"), repo_id.partition("/")[0]
     roles = {org.get("name"): org.get("roleInOrg") for org in account.get("orgs") or []}
     if owner.lower() != str(name).lower() and owner not in roles:
@@ -183,7 +183,7 @@ def _api() -> "HfApi":
 
 @contextmanager
 def _explained(repo_id: str, revision: str | None) -> Iterator[None]:
-    """Turn whatever the Hub's client raises into one line."""
+    """Turn any error of the Hub's client into a `ConfigError` of one line."""
     from huggingface_hub.errors import HTTPError
 
     try:

@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlxvr.checkpoint.recipe import Limits
+from mlxvr.checkpoint.recipe import VerificationLimits
 
 __all__ = ["Divergence", "ProbeResult", "VerificationReport", "compare_logits"]
 
@@ -152,7 +152,7 @@ class VerificationReport:
         """Number of flipped decisions where both models stop, with different answers."""
         return sum(probe.answers_differ for probe in self.probes)
 
-    def failures(self, limits: Limits) -> tuple[str, ...]:
+    def failures(self, limits: VerificationLimits) -> tuple[str, ...]:
         """One line for each figure that is beyond its limit or not a number."""
         lines: list[str] = []
         for name, value, limit in (
@@ -167,7 +167,7 @@ class VerificationReport:
             lines.append(f"top-1 agreement is {self.top1:.4g}, the limit is {limits.top1:g}")
         return tuple(lines)
 
-    def verdict(self, limits: Limits) -> str:
+    def verdict(self, limits: VerificationLimits) -> str:
         """One line: whether all figures are within their limits."""
         if not limits.limits_anything:
             return "no verdict: the recipe sets no limits"
@@ -175,7 +175,7 @@ class VerificationReport:
         failures = self.failures(limits)
         return f"falls short: {'; '.join(failures)}" if failures else f"passed: within the limits of {weights}"
 
-    def table(self, limits: Limits | None = None) -> str:
+    def table(self, limits: VerificationLimits | None = None) -> str:
         """The figures in a few lines of text; if `limits` are passed, with the limits and the verdict."""
         bounds = {} if limits is None else {name: value for name, value in asdict(limits).items() if value is not None}
 
@@ -201,7 +201,7 @@ class VerificationReport:
             ),
             ("exit decisions flipped", flips, f"threshold {self.threshold:g}{bound('flipped_exits', '.0%')}"),
         ]
-        # Limits are for the means; "largest" shows the worst single token or probe.
+        # VerificationLimits are for the means; "largest" shows the worst single token or probe.
         width = max(len(value) for _, value, _ in rows)
         lines = [f"{name:<24}{value:<{width}}  {note}".rstrip() for name, value, note in rows]
         for probe in self.flipped:
@@ -219,7 +219,7 @@ class VerificationReport:
         )
         return "\n".join(lines if limits is None else [*lines, self.verdict(limits)])
 
-    def to_dict(self, limits: Limits | None = None) -> dict[str, Any]:
+    def to_dict(self, limits: VerificationLimits | None = None) -> dict[str, Any]:
         """Plain values for JSON, the table of probes included; None stands for what is not a number.
 
         `limits` adds "limits", "passed" (None: nothing is limited) and "shortfalls".
