@@ -36,7 +36,7 @@ UNREAD_ROOMS = (
     "generate",
     "train",
 )
-SHARED_CLASSES = {"FirstAnswer", "_Block", "_Rows"}
+SHARED_CLASSES = {"FirstAnswer", "Judged", "_Block"}
 
 
 def read_package():
