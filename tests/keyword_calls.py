@@ -1,6 +1,6 @@
 """Read from source what we pass by keyword to other packages, and whether the installed release takes it.
 
-    for call in read_calls(source, "mlxvr/media/video/demux.py"):
+    for call in read_calls(source, "mlxvr/media/video/decoding.py"):
         call.missing()    # ["metadata_errors"] under a release of PyAV without that argument; None: nothing says
 
 A callee is resolved without running the source: by the names that the file imports, by annotations of parameters and

@@ -131,7 +131,11 @@ class TestPictures:
         ("a.svg", b'<?xml version="1.0"?>\n<svg xmlns="http://www.w3.org/2000/svg"/>', "is an SVG drawing"),
         ("a.jxl", b"\xff\x0a" + bytes(40), "is a JPEG XL picture"),
         ("b.jxl", b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(40), "is a JPEG XL picture"),
-        ("a.mp4", b"<!DOCTYPE html>\n<html><head><title>Not found</title>", "is a web page: what was to be downloaded"),
+        (
+            "a.mp4",
+            b"<!DOCTYPE html>\n<html><head><title>Not found</title>",
+            "is a web page, not the file",
+        ),
         ("a.png", b"version https://git-lfs.github.com/spec/v1\noid sha256:00", "run `git lfs pull`"),
         ("a.m3u8", b"#EXTM3U\n#EXTINF:1,\nhttp://example.com/a.ts\n", "is not a video: it holds text"),
         ("a.cr3", b"\0\0\0\x18ftypcrx \0\0\0\1crx isom", "is a raw photo"),

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mlxvr.errors import ConfigError
-from mlxvr.media.patches import normalise, patchify, row_seconds
+from mlxvr.media.patches import normalise, patchify, temporal_patch_seconds
 from mlxvr.model.families.base import FAMILIES
 
 SPECS = {
@@ -104,7 +104,7 @@ def test_what_cannot_be_cut_is_refused(shape, dtype):
         patchify(np.zeros(shape, dtype), SPECS["qwen3_vl"])
 
 
-def test_row_seconds_are_means_of_pairs():
-    assert row_seconds(np.array([0.0, 0.5, 1.0, 1.5]), 2) == (0.25, 1.25)
-    assert row_seconds(np.array([0.0, 0.5, 1.0]), 2) == (0.25, 1.0)  # the last frame is repeated
-    assert row_seconds(np.array([3.0]), 2) == (3.0,)
+def test_temporal_patch_seconds_are_means_of_pairs():
+    assert temporal_patch_seconds(np.array([0.0, 0.5, 1.0, 1.5]), 2) == (0.25, 1.25)
+    assert temporal_patch_seconds(np.array([0.0, 0.5, 1.0]), 2) == (0.25, 1.0)  # the last frame is repeated
+    assert temporal_patch_seconds(np.array([3.0]), 2) == (3.0,)

@@ -112,8 +112,8 @@ class TestTimestamps:
         ("times", "says"),
         [
             ([0, 1], "there are 2 timestamps for 3 frames"),
-            ([0, 1, 1], "timestamp 2 is 1 s, and the one before it 1 s"),
-            ([0, 2, 1.5], "timestamp 2 is 1.5 s, and the one before it 2 s"),
+            ([0, 1, 1], "timestamp 2 is 1 s, after 1 s"),
+            ([0, 2, 1.5], "timestamp 2 is 1.5 s, after 2 s"),
             ([-1, 0, 1], "timestamp 0 is -1"),
             ([0, 1, float("nan")], "timestamp 2 is nan"),
             ([0, 1, float("inf")], "timestamp 2 is inf"),
@@ -145,7 +145,7 @@ def test_a_clip_over_its_tokens_is_told(caplog):
         vision = load_vision([gray(0, (640, 480))] * 8, SPEC.with_overrides(video_tokens=20))
     tokens = vision.token_count(SPEC.merge_size)
     assert tokens > 20
-    assert f"the clip takes {tokens} tokens, more than the 20 of video_tokens" in caplog.text
+    assert f"the clip takes {tokens} tokens, more than the 20 of --video-tokens (video_tokens)" in caplog.text
     caplog.clear()
     load_vision([gray(0, (640, 480))] * 8, SPEC.with_overrides(video_tokens=200))
     assert caplog.text == ""

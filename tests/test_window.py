@@ -8,8 +8,8 @@ import pytest
 from mlxvr.errors import Cancelled, MediaError
 from mlxvr.media import read_video
 from mlxvr.media.video import video_reader as video_module
-from mlxvr.media.video.demux import open_video
-from mlxvr.media.video.timeline import PacketTable
+from mlxvr.media.video.decoding import open_video
+from mlxvr.media.video.packet_table import PacketTable
 from mlxvr.media.video.window import scan_range
 from mlxvr.model.families.base import FAMILIES
 from tests.test_video import TICKS

@@ -13,7 +13,7 @@ from mlxvr.data.prefetch import load_row
 from mlxvr.data.rows import Row
 from mlxvr.errors import MlxvrError
 from mlxvr.media.container import is_image
-from mlxvr.media.patches import VisionInput, row_seconds
+from mlxvr.media.patches import VisionInput, temporal_patch_seconds
 from mlxvr.media.sampling import frame_count, frame_range, frame_size, image_size, spread
 from mlxvr.media.spec import VisionSpec
 from mlxvr.media.video.video_reader import probe
@@ -68,7 +68,7 @@ def _frames(row: Row, paths: list[Path], spec: VisionSpec) -> VisionInput | None
 def _video(
     first: int, last: int, count: int, source_fps: float, size: tuple[int, int], spec: VisionSpec
 ) -> VisionInput:
-    seconds = row_seconds(spread(first, last, count) / source_fps, spec.temporal_patch_size)
+    seconds = temporal_patch_seconds(spread(first, last, count) / source_fps, spec.temporal_patch_size)
     sampled_fps = count / (last - first + 1) * source_fps
     return _outline(
         "video", count, frame_size(*size, count, spec), spec, seconds, spec.temporal_patch_size / sampled_fps

@@ -1,9 +1,9 @@
-"""What a file is, told from its first bytes and its outline, so that an error can say what is wrong with it.
+"""Identify a file by its first bytes and its outline, so that an error can name what is wrong with it.
 
-FFmpeg answers "invalid data" to a text file and to a video cut off in the middle alike. The outlines of the
-three common containers (ISO base media, Matroska, RIFF) state how long the file should be, so a cut can be
-told apart: ISO/IEC 14496-12 section 4.2 (boxes), RFC 8794 section 4 to 6 (EBML), and Microsoft's RIFF
-(chunks).
+FFmpeg reports "invalid data" for a text file and for a video that was cut off in the middle, and reads a cut mkv, webm
+or avi file as if it were whole. The outlines of the three common containers (ISO base media, Matroska, RIFF) state how
+long the file should be, which reveals a cut: ISO/IEC 14496-12 section 4.2 (boxes), RFC 8794 section 4 to 6 (EBML), and
+Microsoft's RIFF (chunks).
 """
 
 import os
@@ -27,19 +27,19 @@ _IMAGE_BEGINNINGS = (
 RAW_PHOTO = "a raw photo, of which only a small preview can be read: export it as HEIC or JPEG"
 _JPEG_XL = "a JPEG XL picture, which Pillow cannot read: convert it to PNG or JPEG"
 _FOREIGN = {
-    b"\x00\x05\x16\x07": "what macOS keeps beside a file on foreign drives: give the file without `._`",  # RFC 1740
+    b"\x00\x05\x16\x07": "an AppleDouble file, which macOS puts beside a file: give the file without `._`",  # RFC 1740
     b"%PDF-": "a PDF document: export the page as an image",
     b"\xff\x0a": _JPEG_XL,
     b"\0\0\0\x0cJXL ": _JPEG_XL,
     b"version https://git-lfs.github.com/spec/": "a pointer of Git LFS, not the file itself: run `git lfs pull`",
 }
 _RAW_SUFFIXES = {".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".pef", ".raf", ".rw2", ".srw"}
-_SHOWN_CHARACTERS = 200  # of a path in a message
+_SHOWN_CHARACTERS = 200  # the most characters of a path in a message
 _UNKNOWN_SIZE = -1
 
 
 def check_file(path: Path) -> None:
-    """Raise `MediaError` unless the path is a file with something in it."""
+    """Raise `MediaError` unless the path is a file that can be read and is not empty."""
     try:
         status = path.stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -60,14 +60,14 @@ def check_file(path: Path) -> None:
             f"{path} may not be read: check its permissions, on a Mac also System Settings > Privacy & Security > "
             "Files and Folders"
         ) from None
-    except OSError as error:  # such as a file of iCloud while the Mac is offline
+    except OSError as error:  # for example, a file in iCloud while the Mac is offline
         raise MediaError(f"{path} cannot be read ({error.strerror}): copy or download it again") from None
     if nature := _foreign(path, head):
         raise MediaError(f"{path} is {nature}")
 
 
 def is_image(path: Path) -> bool:
-    """Whether the file's first bytes are those of a still or animated picture (not of a video)."""
+    """Return whether the file's first bytes are those of a still or animated picture (not of a video)."""
     head = _head(path)
     if head.startswith(_IMAGE_BEGINNINGS):
         return True
@@ -77,7 +77,7 @@ def is_image(path: Path) -> bool:
 
 
 def is_heic(path: Path) -> bool:
-    """Whether a picture file is of the HEIF family, as a phone's photos are, and not AVIF."""
+    """Return whether a picture file belongs to the HEIF family, like the photos of phones, and is not AVIF."""
     head = _head(path)
     if head[4:8] != b"ftyp" or head[8:12] not in _IMAGE_BRANDS:
         return False
@@ -87,7 +87,7 @@ def is_heic(path: Path) -> bool:
 
 
 def missing_bytes(path: Path) -> int:
-    """How many bytes the file is shorter than its own outline says: 0 if it is whole, or if that cannot be told."""
+    """Return how many bytes the file is shorter than its outline states; 0 if it is whole, or has no known outline."""
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(16)
@@ -104,7 +104,7 @@ def missing_bytes(path: Path) -> int:
 
 
 def unreadable(path: Path) -> MediaError:
-    """The error for a file that no demuxer accepts, saying what it looks like."""
+    """Return the error for a file that no demuxer accepts, with a description of what it looks like."""
     size, head = path.stat().st_size, _head(path)
     with path.open("rb") as file:
         _, boxes = _walk_boxes(file, size) if head[4:8] == b"ftyp" else (0, set())
@@ -118,7 +118,7 @@ def unreadable(path: Path) -> MediaError:
 
 
 def _foreign(path: Path, head: bytes) -> str:
-    """What a file is that is often given for a video or an image, and what to do; "" if it may be one."""
+    """Return what a file is if it is known to be no video or image, and what to do about it; else ""."""
     for beginning, nature in _FOREIGN.items():
         if head.startswith(beginning):
             return nature
@@ -126,7 +126,7 @@ def _foreign(path: Path, head: bytes) -> str:
         return RAW_PHOTO
     start = head.lstrip(b"\xef\xbb\xbf \r\n\t").lower()
     if start.startswith((b"<!doctype html", b"<html")):
-        return "a web page: what was to be downloaded is not there, download it again"
+        return "a web page, not the file that was to be downloaded: download it again"
     if start.startswith((b"<svg", b"<?xml", b"<!doctype svg")) and b"<svg" in start:
         return "an SVG drawing: export it as PNG"
     return ""
@@ -142,7 +142,7 @@ def _is_text(head: bytes) -> bool:
 
 
 def _walk_boxes(file: BinaryIO, size: int) -> tuple[int, set[bytes]]:
-    """(where the last box ends by its own account, types of the boxes at the top level)."""
+    """Return (the end of the last box by its stated length, the types of the boxes at the top level)."""
     position, types = 0, set()
     while position + 8 <= size:
         file.seek(position)
@@ -151,7 +151,7 @@ def _walk_boxes(file: BinaryIO, size: int) -> tuple[int, set[bytes]]:
         types.add(header[4:8])
         if length == 1:  # the length did not fit 32 bits
             length = int.from_bytes(header[8:16], "big")
-        if length == 0:  # up to the end of the file
+        if length == 0:  # the box reaches to the end of the file
             return size, types
         if length < 8:  # not a box: the outline cannot be trusted from here on
             return size, types
@@ -160,7 +160,7 @@ def _walk_boxes(file: BinaryIO, size: int) -> tuple[int, set[bytes]]:
 
 
 def _matroska_end(file: BinaryIO) -> int:
-    """Where the segment ends by its own account; 0 if it does not say (a live recording)."""
+    """Return the end of the segment by its stated length; 0 if it states none (a live recording)."""
     file.seek(4)
     header_size = _read_vint(file)
     if header_size == _UNKNOWN_SIZE:
@@ -173,7 +173,7 @@ def _matroska_end(file: BinaryIO) -> int:
 
 
 def _read_vint(file: BinaryIO) -> int:
-    """An EBML number of 1 to 8 bytes: the position of the first set bit gives the length; all ones is "unknown"."""
+    """Read an EBML number of 1 to 8 bytes: the place of the first set bit gives its length; all ones mean "unknown"."""
     first = file.read(1)
     if not first or not first[0]:
         return _UNKNOWN_SIZE

@@ -1,4 +1,4 @@
-"""Read still pictures: upright, on white, as RGB."""
+"""Read still pictures as RGB: upright, and with transparent parts on white."""
 
 import os
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from mlxvr.storage.paths import local_path
 
 __all__ = ["ImageSource", "open_image", "read_image", "to_rgb"]
 
-_ORIENTATION = 0x0112  # EXIF 2.32, tag of the place where row 0 and column 0 lie
+_ORIENTATION = 0x0112  # EXIF 2.32, tag of the sides at which row 0 and column 0 are shown
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -25,7 +25,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_DNG_VERSION = 0xC612  # a TIFF with this tag is a raw photo, and its first picture a small preview
+_DNG_VERSION = 0xC612  # a TIFF with this tag is a raw photo, whose first picture is a small preview
 
 ImageSource: TypeAlias = "str | os.PathLike[str] | Image.Image | np.ndarray"
 
@@ -33,13 +33,13 @@ ImageSource: TypeAlias = "str | os.PathLike[str] | Image.Image | np.ndarray"
 def read_image(source: ImageSource) -> np.ndarray:
     """Read one picture.
 
-    Turned as its EXIF data (in HEIC and AVIF: its own transformations) says; transparent parts lie on white, as in the
-    training code. Pictures of 10 to 16 bits a channel are scaled down to 8. Of an animation the first frame is taken,
-    of a TIFF the first page, of an HEIC file the primary picture.
+    It is turned as its EXIF data says (in HEIC and AVIF: its own transformations). Transparent parts become white, as
+    in the training code. Pictures of 10 to 16 bits per channel are scaled to 8. Of an animation the first frame is
+    read, of a TIFF the first page, of an HEIC file the primary picture.
 
     Args:
-        source: a path or a `file:` URL, a Pillow image (the frame that it stands at), or a uint8 array (h, w),
-            (h, w, 1), (h, w, 3) or (h, w, 4 with alpha).
+        source: a path or a `file:` URL, a Pillow image (its current frame), or a uint8 array (h, w), (h, w, 1),
+            (h, w, 3) or (h, w, 4 with alpha).
 
     Returns:
         uint8 (h, w, 3), RGB.
@@ -57,7 +57,7 @@ def read_image(source: ImageSource) -> np.ndarray:
 
 @contextmanager
 def open_image(path: Path) -> Iterator[Image.Image]:
-    """Open a picture file; what Pillow raises within the block becomes a `MediaError` that names the file."""
+    """Open a picture file; errors of Pillow within the block become a `MediaError` that names the file."""
     check_file(path)
     try:
         with _open_heic(path) if is_heic(path) else Image.open(path) as image:
@@ -72,12 +72,12 @@ def open_image(path: Path) -> Iterator[Image.Image]:
         ) from error
     except Image.DecompressionBombError as error:
         raise MediaError(f"{path} has too many pixels ({error}): scale it down first") from error
-    except (EOFError, OSError, SyntaxError, ValueError) as error:  # what Pillow's readers raise on damaged files
+    except (EOFError, OSError, SyntaxError, ValueError) as error:  # raised by Pillow's readers of damaged files
         raise MediaError(f"{path} is a damaged image ({error}): copy or download it again") from error
 
 
 def to_rgb(image: Image.Image) -> np.ndarray:
-    """The pixels of a Pillow image as a person sees them: uint8 (h, w, 3)."""
+    """Return the pixels of a Pillow image as a viewer shows them: uint8 (h, w, 3)."""
     image = _upright(image)
     if image.mode.startswith("I") or image.mode == "F":
         return _from_array(_to_8_bits(np.asarray(image)))
@@ -90,18 +90,19 @@ def to_rgb(image: Image.Image) -> np.ndarray:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """The picture turned as its EXIF data says; damaged data says nothing, as in browsers."""
+    """Turn a picture as its EXIF data says; damaged data is ignored, as in browsers."""
     try:
         orientation = image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # SyntaxError, TypeError, struct.error and more: what is damaged has no bounds
+    except Exception:  # SyntaxError, TypeError, struct.error and more: damaged data may raise anything
         return image
     return image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
 
 
 def _open_heic(path: Path) -> Image.Image:
-    """The primary picture of an HEIC file, turned and cropped as the file says.
+    """Open the primary picture of an HEIC file, turned and cropped as the file says.
 
-    FFmpeg also opens these files, but gives one of the tiles that a phone cuts its photos into, and does not turn it.
+    FFmpeg opens these files too, but returns one of the tiles that a phone splits its photos into, and does not turn
+    it.
     """
     try:
         import pillow_heif
@@ -127,7 +128,7 @@ def _from_array(pixels: np.ndarray) -> np.ndarray:
 
 
 def _to_8_bits(values: np.ndarray[Any, Any]) -> np.ndarray:
-    """Gray levels of 16 bits (Pillow's `I;16` and `I`) or floats; those that fit 8 bits stay as they are."""
+    """Scale gray levels of 16 bits (Pillow's `I;16` and `I`) or floats to 8 bits; levels up to 255 stay as they are."""
     if values.dtype.itemsize == 2 or values.max(initial=0) > 255:
         values = values / 257.0
     return np.rint(np.clip(values, 0, 255)).astype(np.uint8)

@@ -1,15 +1,14 @@
 """Antialiased bicubic resizing, as the training code computes it, without torch.
 
-The checkpoints saw frames that `torch.nn.functional.interpolate(mode="bicubic", antialias=True)` resized in
-float, then clamped and rounded (torchvision's `resize`). That is a separable filter: Keys' cubic with a =
--0.5, stretched by the scale when shrinking, weights normalised at the borders. One pass of weights over the
-rows, one over the columns.
+The checkpoints were trained on frames that `torch.nn.functional.interpolate(mode="bicubic", antialias=True)` resized in
+float, then clamped and rounded (torchvision's `resize`). That is a separable filter: Keys' cubic with a = -0.5,
+stretched by the scale when shrinking, its weights normalised at the borders. One pass filters the rows, one the
+columns.
 
-A weight matrix is banded (12 of 720 entries a row when 720p becomes 256 rows), so that multiplying by the
-whole of it would waste nearly all the work, and picking the taps one by one is bound by memory. Both passes
-are therefore done in
-blocks: a few output rows at a time, times the few input rows that they read. Faster scalers (swscale, Pillow,
-OpenCV) differ from the training code by up to 98 levels of 255; this one by at most 1.
+A weight matrix is banded (12 of 720 entries per row when 720p becomes 256 rows). Multiplying by the whole matrix would
+waste nearly all the work, and picking the taps one by one is bound by memory. So both passes work in blocks: a few
+output rows at a time, computed from the few input rows that they read. Faster scalers (swscale, Pillow, OpenCV) differ
+from the training code by up to 98 levels of 255; this one by at most 1.
 """
 
 from dataclasses import dataclass
@@ -19,16 +18,16 @@ import numpy as np
 
 __all__ = ["resize"]
 
-_BLOCK = 8  # output rows or columns of one product; 4 to 16 measure about the same
+_BLOCK = 8  # output rows or columns per product; 4 to 16 take about the same time
 
-# OpenBLAS gives a product of more multiplications than this to several threads, which then spin for work and take the
-# cores from the decoders beside us (measured: 3.7 s instead of 2.0 s for 120 frames of 720p on two cores).
+# OpenBLAS splits a product of more multiplications than this over several threads, which spin while they wait and so
+# take cores from the decoders (measured: 3.7 s instead of 2.0 s for 120 frames of 720p on two cores).
 _ONE_THREAD = 65_536 * 4
 
 
 @dataclass(frozen=True, eq=False)
-class _Block:
-    """Weights of a few neighbouring outputs over the inputs that they read."""
+class _WeightBlock:
+    """The weights of a few neighbouring outputs, over the inputs that they read."""
 
     outputs: slice
     inputs: slice
@@ -84,14 +83,14 @@ def _resize_columns(values: np.ndarray, width: int, target: int, channels: int) 
 
 
 def _parts(count: int, weights: int) -> list[slice]:
-    """Rows or columns in parts whose product with so many weights stays on one thread."""
+    """Split rows or columns into parts whose product with so many weights stays on one thread."""
     step = max(1, _ONE_THREAD // weights)
     return [slice(start, start + step) for start in range(0, count, step)]
 
 
 @lru_cache(maxsize=32)
-def _blocks(source: int, target: int) -> tuple[_Block, ...]:
-    """The filter that takes `source` samples to `target` samples, in blocks of outputs."""
+def _blocks(source: int, target: int) -> tuple[_WeightBlock, ...]:
+    """Return the filter from `source` samples to `target` samples, in blocks of outputs."""
     scale = source / target
     stretch = max(scale, 1.0)
     support = 2.0 * stretch
@@ -106,20 +105,20 @@ def _blocks(source: int, target: int) -> tuple[_Block, ...]:
         weights = _cubic((taps + 0.5 - centres[start:stop, None]) / stretch)
         weights *= (taps >= firsts[start:stop, None]) & (taps < ends[start:stop, None])
         weights /= weights.sum(axis=1, keepdims=True)
-        blocks.append(_Block(slice(start, stop), slice(first, end), weights.astype(np.float32)))
+        blocks.append(_WeightBlock(slice(start, stop), slice(first, end), weights.astype(np.float32)))
     return tuple(blocks)
 
 
 @lru_cache(maxsize=32)
-def _interleaved_blocks(source: int, target: int, channels: int) -> tuple[_Block, ...]:
-    """The same filter for samples whose channels lie side by side, its weights (inputs, outputs).
+def _interleaved_blocks(source: int, target: int, channels: int) -> tuple[_WeightBlock, ...]:
+    """Return the same filter for samples with interleaved channels, with weights (inputs, outputs).
 
-    Each weight is spread over a channels x channels diagonal: three times the arithmetic, but both factors of
-    the product stay contiguous, which is faster than separating the channels.
+    Each weight is spread over a channels x channels diagonal. That triples the arithmetic, but both factors of the
+    product stay contiguous, which is faster than separating the channels.
     """
     diagonal = np.eye(channels, dtype=np.float32)
     return tuple(
-        _Block(
+        _WeightBlock(
             slice(block.outputs.start * channels, block.outputs.stop * channels),
             slice(block.inputs.start * channels, block.inputs.stop * channels),
             np.ascontiguousarray(np.kron(block.weights, diagonal).T),

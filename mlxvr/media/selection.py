@@ -1,17 +1,17 @@
-"""Which frames of a timeline a model sees: by their index, as in training, or by the time at which they are shown.
+"""Select the frames of a timeline that a model sees: by index, as in training, or by the time at which they are shown.
 
-At a constant rate both are the same, and the rule is the training code's (`sampling`). Where the rate varies, they are
-not: of a screen recording that moves for two seconds and then stands still for a minute, all indices but one lie in
-the first two seconds. Both families are told times (Qwen3-VL in its prompt, Qwen2.5-VL by the step of its temporal
-positions, which is the same between any two rows), so frames at even distances in time are what they are told. By time
-is the default therefore; `VisionSpec.sample_by` chooses.
+At a constant rate both select the same frames, by the training code's rule (`sampling`). At a variable rate they
+differ: in a screen recording that moves for two seconds and then shows a still for a minute, all indices but one lie in
+the first two seconds. Both families get times (Qwen3-VL in its prompt, Qwen2.5-VL by the step of its temporal
+positions, which is the same between any two temporal patches), so frames at even distances in time match the times that
+the model gets. Sampling by time is therefore the default; `VisionSpec.sample_by` chooses.
 
-Sampling by time takes as many frames as sampling by index does, at even distances from the first to the last moment
-of the range, and at each the frame that a player shows then: a still is seen as often as it is long. Times are those
-moments.
+Sampling by time takes as many frames as sampling by index. It takes moments at even distances from the first to the
+last of the range, and at each moment the frame that a player shows then, so a still is repeated for as long as it is
+shown. The times are those moments.
 
-Where a range is given, only what lies in it counts: a range in which the rate is constant is sampled as a clip of
-constant rate, whatever the rest of the file does. This is also what allows reading nothing but the range (`window`).
+If a range is given, only the frames in it count: a range with a constant rate is sampled like a clip of constant rate,
+whatever the rest of the file does. That also makes it possible to read only the range (`window`).
 """
 
 import logging
@@ -31,18 +31,18 @@ logger = logging.getLogger(__name__)
 
 _TOLERANCE = 1e-6  # seconds; stamps are ratios of whole numbers
 _ANY_LENGTH = 1 << 40  # frames
-_USUAL_STEP = 0.04  # seconds, where the headers state no rate
-_LONG_SHARE = 0.9  # of a clip: a single frame that is shown for longer is told
+_USUAL_STEP = 0.04  # seconds between frames if the headers state no rate
+_LONG_SHARE = 0.9  # a single frame that is shown for a larger share of the clip causes a warning
 
 
 @dataclass(frozen=True, eq=False)
 class Selection:
     """The frames to read, and their times."""
 
-    frames: np.ndarray  # int64 (n,): indices into the timeline, ascending; a frame comes again where it is shown longer
-    indices: np.ndarray  # int64 (n,): of the frames in the clip
-    seconds: np.ndarray  # float64 (n,): on a player's clock
-    sampled_fps: float  # frames per second that they amount to
+    frames: np.ndarray  # int64 (n,): indices into the timeline, ascending; a frame that is shown for long is repeated
+    indices: np.ndarray  # int64 (n,): indices of the frames in the clip
+    seconds: np.ndarray  # float64 (n,): times on a player's clock
+    sampled_fps: float  # the resulting rate, in frames per second
 
     def __len__(self) -> int:
         return len(self.frames)
@@ -57,14 +57,14 @@ def select(
     end: float | None = None,
     total: int | None = None,
 ) -> Selection:
-    """Choose the frames that a model sees of a clip, or of a range of it.
+    """Select the frames that a model sees of a clip, or of a range of it.
 
     Args:
-        timeline: of the clip, or of the part of it that holds the range.
+        timeline: the timeline of the clip, or of a part of it that holds the range.
         spec: rate and bounds, and whether to sample by index or by time.
         nframes: frames to sample in all, instead of `spec.fps` frames per second.
-        start, end: seconds on a player's clock.
-        total: frames that the clip should have, if the timeline has fewer; indices may lie behind its end then.
+        start, end: the range, in seconds on a player's clock.
+        total: frames that the clip should have, if the timeline has fewer; indices may then exceed the timeline.
 
     Raises:
         MediaError: no frame is shown in the range.
@@ -80,9 +80,10 @@ def select(
         if steady is not None:
             first, last, rate = steady
             places = np.rint(timeline.seconds * rate).astype(np.int64)
-            chosen = _by_index(timeline, spec, first, last, rate, nframes)
-            indices = places[chosen.frames] if timeline.is_part else chosen.indices
-            return Selection(chosen.frames, indices, places[chosen.frames] / rate + timeline.offset, chosen.sampled_fps)
+            by_index = _by_index(timeline, spec, first, last, rate, nframes)
+            frames = by_index.frames
+            indices = places[frames] if timeline.is_part else by_index.indices
+            return Selection(frames, indices, places[frames] / rate + timeline.offset, by_index.sampled_fps)
     if spec.sample_by == "time":
         return _by_time(timeline, spec, start, end, nframes)
     first, last = time_range(timeline.seconds, timeline.duration, start=start, end=end)
@@ -93,7 +94,7 @@ def select(
 
 
 def _from_first_frame(timeline: Timeline, start: float | None, end: float | None) -> tuple[float | None, float | None]:
-    """A range on a player's clock -> a range in seconds from the first frame; refuses one without a picture."""
+    """Convert a range on a player's clock to seconds from the first frame; raises `MediaError` if it has no picture."""
     if not timeline.offset:
         return start, end
     if end is not None and end < timeline.offset:
@@ -108,7 +109,7 @@ def _from_first_frame(timeline: Timeline, start: float | None, end: float | None
 def _by_index(
     timeline: Timeline, spec: VisionSpec, first: int, last: int, fps: float, nframes: int | None
 ) -> Selection:
-    """Frames at even distances in index between two, both included."""
+    """Select frames at even distances in index between two, both included."""
     available = last - first + 1
     count = _count(available, fps, spec, nframes)
     frames = spread(first, last, count)
@@ -120,7 +121,7 @@ def _by_index(
 def _by_time(
     timeline: Timeline, spec: VisionSpec, start: float | None, end: float | None, nframes: int | None
 ) -> Selection:
-    """The frames shown at even distances in time."""
+    """Select the frames that are shown at even distances in time."""
     seconds = timeline.seconds
     usual = 1 / timeline.rates[0] if timeline.rates else _USUAL_STEP
     latest = max(float(seconds[-1]), timeline.duration - usual)  # the last frame may be shown for long
@@ -139,7 +140,8 @@ def _by_time(
     longest = float(steps.max()) if len(steps) else 0.0
     if start is None and end is None and longest > max(FAR_SECONDS, _LONG_SHARE * timeline.duration):
         logger.warning(
-            "one frame is shown for %.0f of the video's %.0f seconds: if that is a fault of the file, sample by index",
+            "one frame is shown for %.0f of the video's %.0f seconds: if the file is faulty, sample by index "
+            "(--sample-by index, sample_by='index')",
             longest,
             timeline.duration,
         )
@@ -153,10 +155,10 @@ def _count(available: int, fps: float, spec: VisionSpec, nframes: int | None) ->
 
 
 def _steady_range(timeline: Timeline, start: float | None, end: float | None) -> tuple[int, int, float] | None:
-    """(first frame, last frame, frames per second) of a range whose rate is constant; None if it is not.
+    """Return (first frame, last frame, frames per second) of a range whose rate is constant; None if it is not.
 
-    A frame belongs to the range if its place does: place k is shown at k / rate. Frames beside the range are looked at
-    as well, since the place of one may lie within.
+    A frame belongs to the range if its place does: place k is shown at k / rate. Frames next to the range are checked
+    too, since their places may lie within it.
     """
     seconds = timeline.seconds
     low = 0 if start is None else max(0, int(np.searchsorted(seconds, start)) - 2)

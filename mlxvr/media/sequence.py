@@ -1,11 +1,11 @@
-"""Pictures as the frames of a clip: a list of them, an array, or a folder.
+"""Read pictures as the frames of a clip, from a list, an array or a folder.
 
-When each was taken is said by whoever has them, in one of two ways: at a rate, `spec.fps` (all frames are used then,
-as if they had been sampled from a video at that rate), or with a time for each, `timestamps`.
+The caller gives their times in one of two ways: as a rate, `spec.fps` (then all frames are used, as if they had been
+sampled from a video at that rate), or as a time for each frame, `timestamps`.
 
-What the models make of times. Qwen3-VL reads the time of every pair of frames as text, so uneven times are told as they
-are. Qwen2.5-VL has one number for a whole clip, the seconds between pairs: it is told the mean distance, and places
-events of an unevenly sampled clip as if its frames lay at even distances.
+The models use times differently. Qwen3-VL reads the time of every pair of frames as text, so it gets uneven times as
+they are. Qwen2.5-VL has one number for a whole clip, the seconds between pairs: it gets the mean distance, and locates
+events of an unevenly sampled clip as if its frames were at even distances.
 """
 
 import math
@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from mlxvr.errors import ConfigError, MediaError
-from mlxvr.media.frames import Frames
 from mlxvr.media.image import ImageSource, read_image
+from mlxvr.media.patches import Frames
 from mlxvr.media.resize import resize
 from mlxvr.media.sampling import frame_count, frame_range, frame_size, spread, time_range
 from mlxvr.media.spec import VisionSpec
@@ -37,10 +37,10 @@ def read_frames(
     start: float | None = None,
     end: float | None = None,
 ) -> Frames:
-    """Take pictures of one size as the frames of a video.
+    """Read pictures of one size as the frames of a video.
 
-    All of them in the range are used. Where there are more than `spec.max_frames`, or `nframes` asks for fewer, that
-    many are, evenly spread, the first and the last among them.
+    All frames in the range are used, unless there are more than `spec.max_frames`, or `nframes` asks for fewer. Then
+    that many are used, evenly spread from the first to the last.
 
     Args:
         source: images, paths or arrays, or a uint8 array (n, h, w, 3).
@@ -50,7 +50,7 @@ def read_frames(
         start, end: seconds; only frames in this range are used.
 
     Raises:
-        MediaError: a picture cannot be read or has another size than the first, or the range holds none.
+        MediaError: a picture cannot be read or has another size than the first, or the range holds no frame.
         ConfigError: an option has a value that cannot be used.
     """
     total = len(source)
@@ -85,7 +85,7 @@ def read_frames(
 
 
 def folder_frames(folder: Path) -> list[Path]:
-    """The frames in a folder, in natural order (1, 2, .., 10); hidden files, other files and folders are left out.
+    """Return the image files in a folder, in natural order (1, 2, .., 10), without hidden files.
 
     Raises `MediaError` if there is none.
     """
@@ -97,7 +97,7 @@ def folder_frames(folder: Path) -> list[Path]:
 
 
 def _checked_times(timestamps: Sequence[float], total: int) -> np.ndarray:
-    """The times as float64 (total,); raises `ConfigError`."""
+    """Return the times as float64 (total,); raises `ConfigError` unless they are ascending times of all frames."""
     values: list[Any] = list(timestamps)
     if len(values) != total:
         raise ConfigError(f"there are {len(values)} timestamps for {total} frames: give each frame its time in seconds")
@@ -106,18 +106,18 @@ def _checked_times(timestamps: Sequence[float], total: int) -> np.ndarray:
             raise ConfigError(f"timestamp {place} is {value!r}: give a time in seconds, 0 or later")
         if place and not value > values[place - 1]:
             raise ConfigError(
-                f"timestamp {place} is {float(value):g} s, and the one before it {float(values[place - 1]):g} s: give "
-                "times that increase"
+                f"timestamp {place} is {float(value):g} s, after {float(values[place - 1]):g} s: give times that "
+                "increase"
             )
     return np.array(values, dtype=np.float64)
 
 
 def _mean_distance(seconds: np.ndarray, single: float) -> float:
-    """Seconds between two frames on average; `single` where there is one alone."""
+    """Return the mean seconds between two frames; `single` if there is only one frame."""
     return float(seconds[-1] - seconds[0]) / (len(seconds) - 1) if len(seconds) > 1 else single
 
 
 def _name(source: Sequence[ImageSource] | np.ndarray, index: int) -> str:
-    """What a message calls a frame."""
+    """Return the name of a frame for messages."""
     frame = source[index]
     return str(frame) if isinstance(frame, str | os.PathLike) else f"frame {index}"

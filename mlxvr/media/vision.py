@@ -1,4 +1,4 @@
-"""Anything that can be looked at -> patches: the one entry to this layer for those above."""
+"""Read any video, image or frames as patches: the entry to this room for the rooms above."""
 
 import logging
 import os
@@ -12,9 +12,8 @@ from PIL import Image
 from mlxvr.errors import ConfigError
 from mlxvr.media.animation.animation_reader import is_animation, read_animation
 from mlxvr.media.container import check_file, is_image
-from mlxvr.media.frames import Frames
 from mlxvr.media.image import ImageSource, read_image
-from mlxvr.media.patches import VisionInput, patchify, row_seconds
+from mlxvr.media.patches import Frames, VisionInput, patchify, temporal_patch_seconds
 from mlxvr.media.resize import resize
 from mlxvr.media.sampling import image_size
 from mlxvr.media.sequence import folder_frames, read_frames
@@ -44,19 +43,19 @@ def load_vision(
     """Read, sample, resize and cut a video or an image.
 
     Args:
-        source: the path (or `file:` URL) of a video, of an image, or of a folder of frames; a Pillow image; a uint8
-            array (h, w, 3), an image; a list of images, paths or arrays, or a uint8 array (n, h, w, 3), frames.
-            Animated GIF, PNG, WebP and AVIF files are videos. Frames were taken at `spec.fps`, or at `timestamps`.
+        source: a video: the path (or `file:` URL) of a video or of an animated GIF, PNG, WebP or AVIF file. An image: a
+            path, a Pillow image, or a uint8 array (h, w, 3). Frames, taken at `spec.fps` or at `timestamps`: the path
+            of a folder, a list of images, paths or arrays, or a uint8 array (n, h, w, 3).
         spec: what the checkpoint expects.
-        timestamps: for frames: the seconds of each.
-        nframes, start, end: for videos and frames: how many to sample in all, and the range in seconds.
+        timestamps: the seconds of each frame; for frames only.
+        nframes, start, end: how many frames to sample in all, and the range in seconds; not for images.
         progress: called with (stage, done, total).
-        should_stop: asked now and then; True ends the reading.
+        should_stop: called now and then; True ends the reading.
 
     Raises:
         MediaError: the source cannot be read; the message says why.
         ConfigError: an option has a value that cannot be used.
-        Cancelled: `should_stop` said so.
+        Cancelled: `should_stop` returned True.
     """
     if isinstance(source, str | os.PathLike):
         source = local_path(source)
@@ -74,28 +73,30 @@ def load_vision(
         frames = read(source, spec, nframes=nframes, start=start, end=end, progress=progress, should_stop=should_stop)
     if frames is not None:
         patches, grid = patchify(frames.pixels, spec)
-        seconds = row_seconds(frames.seconds, spec.temporal_patch_size)
+        seconds = temporal_patch_seconds(frames.seconds, spec.temporal_patch_size)
         vision = VisionInput("video", patches, grid, seconds, spec.temporal_patch_size / frames.sampled_fps)
-        _tell_excess(vision, len(frames), spec)
+        _warn_of_excess(vision, len(frames), spec)
         return vision
 
     if not isinstance(source, Path | Image.Image | np.ndarray):
         raise ConfigError(f"the source is a {type(source).__name__}: expected a path, an image, an array or a list")
     if nframes is not None or start is not None or end is not None:
-        raise ConfigError("nframes, start and end are for videos, and the source is an image: leave them out")
+        raise ConfigError(
+            "frames, start and end (--start, --end) are for videos, and the source is an image: leave them out"
+        )
     pixels = read_image(source)
     size = image_size(pixels.shape[0], pixels.shape[1], spec)
     patches, grid = patchify(resize(pixels, size)[None], spec)
     return VisionInput("image", patches, grid, (), 0.0)
 
 
-def _tell_excess(vision: VisionInput, count: int, spec: VisionSpec) -> None:
-    """Say that a clip takes more tokens than it was to: no frame gets fewer than the least, as in training."""
+def _warn_of_excess(vision: VisionInput, count: int, spec: VisionSpec) -> None:
+    """Warn if a clip exceeds `spec.video_tokens`, since no frame gets fewer than its minimum, as in training."""
     tokens = vision.token_count(spec.merge_size)
     if tokens > spec.video_tokens:
         logger.warning(
-            "the clip takes %s tokens, more than the %s of video_tokens: each of its %d frames needs at least %d; "
-            "sample fewer with max_frames or fps",
+            "the clip takes %s tokens, more than the %s of --video-tokens (video_tokens): each of its %d frames needs "
+            "at least %d; sample fewer frames with --max-frames (max_frames) or --fps (fps)",
             f"{tokens:,}",
             f"{spec.video_tokens:,}",
             count,

@@ -1,11 +1,11 @@
-"""Animated GIF, PNG, WebP and AVIF files as clips, with their own frame times.
+"""Read animated GIF, PNG, WebP and AVIF files as clips, with their own frame times.
 
-Pillow decodes them; formats that say only what changes from frame to frame (GIF, PNG) are put together in `canvas`.
-Frames lie on white, like still pictures.
+Pillow decodes them. For the formats that store only the changes from frame to frame (GIF, PNG), `canvas` composes the
+frames. Transparent parts become white, as in still pictures.
 
-A frame's time is the sum of the delays before it. Delays of 10 ms or less are shown as 100 ms, as browsers and FFmpeg
-do: files that ask for them were drawn for programs that could not be so fast. An animation is shown once, however often
-it asks to be repeated.
+A frame's time is the sum of the delays before it. Delays of 10 ms or less become 100 ms, as in browsers and FFmpeg:
+files with such delays were drawn for programs that were not that fast. An animation is shown once, however often it
+asks to be repeated.
 """
 
 from collections.abc import Iterator
@@ -20,27 +20,27 @@ from mlxvr.media.animation.apng import read_apng
 from mlxvr.media.animation.canvas import composite
 from mlxvr.media.animation.gif import read_gif
 from mlxvr.media.container import is_heic
-from mlxvr.media.frames import Frames
 from mlxvr.media.image import open_image, to_rgb
+from mlxvr.media.patches import Frames
 from mlxvr.media.resize import resize
 from mlxvr.media.sampling import frame_size
 from mlxvr.media.selection import select
 from mlxvr.media.spec import VisionSpec
-from mlxvr.media.video.timeline import Timeline
+from mlxvr.media.video.timeline import Clock, Timeline
 from mlxvr.runtime.hooks import Progress, ShouldStop
 
 __all__ = ["is_animation", "read_animation"]
 
 _FORMATS = frozenset({"AVIF", "GIF", "PNG", "WEBP"})
 _OUTLINES = {"GIF": read_gif, "PNG": read_apng}
-_HARDLY_ANY = 10  # ms: delays up to this are not meant
-_USUAL = 100  # ms: what is shown instead
+_TOO_SHORT_MS = 10  # delays up to this are replaced
+_USUAL_MS = 100  # by this delay
 
 
 def is_animation(path: Path) -> bool:
-    """Whether a picture file has several frames that are meant to be shown one after another.
+    """Return whether a picture file has several frames to be shown one after another.
 
-    The pages of a TIFF, the pictures of an HEIC collection and the sizes of an icon are not.
+    The pages of a TIFF, the pictures of an HEIC collection and the sizes of an icon are not such frames.
 
     Raises `MediaError` if it cannot be read.
     """
@@ -62,55 +62,48 @@ def read_animation(
     progress: Progress | None = None,
     should_stop: ShouldStop | None = None,
 ) -> Frames:
-    """Sample the frames of an animation; arguments and errors are `read_video`'s.
+    """Sample the frames of an animation; takes and raises the same as `read_video`.
 
-    WebP and AVIF are decoded twice: once for the delays, which Pillow knows with each frame, once for the frames.
+    WebP and AVIF are decoded twice: once for the delays, which Pillow gives only with each frame, and once for the
+    frames.
     """
-    delays = np.array([delay if delay > _HARDLY_ANY else _USUAL for delay in _delays(path, should_stop)]) / 1000
-    chosen = select(_timeline(delays), spec, nframes=nframes, start=start, end=end)
+    delays = np.array([delay if delay > _TOO_SHORT_MS else _USUAL_MS for delay in _delays(path, should_stop)]) / 1000
+    selection = select(_timeline(delays), spec, nframes=nframes, start=start, end=end)
     pixels, shape = np.empty((0, 0, 0, 3), dtype=np.uint8), (0, 0)
     slot, index = 0, -1
     for index, frame in enumerate(_frames(path, should_stop)):
-        if index != chosen.frames[slot]:
+        if index != selection.frames[slot]:
             continue
         picture = to_rgb(frame)
         if slot == 0:
             shape = picture.shape[:2]
-            pixels = np.empty((len(chosen), *frame_size(*shape, len(chosen), spec), 3), dtype=np.uint8)
-        again = int((chosen.frames == index).sum())  # sampled by time, a frame is seen as often as it is long
-        pixels[slot : slot + again] = resize(picture, pixels.shape[1:3])
-        slot += again
+            pixels = np.empty((len(selection), *frame_size(*shape, len(selection), spec), 3), dtype=np.uint8)
+        repeats = int((selection.frames == index).sum())  # sampling by time repeats a frame that is shown for long
+        pixels[slot : slot + repeats] = resize(picture, pixels.shape[1:3])
+        slot += repeats
         if progress is not None:
-            progress("decoding", slot, len(chosen))
-        if slot == len(chosen):
+            progress("decoding", slot, len(selection))
+        if slot == len(selection):
             break
-    if slot < len(chosen):
+    if slot < len(selection):
         raise MediaError(f"{path} is a damaged animation: it holds {index + 1} of {len(delays)} frames; copy it again")
-    return Frames(pixels, chosen.seconds, chosen.sampled_fps, chosen.indices, shape, float(delays.sum()))
+    return Frames(pixels, selection.seconds, selection.sampled_fps, selection.indices, shape, float(delays.sum()))
 
 
 def _timeline(delays: np.ndarray) -> Timeline:
-    """The timeline of frames that are shown for so many seconds each."""
+    """Return the timeline of frames from the seconds for which each is shown."""
     rates = (1 / float(delays[0]),) if np.all(delays == delays[0]) else ()
-    none = np.empty(0, dtype=np.int64)
-    return Timeline(
+    clock = Clock(
         seconds=np.concatenate([[0.0], np.cumsum(delays)[:-1]]),
         fps=rates[0] if rates else len(delays) / float(delays.sum()),
         is_variable=not rates,
         duration=float(delays.sum()),
-        offset=0.0,
-        rates=rates,
-        can_skip=False,
-        pts=none,
-        positions=none,
-        packet_pts=none,
-        key_positions=none,
-        key_pts=none,
     )
+    return Timeline.without_packets(clock, 0.0, rates)
 
 
 def _delays(path: Path, should_stop: ShouldStop | None) -> Iterator[float]:
-    """Milliseconds that each frame asks to be shown."""
+    """Yield the milliseconds for which each frame asks to be shown."""
     with open_image(path) as image:
         if read := _OUTLINES.get(str(image.format)):
             yield from (patch.delay for patch in read(path.read_bytes()).patches)
@@ -119,7 +112,7 @@ def _delays(path: Path, should_stop: ShouldStop | None) -> Iterator[float]:
 
 
 def _frames(path: Path, should_stop: ShouldStop | None) -> Iterator[Image.Image]:
-    """What is seen during each frame; an image is good until the next is asked for."""
+    """Yield the whole picture at each frame; an image is valid until the next one is requested."""
     with open_image(path) as image:
         read = _OUTLINES.get(str(image.format))
         for frame in composite(read(path.read_bytes())) if read else _walk(image, should_stop):

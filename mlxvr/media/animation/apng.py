@@ -1,4 +1,4 @@
-"""The outline of an animated PNG (PNG third edition, sections 4.9 and 11.3.6): its frames, each as a PNG of its own."""
+"""Split an animated PNG (PNG third edition, sections 4.9 and 11.3.6) into its frames, each as a PNG of its own."""
 
 import struct
 import zlib
@@ -10,15 +10,14 @@ __all__ = ["read_apng"]
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _DISPOSALS = (Disposal.KEEP, Disposal.CLEAR, Disposal.RESTORE)
-_CONTROL = struct.Struct(
-    ">4xIIIIHHBB"
-)  # after the sequence number: width, height, left, top, delay, disposal, blending
+# After the sequence number: width, height, left, top, delay (numerator, denominator), disposal, blending.
+_CONTROL = struct.Struct(">4xIIIIHHBB")
 
 
 def read_apng(data: bytes) -> Animation:
-    """Find the frames of a PNG; raises `ValueError` where the file is damaged.
+    """Find the frames of a PNG; raises `ValueError` if the file is damaged.
 
-    A still picture that stands before the frames, for programs that cannot show them, is none of them.
+    A still picture before the frames, for programs that cannot show animations, is not one of them.
     """
     header, shared = b"", b""
     controls: list[tuple[int, ...]] = []
@@ -35,13 +34,13 @@ def read_apng(data: bytes) -> Animation:
             if bodies:
                 bodies[-1].append(content[4:] if kind == b"fdAT" else content)
         elif kind not in (b"acTL", b"IEND") and not controls:
-            shared += _chunk(kind, content)  # palette, transparent colour, gamma
+            shared += _chunk(kind, content)  # palette, transparent colour, gamma and the like
     if len(header) != 13:
         raise ValueError("the file has no header")
     patches: list[Patch] = []
     for (width, height, left, top, numerator, denominator, disposal, blending), parts in zip(controls, bodies):
         if disposal >= len(_DISPOSALS):
-            raise ValueError(f"a frame is to be disposed of in a way {disposal} that is not known")
+            raise ValueError(f"a frame's disposal {disposal} is unknown")
         file = _SIGNATURE + _chunk(b"IHDR", struct.pack(">II", width, height) + header[8:]) + shared
         file += _chunk(b"IDAT", b"".join(parts)) + _chunk(b"IEND", b"")
         delay = 1000 * numerator / (denominator or 100)

@@ -1,11 +1,12 @@
-"""Animations that say what changes from frame to frame (GIF, animated PNG), put together as a browser shows them.
+"""Compose animations that store the changes from frame to frame (GIF, animated PNG), as a browser shows them.
 
-A frame is a rectangle that is drawn into what the frames before it left; then it stays, or its rectangle is cleared, or
-what it covered comes back. Cleared, and at the beginning, there is nothing: what is seen through is the page.
+A frame is a rectangle that is drawn over the canvas that the earlier frames left. Afterwards it stays, or its rectangle
+is cleared, or the pixels that it covered are restored. Cleared pixels, and the whole canvas at first, are transparent.
 
-Pillow 13 and FFmpeg 8 clear GIFs to the background colour of the file's header instead, and Pillow draws parts of PNGs
-that are half transparent as if nothing lay below (of 600 random GIFs both showed 180 and more differently from the
-rules, of 300 random PNGs Pillow 184). So each rectangle is decoded by Pillow, as a file of its own, and drawn here.
+Pillow 13 and FFmpeg 8 clear GIFs to the background colour of the file's header instead, and Pillow draws
+half-transparent parts of PNGs as if the canvas were empty (of 600 random GIFs both showed at least 180 against the
+rules, of 300 random PNGs Pillow showed 184). So Pillow decodes each rectangle as a file of its own, and it is drawn
+here.
 """
 
 import io
@@ -23,20 +24,20 @@ class Disposal(Enum):
 
     KEEP = 0
     CLEAR = 1
-    RESTORE = 2  # what was there before
+    RESTORE = 2  # the pixels that it covered
 
 
 @dataclass(frozen=True)
 class Patch:
-    """One frame: what changes, and where."""
+    """One frame: a rectangle, and its place on the canvas."""
 
     left: int
     top: int
     size: tuple[int, int]  # width, height
     delay: float  # milliseconds
     disposal: Disposal
-    blends: bool  # whether it is drawn over what is there, or takes its place, transparency and all
-    file: bytes  # a picture file that holds the rectangle alone
+    blends: bool  # whether it is blended with the canvas, or replaces it along with its transparency
+    file: bytes  # a picture file of the rectangle alone
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Animation:
 
 
 def composite(animation: Animation) -> Iterator[Image.Image]:
-    """Yield what is seen while each frame is shown: RGBA, good until the next is asked for."""
+    """Yield the canvas at each frame: RGBA, valid until the next one is requested."""
     canvas = Image.new("RGBA", animation.size)
     for patch in animation.patches:
         before = canvas.copy() if patch.disposal is Disposal.RESTORE else canvas

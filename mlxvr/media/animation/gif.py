@@ -1,4 +1,4 @@
-"""The outline of an animated GIF (GIF89a): its frames, each as a GIF of its own."""
+"""Split an animated GIF (GIF89a) into its frames, each as a GIF of its own."""
 
 from mlxvr.media.animation.canvas import Animation, Disposal, Patch
 
@@ -10,8 +10,8 @@ _NO_CONTROL = bytes(4)  # flags, delay (two bytes), transparent colour
 
 
 def read_gif(data: bytes) -> Animation:
-    """Find the frames of a GIF; raises `ValueError` where the file is damaged."""
-    reader = _Reader(data)
+    """Find the frames of a GIF; raises `ValueError` if the file is damaged."""
+    reader = _ByteReader(data)
     reader.take(6)  # GIF87a or GIF89a
     screen = reader.take(7)
     palette = reader.take(_palette_size(screen[4]))
@@ -39,16 +39,16 @@ def read_gif(data: bytes) -> Animation:
                 patches.append(Patch(left, top, (width, height), delay, disposal, blends=True, file=file))
             control = _NO_CONTROL
         else:
-            raise ValueError(f"byte {kind:#x} begins no block of a GIF")
+            raise ValueError(f"byte {kind:#x} does not begin a block of a GIF")
     return Animation((int.from_bytes(screen[:2], "little"), int.from_bytes(screen[2:4], "little")), patches)
 
 
 def _palette_size(flags: int) -> int:
-    """Bytes of a palette, by the flags before it."""
+    """Return the bytes of a palette, by the flags before it."""
     return 3 << (flags & 7) + 1 if flags & 0x80 else 0
 
 
-class _Reader:
+class _ByteReader:
     def __init__(self, data: bytes) -> None:
         self.data = data
         self.position = 0
@@ -65,7 +65,7 @@ class _Reader:
         return part
 
     def blocks(self) -> bytes:
-        """A chain of blocks, each after its length, with the empty one that ends it."""
+        """Take a chain of blocks, each after its length, including the empty one at its end."""
         start = self.position
         while length := self.take(1)[0]:
             self.take(length)

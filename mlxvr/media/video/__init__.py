@@ -1,1 +1,1 @@
-"""Video files: which frames there are, which are wanted, and decoding those alone."""
+"""Read video files: index their frames, and decode only the frames that are wanted."""

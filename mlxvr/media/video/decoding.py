@@ -1,33 +1,63 @@
-"""The decoding loop: packets in, wanted frames out, each one identified by its stamp.
+"""Open a video with FFmpeg, and decode the wanted frames, each identified by its stamp.
 
-A wrong frame is worse than a slow one. Whatever a file does that its timeline did not announce (a jump that
-lands late, packets in another order, frames out of order or without a stamp, a wanted frame that never comes)
-raises `Unreliable`, and the caller goes on to a slower, safer way.
+A wrong frame is worse than a slow one. If a file does not behave as its timeline predicts (a jump lands late, packets
+come in another order, frames are out of order or without a stamp, a wanted frame never comes), `Unreliable` is raised,
+and the caller falls back to a slower, safer way.
 """
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import av
 import numpy as np
+from av.stream import Disposition
 
-from mlxvr.errors import Cancelled
+from mlxvr.errors import Cancelled, MediaError
+from mlxvr.media.container import unreadable
 from mlxvr.media.video.decode_plan import Stretch
 from mlxvr.media.video.frame_sink import FrameSink
 from mlxvr.media.video.timeline import Timeline
 from mlxvr.runtime.hooks import ShouldStop
 
-__all__ = ["Unreliable", "decode_counted", "decode_stretch"]
+__all__ = ["Unreliable", "decode_counted", "decode_stretch", "open_video"]
 
 logger = logging.getLogger(__name__)
 
 _JUMPS_BACK = (0.0, 1.0, 4.0, 16.0)  # seconds before the target: in transport streams, jumps may land late
-_MOST_SKIPPED = 5000  # packets between where a jump lands and the part of a file that was scanned
+_MOST_SKIPPED = 5000  # packets between the end of a jump and the part of the file that was scanned
+
+# Titles and comments may have any encoding, and none of them matters here. PyAV 18 raises on bytes that are not UTF-8,
+# unless this argument is given; PyAV 19 never raises and no longer takes the argument.
+_METADATA: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
 
 
 class Unreliable(Exception):
-    """The file did something that its timeline did not announce: a signal to the caller, never shown."""
+    """The file did not behave as its timeline predicts: a signal to the caller, never shown to the user."""
+
+
+@contextmanager
+def open_video(path: Path, *, threads: int = 0) -> Iterator[tuple[Any, Any]]:
+    """Open a file; yields the container and its video stream.
+
+    It is decoded on `threads` threads (0: FFmpeg's choice, all cores). Raises `MediaError` if the file cannot be read
+    or holds no video, and for FFmpeg's errors within the block.
+    """
+    try:
+        # The whitelist keeps a playlist from fetching anything. The prefix keeps a name with a colon from being a URL.
+        container = av.open(f"file:{path}", container_options={"protocol_whitelist": "file"}, **_METADATA)
+    except av.error.FFmpegError as error:
+        raise unreadable(path) from error
+    with container:
+        stream = _video_stream(container, path)
+        stream.thread_type = "AUTO"  # FFmpeg's default, by slices, does nothing for most files
+        stream.thread_count = threads
+        try:
+            yield container, stream
+        except av.error.FFmpegError as error:
+            raise MediaError(f"{path} is damaged ({error.strerror}): copy or download it again") from error
 
 
 def decode_stretch(
@@ -42,16 +72,15 @@ def decode_stretch(
     tolerant: bool = False,
     should_stop: ShouldStop = bool,
 ) -> None:
-    """Decode one stretch and hand its frame k to the sink for the places `slots[k]`.
+    """Decode one stretch and pass its frame k to the sink for the places `slots[k]`.
 
     Args:
-        is_new: nothing was read from the container yet, so that no jump is needed to the start of the file.
-        tolerant: leave out packets that cannot be decoded; only a wanted frame that does not come is a
-        failure then.
+        is_new: whether nothing was read from the container yet, so that the start of the file needs no jump.
+        tolerant: whether to leave out packets that cannot be decoded; then only a missing wanted frame is a failure.
 
     Raises:
-        Unreliable: something was not as the timeline says.
-        Cancelled: `should_stop` said so.
+        Unreliable: the file differs from its timeline.
+        Cancelled: `should_stop` returned True.
     """
     is_jump = bool(stretch.first or not is_new or timeline.is_part)
     wanted = {int(timeline.pts[index]): slots[index] for index in stretch.frames}  # stamp -> places
@@ -81,9 +110,9 @@ def decode_counted(
     *,
     should_stop: ShouldStop = bool,
 ) -> None:
-    """Decode a new container from its start, counting frames, and hand frame k to the sink for `slots[k]`.
+    """Decode a new container from its start, counting frames, and pass frame k to the sink for `slots[k]`.
 
-    Raises `Unreliable` if fewer frames come than were counted, `Cancelled` if `should_stop` said so.
+    Raises `Unreliable` if fewer frames come than were counted, `Cancelled` if `should_stop` returned True.
     """
     left, index = len(slots), 0
     for packet in container.demux(stream):
@@ -98,6 +127,21 @@ def decode_counted(
     raise Unreliable(f"{left} of {len(slots)} wanted frames did not come")
 
 
+def _video_stream(container: Any, path: Path) -> Any:
+    name = container.format.name
+    if name in ("tty", "image2", "ico") or name.endswith("_pipe"):  # ANSI art, as which FFmpeg reads any .txt; pictures
+        raise unreadable(path)
+    streams = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
+    if not streams:
+        content = "sound but no moving picture" if container.streams.audio else "no moving picture"
+        raise MediaError(f"{path} holds {content}: give a file with a video track")
+    best = container.streams.best("video")
+    stream = best if best in streams else streams[0]
+    if stream.codec_context is None:
+        raise MediaError(f"{path} has a codec that FFmpeg cannot decode: convert it to H.264")
+    return stream
+
+
 def _frames(
     packets: Iterator[tuple[int, av.Packet]],
     stream: Any,
@@ -107,23 +151,23 @@ def _frames(
     tolerant: bool,
     should_stop: ShouldStop,
 ) -> Iterator[av.VideoFrame]:
-    """Frames that the packets of a stretch give; those that nothing refers to only where they are needed."""
+    """Yield the frames of a stretch's packets; frames that no other refers to are decoded only if they are needed."""
     codec = stream.codec_context
     for position, packet in packets:
         _check(should_stop)
         if timeline.can_skip:
             codec.skip_frame = "DEFAULT" if position in needed else "NONREF"
         yield from _decode(packet, tolerant=tolerant)
-    yield from codec.decode(None)  # what the decoder still holds back for reordering
+    yield from codec.decode(None)  # the frames that the decoder still holds back for reordering
 
 
 def _stretch_packets(
     container: Any, stream: Any, timeline: Timeline, stretch: Stretch, *, is_jump: bool
 ) -> Iterator[tuple[int, av.Packet]]:
-    """The packets of a stretch with their positions, each checked against the timeline."""
+    """Yield the packets of a stretch with their positions, each checked against the timeline."""
     for position, packet in _packets_from(container, stream, timeline, stretch, is_jump=is_jump):
         if position >= len(timeline.packet_pts) or packet.pts != timeline.packet_pts[position]:
-            raise Unreliable(f"packet {position} is stamped {packet.pts}, unlike when the file was scanned")
+            raise Unreliable(f"packet {position} is stamped {packet.pts}, unlike in the scan of the file")
         if position >= stretch.first:
             yield position, packet
         if position == stretch.last:
@@ -133,7 +177,7 @@ def _stretch_packets(
 def _packets_from(
     container: Any, stream: Any, timeline: Timeline, stretch: Stretch, *, is_jump: bool
 ) -> Iterator[tuple[int, av.Packet]]:
-    """Packets with their positions, from the first of a stretch or an earlier one on."""
+    """Yield packets with their positions, from the first of a stretch or an earlier one onwards."""
     target, tick = int(timeline.packet_pts[stretch.first]), float(stream.time_base)
     before = timeline.packet_pts[: stretch.first + 1]
     landed: int | None = None
@@ -143,18 +187,18 @@ def _packets_from(
         packets = _not_empty(container.demux(stream))
         for skipped, packet in enumerate(packets):
             landed = packet.pts
-            found = np.flatnonzero(before == landed)  # empty where the packet has no stamp
-            if len(found) == 1:
-                yield int(found[0]), packet
-                yield from enumerate(packets, int(found[0]) + 1)
+            matches = np.flatnonzero(before == landed)  # empty if the packet has no stamp
+            if len(matches) == 1:
+                yield int(matches[0]), packet
+                yield from enumerate(packets, int(matches[0]) + 1)
                 return
             if not timeline.is_part or landed is None or landed >= before[0] or skipped == _MOST_SKIPPED:
-                break  # else it is before the part that the timeline holds
+                break  # otherwise the packet lies before the part that the timeline holds
     raise Unreliable(f"the jump to packet {stretch.first} landed on a packet stamped {landed}")
 
 
 def _not_empty(packets: Iterator[av.Packet]) -> Iterator[av.Packet]:
-    """Packets up to the end of the file, which an empty one marks."""
+    """Yield packets up to the end of the file, which an empty packet marks."""
     for packet in packets:
         if not packet.size:
             return

@@ -1,4 +1,4 @@
-"""Where decoded frames go: turned upright, resized on a few threads, only the small ones kept."""
+"""Collect decoded frames: turn them upright, resize them on a few threads, and keep only the small ones."""
 
 import os
 import threading
@@ -21,7 +21,7 @@ _WORKERS = min(4, os.cpu_count() or 1)
 
 @dataclass(frozen=True)
 class Orientation:
-    """How stored pixels are turned for display: transposed first, then mirrored."""
+    """The turn from stored to displayed pixels: first a transposition, then mirroring."""
 
     transpose: bool = False
     mirror_x: bool = False
@@ -29,7 +29,7 @@ class Orientation:
 
     @classmethod
     def of(cls, frame: av.VideoFrame) -> Self:
-        """Read the display matrix, which maps (x, y) to (a x + c y, b x + d y); other angles snap to a right one."""
+        """Read the display matrix, which maps (x, y) to (a x + c y, b x + d y), rounded to a multiple of 90 degrees."""
         data: Any = frame.side_data.get("DISPLAYMATRIX")
         if data is None:
             return cls()
@@ -38,7 +38,7 @@ class Orientation:
         return cls(transpose, (c if transpose else a) < 0, (b if transpose else d) < 0)
 
     def size(self, height: int, width: int) -> tuple[int, int]:
-        """(height, width) after turning; its own inverse."""
+        """Return (height, width) after turning; the function is its own inverse."""
         return (width, height) if self.transpose else (height, width)
 
     def apply(self, pixels: np.ndarray) -> np.ndarray:
@@ -51,8 +51,8 @@ class Orientation:
 class FrameSink:
     """Takes decoded frames from any thread, resizes them on a few threads and keeps only the small ones.
 
-    At most a handful of full-size frames wait at any time; `add` blocks while that many do. `choose_size`
-    maps the (height, width) of the first frame, as displayed, to the target size; all frames get that size.
+    At most a few full-size frames wait at any time; `add` blocks while that many wait. `choose_size` maps the (height,
+    width) of the first frame, as displayed, to the target size of all frames.
     """
 
     def __init__(self, count: int, choose_size: Callable[[int, int], tuple[int, int]]) -> None:
@@ -77,11 +77,11 @@ class FrameSink:
 
     @property
     def done(self) -> int:
-        """Places filled so far."""
+        """The number of places filled so far."""
         return sum(len(slots) for slots, future in tuple(self._futures.items()) if future.done())
 
     def add(self, slots: Sequence[int], frame: av.VideoFrame) -> None:
-        """Take the frame for the places `slots`."""
+        """Put the frame into the places `slots`."""
         with self._lock:
             if self._pixels is None:
                 self._orientation = Orientation.of(frame)
@@ -92,21 +92,21 @@ class FrameSink:
         self._futures[tuple(slots)] = self._pool.submit(self._convert, targets, frame)
 
     def finish(self) -> np.ndarray:
-        """Wait for the frames taken so far: uint8 (count, height, width, 3)."""
+        """Wait for the frames added so far and return them: uint8 (count, height, width, 3)."""
         for future in self._futures.values():
             future.result()
         assert self._pixels is not None, "finished before any frame came"
         return self._pixels
 
     def reset(self) -> None:
-        """Forget the frames taken so far; they will come again."""
+        """Forget the frames added so far; they will be added again."""
         wait(self._futures.values())
         self._futures.clear()
 
     def _convert(self, targets: Sequence[np.ndarray], frame: av.VideoFrame) -> None:
         try:
             if not hasattr(self._local, "reformatter"):
-                self._local.reformatter = VideoReformatter()  # one a thread: it keeps its tables between frames
+                self._local.reformatter = VideoReformatter()  # one per thread: it keeps its tables between frames
             rgb = self._local.reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
             stored = self._orientation.size(targets[0].shape[0], targets[0].shape[1])
             upright = self._orientation.apply(resize(rgb, stored))

@@ -1,9 +1,9 @@
-"""Stamps to seconds: how regular they are, where a clip begins on a player's clock, and what to do with those that lie.
+"""Convert stamps to seconds: find a steady rate and the start on a player's clock, and mend wrong stamps.
 
-Stamps cannot always be believed. A faulty muxer stamps one frame an hour away from its neighbours; a recording of a
-broadcast jumps where two pieces were joined, or where a counter of 33 bits starts again after 26.5 hours. The order in
-which a decoder gives the frames is not touched by that, so a file with such stamps is decoded once to learn the order,
-and `mend_times` closes the jumps.
+Stamps are not always right. A faulty muxer may stamp one frame an hour away from its neighbours. A recorded broadcast
+jumps where two pieces were joined, or where the 33-bit counter overflows, every 26.5 hours. The order in which a
+decoder returns the frames is not affected, so a file with such stamps is decoded once to learn the order, and
+`mend_times` removes the jumps.
 """
 
 from collections.abc import Sequence
@@ -13,16 +13,16 @@ import numpy as np
 
 __all__ = ["FAR_SECONDS", "MAX_REORDERING", "is_far_out", "mend_times", "start_offset", "steady_rate"]
 
-FAR_SECONDS = 10.0  # FFmpeg's -dts_delta_threshold: a longer step in a transport stream is no pause but a jump
+FAR_SECONDS = 10.0  # FFmpeg's -dts_delta_threshold: a longer step in a transport stream is a jump, not a pause
 MAX_REORDERING = 16  # frames that a decoder may hold back at most (H.264 and HEVC max_num_reorder_frames)
 
-_JUMPY_FORMATS = frozenset({"hls", "mpeg", "mpegts"})  # whose clocks may jump (FFmpeg's AVFMT_TS_DISCONT)
-_LATE_SECONDS = 0.1  # up to here, a picture that starts after the sound is not noticed
-_TRUSTED = 0.01  # of all steps: if more go backwards or stand still, stamps are of no use
+_JUMPY_FORMATS = frozenset({"hls", "mpeg", "mpegts"})  # formats whose clocks may jump (FFmpeg's AVFMT_TS_DISCONT)
+_LATE_SECONDS = 0.1  # a picture that starts after the sound by less than this counts as starting with it
+_MOST_WRONG = 0.01  # share of steps: if more are zero or backwards, the stamps are useless
 
 
 def steady_rate(times: np.ndarray, rates: Sequence[float]) -> float | None:
-    """The first of `rates` at which no frame is half a frame time or more away from its place; None if there is none.
+    """Return the first of `rates` at which each frame is less than half a frame time off its place; None if none fits.
 
     Args:
         times: float64 (n,), seconds from the first frame.
@@ -33,10 +33,10 @@ def steady_rate(times: np.ndarray, rates: Sequence[float]) -> float | None:
 
 
 def start_offset(container: Any, stream: Any, first_pts: int) -> float:
-    """Seconds on a player's clock at which the first frame is shown.
+    """Return the time on a player's clock at which the first frame is shown, in seconds.
 
-    A player starts its clock with whichever track starts first. Where the sound starts less than 0.1 s before the
-    picture, as it does in many files, the offset counts as 0, as in the training code; it is 0 without sound, too.
+    A player starts its clock with the track that starts first. If the sound starts at most 0.1 s before the picture, as
+    in many files, the offset is 0, as in the training code; it is 0 without sound, too.
     """
     if not container.streams.audio or container.start_time is None:
         return 0.0
@@ -45,19 +45,19 @@ def start_offset(container: Any, stream: Any, first_pts: int) -> float:
 
 
 def may_jump(container: Any) -> bool:
-    """Whether the clock of this kind of file may jump, so that a long step is no pause."""
+    """Return whether the clock of this file format may jump, so that a long step is not a pause."""
     return bool(_JUMPY_FORMATS & set(container.format.name.split(",")))
 
 
 def is_far_out(packet_pts: np.ndarray, time_base: float) -> bool:
-    """Whether a stamp is at odds with the order of decoding, so that decoding alone can tell the order of frames.
+    """Return whether a stamp contradicts the order of decoding, so that only decoding reveals the order of frames.
 
-    No healthy stream stores more than `MAX_REORDERING` frames ahead of one that is shown before them. Nearer to the
+    No healthy stream stores more than `MAX_REORDERING` frames ahead of a frame that is shown before them. Nearer to the
     end of the file, a stamp is suspicious if it is far from all others while frames stored later are shown earlier.
 
     Args:
         packet_pts: int64 (n,), stamps of the shown frames in the order of decoding.
-        time_base: seconds of a tick.
+        time_base: seconds per tick.
     """
     order = np.argsort(packet_pts, kind="stable")
     places = np.empty(len(order), dtype=np.int64)
@@ -68,32 +68,32 @@ def is_far_out(packet_pts: np.ndarray, time_base: float) -> bool:
     for step in np.flatnonzero(steps > FAR_SECONDS):
         before, after = order[: step + 1], order[step + 1 :]
         few = min(len(before), len(after)) <= MAX_REORDERING
-        if few and before.max() > after.min():  # stored in the other order
+        if few and before.max() > after.min():  # they are stored in the opposite order
             return True
     return False
 
 
 def mend_times(times: np.ndarray, *, may_jump: bool) -> np.ndarray | None:
-    """Times of frames in the order in which a decoder gave them, without steps that cannot be; None if most cannot be.
+    """Replace impossible steps between the times of frames; None if too many steps are impossible.
 
-    A step backwards, a step ahead that the next frame takes back (or any later frame, if it is more than 10 s), the
-    way back from a single step backwards, and any step of more than 10 s if the clock `may_jump`, is replaced by the
-    usual step. What is left are pauses.
+    These steps are replaced by the usual step: a step backwards, and the return from a single one; a step ahead that
+    the next frame takes back (or any later frame, if it is more than 10 s); and any step of more than 10 s if the clock
+    `may_jump`. The long steps that remain are pauses.
 
     Args:
-        times: float64 (n,), seconds.
-        may_jump: whether the clock of this kind of file may jump.
+        times: float64 (n,), seconds, in the order in which a decoder returned the frames.
+        may_jump: whether the clock of this file format may jump.
     """
     if len(times) < 2:
         return times - times[:1]
     steps = np.diff(times)
     usual = float(np.median(steps[steps > 0])) if np.any(steps > 0) else 0.0
     wrong = steps <= 0
-    if not usual or wrong.mean() > max(_TRUSTED, 1.5 / len(steps)):
+    if not usual or wrong.mean() > max(_MOST_WRONG, 1.5 / len(steps)):
         return None
-    lowest_later = np.minimum.accumulate(times[::-1])[::-1]  # of this frame and all after it
-    taken_back = np.append(steps[1:] < 0, False)  # at once
-    taken_back[1:] |= (steps[:-1] < 0) & (times[2:] > times[:-2])  # and the way back from a frame that was far behind
+    lowest_later = np.minimum.accumulate(times[::-1])[::-1]  # the lowest time of this frame and all after it
+    taken_back = np.append(steps[1:] < 0, False)  # by the next frame
+    taken_back[1:] |= (steps[:-1] < 0) & (times[2:] > times[:-2])  # the return from a frame that was far behind
     far = steps > FAR_SECONDS
     wrong |= taken_back | (far & (may_jump | (lowest_later[1:] < times[1:])))
     return np.concatenate([[0.0], np.cumsum(np.where(wrong, usual, steps))])

@@ -1,18 +1,18 @@
-"""Read the frames of a video file that a model should see, and nothing else.
+"""Read only those frames of a video file that a model should see.
 
-Three ways of reading, each slower and surer than the one before:
+There are three ways of reading, each slower and safer than the one before:
 
-1. the cheapest stretches by the timeline (`plan`), shared out to several decoders;
-2. one stretch from the start, by the same timeline;
-3. decoding everything twice: once to count the frames, once to pick them.
+1. decode the cheapest stretches by the timeline (`decode_plan`), shared among several decoders;
+2. decode one stretch from the start, by the same timeline;
+3. decode everything twice: once to count the frames, once to pick them.
 
-A healthy mp4, mov, mkv or webm file takes the first. The others are for files that break a promise on the
-way; the log says which way was taken. What comes back is the same in all cases: frame k is the k-th frame of
-a full decode. Of a range of a large file only the range is looked at, where that gives the same frames (`window`).
+Healthy mp4, mov, mkv and webm files are read the first way. The others are for files that turn out to differ from their
+timeline; the log says which way was taken. All return the same frames: frame k is the k-th frame of a full decode. For
+a range of a large file only the range is read, if that gives the same frames (`window`).
 
-Pictures are what the training code's readers give (qwen-vl-utils with torchcodec, decord or torchvision): colours of
+Pictures equal those of the training code's readers (qwen-vl-utils with torchcodec, decord or torchvision): colours by
 the stream's own matrix and range, no tone mapping of HDR, no deinterlacing, and pixels as they are stored, even if a
-player would stretch them. Rotation is followed, as decord does, and times are a player's.
+player would stretch them. Rotation is applied, as in decord, and times are a player's.
 """
 
 import logging
@@ -28,13 +28,12 @@ import av
 
 from mlxvr.errors import ConfigError, MediaError
 from mlxvr.media import container as outline
-from mlxvr.media.frames import Frames
+from mlxvr.media.patches import Frames
 from mlxvr.media.sampling import check_range, frame_size
 from mlxvr.media.selection import Selection, select
 from mlxvr.media.spec import VisionSpec
 from mlxvr.media.video.decode_plan import Stretch, plan_stretches, whole_stretch
-from mlxvr.media.video.decoding import Unreliable, decode_counted, decode_stretch
-from mlxvr.media.video.demux import open_video
+from mlxvr.media.video.decoding import Unreliable, decode_counted, decode_stretch, open_video
 from mlxvr.media.video.frame_sink import FrameSink, Orientation
 from mlxvr.media.video.timeline import Timeline, count_frames, scan
 from mlxvr.media.video.window import scan_range
@@ -46,21 +45,21 @@ __all__ = ["VideoInfo", "probe", "read_video"]
 
 logger = logging.getLogger(__name__)
 
-_PARTS_PER_CORE = 4  # stretches that a decoder gets in turn, so that all end at about the same time
-_DECODER_BYTES = 1 << 30  # for the frames of all decoders together
-_WORTHWHILE = 16 << 20  # bytes of a file from which a range is looked at alone; less is scanned in no time
-_MOST_TOKENS = 1 << 20  # of the longest context that either family can be stretched to
-_MEMORY_SHARE = 0.5  # of the machine's memory, what frames and their patches may take
-_FRAMES_PER_DECODER = 16  # full-size frames that a decoder keeps for reference and reordering, at most
+_PARTS_PER_CORE = 4  # stretches per decoder, so that all decoders end at about the same time
+_DECODER_BYTES = 1 << 30  # the most memory for the frames of all decoders together
+_WORTHWHILE = 16 << 20  # bytes of a file from which a range is read alone; a smaller file is scanned in no time
+_MOST_TOKENS = 1 << 20  # the longest context that any family can be extended to
+_MEMORY_SHARE = 0.5  # the share of the machine's memory that frames and their patches may take
+_FRAMES_PER_DECODER = 16  # the most full-size frames that a decoder keeps for reference and reordering
 
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What a video file holds."""
+    """The properties of a video file."""
 
     width: int  # pixels as displayed, after rotation
     height: int
-    rotation: int  # degrees counter-clockwise that stored frames are turned for display: 0, 90, 180 or 270
+    rotation: int  # degrees by which stored frames are turned counter-clockwise for display: 0, 90, 180 or 270
     fps: float  # average
     frames: int
     duration: float  # seconds on a player's clock, to the end of the last frame
@@ -79,11 +78,11 @@ class _Request:
     end: float | None
     progress: Progress | None
     should_stop: ShouldStop | None
-    missing: int  # bytes that the file was cut short by
+    missing: int  # bytes that are missing from the end of the file
 
 
 def probe(path: str | Path) -> VideoInfo:
-    """Describe a video; decodes only its first frame, or all of them where the file has no timeline.
+    """Describe a video; decodes only its first frame, or all frames if the file has no timeline.
 
     Raises `MediaError` if the file is missing, is not a video or cannot be decoded.
     """
@@ -130,12 +129,12 @@ def read_video(
         nframes: frames to sample in all, instead of `spec.fps` frames per second.
         start, end: seconds on a player's clock; only frames shown in this range are sampled.
         progress: called with ("decoding", frames done, frames wanted).
-        should_stop: asked several times a second; True ends the reading.
+        should_stop: called several times a second; True ends the reading.
 
     Raises:
         MediaError: the file or the range cannot be read; the message says why.
         ConfigError: an option has a value that cannot be used.
-        Cancelled: `should_stop` said so.
+        Cancelled: `should_stop` returned True.
     """
     path = local_path(path)
     outline.check_file(path)
@@ -146,14 +145,14 @@ def read_video(
         with open_video(path) as (container, stream):
             try:
                 timeline = scan_range(container, stream, start=start, end=end, should_stop=should_stop)
-            except av.error.FFmpegError as error:  # it cannot be read out of order
+            except av.error.FFmpegError as error:  # the file cannot be read out of order
                 logger.info("%s: FFmpeg says %s", path, error.strerror)
                 timeline = None
             if timeline is not None:
                 frames = _read_by_timeline(request, container, stream, timeline)
                 if frames is not None:
                     return frames
-        logger.info("%s: its range cannot be told without the rest; reading all of its index", path)
+        logger.info("%s: the range cannot be read alone; reading the whole index", path)
     with open_video(path) as (container, stream):
         timeline = scan(container, stream, is_cut=missing > 0, should_stop=should_stop)
         if timeline is not None:
@@ -164,7 +163,7 @@ def read_video(
 
 
 def _read_by_timeline(request: _Request, container: Any, stream: Any, timeline: Timeline) -> Frames | None:
-    """The first two ways of reading; None if the file does not keep to its timeline."""
+    """Read a file in one of the first two ways; None if the file differs from its timeline."""
     selection = _select(request, container, stream, timeline)
     slots = _slots(selection)
     cores = core_count()
@@ -180,7 +179,7 @@ def _read_by_timeline(request: _Request, container: Any, stream: Any, timeline: 
         except Unreliable as reason:
             logger.info("%s: %s; decoding it from the start", request.path, reason)
             sink.reset()
-        if timeline.is_part:  # its start is not the file's
+        if timeline.is_part:  # it does not start where the file does
             return None
         try:
             queue = deque([whole_stretch(timeline, selection.frames)])
@@ -193,7 +192,7 @@ def _read_by_timeline(request: _Request, container: Any, stream: Any, timeline: 
 
 
 def _slots(selection: Selection) -> dict[int, list[int]]:
-    """Frame -> its places among the frames to return."""
+    """Map each frame to its places among the frames to return."""
     slots: dict[int, list[int]] = {}
     for place, frame in enumerate(selection.frames):
         slots.setdefault(int(frame), []).append(place)
@@ -217,7 +216,7 @@ def _decode_queue(
         while queue:
             try:
                 stretch = queue.popleft()
-            except IndexError:  # another decoder was faster
+            except IndexError:  # another decoder took the last one
                 return
             decode = partial(decode_stretch, is_new=is_new, tolerant=tolerant, should_stop=should_stop)
             try:
@@ -228,7 +227,7 @@ def _decode_queue(
 
 
 def _decoder_count(stretches: list[Stretch], cores: int, pixels: int) -> int:
-    """How many decoders to run: one a core, as far as work can be shared out evenly and memory allows."""
+    """Return how many decoders to run: one per core, as far as the work splits evenly and memory allows."""
     costs = [stretch.cost for stretch in stretches]
     even = int(sum(costs) / max(costs))
     affordable = _DECODER_BYTES // max(1, pixels * 3 // 2 * _FRAMES_PER_DECODER)
@@ -236,12 +235,12 @@ def _decoder_count(stretches: list[Stretch], cores: int, pixels: int) -> int:
 
 
 def _read_by_counting(request: _Request) -> Frames:
-    """The last way of reading: decode everything, twice."""
+    """Read a file in the third way: decode everything, twice."""
     with open_video(request.path) as (container, stream):
         timeline = count_frames(container, stream, is_cut=request.missing > 0, should_stop=request.should_stop)
         if not len(timeline):
-            found = f"is cut short ({request.missing:,} bytes are missing) and holds" if request.missing else "holds"
-            raise MediaError(f"{request.path} {found} no frame that can be read: copy or download it again")
+            holds = f"is cut short ({request.missing:,} bytes are missing) and holds" if request.missing else "holds"
+            raise MediaError(f"{request.path} {holds} no frame that can be read: copy or download it again")
         selection = _select(request, container, stream, timeline)
     slots = _slots(selection)
     with _sink(request, len(selection)) as sink, open_video(request.path) as (container, stream):
@@ -252,18 +251,18 @@ def _read_by_counting(request: _Request) -> Frames:
         return _frames(timeline, selection, sink)
 
 
-def _run(request: _Request, sink: FrameSink, works: Sequence[Callable[[ShouldStop], None]]) -> None:
+def _run(request: _Request, sink: FrameSink, decoders: Sequence[Callable[[ShouldStop], None]]) -> None:
     def report() -> None:
         if request.progress is not None:
             request.progress("decoding", sink.done, sink.count)
 
-    run_together(works, report=report, should_stop=request.should_stop)
+    run_together(decoders, report=report, should_stop=request.should_stop)
     sink.finish()  # the last frames are still being resized
     report()
 
 
 def _select(request: _Request, container: Any, stream: Any, timeline: Timeline) -> Selection:
-    """The frames to read; refuses what a cut took away, and more than fits in memory."""
+    """Select the frames to read; raises if the file was cut before one of them, or if they would not fit in memory."""
     total = len(timeline)
     if request.missing:
         total = max(total, _stated_frames(container, stream, timeline))
@@ -274,7 +273,7 @@ def _select(request: _Request, container: Any, stream: Any, timeline: Timeline) 
         raise MediaError(
             f"{request.path} is cut short ({request.missing:,} bytes are missing): "
             f"{int((selection.frames < len(timeline)).sum())} of the {len(selection)} wanted frames can be read, "
-            f"up to {timeline.duration:.1f} s; copy or download it again, or end earlier"
+            f"up to {timeline.duration:.1f} s; copy or download it again, or give an earlier end (--end, end=)"
         )
     _check_amount(request, len(selection), stream.height, stream.width)
     return selection
@@ -282,27 +281,27 @@ def _select(request: _Request, container: Any, stream: Any, timeline: Timeline) 
 
 def _check_amount(request: _Request, count: int, height: int, width: int) -> None:
     """Raise `ConfigError` if no model reads so many frames, or if they would not fit in memory with their patches."""
-    if not height or not width:  # told by the first frame only
+    if not height or not width:  # only the first frame will tell
         return
     rows, columns = _choose_size(request, count, height, width)
     tokens = -(-count // request.spec.temporal_patch_size) * rows * columns // request.spec.factor**2
-    advice = "lower fps or max_frames, or give a range with start and end"
+    advice = "lower fps or max_frames (--fps, --max-frames), or give a range with start and end (--start, --end)"
     if tokens > _MOST_TOKENS:
         raise ConfigError(
             f"{count:,} frames of {columns}x{rows} pixels make {tokens:,} tokens, and no model reads more than "
             f"{_MOST_TOKENS:,}: {advice}"
         )
     needed = 2 * count * rows * columns * 3
-    there_is = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > _MEMORY_SHARE * there_is:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > _MEMORY_SHARE * memory:
         raise ConfigError(
             f"{count:,} frames of {columns}x{rows} pixels need {needed / 1e9:,.1f} GB, and this machine has "
-            f"{there_is / 1e9:,.1f} GB: {advice}"
+            f"{memory / 1e9:,.1f} GB: {advice}"
         )
 
 
 def _stated_frames(container: Any, stream: Any, timeline: Timeline) -> int:
-    """How many frames a file that was cut short had, by its header."""
+    """Return how many frames a file had before it was cut short, by its header."""
     if stream.frames:
         return int(stream.frames)
     return round((container.duration or 0) / av.time_base * timeline.fps)
