@@ -25,7 +25,7 @@ from mlxvr.media import read_video
 COMMAND = "python -m mlxvr.generate"
 PICTURE = Path(__file__).with_name("demo.svg")
 
-COLUMNS, CHARACTER, LINE = 112, 8.0, 19.0  # characters of a row; pixels of a character and of a line
+COLUMNS, CHARACTER, LINE = 116, 8.0, 19.0  # characters of a row; pixels of a character and of a line
 MARGIN, TITLE_BAR, FRAME = 20.0, 34.0, 118.0  # pixels; a frame is square
 COLORS = {"text": "#d8dee9", "label": "#7d8899", "sure": "#8fc97a", "unsure": "#e5b567", "answer": "#ffffff"}
 FONT = "ui-monospace, SFMono-Regular, Menlo, Consolas, 'DejaVu Sans Mono', monospace"
