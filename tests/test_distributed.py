@@ -63,7 +63,7 @@ def lose(ranks, folder, how, collective):
     collectives = {
         "gather": lambda: ranks.all_gather(b"data"),
         "sum": lambda: ranks.all_sum({"a": mx.ones(100_000)}),
-        "wait": ranks.wait,
+        "wait": ranks.barrier,
     }
     for _ in range(2):  # it stays lost, and nobody waits: MLX's own ring may, in the second
         try:
@@ -126,8 +126,9 @@ def start(folder, *argv, count=2):
 
 @pytest.mark.parametrize("count", [2, 3])
 def test_sums_and_bytes_are_the_same_everywhere(tmp_path, count):
-    said = start(tmp_path, "work", count=count)
-    assert [code for *_, code in said] == [0] * count, said
+    """Of two ranks, a sum has no order: it is exactly NumPy's sum of float32."""
+    results = start(tmp_path, "work", count=count)
+    assert [code for *_, code in results] == [0] * count, results
     sums = [dict(np.load(tmp_path / f"sum{rank}.npz")) for rank in range(count)]
     expected = {"b": 0.0, "a": 0.0, "half": 0.0, "one": 0.0}
     for rank in range(count):
@@ -138,27 +139,21 @@ def test_sums_and_bytes_are_the_same_everywhere(tmp_path, count):
         expected["half"] += np.array(half).astype(float)
         expected["one"] += rank
     for name, value in expected.items():
-        assert all(found[name].tobytes() == sums[0][name].tobytes() for found in sums), "the same bits"
+        assert all(rank_sums[name].tobytes() == sums[0][name].tobytes() for rank_sums in sums), "the same bits"
         assert sums[0][name].dtype == np.float32
         assert sums[0][name].shape == np.shape(value)
         np.testing.assert_allclose(sums[0][name], value, rtol=0, atol=1e-6)
+    if count == 2:
+        addends = [np.random.default_rng(rank).standard_normal((3, 5)).astype(np.float32) for rank in range(2)]
+        assert sums[0]["b"].tobytes() == (addends[0] + addends[1]).tobytes()
     for rank in range(count):
-        found = json.loads((tmp_path / f"told{rank}.json").read_text())
+        received = json.loads((tmp_path / f"told{rank}.json").read_text())
         gathered = [
-            [b"x" * (3 * other) for other in range(count)],
-            [str(other).encode() for other in range(count)],
+            [b"x" * (3 * sender) for sender in range(count)],
+            [str(sender).encode() for sender in range(count)],
             [b""] * count,
         ]
-        assert found == [rank, count, [*map(repr, gathered), repr(b"rank 0 says so"), repr(b"")]]
-
-
-def test_two_float32_numbers_have_one_sum(tmp_path):
-    """With two ranks there is no order of summing: exactly what NumPy says."""
-    said = start(tmp_path, "work")
-    assert [code for *_, code in said] == [0, 0], said
-    one, other = (np.random.default_rng(rank).standard_normal((3, 5)).astype(np.float32) for rank in range(2))
-    for rank in range(2):
-        assert np.load(tmp_path / f"sum{rank}.npz")["b"].tobytes() == (one + other).tobytes()
+        assert received == [rank, count, [*map(repr, gathered), repr(b"rank 0 says so"), repr(b"")]]
 
 
 def test_waiting_ends_when_all_are_there(tmp_path):
@@ -188,7 +183,7 @@ def test_hosts_that_cannot_be_are_an_error(tmp_path, hosts, rank):
     (tmp_path / "hosts.json").write_text(hosts)
     package = {"PYTHONPATH": str(Path(mlxvr.__file__).parents[1])}
     done = subprocess.run(
-        [sys.executable, "-c", "from mlxvr.runtime.distributed import ProcessGroup\nRanks()"],
+        [sys.executable, "-c", "from mlxvr.runtime.distributed import ProcessGroup\nProcessGroup()"],
         env={**os.environ, **package, "MLX_HOSTFILE": str(tmp_path / "hosts.json"), "MLX_RANK": str(rank)},
         capture_output=True,
         text=True,

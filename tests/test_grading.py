@@ -297,15 +297,6 @@ def test_intervals_are_read_kindly(said, iou):
     assert grade("iou", said, [20.3, 30.8]) == pytest.approx(iou)
 
 
-def test_intervals_counted_second_by_second():
-    """Against sets of whole seconds, on random intervals."""
-    rng = random.Random(0)
-    for _ in range(500):
-        one, other = (sorted(rng.sample(range(30), 2)) for _ in range(2))
-        first, second = set(range(*one)), set(range(*other))
-        assert grade("iou", f"[{one[0]}, {one[1]}]", other) == pytest.approx(len(first & second) / len(first | second))
-
-
 def test_the_best_segment_counts():
     segments = [[0.0, 5.0], [20.0, 30.0], [24.0, 26.0]]
     assert grade_parts("iou", "[20.0, 25.0]", segments) == Grade(iou=0.5, iop=1.0)

@@ -24,19 +24,16 @@ UNREAD_ROOMS = (
     "checkpoint",
     "cli",
     "conversion",
-    "data",
     "diagnosis",
     "evaluation",
-    "grading",
     "grpo",
-    "media",
     "model",
     "storage",
     "__main__",
     "generate",
     "train",
 )
-SHARED_CLASSES = {"FirstAnswer", "Judged", "_Block"}
+SHARED_CLASSES = {"FirstAnswer", "Judged"}
 
 
 def read_package():

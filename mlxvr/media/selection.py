@@ -131,7 +131,7 @@ def _by_time(
             f"start is {begins + timeline.offset:g} s, but the clip ends at "
             f"{timeline.offset + timeline.duration:.2f} s: give an earlier start"
         )
-    first, last = (int(np.searchsorted(seconds, at + _TOLERANCE, side="right")) - 1 for at in (begins, ends))
+    first, last = (int(np.searchsorted(seconds, moment + _TOLERANCE, side="right")) - 1 for moment in (begins, ends))
     steps = np.diff(seconds[first : last + 1])
     available, span = last - first + 1, ends - begins + (float(np.median(steps)) if len(steps) else usual)
     count = _count(available, available / span, spec, nframes)

@@ -191,16 +191,16 @@ def _agreed(
 ) -> int | None:
     """The value of a geometry setting; the network's shape and both processors must say the same."""
     source, source_key = configured
-    found = {
+    stated = {
         "config.json": source.get(source_key),
         "preprocessor_config.json": image.get(key),
         "video_preprocessor_config.json": video.get(key),
     }
-    found = {file: value for file, value in found.items() if value is not None}
-    if len(set(found.values())) > 1:
-        listed = ", ".join(f"{value} in {file}" for file, value in found.items())
+    stated = {file: value for file, value in stated.items() if value is not None}
+    if len(set(stated.values())) > 1:
+        listed = ", ".join(f"{value} in {file}" for file, value in stated.items())
         raise CheckpointError(f"the checkpoint's files disagree on {key} ({listed}): download the folder again")
-    return next(iter(found.values()), None)
+    return next(iter(stated.values()), None)
 
 
 def _pixel_range(processor: Mapping[str, Any], token_pixels: int) -> tuple[int | None, int | None]:

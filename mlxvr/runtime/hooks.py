@@ -1,8 +1,8 @@
-"""What long work tells its caller, and asks of it.
+"""The callbacks by which long work reports progress to its caller and lets the caller stop it.
 
-    progress(stage, done, total)    called as the work gets on; stages are "download" and "check", "decoding", "vision",
-                                    "prefill", and others that the function names
-    should_stop() -> bool           asked between steps; True ends the work with `mlxvr.Cancelled`
+    progress(stage, done, total)    called as the work proceeds; stages are "download" and "check", "decoding",
+                                    "vision", "prefill", and others that the function's docstring names
+    should_stop() -> bool           called between steps; True ends the work with `mlxvr.Cancelled`
 
 Both are called on the thread that does the work, and should return at once.
 """
@@ -18,7 +18,7 @@ ShouldStop = Callable[[], bool]
 
 @dataclass(frozen=True)
 class Hooks:
-    """Both, for functions that pass them on; None: nobody listens, and nobody stops the work.
+    """Both callbacks, for functions that pass them on; None: no progress is reported, or the work cannot be stopped.
 
     Attributes:
         progress: see above.

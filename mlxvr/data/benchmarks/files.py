@@ -41,13 +41,13 @@ class Folder:
 
         Raises `DataError`: the file is damaged, or it is parquet and pyarrow is not installed.
         """
-        where = path.relative_to(self.root)
+        relative = path.relative_to(self.root)
         for number, record in enumerate(read_records(path), start=1):
             if not isinstance(record, Mapping):
                 raise DataError(
                     f"{path}: entry {number} is of type {type(record).__name__}: expected a record, download it again"
                 )
-            yield f"{where}:{number}", dict(record)
+            yield f"{relative}:{number}", dict(record)
 
     def mapping(self, path: Path) -> dict[str, str]:
         """Read a JSON file that maps names to texts; raises `DataError` if it is anything else."""

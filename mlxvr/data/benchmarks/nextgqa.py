@@ -34,7 +34,7 @@ def read(folder: Folder, *, subtitles: bool) -> Iterator[Entry]:
         _file(folder, name) for name in ("test.csv", "gsub_test.json", "map_vid_vidorID.json")
     )
     grounded = {as_text(record["key"]): record.get("location") or {} for record in read_records(moments)}
-    where = folder.mapping(places)
+    paths = folder.mapping(places)
     for line, record in folder.table(questions):
         video, number = as_text(record.get("video_id")), as_text(record.get("qid"))
         options = [as_text(record.get(choice)) for choice in _CHOICES]
@@ -48,7 +48,7 @@ def read(folder: Folder, *, subtitles: bool) -> Iterator[Entry]:
             "task": record.get("type"),
         }
         problem = "" if intervals else f"{moments.name} holds no moment of video {video}, question {number}"
-        wanted = f"{where.get(video, video)}.mp4"
+        wanted = f"{paths.get(video, video)}.mp4"
         yield Entry(line, row, wanted, folder.find(wanted, _VIDEOS), problem)
 
 

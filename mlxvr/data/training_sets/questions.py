@@ -44,8 +44,8 @@ def read_dapo_math(record: Mapping[str, Any], source: Source) -> Fields:
 def read_virl(record: Mapping[str, Any], source: Source) -> Fields:
     r"""ViRL: `question`, `answer` (in `\boxed{}`), `image` (a list of one; questions about several are left out)."""
     image = media_path(record.get("image"), "image")
-    asked = _asked(text(record, "question"), boxed(as_text(record.get("answer"))))
-    return {**asked, "image": image, "category": as_text(record.get("category"))}
+    fields = _asked(text(record, "question"), boxed(as_text(record.get("answer"))))
+    return {**fields, "image": image, "category": as_text(record.get("category"))}
 
 
 def read_thinklite(record: Mapping[str, Any], source: Source) -> Fields:
@@ -53,10 +53,10 @@ def read_thinklite(record: Mapping[str, Any], source: Source) -> Fields:
     kind = record.get("problem_type")
     if kind is not None and (not isinstance(kind, str) or kind not in _KINDS):
         raise DataError(f"problem_type is {kind!r}: expected exact_match or math")
-    asked = _asked(text(record, "problem"), boxed(as_text(record.get("ground_truth"))))
-    if kind is not None and "options" not in asked:
-        asked["kind"] = _KINDS[kind]
-    return {**asked, "image": media_path(record.get("image"), "image")}
+    fields = _asked(text(record, "problem"), boxed(as_text(record.get("ground_truth"))))
+    if kind is not None and "options" not in fields:
+        fields["kind"] = _KINDS[kind]
+    return {**fields, "image": media_path(record.get("image"), "image")}
 
 
 def read_video_r1(record: Mapping[str, Any], source: Source) -> Fields:
@@ -73,12 +73,12 @@ def read_video_r1(record: Mapping[str, Any], source: Source) -> Fields:
     if not solution or not solution[1]:
         raise DataError("solution holds no <answer>..</answer>: expected one, such as <answer>B</answer>")
     if kind == "numerical":
-        asked: Fields = {"question": plain_question(text(record, "problem")), "answer": solution[1]}
+        fields: Fields = {"question": plain_question(text(record, "problem")), "answer": solution[1]}
     else:
         choices = options(record["options"]) if record.get("options") else []
-        asked = _asked(text(record, "problem"), solution[1], choices)
+        fields = _asked(text(record, "problem"), solution[1], choices)
     return {
-        **asked,
+        **fields,
         "kind": _KINDS[kind],
         media: media_path(record.get("path"), "path"),
         "category": as_text(record.get("data_source")),

@@ -28,7 +28,7 @@ def read_gif(data: bytes) -> Animation:
                 control = blocks[1:5]
         elif kind == _IMAGE:
             place = reader.take(9)
-            left, top, width, height = (int.from_bytes(place[at : at + 2], "little") for at in range(0, 8, 2))
+            left, top, width, height = (int.from_bytes(place[start : start + 2], "little") for start in range(0, 8, 2))
             body = reader.take(_palette_size(place[8])) + reader.take(1) + reader.blocks()
             file = b"GIF89a" + place[4:8] + screen[4:] + palette
             file += bytes([_EXTENSION, _GRAPHIC_CONTROL, 4, control[0] & 1, 0, 0, control[3], 0])
