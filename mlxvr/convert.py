@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlxvr.checkpoint.recipe import BITS, DTYPES, GROUP_SIZES, MODES
 from mlxvr.cli.parser import VerbParser, run_verb
-from mlxvr.cli.progress import Bars
+from mlxvr.cli.progress import ProgressBar
 from mlxvr.conversion.summary import ConversionReport, format_bytes, peak_memory
 from mlxvr.errors import VerificationError
 from mlxvr.model.families.base import titles
@@ -99,7 +99,7 @@ def _convert(args: argparse.Namespace) -> None:
 
     if args.upload_repo:
         check_upload(args.upload_repo)  # before hours of work
-    with Bars() as bars:
+    with ProgressBar() as bar:
         try:
             report = convert(
                 args.hf_path,
@@ -115,11 +115,11 @@ def _convert(args: argparse.Namespace) -> None:
                 verify=args.verify,
                 title=args.upload_repo,
                 force=args.force,
-                progress=bars,
-                on_tensor=lambda tensor: bars.note(f"{tensor}, peak {format_bytes(peak_memory())}"),
+                progress=bar,
+                on_tensor=lambda tensor: bar.note(f"{tensor}, peak {format_bytes(peak_memory())}"),
             )
         except VerificationError as error:
-            bars.clear()
+            bar.clear()
             print(error.report.table(), file=sys.stderr)
             raise
     uploaded = None

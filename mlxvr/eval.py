@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from mlxvr.cli.parser import VerbParser, add_settings, run_verb, told_settings
-from mlxvr.cli.progress import Bars
+from mlxvr.cli.progress import ProgressBar
 from mlxvr.evaluation.eval_config import EvalConfig
 
 if TYPE_CHECKING:
@@ -61,8 +61,8 @@ def _eval(args: argparse.Namespace) -> None:
     from mlxvr.evaluation.console import table
     from mlxvr.evaluation.runner import evaluate
 
-    with Bars() as bars:
-        report = evaluate(config, progress=bars)
+    with ProgressBar() as bar:
+        report = evaluate(config, progress=bar)
     if report.rank:
         return
     for note in report.notes[:_TOLD]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from mlxvr.cli.parser import VerbParser, run_verb
-from mlxvr.cli.progress import Bars
+from mlxvr.cli.progress import ProgressBar
 from mlxvr.conversion.summary import format_bytes, peak_memory
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _fuse(args: argparse.Namespace) -> None:
     from mlxvr.conversion.fusing import fuse
 
-    with Bars() as bars:
+    with ProgressBar() as bar:
         report = fuse(
             args.model,
             args.adapter,
@@ -61,8 +61,8 @@ def _fuse(args: argparse.Namespace) -> None:
             dequantize=args.dequantize,
             revision=args.revision,
             force=args.force,
-            progress=bars,
-            on_tensor=lambda tensor: bars.note(f"{tensor}, peak {format_bytes(peak_memory())}"),
+            progress=bar,
+            on_tensor=lambda tensor: bar.note(f"{tensor}, peak {format_bytes(peak_memory())}"),
         )
     print(json.dumps(report.to_dict()) if args.json else report.table())
 

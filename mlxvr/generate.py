@@ -18,7 +18,7 @@ from mlxvr.checkpoint.bundled import demo_folder, is_demo_model
 from mlxvr.checkpoint.defaults import Defaults
 from mlxvr.checkpoint.folder import ModelFolder
 from mlxvr.cli.parser import VerbParser, clock_time, run_verb
-from mlxvr.cli.progress import Bars
+from mlxvr.cli.progress import ProgressBar
 from mlxvr.errors import ConfigError
 from mlxvr.media.container import check_file
 from mlxvr.media.sequence import folder_frames
@@ -140,7 +140,7 @@ def _generate(args: argparse.Namespace) -> int:
     asked = [replace(one, options=AskRequest(one.prompt, one.options, one.kind, **sampling).options) for one in asked]
     answers = []
     with (
-        Bars() as progress,
+        ProgressBar() as progress,
         reasoner.load(
             args.model,
             adapter=args.adapter,
@@ -184,7 +184,7 @@ def _generate(args: argparse.Namespace) -> int:
 
 def _show_settings(args: argparse.Namespace) -> int:
     """Print what would hold for a question, without loading weights."""
-    with Bars() as progress:
+    with ProgressBar() as progress:
         folder = ModelFolder.open(reasoner.find_folder(args.model, revision=args.revision, progress=progress))
     limits = {name: getattr(args, name) for name in ("threshold", "fps", "max_frames", "video_tokens")}
     defaults = Defaults.of(folder).with_flags(**limits, image_max_tokens=args.image_tokens)
@@ -224,7 +224,7 @@ def _what_to_ask(args: argparse.Namespace) -> tuple[Path, list[_Asked]]:
     return folder / shown[0]["video"], [_Asked(row["question"], row["options"], row["kind"]) for row in shown]
 
 
-def _tell(asked: _Asked, mode: Mode, events: Iterator[Event], progress: Bars, out: TextIO) -> None:
+def _tell(asked: _Asked, mode: Mode, events: Iterator[Event], progress: ProgressBar, out: TextIO) -> None:
     """Print a question and its answer as they come."""
     print(f"question    {asked.prompt}", file=out)
     for letter, option in zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", asked.options or ()):

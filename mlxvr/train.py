@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlxvr.cli.parser import VerbParser, add_settings, run_verb, told_settings
-from mlxvr.cli.progress import Bars
+from mlxvr.cli.progress import ProgressBar
 from mlxvr.cli.settings import read_settings
 from mlxvr.errors import ConfigError
 from mlxvr.grpo.monitor.train_report import TrainReport
@@ -104,20 +104,20 @@ def _train(args: argparse.Namespace) -> int | None:
     def show(entry: Mapping[str, Any], total: int) -> None:
         nonlocal view
         view = view or LiveView(total, history=_history(config, entry), refresh_seconds=1.0)
-        bars.clear()
+        bar.clear()
         view.update(entry)
 
     def progress(stage: str, done: int, total: int) -> None:
         if view is None:
-            bars(stage, done, total)
+            bar(stage, done, total)
         else:
             view.work(stage, done, total)
 
     def note(text: str) -> None:
-        bars.clear()
+        bar.clear()
         print(text, file=sys.stderr) if view is None else view.note(text)
 
-    with Bars() as bars, _interruptible(note) as should_stop:
+    with ProgressBar() as bar, _interruptible(note) as should_stop:
         try:
             report = train(config, progress=progress, on_entry=show, on_note=note, should_stop=should_stop)
         finally:

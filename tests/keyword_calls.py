@@ -34,7 +34,6 @@ METHODS = {
     "reformat": "av.video.reformatter.VideoReformatter.reformat",
     "repo_info": "huggingface_hub.HfApi.repo_info",
     "seek": "av.container.InputContainer.seek",
-    "set_postfix_str": "tqdm.tqdm.set_postfix_str",
     "subplots": "matplotlib.figure.Figure.subplots",
     "tick_params": "matplotlib.axes.Axes.tick_params",
     "unfreeze": "mlx.nn.Module.unfreeze",

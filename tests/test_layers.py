@@ -40,7 +40,7 @@ NEEDS: dict[str, set[str]] = {
     "errors": set(),
     "storage": set(),
     "runtime": {"mlx", "numpy"},
-    "cli": {"tqdm"},
+    "cli": {"rich"},
     "media": {"PIL", "av", "numpy", "pillow_heif"},
     "data": {"PIL", "numpy"},
     "answering": set(),

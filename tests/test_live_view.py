@@ -1,4 +1,4 @@
-"""The live view of a training run: what a terminal shows of it, read by a small terminal of our own."""
+"""The live view of a training run: what a terminal shows of it."""
 
 import io
 import os
@@ -8,6 +8,7 @@ import time
 
 import numpy as np
 import pytest
+from screen import Screen
 
 from mlxvr.grpo.monitor.live_view import LiveView, duration, sparkline
 
@@ -42,42 +43,12 @@ VALID = {
 }
 
 
-class Screen(io.StringIO):
-    """A terminal of some columns: `lines()` is what it shows after everything that was written."""
-
-    encoding = "utf-8"
-
-    def isatty(self):
-        return True
-
-    def lines(self, columns):
-        cells, row, column = {}, 0, 0
-        for part in re.findall(r"\x1b\[\d*[a-zA-Z]|.", self.getvalue(), re.DOTALL):
-            if part == "\n":
-                row, column = row + 1, 0
-            elif part == "\r":
-                column = 0
-            elif part == "\x1b[J":
-                cells = {at: char for at, char in cells.items() if at < (row, column)}
-            elif part.startswith("\x1b") and part.endswith("A"):
-                row = max(0, row - int(part[2:-1]))
-            elif part.startswith("\x1b"):
-                assert part.endswith("m"), f"{part!r} is not known to this terminal"
-            else:
-                if column == columns:
-                    row, column = row + 1, 0
-                cells[row, column] = part
-                column += 1
-        shown = ["".join(cells.get((at, place), " ") for place in range(columns)).rstrip() for at in range(row + 1)]
-        return shown[:-1] if not shown[-1] else shown
-
-
 @pytest.fixture(autouse=True)
 def clock(monkeypatch):
     """Seconds, as a list of one; and a terminal of 100 columns without settings of the user's."""
     now = [1000.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    for name in ("NO_COLOR", "TERM"):
+    for name in ("CI", "NO_COLOR", "TERM"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setenv("LINES", "24")
@@ -93,16 +64,16 @@ def test_a_terminal_shows_every_figure_once(clock):
             view.update({**STEP, "step": step, "reward": 1 + step / 50})
         view.update({**STEP, **VALID, "step": 51, "reward": 1.5})
     lines = screen.lines(100)
-    history = re.fullmatch("reward  1.500  ([▁-█]{32})  spread in a group 0.410", lines.pop(1))[1]
+    history = re.fullmatch("reward 1.500  ([▁-█]{32})  spread in a group 0.410", lines.pop(1))[1]
     assert list(history[:-1]) == sorted(history[:-1])
     assert (history[0], history[-2], history[-1]) == ("▁", "█", "▇")  # the last is the mean of 2.0 and 1.5: 7 of 8 high
     assert lines == [
-        "step 51 of 200  ██████░░░░░░░░░░░░░░░░░░   26%  elapsed 10:00  left 29:13",  # 600 s / 51 * 149
-        "first  50.0%  second  71.2%  think  62.0%  format  99.1%",
-        "kl 0.00123  grad norm    0.53  learning rate   1e-05",
-        "tokens    143  longest  1,256  tokens/s    812  memory 14.2 GB",
-        "validation at 51:  first 51.0%  second 69.0%  auto 68.0%  confidence 0.812  think 55.0%  tokens 131",
-        "format 100.0%  reward 2.100",
+        "step 51 of 200  ━━━━━━╺━━━━━━━━━━━━━━━━━  26%  elapsed 10:00  left 29:13",  # 600 s / 51 * 149
+        "first 50.0%  second 71.2%  think 62.0%  format 99.1%",
+        "kl 0.00123  grad norm 0.53  learning rate 1e-05",
+        "tokens 143  longest 1,256  tokens/s 812  memory 14.2 GB",
+        "validation at 51:  first 51.0%  second 69.0%   auto 68.0%    confidence 0.812",
+        "think 55.0%        tokens 131   format 100.0%  reward 2.100  best reward 2.100 at 51",
     ]
 
 
@@ -128,10 +99,10 @@ def test_the_view_fits_its_terminal(monkeypatch, columns, rows):
     view = LiveView(123_456, screen)
     for step in range(1, 40):
         view.update({**STEP, **VALID, "step": step})
-    written = re.sub(r"\x1b\[\d*[a-zA-Z]|\r", "", screen.getvalue()).split("\n")
-    assert max(len(line) for line in written) <= max(1, columns - 1)
+    written = re.split(r"[\r\n]", re.sub(r"\x1b\[\??[\d;]*[a-zA-Z]", "", screen.getvalue()))
+    assert max(len(line) for line in written) <= columns
     lines = screen.lines(columns)
-    assert len(lines) <= rows - 1
+    assert len(lines) <= rows
     if columns >= 20 and rows == 50:
         assert lines[0].startswith("step 39 of 123,456")
         shown = " ".join(" ".join(lines).split())
@@ -148,8 +119,10 @@ def test_a_narrower_terminal_is_cleared_as_a_whole(monkeypatch):
     monkeypatch.setenv("COLUMNS", "50")
     before = len(screen.getvalue())
     view.update({**STEP, "step": 2})
-    up = int(re.match(r"\x1b\[(\d+)A", screen.getvalue()[before:])[1])
-    assert up == sum(-(-length // 50) for length in height) > len(height)
+    cleared = re.match(r"(\r|\x1b\[2K|\x1b\[1A)*", screen.getvalue()[before:])[0]
+    rows = sum(-(-length // 50) for length in height)
+    assert cleared.count("\x1b[1A") == rows - 1 > len(height) - 1  # the cursor is in the last of them
+    assert screen.getvalue()[before + len(cleared) :].startswith("\x1b[2mstep\x1b[0m 2 of 200")
 
 
 def test_elsewhere_there_is_a_plain_line_for_every_entry(clock):
@@ -162,8 +135,8 @@ def test_elsewhere_there_is_a_plain_line_for_every_entry(clock):
         clock[0] += 30
         view.update({**STEP, **VALID, "step": 2})
     figures = (
-        "reward 1.734  first 50.0%  second 71.2%  think 62.0%  format 99.1%  tokens 143  kl 0.00123  grad 0.53  "
-        "lr 1e-05  tokens/s 812  memory 14.2 GB"
+        "reward 1.734  spread in a group 0.410  first 50.0%  second 71.2%  think 62.0%  format 99.1%  kl 0.00123  "
+        "grad norm 0.53  learning rate 1e-05  tokens 143  longest 1,256  tokens/s 812  memory 14.2 GB"
     )
     valid = (
         "first 51.0%  second 69.0%  auto 68.0%  confidence 0.812  think 55.0%  tokens 131  format 100.0%  reward 2.100"
@@ -172,7 +145,7 @@ def test_elsewhere_there_is_a_plain_line_for_every_entry(clock):
         f"validation at 0:  {valid}",
         f"step 1/200  {figures}  left 33:10",
         "saved run/best",
-        f"step 2/200  {figures}  left 1:06:00  validation at 2:  {valid}",
+        f"step 2/200  {figures}  left 1:06:00  validation at 2:  {valid}  best reward 2.100 at 2",
     ]
 
 
@@ -187,12 +160,13 @@ def test_no_color(monkeypatch):
     monkeypatch.setenv("NO_COLOR", "1")
     screen = Screen()
     LiveView(10, screen).update(STEP)
-    assert "\x1b" not in screen.getvalue()
+    assert not re.search(r"\x1b\[[\d;]*m", screen.getvalue())
     monkeypatch.delenv("NO_COLOR")
     other = Screen()
     LiveView(10, other).update(STEP)
-    assert "\x1b[2mreward\x1b[22m" in other.getvalue()
-    assert other.lines(100) == screen.lines(100)
+    assert "\x1b[2mreward\x1b[0m" in other.getvalue()
+    assert other.lines(100)[1:] == screen.lines(100)[1:]
+    assert "━" * 2 + " " in screen.lines(100)[0]  # what is left of the bar would look like what is done
 
 
 @pytest.mark.parametrize("kind", [Screen, io.StringIO])
@@ -242,7 +216,7 @@ def test_ascii_where_blocks_cannot_be_shown(encoding):
         view.update({**STEP, "step": step, "reward": step})
     screen.getvalue().encode(encoding)
     note, head, reward, *_ = screen.lines(100)
-    shown = ("✓", "█" * 12 + "░" * 12, "▁▃▅▇█") if encoding == "utf-8" else ("?", "#" * 12 + "-" * 12, "_-=*#")
+    shown = ("✓", "━" * 12 + "╺" + "━" * 11, "▁▃▅▇█") if encoding == "utf-8" else ("?", "-" * 12, "_-=*#")
     assert (note[-1], head.split()[4], reward.split()[2]) == shown
 
 
@@ -280,7 +254,7 @@ def test_a_run_that_goes_on_times_its_own_steps(clock):
     view.update({**STEP, "step": 101, "reward": 3.0})
     lines = screen.lines(100)
     assert lines[0].endswith("92%  elapsed 0:06  left 0:54")  # 9 steps of 6 s
-    assert lines[1][15:47] == "▁" * 31 + "█"
+    assert lines[1][14:46] == "▁" * 31 + "█"
     assert lines[-2].startswith("validation at 100:  first 51.0%")
 
 
@@ -312,11 +286,13 @@ def test_the_size_of_a_real_terminal_is_asked():
         fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 40, 0, 0))
         with os.fdopen(side, "w", encoding="utf-8") as out:
             LiveView(200, out).update(STEP)
-            shown = os.read(main, 10_000).decode()
+            shown = ""
+            while "memory" not in shown:
+                shown += os.read(main, 10_000).decode()
     finally:
         os.close(main)
-    widths = [len(line) for line in re.sub(r"\x1b\[\d*[a-zA-Z]", "", shown).split("\r\n")]
-    assert 30 <= max(widths) <= 39
+    widths = [len(line) for line in re.split(r"[\r\n]", re.sub(r"\x1b\[\??[\d;]*[a-zA-Z]", "", shown))]
+    assert 30 <= max(widths) <= 40
 
 
 def test_sparkline():
@@ -387,4 +363,108 @@ def test_completions_that_were_cut_off_are_shown():
     view.update({**STEP, "step": 2, "completions/clipped_ratio": 0.0})
     first, second = plain.getvalue().splitlines()
     assert "truncated 25.0%" in first
-    assert "truncated" not in second
+    assert "truncated 0.0%" in second
+
+
+def test_best_is_the_highest_validation_reward():
+    """As the trainer keeps it: the first of equals, and not what there was before training."""
+    screen = Screen()
+    earlier = [{"step": 0, "valid_reward": 9.0}, {**STEP, "step": 1, "valid_reward": 2.0}]
+    view = LiveView(10, screen, history=earlier)
+    view.update({**STEP, "step": 2, "valid_reward": 2.5})
+    view.update({**STEP, "step": 3, "valid_reward": 2.5})
+    view.update({**STEP, "step": 4, "valid_reward": 1.0})
+    assert screen.lines(100)[-1] == "validation at 4:  reward 1.000  best reward 2.500 at 2"
+
+
+def test_ci_gets_plain_lines(monkeypatch):
+    for value, is_plain in (("true", True), ("1", True), ("", False), ("false", False)):
+        monkeypatch.setenv("CI", value)
+        screen = Screen()
+        LiveView(10, screen).update(STEP)
+        assert ("\x1b" not in screen.getvalue()) == is_plain
+
+
+IN_A_TERMINAL = """
+import sys, time, warnings
+from mlxvr.grpo.monitor.live_view import LiveView
+view = LiveView(10, refresh_seconds=0.25)
+view.note("loaded")
+view.update({"step": 1, "reward": 1.0, "rollout_seconds": 3.0, "kl": 0.001, "grad_norm": 0.5, "peak_memory": 1e9})
+view.work("sample", 0, 4)
+sys.stdin.readline()
+print("a line of another library", file=sys.stderr)
+view.note("saved")
+view.update({"step": 2, "reward": 2.0})
+view.close()
+print("the result")
+"""
+
+
+def test_in_a_real_terminal():
+    """A long step is redrawn by itself, also where the terminal becomes narrower; what others write stays above."""
+    import fcntl
+    import pty
+    import select
+    import signal
+    import struct
+    import subprocess
+    import sys
+    import termios
+
+    main, side = pty.openpty()
+    fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 100, 0, 0))
+    environment = {name: value for name, value in os.environ.items() if name not in ("CI", "COLUMNS", "LINES")}
+    screen = Screen()
+    process = subprocess.Popen(
+        [sys.executable, "-c", IN_A_TERMINAL],
+        stdin=subprocess.PIPE,
+        stdout=side,
+        stderr=side,
+        env={**environment, "TERM": "xterm-256color"},
+    )
+    os.close(side)
+
+    def read_until(*texts):
+        ends = time.perf_counter() + 60
+        while not all(text in screen.getvalue() for text in texts):
+            assert time.perf_counter() < ends, screen.getvalue()
+            screen.write(os.read(main, 100_000).decode().replace("\r\n", "\n"))
+
+    try:
+        read_until("elapsed\x1b[0m 0:03", "elapsed\x1b[0m 0:04", "elapsed\x1b[0m 0:05", "sampling 1 of 4")
+        wide = screen.lines(100)
+        assert wide[0] == "loaded"
+        assert wide[1].startswith("step 1 of 10  ━━╺━")
+        assert len(wide) == 5
+        process.send_signal(signal.SIGSTOP)  # so that nothing is drawn while the width changes
+        os.waitpid(process.pid, os.WUNTRACED)
+        while select.select([main], [], [], 0.2)[0]:
+            screen.write(os.read(main, 100_000).decode().replace("\r\n", "\n"))
+        fcntl.ioctl(main, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 60, 0, 0))
+        before, reflowed = len(screen.getvalue()), "\n".join(screen.lines(100))
+        process.send_signal(signal.SIGCONT)
+        while "sampling" not in screen.getvalue()[before:]:
+            screen.write(os.read(main, 100_000).decode().replace("\r\n", "\n"))
+        drawn = re.sub(r"\x1b\[\??[\d;]*[a-zA-Z]", "", screen.getvalue()[before:])
+        assert max(len(line) for line in re.split(r"[\r\n]", drawn)) <= 60
+        process.stdin.write(b"\n")
+        process.stdin.flush()
+        read_until("the result\n")
+    finally:
+        process.stdin.close()
+        process.kill()
+        process.wait()
+        os.close(main)
+    narrow = Screen()
+    narrow.write(reflowed + screen.getvalue()[before:])
+    lines = narrow.lines(60)
+    assert lines[-1] == "the result"
+    assert [line for line in lines if line in ("a line of another library", "saved", "loaded")] == [
+        "loaded",
+        "a line of another library",
+        "saved",
+    ]
+    (head,) = [line for line in lines if line.startswith("step ")]
+    assert head.startswith("step 2 of 10  ━━━━")
+    assert screen.getvalue().rfind("\x1b[?25h") > screen.getvalue().rfind("\x1b[?25l")  # the cursor is there again

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from mlxvr.cli.progress import Bars
+from mlxvr.cli.progress import ProgressBar
 from mlxvr.eval import EvalConfig, evaluate
 from mlxvr.evaluation.samples import Sample, decide, read_samples
 
@@ -32,8 +32,8 @@ MIXES = {"even mix": {"perception": 1, "tracking": 1}, "3:1 mix": {"perception":
 
 def measure(config: EvalConfig, rows: Sequence[dict]) -> list[dict]:
     """Ask every question of `config.data`; what came of each, in the order of `rows`."""
-    with Bars() as bars:
-        report = evaluate(config, progress=bars)
+    with ProgressBar() as bar:
+        report = evaluate(config, progress=bar)
     if report.summary.errors:
         raise RuntimeError(f"questions that failed: {report.summary.errors}")
     samples = {sample.id: sample for sample in read_samples(report.samples)}
