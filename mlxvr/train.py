@@ -95,7 +95,7 @@ def read_config(args: argparse.Namespace) -> TrainConfig:
 
 def _train(args: argparse.Namespace) -> int | None:
     config = read_config(args)
-    from mlxvr.grpo.filtering import FilterReport
+    from mlxvr.grpo.filter_report import FilterReport
     from mlxvr.grpo.monitor.live_view import LiveView
     from mlxvr.grpo.trainer import train
 

@@ -8,9 +8,10 @@ import pytest
 
 from mlxvr.data.rows import Row
 from mlxvr.errors import ConfigError
-from mlxvr.grpo import trainer
+from mlxvr.grpo import run
 from mlxvr.grpo.collapse_guard import CollapseGuard, GroupAnswer, summarise_answers
 from mlxvr.grpo.train_config import TrainConfig
+from mlxvr.grpo.trainer import train
 from mlxvr.reasoner.reasoner import demo_folder
 
 NO_SECOND = "\\boxed{A}<think>look</think>"
@@ -224,19 +225,17 @@ def test_a_run_that_has_collapsed_is_saved_before_it_ends(tmp_path, monkeypatch)
     rows = [json.loads(line) for line in (demo_folder() / "clips.jsonl").read_text().splitlines()[:3]]
     data = tmp_path / "unlabelled.jsonl"
     data.write_text("".join(f"{json.dumps({**row, 'answer': None})}\n" for row in rows))
-    monkeypatch.setattr(trainer, "CollapseGuard", lambda: CollapseGuard(2, rows=100, entropy_share=0, entropy_floor=0))
+    monkeypatch.setattr(run, "CollapseGuard", lambda: CollapseGuard(2, rows=100, entropy_share=0, entropy_floor=0))
     options = {"data": data, "media_root": demo_folder(), "output": tmp_path / "run", "steps": 9, "batch_size": 1}
     options |= {"group_size": 2, "max_completion_tokens": 16, "temperature": 1e-3, "reward": ("agreement",)}
     notes: list[str] = []
     with pytest.raises(ConfigError, match="has collapsed: all groups of the last 2 steps are unanimous"):
-        trainer.train(TrainConfig(**options), on_note=notes.append)
+        train(TrainConfig(**options), on_note=notes.append)
     assert len([note for note in notes if "may be collapsing" in note]) == 1
 
     def steps() -> list[int]:
         return [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
 
     assert steps() == [1, 2, 3, 4]
-    report = trainer.train(
-        TrainConfig(**{**options, "steps": 6}, resume=True)
-    )  # another window begins, and is not full
+    report = train(TrainConfig(**{**options, "steps": 6}, resume=True))  # another window begins, and is not full
     assert (report.steps, steps()) == (6, [1, 2, 3, 4, 5, 6])

@@ -16,11 +16,14 @@ from types import SimpleNamespace
 import pytest
 from groups import stir, tiny_model
 
+from mlxvr.answering.sampling_config import SamplingConfig
 from mlxvr.data.rows import Row, load_rows
 from mlxvr.errors import Cancelled, ConfigError, DataError, MediaError
 from mlxvr.grading import math_equality
 from mlxvr.grading.reward import Reward, score
-from mlxvr.grpo.filtering import FilterReport, Sampling, filter_rows, make_sampler, progress_file
+from mlxvr.grpo.filter_report import FilterReport
+from mlxvr.grpo.filtering import FilterConfig, make_sampler, progress_file
+from mlxvr.grpo.filtering import filter_rows as filter_configured
 from mlxvr.grpo.setup import read_training_rows
 from mlxvr.grpo.step.lora import attach, save_adapter
 from mlxvr.grpo.step.lora_config import LoraConfig
@@ -30,6 +33,7 @@ from mlxvr.grpo.train_config import TrainConfig
 from mlxvr.grpo.trainer import train
 from mlxvr.model.loading import load_model
 from mlxvr.reasoner.reasoner import demo_folder
+from mlxvr.runtime.hooks import Hooks
 from mlxvr.train import main
 
 RIGHT, WRONG = "\\boxed{B}<think>So.</think>\\boxed{A}", "\\boxed{A}<think>So.</think>\\boxed{B}"
@@ -57,6 +61,12 @@ class Scripted:
         return texts
 
 
+def filter_rows(model, rows, output, *, sampler=None, progress=None, should_stop=None, **options):
+    """`filter_rows` with the fields of its config as keywords."""
+    hooks = Hooks(progress, should_stop)
+    return filter_configured(model, rows, output, FilterConfig(**options), sampler=sampler, hooks=hooks)
+
+
 def without_place(rows):
     return [replace(row, line="") for row in rows]
 
@@ -74,32 +84,32 @@ def test_completions_of_a_model(demo, monkeypatch):
         asked["encode"] = (model, row, options)
         return "prompt"
 
-    def rollout(model, prompt, **options):
-        asked["rollout"] = (model, prompt, options)
+    def rollout(model, prompt, sampling, **options):
+        asked["rollout"] = (model, prompt, sampling, options)
         return SimpleNamespace(texts=[RIGHT, RIGHT, "", "cut"])
 
     monkeypatch.setitem(sys.modules, "mlxvr.grpo.step.prompts", SimpleNamespace(encode_row=encode_row))
     monkeypatch.setitem(sys.modules, "mlxvr.grpo.step.rollout", SimpleNamespace(rollout=rollout))
     (row,) = text_rows(1)
-    sampling = Sampling(max_tokens=7, temperature=0.5, top_p=0.9, max_prompt_tokens=99, prefill_step_size=33)
-    texts = make_sampler(demo, samples=4, sampling=sampling)(row, 12)
+    sampling = SamplingConfig(max_tokens=7, temperature=0.5, top_p=0.9)
+    config = FilterConfig(samples=4, sampling=sampling, max_prompt_tokens=99, prefill_step_size=33)
+    texts = make_sampler(demo, config)(row, 12)
     assert texts == [RIGHT, RIGHT, "", "cut"]
     assert asked["encode"] == (demo, row, {"spec": demo.spec, "max_prompt_tokens": 99, "should_stop": None})
-    drawn = {"group_size": 4, "max_tokens": 7, "temperature": 0.5, "top_p": 0.9, "seed": 12, "should_stop": None}
-    drawn["prefill_step_size"] = 33
-    assert asked["rollout"] == (demo, "prompt", drawn)
+    drawn = {"group_size": 4, "prefill_step_size": 33, "should_stop": None}
+    assert asked["rollout"] == (demo, "prompt", replace(sampling, seed=12), drawn)
 
 
 @pytest.mark.slow
 def test_the_bundled_model(demo, tmp_path):
     """The default sampler with the real rollout: clips of the bundled world, twice the same."""
     rows = load_rows(demo_folder() / "clips.jsonl")[:4]
-    options = {"samples": 4, "sampling": Sampling(max_tokens=96, seed=3), "threshold": 0.5}
+    options = {"samples": 4, "sampling": SamplingConfig(max_tokens=96, temperature=1.0, seed=3), "threshold": 0.5}
     rates = {}
     for row in rows:
         seed = int.from_bytes(hashlib.sha256(f"3/{row.id}".encode()).digest()[:4])
         prompt = encode_row(demo, row, spec=demo.spec)
-        made = rollout(demo, prompt, group_size=4, max_tokens=96, temperature=1.0, top_p=1.0, seed=seed)
+        made = rollout(demo, prompt, SamplingConfig(max_tokens=96, temperature=1.0, top_p=1.0, seed=seed), group_size=4)
         texts = [demo.tokenizer.decode(one.ids.tolist()).replace("<|im_end|>", "") for one in made.completions]
         most = 2 if row.kind == "gqa" else 1
         rates[row.id] = sum(score(text, row.answer, row.kind).second >= 0.5 * most for text in texts)
@@ -193,7 +203,13 @@ def test_rows_without_an_answer_are_kept_unasked(tmp_path):
 def test_seeds_hang_on_the_row_alone(tmp_path):
     def seeds(rows, name, seed=0):
         sampler = Scripted({row.id: 1 for row in rows})
-        filter_rows(None, rows, tmp_path / name, sampler=sampler, sampling=Sampling(seed=seed))
+        filter_rows(
+            None,
+            rows,
+            tmp_path / name,
+            sampler=sampler,
+            sampling=SamplingConfig(max_tokens=2_048, temperature=1.0, seed=seed),
+        )
         return dict(sampler.asked)
 
     rows = text_rows(20)
@@ -284,7 +300,9 @@ def test_other_settings_are_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"samples 8 \(now 4\); use those, or choose another output folder"):
         filter_rows(None, rows, output, samples=4, sampler=Scripted({"r0": 1}, samples=4))
     with pytest.raises(ConfigError, match=r"temperature 1\.0 \(now 0\.5\)"):
-        filter_rows(None, rows, output, sampler=Scripted({}), sampling=Sampling(temperature=0.5))
+        filter_rows(
+            None, rows, output, sampler=Scripted({}), sampling=SamplingConfig(max_tokens=2_048, temperature=0.5, seed=0)
+        )
 
 
 def test_a_row_that_was_changed_is_sampled_again(tmp_path):
@@ -402,15 +420,14 @@ def test_values_that_cannot_be_used(tmp_path, options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_tokens": 0}, "max_tokens is 0"),
-        ({"temperature": 0.0}, "temperature is 0.0: samples differ only above 0"),
-        ({"temperature": float("nan")}, "temperature is nan"),
-        ({"top_p": 0.0}, "top_p is 0.0"),
+        ({"sampling": SamplingConfig(temperature=0.0)}, r"temperature is 0\.0: samples differ only above 0"),
+        ({"prefill_step_size": 0}, "prefill_step_size is 0"),
+        ({"threshold": float("nan")}, "threshold is nan"),
     ],
 )
-def test_sampling_that_cannot_be_used(options, message):
+def test_filter_settings_that_cannot_be_used(options, message):
     with pytest.raises(ConfigError, match=message):
-        Sampling(**options)
+        FilterConfig(**options)
 
 
 def test_rows_that_cannot_be_told_apart(tmp_path):
@@ -511,7 +528,9 @@ def test_filter_only_samples_with_the_adapter_that_training_begins_from(tmp_path
     (tmp_path / "rows.jsonl").write_text(json.dumps({"id": "a", "question": "Is it?", "answer": "B"}) + "\n")
     (row,) = load_rows(tmp_path / "rows.jsonl")
     seed = int.from_bytes(hashlib.sha256(b"4/a").digest()[:4])
-    expected = rollout(model, encode_row(model, row), group_size=3, max_tokens=6, temperature=0.7, seed=seed).texts
+    expected = rollout(
+        model, encode_row(model, row), SamplingConfig(max_tokens=6, temperature=0.7, seed=seed), group_size=3
+    ).texts
     texts = []
     monkeypatch.setitem(
         sys.modules, "own_filter_reward", SimpleNamespace(see=lambda text, row: texts.append(text) or 0.0)

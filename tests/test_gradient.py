@@ -12,6 +12,7 @@ from checkpoints import FAMILIES
 from groups import NOTHING, difference, flat, make_group, stir, tiny_model
 from mlx.utils import tree_flatten
 
+from mlxvr.answering.sampling_config import SamplingConfig
 from mlxvr.data.rows import Row
 from mlxvr.errors import ConfigError
 from mlxvr.grpo.step import forward
@@ -284,7 +285,7 @@ def test_before_the_first_update_the_distance_is_0_and_the_ratio_1(family, bits,
         nn.quantize(model.network.language_model, group_size=32, bits=bits)
     attach(model, LoraConfig(rank=4), seed=1)
     prompt = EncodedPrompt(**{**vars(make_group(model).prompt), "row": Row(id="r", question="?", answer="A")})
-    group = rollout(model, prompt, group_size=4, max_tokens=12, seed=0)
+    group = rollout(model, prompt, SamplingConfig(max_tokens=12, seed=0, temperature=1.0), group_size=4)
     _, stats = group_gradient(model, group, ADVANTAGES, config=LossConfig(beta=0.1), checkpoint=checkpoint)
     assert stats.kl == pytest.approx(0.0, abs=NOTHING)
     assert (stats.ratio_mean, stats.clip_share) == (1.0, 0.0)

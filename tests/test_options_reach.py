@@ -28,8 +28,17 @@ from mlxvr.grpo.trainer import train
 # Functions that look at options without acting on them.
 _LOOKING = {
     *("__post_init__", "check_at_least", "check_positive", "_check_comparison", "_check_calibration"),
-    *("identity", "idle_options", "write_settings", "_pace", "asdict", "_asdict_inner", "replace", "__repr__"),
-    *("estimate_memory", "_check_sizes", "check_lengths"),
+    *(
+        "identity",
+        "idle_options",
+        "write_settings",
+        "_schedule_identity",
+        "asdict",
+        "_asdict_inner",
+        "replace",
+        "__repr__",
+    ),
+    *("estimate_memory", "check_sizes", "check_lengths"),
 }
 
 

@@ -9,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlxvr.answering.sampling_config import SamplingConfig
 from mlxvr.data.rows import Row, load_rows
 from mlxvr.errors import Cancelled, ConfigError, DataError
 from mlxvr.grpo.step.gradient import group_logprobs
@@ -58,7 +59,7 @@ def one_by_one(model, prompt, tokens):
 def test_logprobs_are_those_of_decoding_alone_and_of_the_training_pass(group, monkeypatch):
     model, prompt = group
     monkeypatch.setattr(model.tokenizer, "eos_ids", many_ends(model))
-    made = rollout(model, prompt, group_size=6, max_tokens=24, seed=3)
+    made = rollout(model, prompt, SamplingConfig(max_tokens=24, seed=3, temperature=1.0), group_size=6)
     lengths = [len(one.ids) for one in made.completions]
     assert len(set(lengths)) > 2, "completions of one length show little"
     packed = group_logprobs(model, made)
@@ -69,7 +70,7 @@ def test_logprobs_are_those_of_decoding_alone_and_of_the_training_pass(group, mo
 
 def test_logprobs_are_those_of_the_temperature(group):
     model, prompt = group
-    made = rollout(model, prompt, group_size=3, max_tokens=8, seed=1, temperature=0.7)
+    made = rollout(model, prompt, SamplingConfig(max_tokens=8, temperature=0.7, seed=1), group_size=3)
     packed = group_logprobs(model, made, temperature=0.7)
     for index, one in enumerate(made.completions):
         np.testing.assert_allclose(one.logprobs, packed[index, : len(one.ids)], atol=2e-5)
@@ -89,7 +90,7 @@ def test_greedy_is_what_decode_gives(group):
             stop_ids=model.eos_ids,
         )
     )
-    made = rollout(model, prompt, group_size=2, max_tokens=12, seed=0, temperature=0)
+    made = rollout(model, prompt, SamplingConfig(max_tokens=12, temperature=0.0, seed=0), group_size=2)
     for one in made.completions:
         assert one.ids.tolist() == [token.id for token in tokens]
         np.testing.assert_allclose(one.logprobs, [token.logprob for token in tokens], atol=2e-5)
@@ -99,7 +100,7 @@ def test_a_seed_decides(group):
     model, prompt = group
 
     def ids(seed):
-        made = rollout(model, prompt, group_size=4, max_tokens=10, seed=seed)
+        made = rollout(model, prompt, SamplingConfig(max_tokens=10, seed=seed, temperature=1.0), group_size=4)
         return [one.ids.tolist() for one in made.completions]
 
     assert ids(5) == ids(5)
@@ -113,7 +114,7 @@ def test_samples_follow_the_distribution(group):
     cache = model.make_cache()
     logits = prefill(model, prompt.ids, prompt.positions, cache, features=prompt.features, media_mask=prompt.media_mask)
     size, temperature = 4000, 0.2
-    drawn = rollout(model, prompt, group_size=size, max_tokens=1, seed=0, temperature=temperature)
+    drawn = rollout(model, prompt, SamplingConfig(max_tokens=1, temperature=temperature, seed=0), group_size=size)
     counts = np.bincount([one.ids[0] for one in drawn.completions], minlength=logits.size)
     expected = np.array(mx.softmax(logits / temperature)) * size
     often = expected > 20
@@ -124,7 +125,7 @@ def test_samples_follow_the_distribution(group):
 def test_ended_and_truncated(group, monkeypatch):
     model, prompt = group
     monkeypatch.setattr(model.tokenizer, "eos_ids", many_ends(model))
-    made = rollout(model, prompt, group_size=8, max_tokens=12, seed=1)
+    made = rollout(model, prompt, SamplingConfig(max_tokens=12, seed=1, temperature=1.0), group_size=8)
     ended = [one for one in made.completions if not one.truncated]
     cut = [one for one in made.completions if one.truncated]
     assert ended
@@ -146,7 +147,7 @@ def test_visual_placeholders_are_never_drawn(group, monkeypatch):
     push = np.zeros(int(model.config["text_config"]["vocab_size"]), np.float32)
     push[sorted(model.suppress_tokens)] = 20.0
     monkeypatch.setattr(model, "logits", lambda hidden: logits(hidden) + mx.array(push))
-    made = rollout(model, prompt, group_size=4, max_tokens=6, seed=0)
+    made = rollout(model, prompt, SamplingConfig(max_tokens=6, seed=0, temperature=1.0), group_size=4)
     packed = group_logprobs(model, made)
     for index, one in enumerate(made.completions):
         assert not model.suppress_tokens & set(one.ids.tolist())
@@ -160,25 +161,27 @@ def test_what_float16_cannot_hold_is_refused_by_name(group, tmp_path):
     checkpoints.write_checkpoint(folder, model.family.name, dtype="BF16", weights=checkpoints.overflow_float16)
     half = load_model(folder, dtype="float16")
     with pytest.raises(ConfigError, match="float16 overflowed"):
-        rollout(half, prompt, group_size=2, max_tokens=4, seed=0)
+        rollout(half, prompt, SamplingConfig(max_tokens=4, seed=0, temperature=1.0), group_size=2)
 
 
 def test_the_context_ends_a_completion(group, monkeypatch):
     model, prompt = group
     monkeypatch.setitem(model.config["text_config"], "max_position_embeddings", len(prompt.ids) + 3)
-    made = rollout(model, prompt, group_size=2, max_tokens=50, seed=0)
+    made = rollout(model, prompt, SamplingConfig(max_tokens=50, seed=0, temperature=1.0), group_size=2)
     assert max(len(one.ids) for one in made.completions) == 3
     monkeypatch.setitem(model.config["text_config"], "max_position_embeddings", len(prompt.ids))
     with pytest.raises(DataError, match=r"rows\.jsonl:1: .* no room"):
-        rollout(model, prompt, group_size=2, max_tokens=50, seed=0)
+        rollout(model, prompt, SamplingConfig(max_tokens=50, seed=0, temperature=1.0), group_size=2)
 
 
 def test_refused_and_stopped(group):
     model, prompt = group
     with pytest.raises(ConfigError, match="must be positive"):
-        rollout(model, prompt, group_size=0, max_tokens=4, seed=0)
+        rollout(model, prompt, SamplingConfig(max_tokens=4, seed=0, temperature=1.0), group_size=0)
     with pytest.raises(Cancelled):
-        rollout(model, prompt, group_size=2, max_tokens=4, seed=0, should_stop=lambda: True)
+        rollout(
+            model, prompt, SamplingConfig(max_tokens=4, seed=0, temperature=1.0), group_size=2, should_stop=lambda: True
+        )
 
 
 def test_rows_of_the_bundled_world(demo):
@@ -187,7 +190,7 @@ def test_rows_of_the_bundled_world(demo):
 
     row = next(row for row in load_rows(demo_folder() / "clips.jsonl") if row.task != "" and row.options)
     prompt = encode_row(demo, row)
-    made = rollout(demo, prompt, group_size=1, max_tokens=200, seed=0, temperature=0)
+    made = rollout(demo, prompt, SamplingConfig(max_tokens=200, temperature=0.0, seed=0), group_size=1)
     with mlxvr.load(dtype="float32") as reasoner, reasoner.open(row.video) as clip:
         answer = clip.ask(row.text, options=row.options, kind=row.ask_kind, mode="think")
     assert made.completions[0].ids.tolist() == list(answer.token_ids)
@@ -197,7 +200,7 @@ def test_rows_of_the_bundled_world(demo):
 def test_the_beginning_of_an_answer_is_part_of_its_text(demo):
     row = load_rows(demo_folder() / "clips.jsonl")[0]
     opened = dataclasses.replace(row, response_prefix="\\boxed{")
-    made = rollout(demo, encode_row(demo, opened), group_size=2, max_tokens=40, seed=0)
+    made = rollout(demo, encode_row(demo, opened), SamplingConfig(max_tokens=40, seed=0, temperature=1.0), group_size=2)
     assert all(text.startswith("\\boxed{") for text in made.texts)
     assert not made.completions[0].text.startswith("\\boxed{")
 
@@ -216,18 +219,19 @@ def test_text_alone(tmp_path):
     prompt = encode_row(model, row)
     assert prompt.features is None
     assert not prompt.media_mask.any()
-    made = rollout(model, prompt, group_size=2, max_tokens=5, seed=0)
+    made = rollout(model, prompt, SamplingConfig(max_tokens=5, seed=0, temperature=1.0), group_size=2)
     np.testing.assert_allclose(made.completions[0].logprobs, group_logprobs(model, made)[0, :5], atol=2e-5)
 
 
 def test_top_p_of_almost_nothing_is_greedy(group):
     """The smallest set that holds a billionth of the probability is the likeliest token alone; 1 leaves all of them."""
     model, prompt = group
-    options = {"group_size": 3, "max_tokens": 12, "seed": 4}
-    (greedy,) = rollout(model, prompt, **{**options, "group_size": 1}, temperature=0.0).completions
-    for one in rollout(model, prompt, **options, temperature=3.0, top_p=1e-9).completions:
+    options = {"max_tokens": 12, "seed": 4}
+    (greedy,) = rollout(model, prompt, SamplingConfig(**options, temperature=0.0), group_size=1).completions
+    narrow = SamplingConfig(**options, temperature=3.0, top_p=1e-9)
+    for one in rollout(model, prompt, narrow, group_size=3).completions:
         np.testing.assert_array_equal(one.ids, greedy.ids)
-    free = rollout(model, prompt, **options, temperature=3.0, top_p=1.0).completions
+    free = rollout(model, prompt, SamplingConfig(**options, temperature=3.0), group_size=3).completions
     assert any(one.ids.tolist() != greedy.ids.tolist() for one in free)
 
 
@@ -242,5 +246,11 @@ def test_it_is_asked_between_tokens_whether_to_stop(group):
         return len(asked) == 3
 
     with pytest.raises(Cancelled, match="the rollout was stopped"):
-        rollout(model, prompt, group_size=2, max_tokens=500, seed=0, should_stop=should_stop)
+        rollout(
+            model,
+            prompt,
+            SamplingConfig(max_tokens=500, seed=0, temperature=1.0),
+            group_size=2,
+            should_stop=should_stop,
+        )
     assert len(asked) == 3

@@ -1,6 +1,7 @@
 """The settings of a run decide what they say: each is shown by what a small run does, or by what its parts get."""
 
 import json
+from dataclasses import asdict
 from fractions import Fraction
 
 import numpy as np
@@ -8,9 +9,10 @@ import pytest
 from safetensors.numpy import load_file
 from small_runs import CLIPS, entries, exact, run
 
+from mlxvr.answering.sampling_config import SamplingConfig
 from mlxvr.cli.settings import read_settings, write_settings
 from mlxvr.grading.reward import Weights
-from mlxvr.grpo import trainer
+from mlxvr.grpo import training_step, validation
 from mlxvr.grpo.setup import reward_weights
 from mlxvr.grpo.step import policy_update
 from mlxvr.grpo.step.lora_config import LoraConfig
@@ -22,11 +24,12 @@ SHORT = {"steps": 1, "batch_size": 1, "group_size": 2, "max_completion_tokens": 
 
 
 def noted(monkeypatch, module, name):
-    """Keyword arguments of every call of a function, which goes on as it was."""
+    """Keyword arguments and sampling settings of every call of a function, which goes on as it was."""
     calls, function = [], getattr(module, name)
 
     def noting(*given, **options):
-        calls.append(options)
+        sampling = [asdict(argument) for argument in given if isinstance(argument, SamplingConfig)]
+        calls.append({**options, **(sampling[0] if sampling else {})})
         return function(*given, **options)
 
     monkeypatch.setattr(module, name, noting)
@@ -67,7 +70,7 @@ def test_frames(tmp_path, small_model, monkeypatch, how, rows, most):
     if rows is None:
         rows = int(record["frames"] / Fraction(record["fps"]) * how["fps"]) // 2
         assert rows > 2, "more than the fewest frames that are sampled"
-    seen = noted(monkeypatch, trainer, "encode_row")
+    seen = noted(monkeypatch, training_step, "encode_row")
     run(tmp_path, small_model, **{**SHORT, "video_tokens": None, "limit": 1, **how})
     ((time, height, width),) = [call["vision"].grid for call in seen]
     assert time == rows
@@ -77,7 +80,7 @@ def test_frames(tmp_path, small_model, monkeypatch, how, rows, most):
 def test_sampling(tmp_path, small_model, monkeypatch):
     """What rollouts are given; validation takes the most probable token, whatever training samples with."""
     drawn = noted(monkeypatch, policy_update, "rollout")
-    measured = noted(monkeypatch, trainer, "rollout")
+    measured = noted(monkeypatch, validation, "rollout")
     how = {"temperature": 0.7, "top_p": 0.9, "prefill_step_size": 33, "valid": CLIPS, "valid_limit": 1}
     run(tmp_path, small_model, **SHORT, **how)
     assert {
@@ -119,8 +122,8 @@ def test_curves_and_reports(tmp_path, small_model):
 
 def test_the_best_adapter_is_that_of_the_best_measurement(tmp_path, small_model, monkeypatch):
     rewards = iter([0.9, 0.2, 0.7, 0.4])  # the first before training, of which there is no adapter
-    summarise = trainer.summarise
-    monkeypatch.setattr(trainer, "summarise", lambda judged: {**summarise(judged), "valid_reward": next(rewards)})
+    summarise = validation.summarise
+    monkeypatch.setattr(validation, "summarise", lambda rows: {**summarise(rows), "valid_reward": next(rewards)})
     how = {"valid": CLIPS, "valid_limit": 1, "valid_every": 1}
     report = run(tmp_path / "run", small_model, **{**SHORT, "steps": 3}, **how)
     assert report.best_step == 2

@@ -16,6 +16,7 @@ import pytest
 from groups import make_group
 from mlx.utils import tree_flatten
 
+from mlxvr.answering.sampling_config import SamplingConfig
 from mlxvr.errors import OutOfMemoryError
 from mlxvr.grpo.memory_estimate import estimate, estimate_training
 from mlxvr.grpo.step.gradient import group_gradient
@@ -119,7 +120,9 @@ def test_rollout_takes_what_was_estimated(tmp_path, family):
     group = make_group(model, lengths=lengths, media=clip(40))
     group.prompt.row = SimpleNamespace(line="row 1", response_prefix="")
     need = estimate_training(model, checkpoint=False, **asked(group, lengths))
-    found = taken(lambda: rollout(model, group.prompt, group_size=8, max_tokens=16, seed=0))
+    found = taken(
+        lambda: rollout(model, group.prompt, SamplingConfig(max_tokens=16, seed=0, temperature=1.0), group_size=8)
+    )
     assert found == pytest.approx(need.cache + max(need.prefill, need.decode), rel=0.2)
 
 

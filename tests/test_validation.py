@@ -46,7 +46,7 @@ def test_both_answers_and_what_stands_at_the_threshold(answer, threshold, first,
 
 def test_the_users_own_reward_counts_and_what_is_right_stays():
     asked = []
-    found = judged("C", threshold=0.97, own=lambda text, row: asked.append((text, row.id)) or -7.5)
+    found = judged("C", threshold=0.97, own_reward=lambda text, row: asked.append((text, row.id)) or -7.5)
     assert found.reward == -7.5
     assert (found.first, found.second, found.auto, found.format) == (0.0, 1.0, 1.0, 1.0)
     assert asked == [("\\boxed{B}<think>It moves.</think>\\boxed{C}", "a")]

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from mlxvr.answering.sampling_config import SamplingConfig
 from mlxvr.cli.plotting import BLUE, GREEN, ORANGE, write_plot
 from mlxvr.data.rows import load_rows
 from mlxvr.evaluation.analysis.bootstrap import Bootstrap, Estimate
@@ -98,7 +99,7 @@ def answer(adapter: Path | None, data: Path, output: Path) -> None:
     lines = []
     for row, record in zip(load_rows(data / "heldout" / "clips.jsonl"), map(json.loads, records), strict=True):
         prompt = encode_row(model, row, spec=spec)
-        group = rollout(model, prompt, group_size=1, max_tokens=MOST_TOKENS, temperature=0.0, seed=0)
+        group = rollout(model, prompt, SamplingConfig(max_tokens=MOST_TOKENS, temperature=0.0, seed=0), group_size=1)
         judged = judge_answer(model, group, threshold=THRESHOLD, weights=Weights())
         lines.append(json.dumps({"id": row.id, "clip": record["video"], "group": record["group"], **asdict(judged)}))
     output.write_text("\n".join(lines) + "\n", encoding="utf-8")

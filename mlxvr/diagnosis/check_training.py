@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 from mlx.utils import tree_flatten
 
+from mlxvr.answering.sampling_config import SamplingConfig
 from mlxvr.diagnosis import reference
 from mlxvr.diagnosis.findings import Finding, judge
 from mlxvr.grpo.step.gradient import group_gradient, group_logprobs
@@ -21,7 +22,7 @@ def check_rollout() -> Iterator[Finding]:
     model = reference.open_model(reference.BUNDLED)
     reference.attach_known_adapter(model)
     encoded = reference.group(model, reference.prompt(model, "clip")).prompt
-    drawn = rollout(model, encoded, group_size=4, max_tokens=24, temperature=1.0, seed=1)
+    drawn = rollout(model, encoded, SamplingConfig(max_tokens=24, temperature=1.0, seed=1), group_size=4)
     again = group_logprobs(model, drawn)
     error = max(
         float(np.abs(completion.logprobs - again[index, : len(completion.ids)]).max())

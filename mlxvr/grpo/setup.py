@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from mlxvr.errors import CheckpointError, ConfigError, DataError, MediaError
 from mlxvr.grading import math_equality
 from mlxvr.grading.reward import Weights
 from mlxvr.grpo.memory_estimate import MemoryEstimate, estimate_training
-from mlxvr.grpo.prompt_lengths import PromptLengths, first_too_long
+from mlxvr.grpo.prompt_lengths import PromptLengths, first_too_long, measure_prompts
 from mlxvr.grpo.step.rollout import prefill_step
 from mlxvr.grpo.train_config import TrainConfig
 from mlxvr.grpo.train_state import read_state, state_file
@@ -29,6 +29,7 @@ __all__ = [
     "check_lengths",
     "check_output",
     "check_rows",
+    "check_sizes",
     "default_threshold",
     "estimate_memory",
     "frame_spec",
@@ -135,6 +136,32 @@ def check_rows(config: TrainConfig, rows: Sequence[Row]) -> None:
         path = row.video or row.image
         if path is not None and not path.exists():
             raise MediaError(f"{row.line}: {path} does not exist: check the path; --skip-bad-rows leaves such rows out")
+
+
+def check_sizes(
+    config: TrainConfig,
+    model: VideoModel,
+    rows: Sequence[Row],
+    spec: VisionSpec,
+    *,
+    note: Callable[[str], None],
+    ranks: int = 1,
+) -> None:
+    """Refuse prompts that are too long and steps that cannot fit, and note what a step needs.
+
+    Raises:
+        DataError: a prompt is too long; with `skip_bad_rows`: all are.
+        OutOfMemoryError: a step would not fit.
+    """
+    lengths = measure_prompts(model, rows, spec, max_prompt_tokens=config.max_prompt_tokens)
+    note(lengths.describe())
+    left_out = check_lengths(config, model, lengths, spec)
+    if left_out is not None:
+        note(left_out)
+    need, allowed = estimate_memory(config, model, lengths, len(rows), ranks=ranks)
+    for line in need.describe().splitlines():
+        note(line)
+    need.refuse_over(allowed)
 
 
 def check_lengths(config: TrainConfig, model: VideoModel, lengths: PromptLengths, spec: VisionSpec) -> str | None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mlxvr.answering.sampling_config import SamplingConfig
 from mlxvr.cli.settings import flag
 from mlxvr.errors import ConfigError
 from mlxvr.grading.reward import Weights
@@ -30,8 +31,8 @@ class TrainConfig(LoraConfig, LossConfig, RolloutConfig):
     all weights, and so a learning rate of 1e-5 instead of 1e-6.
 
     Each field is the flag of the same name, with hyphens; its help says what it means. The fields of the parts are
-    inherited, so that keywords, flags and TOML keys are flat and a default stands in one place; `loss` and `lora` are
-    the parts alone.
+    inherited, so that keywords, flags and TOML keys are flat and a default stands in one place; `loss`, `lora` and
+    `sampling` are the parts alone.
     """
 
     epochs: int = field(default=1, metadata=flag("run", "passes over the rows", metavar="N"))
@@ -128,6 +129,13 @@ class TrainConfig(LoraConfig, LossConfig, RolloutConfig):
     def loss(self) -> LossConfig:
         """The settings of the loss alone."""
         return LossConfig(**_values(self, LossConfig))
+
+    @property
+    def sampling(self) -> SamplingConfig:
+        """How the tokens of a completion are drawn."""
+        return SamplingConfig(
+            max_tokens=self.max_completion_tokens, temperature=self.temperature, top_p=self.top_p, seed=self.seed
+        )
 
     @property
     def lora(self) -> LoraConfig:

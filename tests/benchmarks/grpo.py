@@ -36,6 +36,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
+from mlxvr.answering.sampling_config import SamplingConfig
 from mlxvr.data.rows import Row
 from mlxvr.grpo.step.gradient import group_gradient, group_logprobs
 from mlxvr.grpo.step.lora import attach
@@ -103,7 +104,12 @@ class Ours:
             features=self.model.encode(prompt.media),
             next_position=prompt.next_position,
         )
-        return rollout(self.model, encoded, group_size=self.size, max_tokens=self.tokens, seed=SEED)
+        return rollout(
+            self.model,
+            encoded,
+            SamplingConfig(max_tokens=self.tokens, seed=SEED, temperature=1.0),
+            group_size=self.size,
+        )
 
     def gradient(self, made: Rollout, *, checkpoint: bool = False) -> dict[str, Any]:
         """Everything in one pass."""

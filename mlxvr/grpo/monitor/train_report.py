@@ -19,8 +19,8 @@ class TrainReport:
         steps: that are done, of `total_steps`.
         stopped: whether it was asked to stop before the end; `resume` goes on.
         seconds: of this run.
-        figures: of the last step.
-        valid: figures on the validation rows by steps done.
+        metrics: of the last step.
+        valid: metrics on the validation rows by steps done.
         skipped: rows that could not be used when their turn came, by id, and why.
         left_out: rows of the data that could not be used from the start.
         reward: what judged: the name of the user's own function, or the paper's reward.
@@ -35,7 +35,7 @@ class TrainReport:
     total_steps: int
     stopped: bool
     seconds: float
-    figures: Mapping[str, Any]
+    metrics: Mapping[str, Any]
     valid: Mapping[int, Mapping[str, Any]]
     skipped: Mapping[str, str]
     left_out: int = 0

@@ -114,20 +114,17 @@ class PolicyUpdater:
         Raises as `rollout` and `RewardModel.score`.
         """
         config = self._config
-        made = rollout(
+        group = rollout(
             self.model,
             prompt,
+            replace(config.sampling, seed=row_seed(config.seed, step, prompt.row.id)),
             group_size=config.group_size,
-            max_tokens=config.max_completion_tokens,
-            temperature=config.temperature,
-            top_p=config.top_p,
-            seed=row_seed(config.seed, step, prompt.row.id),
             prefill_step_size=config.prefill_step_size,
             should_stop=should_stop,
         )
-        scores = self._reward_model.score(self.model, made)
+        scores = self._reward_model.score(self.model, group)
         return ScoredGroup(
-            rollout=made,
+            rollout=group,
             scores=scores,
             advantages=advantages(scores.totals, scale=config.scale_rewards),
         )
