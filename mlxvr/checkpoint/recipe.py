@@ -23,7 +23,7 @@ from mlxvr.errors import CheckpointError, RecipeError
 from mlxvr.storage.paths import list_visible
 
 __all__ = ["BITS", "DTYPES", "GROUP_SIZES", "MODES", "FrameLimits", "KeyRule", "Precision", "Quantization", "Recipe"]
-__all__ += ["Rule", "VerificationLimits", "available", "for_config", "for_source", "load"]
+__all__ += ["Rule", "VerificationLimits", "available", "for_config", "for_source", "load", "register"]
 
 BITS = (0, 2, 3, 4, 5, 6, 8)  # 0: the weights are not quantized
 GROUP_SIZES = (32, 64, 128)
@@ -257,7 +257,7 @@ class Recipe:
 
 
 def available() -> list[str]:
-    """Names of the recipes that come with the library, sorted."""
+    """Names of the recipes that come with the library, and of those that were registered, sorted."""
     return sorted(_shipped())
 
 
@@ -274,6 +274,19 @@ def load(name_or_path: str | Path) -> Recipe:
         return _read(path)
     names = ", ".join(sorted(shipped))
     raise RecipeError(f"no recipe is called {str(name_or_path)!r}; expected one of {names}, or a .toml file")
+
+
+def register(path: str | Path) -> Recipe:
+    """Make the recipe of a TOML file outside the package known under the file's name, in this process.
+
+    A family that is registered from outside needs one that is called as it is. Raises what `load` raises, and
+    `RecipeError` for the name of another recipe.
+    """
+    recipe = _read(Path(path).expanduser())
+    if _shipped().get(recipe.name, recipe) != recipe:
+        raise RecipeError(f"{path}: a recipe called {recipe.name!r} exists already; give the file another name")
+    _shipped()[recipe.name] = recipe
+    return recipe
 
 
 def for_config(config: Mapping[str, Any]) -> Recipe:
@@ -298,7 +311,7 @@ def for_source(source: str) -> Recipe | None:
 
 @functools.cache
 def _shipped() -> dict[str, Recipe]:
-    """Read all recipes that come with the library, by name; they are half a dozen small files."""
+    """Every recipe by name: half a dozen small files come with the library, `register` adds others."""
     recipes = [_read(path) for path in list_visible(_folder(), "*.toml")]
     return {recipe.name: recipe for recipe in recipes}
 
