@@ -4,14 +4,12 @@ from dataclasses import dataclass, field
 
 from mlxvr.data.rows import Row
 
-__all__ = ["COMMON_LIMITS", "Benchmark", "FrameLimits"]
-
-FrameLimits = dict[str, int | float | str]
+__all__ = ["COMMON_LIMITS", "Benchmark"]
 
 # arXiv 2601.05175 and its public scripts: what every benchmark has, whatever the model. How many frames and tokens of
 # video there are beside is particular to a family (`Family.benchmark_limits`). The scripts spread frames over a video's
 # frames, not over its time; the two differ where the rate varies.
-COMMON_LIMITS: FrameLimits = {
+COMMON_LIMITS: dict[str, int | float | str] = {
     "fps": 2.0,
     "sample_by": "index",
     "min_frames": 4,
@@ -37,7 +35,7 @@ class Benchmark:
 
     name: str
     rows: tuple[Row, ...]
-    limits: FrameLimits = field(default_factory=COMMON_LIMITS.copy)
+    limits: dict[str, int | float | str] = field(default_factory=COMMON_LIMITS.copy)
     missing: tuple[str, ...] = ()
     missing_rows: int = 0
     skipped: tuple[str, ...] = field(default=(), repr=False)
