@@ -15,10 +15,9 @@ from importlib.resources import files
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from mlxvr.evaluation import formatting
 from mlxvr.evaluation.report.charts import MOST_BARS, WIDTH, Chart
 from mlxvr.evaluation.report.content import Content
-from mlxvr.evaluation.report.view import make_view
+from mlxvr.evaluation.report.view import FILTERS, make_view
 
 __all__ = ["make_page"]
 
@@ -40,7 +39,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"count": formatting.count, "place": _place}
+    environment.filters |= {**FILTERS, "place": _place}
     environment.globals |= {"zip": zip, "width": WIDTH, "most_bars": MOST_BARS}
     for name in ("style", "script"):
         text = (files(_PACKAGE) / {"style": "report.css", "script": "report.js"}[name]).read_text(encoding="utf-8")

@@ -1,7 +1,8 @@
-"""What the page's template is fed: plain data, with every figure as text. The words of the page are in the template.
+"""What the page's template is given: the figures of a run, tables of them as text, and the parts that the page has.
 
-A `Cell` is a figure as the page shows it. Each function gives the data of one part of the page, or None (or nothing)
-where the run has no figures for it, so that the template leaves the part out.
+The words of the page are in the template. It reads figures from the dataclasses of `mlxvr.evaluation.analysis` and
+writes them with `FILTERS`. What takes more than that, such as a table whose columns depend on the rows, is put together
+here.
 """
 
 import json
@@ -13,14 +14,12 @@ from mlxvr.evaluation import formatting
 from mlxvr.evaluation.analysis.bootstrap import Estimate
 from mlxvr.evaluation.analysis.calibration import Calibration, ThresholdOutcome
 from mlxvr.evaluation.analysis.compare import Change, Comparison
-from mlxvr.evaluation.analysis.run_summary import Distribution, Figures, GroupSummary, Summary
+from mlxvr.evaluation.analysis.run_summary import Distribution, Figures, GroupSummary
 from mlxvr.evaluation.graded_rows import GradedRow
-from mlxvr.evaluation.report.charts import MOST_BARS, Chart
+from mlxvr.evaluation.report.charts import Chart
 from mlxvr.evaluation.report.content import Content, score_name
 
-__all__ = ["Cell", "make_view"]
-
-_FEW_CLIPS = 50
+__all__ = ["FILTERS", "Cell", "make_view"]
 
 
 @dataclass(frozen=True)
@@ -43,34 +42,66 @@ Table = tuple[Sequence[str], Sequence[Sequence[Cell]]]  # names of columns, rows
 
 
 def make_view(content: Content, charts: Mapping[str, Chart]) -> dict[str, Any]:
-    """All that the template shows, by name; `sections` lists those parts that have figures, in the page's order."""
-    summary, group = content.summary, content.summary.overall
+    """What the template shows, by name; `sections` are the parts that the run has figures for, in the page's order."""
+    summary, calibration, against = content.summary, content.calibration, content.against
+    group = summary.overall
     parts = {
-        "against": _comparison(content),
-        "modes": None if group is None else _modes(content.rows, group),
-        "cost": _cost(content) if group is not None and content.curve else None,
-        "confidence": None if group is None or group.confidence is None else _confidence(group),
-        "tasks": _breakdown(summary.per_task, "Task", "task"),
-        "categories": _breakdown(summary.per_category, "Category", "category"),
-        "calibration": None if content.calibration is None else _calibration(content.calibration, summary.threshold),
-        "format": _format(summary) if summary.count else None,
-        "gallery": _gallery(content) if content.records else None,
-        "made": _made(content),
+        "against": against is not None,
+        "modes": group is not None,
+        "cost": bool(content.curve),
+        "confidence": group is not None and group.confidence is not None,
+        "tasks": bool(summary.per_task),
+        "categories": bool(summary.per_category),
+        "calibration": calibration is not None,
+        "format": summary.count > 0,
+        "gallery": bool(content.records),
+        "made": True,
     }
+    distances = [abs(row.threshold - summary.threshold) for row in content.curve]
+    asked = [str(content.settings[name]) for name in ("model", "data", "task") if content.settings.get(name)]
     return {
-        "title": content.title,
-        "subtitle": _subtitle(content),
+        **{name: getattr(content, name) for name in ("title", "summary", "curve", "calibration", "clips")},
+        "subtitle": [value for value in asked if value not in content.title],
         "mode": content.settings.get("mode"),
-        "before": None if content.against is None else content.against.title,
-        "lead": _lead(summary),
-        "verdict": None if group is None else _verdict(group),
-        "tiles": None if group is None else _tiles(summary, group),
-        "cautions": _cautions(content),
-        "sections": [name for name, part in parts.items() if part is not None],
+        "nearest": distances.index(min(distances)) if distances else None,
+        "group": group,
+        "before": None if against is None else against.title,
+        "comparison": None if against is None else against.comparison,
+        "sections": [name for name, is_there in parts.items() if is_there],
         "charts": charts,
+        "tables": _tables(content),
+        "wrong_exits": sum(
+            record["error"] is None and not record["reasoned"] and record["right"]["auto"] is False
+            for record in content.records
+        ),
+        "clips_left_out": content.clips_left_out,
+        "made": list(_flat(content.settings)),
         "data": _embedded(content),
-        **parts,
     }
+
+
+def _tables(content: Content) -> dict[str, Table]:
+    """The tables that the run has figures for, by name."""
+    summary, calibration, against = content.summary, content.calibration, content.against
+    tables: dict[str, Table] = {}
+    if summary.overall is not None:
+        tables |= {"modes": _modes(content.rows, summary.overall), "format": _departures(summary.overall)}
+    if summary.per_task:
+        tables["tasks"] = _breakdown(summary.per_task, "Task", "task")
+    if summary.per_category:
+        tables["categories"] = _breakdown(summary.per_category, "Category", "category")
+    if calibration is not None:
+        tables |= {"outcomes": _outcomes(calibration), "thresholds": _task_thresholds(calibration)}
+        if fit := calibration.temperature:
+            measures = [("raw", fit.ece, fit.brier), ("scaled", fit.ece_scaled, fit.brier_scaled)]
+            rows = [[Cell(name), *(Cell(formatting.plain(value, fit.count)) for value in values)]
+                    for name, *values in measures]  # fmt: skip
+            tables["temperature"] = (["Confidence", "ECE", "Brier"], rows)
+    if against is not None:
+        means = [_means(rows, against.comparison) for rows in (against.rows, content.rows)]
+        names = (against.title, content.title)
+        tables |= {"scores": _scores(against.comparison, names), "costs": _costs(against.comparison, names, means)}
+    return {name: table for name, table in tables.items() if table[1]}
 
 
 def _share(estimate: Estimate | None, rows: int) -> Cell:
@@ -91,131 +122,23 @@ def _link(text: str, rows: int = 1, **filters: str) -> Cell:
     return Cell(text, show=filters if rows else None)
 
 
-def _noun(group: GroupSummary) -> str:
-    return {"Accuracy": "accuracy", "mIoU": "mIoU", "Score": "score"}[score_name(group)]
-
-
-def _subtitle(content: Content) -> list[str]:
-    """What was asked of what, as far as the title does not say it."""
-    values = [str(content.settings[name]) for name in ("model", "data", "task") if content.settings.get(name)]
-    return [value for value in values if value not in content.title]
-
-
-def _lead(summary: Summary) -> dict[str, Any]:
-    """The figures of the operating point that the first sentence tells."""
-    group = summary.overall
-    lead: dict[str, Any] = {"rows": summary.count, "has_figures": group is not None}
-    if group is None:
-        return lead
-    auto, think, change = group.auto, group.think, group.auto_vs_think
-    lead |= {
-        "threshold": formatting.confidence(summary.threshold),
-        "questions": group.count,
-        "clips": group.clips,
-        "think_ratio": formatting.share(group.think_ratio, group.count),
-        "noun": _noun(group),
-        "score": None if auto.score is None else _share(auto.score, auto.labelled),
-        "tokens": formatting.tokens(auto.tokens.mean),
-        "think_tokens": None,
-        "change": None,
-    }
-    if think is not None:
-        saved = 1 - auto.tokens.mean / think.tokens.mean if think.tokens.mean else 0.0
-        lead |= {"think_tokens": formatting.tokens(think.tokens.mean), "saved": formatting.share(saved, 1)}
-        if change is not None:
-            lead["change"] = {
-                "sign": (change.value > 0) - (change.value < 0),
-                "size": formatting.points(change, auto.labelled).lstrip("+−"),
-                "interval": formatting.points_interval(change, auto.labelled),
-                "has_interval": change.low is not None,
-            }
-    return lead
-
-
-def _verdict(group: GroupSummary) -> dict[str, Any] | None:
-    """What the interval of auto against think allows to say."""
-    change, rows = group.auto_vs_think, group.auto.labelled
-    if change is None or change.low is None or change.high is None or change.low == change.high:
-        return None
-    low, high = (
-        formatting.points(Estimate(value=end, low=change.low, high=change.high), rows)
-        for end in (change.low, change.high)
-    )
-    kind = "bad" if change.high < 0 else "good" if change.low > 0 else ""
-    return {"kind": kind, "noun": _noun(group), "low": low, "high": high}
-
-
-def _tiles(summary: Summary, group: GroupSummary) -> list[dict[str, str]]:
-    """The operating point's figures, large."""
-    auto, think, rows = group.auto, group.think, group.auto.labelled
-
-    def modes(written: Callable[[Figures], str]) -> str:
-        return ", ".join(
-            f"{name} {written(mode)}" for name, mode in (("direct", group.direct), ("think", think)) if mode is not None
-        )
-
-    tiles = []
-    if auto.score is not None:
-        note = modes(lambda mode: formatting.share(mode.score, rows))
-        tiles.append((f"Auto {_noun(group)}", formatting.share(auto.score, rows), note))
-    ratio = _share(group.think_ratio, group.count)
-    tiles.append(("Think ratio", ratio.text, f"interval {ratio.small}" if ratio.small else ""))
-    note = modes(lambda mode: formatting.tokens(mode.tokens.mean))
-    tiles.append(("Tokens a question", formatting.tokens(auto.tokens.mean), note))
-    shared = summary.shared["media_seconds"] + summary.shared["prefill_seconds"]
-    if auto.seconds.mean or shared:
-        note = f"{formatting.seconds(auto.seconds.mean)} to generate, {formatting.seconds(shared)} to read the clip"
-        note += f"; think {formatting.seconds(shared + think.seconds.mean)}" if think is not None else ""
-        tiles.append(("Time a question", formatting.seconds(shared + auto.seconds.mean), note))
-    if group.confidence is not None and group.confidence.auroc is not None:
-        area = formatting.plain(group.confidence.auroc, group.confidence.count)
-        tiles.append(("Confidence AUROC", area, "0.5 says nothing, 1 tells right from wrong"))
-    return [{"name": name, "value": value, "note": note} for name, value, note in tiles]
-
-
-def _cautions(content: Content) -> dict[str, Any]:
-    """What a reader should know before trusting the figures: how many rows or clips each caution is about."""
-    summary, group = content.summary, content.summary.overall
-    cautions: dict[str, Any] = {"rows": summary.count, "failed": len(summary.errors), "has_figures": group is not None}
-    if group is None:
-        return cautions
-    labelled, ratio = group.auto.labelled, None if summary.live else group.think_ratio.value
-    return cautions | {
-        "questions": group.count,
-        "clips": group.clips,
-        "few_clips": group.clips < _FEW_CLIPS,
-        "unlabelled": group.count - labelled if labelled else 0,
-        "missing_boxes": group.missing_boxes,
-        "always_reasons": ratio == 1,
-        "never_reasons": ratio == 0,
-        "wrong_exits": sum(
-            record["error"] is None and not record["reasoned"] and record["right"]["auto"] is False
-            for record in content.records
-        ),
-    }
-
-
-def _modes(rows: Sequence[GradedRow], group: GroupSummary) -> dict[str, Any]:
-    """The three modes side by side, and their differences: (0 or 1 for which, points with their interval)."""
+def _modes(rows: Sequence[GradedRow], group: GroupSummary) -> Table:
+    """The three modes side by side."""
     sizes = _sizes(rows)
     modes = [("direct", "first answer", group.direct), ("auto", "early exit", group.auto)]
     if group.think is not None:
         modes.insert(1, ("think", "always reasons", group.think))
-    columns = ["Mode", *_score_columns(group.direct, sizes), "Tokens", "Seconds"]
+    scores = _score_columns(group.direct, sizes)
     body = [
         [
             Cell(name, note),
-            *_score_cells(figures, group.direct, sizes),
+            *(_share(score(figures), rows_of_score) for _, score, rows_of_score in scores),
             _spread(figures.tokens, formatting.tokens),
             _spread(figures.seconds, formatting.seconds),
         ]
         for name, note, figures in modes
     ]
-    labelled = group.auto.labelled
-    gain, versus = (
-        None if estimate is None else _difference(estimate, labelled) for estimate in (group.gain, group.auto_vs_think)
-    )
-    return {"table": (columns, body), "gain": gain, "auto_vs_think": versus}
+    return ["Mode", *(title for title, _, _ in scores), "Tokens", "Seconds"], body
 
 
 def _spread(cost: Distribution, written: Callable[[float], str]) -> Cell:
@@ -239,69 +162,28 @@ def _sizes(rows: Sequence[GradedRow]) -> dict[str, int]:
     }
 
 
-def _score_columns(figures: Figures, sizes: Mapping[str, int]) -> list[str]:
-    columns = ["Score"] if figures.accuracy is not None and figures.miou is not None else []
+def _score_columns(
+    figures: Figures, sizes: Mapping[str, int]
+) -> list[tuple[str, Callable[[Figures], Estimate | None], int]]:
+    """The scores that a mode has: title, how to get them from a mode, and over how many rows they are."""
+    columns: list[tuple[str, Callable[[Figures], Estimate | None], int]] = []
+    if figures.accuracy is not None and figures.miou is not None:
+        columns.append(("Score", lambda mode: mode.score, sizes["score"]))
     if figures.accuracy is not None:
-        columns.append(f"Accuracy (n {sizes['accuracy']:,})")
+        columns.append((f"Accuracy (n {sizes['accuracy']:,})", lambda mode: mode.accuracy, sizes["accuracy"]))
     if figures.miou is not None:
-        columns += [f"mIoU (n {sizes['iou']:,})", *(f"R@{least}" for least in figures.recall)]
+        columns.append((f"mIoU (n {sizes['iou']:,})", lambda mode: mode.miou, sizes["iou"]))
+        for least in figures.recall:
+            columns.append((f"R@{least}", lambda mode, least=least: mode.recall.get(least), sizes["iou"]))  # type: ignore[misc]
     if figures.grounded_accuracy is not None:
-        columns.append("Acc@GQA")
+        columns.append(("Acc@GQA", lambda mode: mode.grounded_accuracy, sizes["both"]))
     if figures.pair_accuracy is not None:
-        columns.append(f"Pairs (n {sizes['pairs']:,})")
+        columns.append((f"Pairs (n {sizes['pairs']:,})", lambda mode: mode.pair_accuracy, sizes["pairs"]))
     return columns
 
 
-def _score_cells(figures: Figures, pattern: Figures, sizes: Mapping[str, int]) -> list[Cell]:
-    """The cells of `_score_columns(pattern)`."""
-    cells = []
-    if pattern.accuracy is not None and pattern.miou is not None:
-        cells.append(_share(figures.score, sizes["score"]))
-    if pattern.accuracy is not None:
-        cells.append(_share(figures.accuracy, sizes["accuracy"]))
-    if pattern.miou is not None:
-        overlaps = [figures.miou, *(figures.recall.get(least) for least in pattern.recall)]
-        cells += [_share(estimate, sizes["iou"]) for estimate in overlaps]
-    if pattern.grounded_accuracy is not None:
-        cells.append(_share(figures.grounded_accuracy, sizes["both"]))
-    if pattern.pair_accuracy is not None:
-        cells.append(_share(figures.pair_accuracy, sizes["pairs"]))
-    return cells
-
-
-def _cost(content: Content) -> dict[str, Any]:
-    """The slider along the curve: its last place, and the place nearest to the run's threshold."""
-    distances = [abs(row.threshold - content.summary.threshold) for row in content.curve]
-    return {
-        "score_name": score_name(content.summary.overall),
-        "some_always_reason": content.curve[0].think_ratio != 0,
-        "last": len(content.curve) - 1,
-        "place": distances.index(min(distances)),
-    }
-
-
-def _confidence(group: GroupSummary) -> dict[str, Any]:
-    """How well the confidence tells right from wrong."""
-    assert group.confidence is not None
-    measures = group.confidence
-    area, rows = measures.auroc, measures.count
-    has_interval = area is not None and area.low is not None and area.high is not None
-    return {
-        "auroc": None if area is None else formatting.plain(area, rows),
-        "auroc_interval": [formatting.plain(end, rows) for end in (area.low, area.high)]
-        if area is not None and has_interval
-        else None,
-        "ece": formatting.plain(measures.ece, rows),
-        "brier": formatting.plain(measures.brier, rows),
-        "answers": rows,
-        "right": formatting.share(measures.accuracy, rows),
-    }
-
-
-def _breakdown(groups: Mapping[str, GroupSummary], title: str, key: str) -> dict[str, Any] | None:
+def _breakdown(groups: Mapping[str, GroupSummary], title: str, key: str) -> Table:
     """The figures by task or category; `key` is the gallery's filter of that name."""
-    if not groups:
-        return None
     has_think = all(group.think is not None for group in groups.values())
     has_labels = any(group.auto.labelled for group in groups.values())
     columns = [title, "Rows", "Clips"]
@@ -322,46 +204,28 @@ def _breakdown(groups: Mapping[str, GroupSummary], title: str, key: str) -> dict
             always = think.tokens.mean
             cells.append(Cell(formatting.share(group.auto.tokens.mean / always, 1) if always else "–"))
         body.append(cells)
-    nouns = sorted({_noun(group) for group in groups.values() if group.auto.labelled})
-    return {"table": (columns, body), "nouns": nouns, "left_out": max(0, len(groups) - MOST_BARS)}
+    return columns, body
 
 
-def _format(summary: Summary) -> dict[str, Any]:
-    """Rows that failed, and departures from the format."""
-    group, table = summary.overall, None
-    if group is not None:
-        departures = [
-            (Cell("first answer declines (“Let's analyze …”)"), group.fallbacks, "fallback"),
-            (Cell("no first answer box"), group.missing_boxes, "no_box"),
-            *((Cell(name, kind="code"), number, f"problem:{name}") for name, number in group.problems.items()),
-        ]
-        body = [
-            [cell, Cell(f"{number:,}"), _link("show", format=value) if number else Cell("")]
-            for cell, number, value in departures
-        ]
-        table = (["Departure", f"Rows of {group.count:,}", ""], body)
-    return {"table": table, "errors": summary.errors}
+def _departures(group: GroupSummary) -> Table:
+    """Departures from the format."""
+    departures = [
+        (Cell("first answer declines (“Let's analyze …”)"), group.fallbacks, "fallback"),
+        (Cell("no first answer box"), group.missing_boxes, "no_box"),
+        *((Cell(name, kind="code"), number, f"problem:{name}") for name, number in group.problems.items()),
+    ]
+    body = [
+        [cell, Cell(f"{number:,}"), _link("show", format=value) if number else Cell("")]
+        for cell, number, value in departures
+    ]
+    return ["Departure", f"Rows of {group.count:,}", ""], body
 
 
-def _calibration(calibration: Calibration, threshold: float) -> dict[str, Any]:
-    """The threshold that was chosen, and what it is worth on rows that did not choose it."""
-    outcomes = [("held-out folds", calibration.held_out), ("the rows that chose it", calibration.in_sample)]
+def _outcomes(calibration: Calibration) -> Table:
+    """What the chosen threshold is worth on rows that did not choose it, and on those that did."""
     columns = ["", "Auto", "Think", "Direct", "Auto − think", "Think ratio", "Tokens", "Always thinking"]
-    return {
-        "goal": calibration.goal,
-        "margin": None if calibration.margin is None else f"{100 * calibration.margin:g}",
-        "budget": None if calibration.budget is None else f"{calibration.budget:g}",
-        "budget_share": None if calibration.budget is None else f"{calibration.budget:.0%}",
-        "threshold": formatting.confidence(calibration.threshold),
-        "is_above_all": calibration.threshold > 1,
-        "folds": calibration.folds,
-        "fold_thresholds": sorted({formatting.confidence(value) for value in calibration.fold_thresholds}),
-        "caution": calibration.caution,
-        "page_threshold": None if calibration.threshold == threshold else formatting.confidence(threshold),
-        "outcomes": (columns, [_outcome(name, outcome) for name, outcome in outcomes]),
-        "tasks": _task_thresholds(calibration) if calibration.per_task else None,
-        "temperature": _temperature(calibration),
-    }
+    outcomes = (("held-out folds", calibration.held_out), ("the rows that chose it", calibration.in_sample))
+    return columns, [_outcome(name, outcome) for name, outcome in outcomes]
 
 
 def _outcome(name: str, outcome: ThresholdOutcome) -> list[Cell]:
@@ -376,8 +240,8 @@ def _outcome(name: str, outcome: ThresholdOutcome) -> list[Cell]:
     ]
 
 
-def _task_thresholds(calibration: Calibration) -> dict[str, Any]:
-    """The tasks with a threshold of their own, and how many take the common one."""
+def _task_thresholds(calibration: Calibration) -> Table:
+    """The tasks with a threshold of their own."""
     body = [
         [
             Cell(name),
@@ -390,68 +254,26 @@ def _task_thresholds(calibration: Calibration) -> dict[str, Any]:
         for name, task in calibration.per_task.items()
         if task.held_out is not None
     ]
-    columns = ["Task", "Threshold", "Rows", "Auto − think, held out", "Think ratio", "Tokens"]
-    return {"table": (columns, body) if body else None, "too_few_rows": len(calibration.per_task) - len(body)}
+    return ["Task", "Threshold", "Rows", "Auto − think, held out", "Think ratio", "Tokens"], body
 
 
-def _temperature(calibration: Calibration) -> dict[str, Any] | None:
-    fit = calibration.temperature
-    if fit is None:
-        return None
-    measures = [("raw", fit.ece, fit.brier), ("scaled", fit.ece_scaled, fit.brier_scaled)]
-    body = [[Cell(name), *(Cell(formatting.plain(value, fit.count)) for value in values)] for name, *values in measures]
-    return {"value": f"{fit.temperature:.3g}", "answers": fit.count, "table": (["Confidence", "ECE", "Brier"], body)}
-
-
-def _comparison(content: Content) -> dict[str, Any] | None:
-    """This run against another, row by row."""
-    if content.against is None:
-        return None
-    comparison, before = content.against.comparison, content.against.title
+def _scores(comparison: Comparison, names: tuple[str, str]) -> Table:
+    """The modes in both runs."""
     changes = (("direct", comparison.direct), ("think", comparison.think), ("auto", comparison.auto))
-    scores = [[Cell(name), *_change_cells(change)] for name, change in changes if change is not None]
-    rows, began, stopped = comparison.count, len(comparison.began_to_think), len(comparison.stopped_thinking)
-    means = [_means(run, comparison) for run in (content.against.rows, content.rows)]
-    costs = [
-        [
-            Cell("think ratio"),
-            *(Cell(formatting.share(ratio, rows)) for ratio, _ in means),
-            _difference(comparison.think_ratio, rows, is_cost=True),
-        ],
-        [
-            Cell("tokens a question"),
-            *(Cell(formatting.tokens(tokens)) for _, tokens in means),
-            _tokens_difference(comparison.tokens),
-        ],
+    body = [[Cell(name), *_change_cells(change)] for name, change in changes if change is not None]
+    return ["Score", *names, "Difference", "Became right", "Became wrong"], body
+
+
+def _costs(comparison: Comparison, names: tuple[str, str], means: Sequence[tuple[float, float]]) -> Table:
+    """Auto's cost in both runs; `means` are those of `_means`."""
+    rows = comparison.count
+    ratios = [Cell(formatting.share(ratio, rows)) for ratio, _ in means]
+    tokens = [Cell(formatting.tokens(mean)) for _, mean in means]
+    body = [
+        [Cell("think ratio"), *ratios, _difference(comparison.think_ratio, rows, is_cost=True)],
+        [Cell("tokens a question"), *tokens, _tokens_difference(comparison.tokens)],
     ]
-    drift, thresholds = comparison.confidence_drift, comparison.thresholds
-    changed = f"{formatting.count(comparison.answers_changed, 'first answer')} read otherwise"
-    columns = ["Score", before, content.title, "Difference", "Became right", "Became wrong"]
-    return {
-        "auto": None if comparison.auto is None else _auto_change(comparison.auto),
-        "scores": (columns, scores) if scores else None,
-        "costs": (["Auto", before, content.title, "Difference"], costs),
-        "rows": rows,
-        "clips": comparison.clips,
-        "thresholds": [formatting.confidence(value) for value in thresholds]
-        if thresholds[0] != thresholds[1]
-        else None,
-        "flipped": formatting.share(comparison.flipped, rows),
-        "began": _link(f"{began:,} began to think", began, against="began_to_think"),
-        "stopped": _link(f"{stopped:,} stopped", stopped, against="stopped_thinking"),
-        "changed": _link(changed, comparison.answers_changed, against="answer_changed"),
-        "drift": None if drift is None else formatting.confidence(round(drift.value, 6)),
-        "only_before": len(comparison.only_first),
-        "only_here": len(comparison.only_second),
-    }
-
-
-def _auto_change(change: Change) -> dict[str, str]:
-    """How auto's score changed, and whether this run is better, worse, the same, or none of these can be shown."""
-    difference = change.difference
-    cell = _difference(difference, change.labelled)
-    outcome = cell.kind or ("same" if difference.value == 0 and not cell.small else "")
-    return {"points": cell.text, "interval": cell.small, "outcome": outcome}
+    return ["Auto", *names, "Difference"], body
 
 
 def _change_cells(change: Change) -> list[Cell]:
@@ -483,22 +305,6 @@ def _tokens_difference(change: Estimate) -> Cell:
     return Cell(signed(change.value), small)
 
 
-def _gallery(content: Content) -> dict[str, int]:
-    return {"left_out": content.clips_left_out, "shown": sum(bool(clip["frames"]) for clip in content.clips)}
-
-
-def _made(content: Content) -> list[tuple[str, str]]:
-    """What the run was made with: (name, value)."""
-    summary = content.summary
-    return [
-        *_flat(content.settings),
-        ("threshold", repr(summary.threshold)),
-        ("rows", str(summary.count)),
-        ("resamples behind intervals", str(summary.bootstrap)),
-        ("seed", str(summary.seed)),
-    ]
-
-
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
     for name, value in settings.items():
         if isinstance(value, Mapping):
@@ -519,3 +325,16 @@ def _embedded(content: Content) -> dict[str, Any]:
         "clips": list(content.clips),
         "against": None if content.against is None else {"title": content.against.title},
     }
+
+
+def _noun(group: GroupSummary) -> str:
+    """What the score of these rows is called within a sentence."""
+    return {"Accuracy": "accuracy", "mIoU": "mIoU", "Score": "score"}[score_name(group)]
+
+
+FILTERS: Mapping[str, Callable[..., Any]] = {
+    **{name: getattr(formatting, name) for name in formatting.__all__},
+    "difference": _difference,
+    "link": _link,
+    "noun": _noun,
+}
