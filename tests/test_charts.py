@@ -7,7 +7,7 @@ from mlxvr.evaluation.analysis.bootstrap import Estimate
 from mlxvr.evaluation.analysis.reliability import reliability
 from mlxvr.evaluation.analysis.sweep import SweepRow
 from mlxvr.evaluation.report import charts
-from mlxvr.evaluation.report.charts import Circle, Line, Path, Rect, Text
+from mlxvr.evaluation.report.charts import Circle, Line, Polyline, Rect, Text
 
 
 def marks_of(chart, shape, kind=""):
@@ -47,7 +47,7 @@ def test_cost_chart():
     point = charts.Point("auto", 50, Estimate(value=0.6, low=0.5, high=0.7))
     run = charts.Curve("run", [sweep_row(0, 0.5, 0), sweep_row(1, 0.7, 100)], [point])
     chart = charts.cost_chart([run], "Accuracy", "heading")
-    (line,) = marks_of(chart, Path)
+    (line,) = marks_of(chart, Polyline)
     (dot,) = marks_of(chart, Circle, "dot run0 auto")
     (whisker,) = marks_of(chart, Line, "whisker run0")
     assert line.points == [pytest.approx((48, 232.1667), abs=1e-3), pytest.approx((430.6923, 33.8333), abs=1e-3)]
@@ -65,7 +65,7 @@ def test_cost_chart():
 def test_ratio_chart():
     """A step at a threshold of 0.9, one nine of four: x = 48 + 398 / 4; half of the rows: y in the middle."""
     chart = charts.ratio_chart([charts.Curve("run", [sweep_row(0, 1, 0), sweep_row(0.9, 1, 0, 0.5)])], 0.99)
-    (line,) = marks_of(chart, Path)
+    (line,) = marks_of(chart, Polyline)
     assert line.points == [pytest.approx(corner) for corner in ((48, 252), (147.5, 252), (147.5, 133))]
     (threshold,) = marks_of(chart, Line, "threshold")
     assert (threshold.x1, threshold.x2) == pytest.approx((247, 247))

@@ -425,8 +425,8 @@ def test_links_lead_to_rows(write):
     text = write([row("1"), row("2", "B")], other=("before", [row("1"), row("2", "B")])).read_text()
     shown = re.findall(r'data-show="(.*?)">(.*?)</a>', text)
     assert [label for _, label in shown if label.startswith("0 ") or label == "show"] == []
-    assert "0 began to think, 0 stopped. 0 first answers read otherwise." in text
-    assert "1 first answer read otherwise</a>" in write([row("1")], other=("before", [row("1", "B")])).read_text()
+    assert "flipped: 0 began to think, 0 stopped. 0 first answers changed." in re.sub(r"\s+", " ", text)
+    assert "1 first answer changed</a>" in write([row("1")], other=("before", [row("1", "B")])).read_text()
 
 
 def test_what_was_done_is_said(write):
@@ -443,7 +443,7 @@ def test_failed_rows_are_listed(write):
 
 def test_live_runs_have_no_curve(write):
     text = write([row("1"), row("2", "B", None, 0.99, reasoned=False)]).read_text()
-    assert "what thinking would have given is not known" in text
+    assert "the result of always thinking is not known" in text
     assert 'id="cost"' not in text
 
 

@@ -17,7 +17,7 @@ _SCORES = (("accuracy", "accuracy"), ("miou", "mIoU"), ("grounded_accuracy", "Ac
 
 
 def table(report: "EvalReport") -> str:
-    """Several lines: the modes side by side, then what is known of the confidence, then what was asked for."""
+    """Several lines: the modes side by side, measures of the confidence, tasks, then calibration and comparison."""
     summary, group = report.summary, report.summary.overall
     lines = [f"{report.settings['model']} on {report.settings['data']}, threshold {summary.threshold:g}"]
     if group is None:
@@ -30,11 +30,11 @@ def table(report: "EvalReport") -> str:
         *_modes(group),
     ]
     lines += ["", *_confidence(group)]
-    for name, one in summary.per_task.items() if len(summary.per_task) > 1 else ():
-        modes = [figures.score for figures in (one.direct, one.think, one.auto) if figures is not None]
+    for name, task in summary.per_task.items() if len(summary.per_task) > 1 else ():
+        modes = [figures.score for figures in (task.direct, task.think, task.auto) if figures is not None]
         scores = " / ".join("-" if score is None else f"{score.value:.3f}" for score in modes)
         lines.append(
-            f"{name:24} {scores}, thinks {one.think_ratio.value:.2f}, {formatting.count(one.count, 'question')}"
+            f"{name:24} {scores}, thinks {task.think_ratio.value:.2f}, {formatting.count(task.count, 'question')}"
         )
     if report.calibration is not None:
         lines += ["", *_calibration(report.calibration)]
@@ -74,20 +74,21 @@ def _confidence(group: GroupSummary) -> list[str]:
     if group.auto_vs_think is not None:
         lines.append(f"auto against think  {_signed(group.auto_vs_think)}")
     if group.confidence is not None:
-        found = group.confidence
+        measures = group.confidence
         lines.append(
-            f"confidence          AUROC {_estimate(found.auroc)}, ECE {found.ece:.3f}, Brier {found.brier.value:.3f}"
+            f"confidence          AUROC {_estimate(measures.auroc)}, ECE {measures.ece:.3f}, "
+            f"Brier {measures.brier.value:.3f}"
         )
     lines.append(f"first answers       {group.fallbacks} declined, {group.missing_boxes} without a box")
     return lines
 
 
-def _calibration(found: "Calibration") -> list[str]:
-    outcome = found.held_out
-    asked = "" if found.budget is None else f" {found.budget:g}"
-    folds = ", ".join(f"{threshold:.3f}" for threshold in found.fold_thresholds)
+def _calibration(calibration: "Calibration") -> list[str]:
+    outcome = calibration.held_out
+    asked = "" if calibration.budget is None else f" {calibration.budget:g}"
+    folds = ", ".join(f"{threshold:.3f}" for threshold in calibration.fold_thresholds)
     lines = [
-        f"calibrated for {found.goal}{asked}: threshold {found.threshold:.4f} (folds {folds})",
+        f"calibrated for {calibration.goal}{asked}: threshold {calibration.threshold:.4f} (folds {folds})",
         f"  held out: thinks {_estimate(outcome.think_ratio)}, {outcome.tokens.value:.1f} tokens "
         f"({outcome.always_tokens:.1f} always thinking)",
     ]
@@ -95,12 +96,12 @@ def _calibration(found: "Calibration") -> list[str]:
         lines.append(
             f"  held out: score {_estimate(outcome.auto)}, against always thinking {_signed(outcome.difference)}"
         )
-    lines += [f"  caution: {found.caution}"] if found.caution else []
-    for name, task in found.per_task.items():
+    lines += [f"  caution: {calibration.caution}"] if calibration.caution else []
+    for name, task in calibration.per_task.items():
         own = "too few rows, the common one" if task.held_out is None else f"{task.count} rows"
         lines.append(f"  {name:22} {task.threshold:.4f} ({own})")
-    if found.temperature is not None:
-        fit = found.temperature
+    if calibration.temperature is not None:
+        fit = calibration.temperature
         lines.append(
             f"  temperature {fit.temperature:.3f}: ECE {fit.ece:.3f} -> {fit.ece_scaled:.3f}, "
             f"Brier {fit.brier:.3f} -> {fit.brier_scaled:.3f} (held out)"
@@ -108,32 +109,37 @@ def _calibration(found: "Calibration") -> list[str]:
     return lines
 
 
-def _comparison(found: Comparison) -> list[str]:
-    before, after = found.thresholds
+def _comparison(comparison: Comparison) -> list[str]:
+    before, after = comparison.thresholds
     lines = [
-        f"against the other run: {formatting.count(found.count, 'row')} in both, thresholds {before:g} -> {after:g}"
+        f"against the other run: {formatting.count(comparison.count, 'row')} in both, "
+        f"thresholds {before:g} -> {after:g}"
     ]
-    for name, change in (("direct", found.direct), ("think", found.think), ("auto", found.auto)):
+    for name, change in (("direct", comparison.direct), ("think", comparison.think), ("auto", comparison.auto)):
         if change is not None:
             lines.append(
                 f"  {name:8} {change.first.value:.3f} -> {change.second.value:.3f}, {_signed(change.difference)}, "
                 f"{len(change.became_right)} became right, {len(change.became_wrong)} wrong"
             )
     lines.append(
-        f"  thinks {_signed(found.think_ratio)}, tokens {found.tokens.value:+.1f}, "
-        f"{found.flipped:.1%} of the decisions flipped"
+        f"  thinks {_signed(comparison.think_ratio)}, tokens {comparison.tokens.value:+.1f}, "
+        f"{comparison.flipped:.1%} of the decisions flipped"
     )
     return lines
 
 
-def _estimate(found: Estimate | None) -> str:
-    if found is None:
+def _estimate(estimate: Estimate | None) -> str:
+    if estimate is None:
         return "-"
-    return f"{found.value:.3f}" + ("" if found.low == found.high else f" [{found.low:.3f}, {found.high:.3f}]")
+    return f"{estimate.value:.3f}" + (
+        "" if estimate.low == estimate.high else f" [{estimate.low:.3f}, {estimate.high:.3f}]"
+    )
 
 
-def _signed(found: Estimate) -> str:
-    return f"{found.value:+.3f}" + ("" if found.low == found.high else f" [{found.low:+.3f}, {found.high:+.3f}]")
+def _signed(estimate: Estimate) -> str:
+    return f"{estimate.value:+.3f}" + (
+        "" if estimate.low == estimate.high else f" [{estimate.low:+.3f}, {estimate.high:+.3f}]"
+    )
 
 
 def _cost(figures: Figures, name: str, form: str) -> str:

@@ -1,8 +1,8 @@
-"""Figures as text: no more digits than the rows can carry, and an interval wherever there is one.
+"""Figures as text, with no more digits than the number of rows supports, and with their interval where they have one.
 
-A share whose 95% interval is five points wide or more gets no decimals, nor does one of fewer than a hundred rows, or
-of a thousand without an interval; any other gets one. An interval without width is not shown: it would read as
-certainty.
+A percentage has no decimals if its 95% interval is five points wide or more, if it is of fewer than 100 rows, or if it
+has no interval and is of fewer than 1,000 rows. Otherwise it has one. An interval of zero width is left out, because it
+would read as certainty.
 """
 
 import math
@@ -22,9 +22,9 @@ __all__ = [
     "tokens",
 ]
 
-_WIDE = 0.05  # of an interval: from here on decimals of a percentage say nothing
-_VERY_MANY = 1000  # rows: from here on a percentage without an interval gets a decimal
-_MANY = 100  # rows: below, a row is more than a point
+_WIDE = 0.05  # width of an interval: the percentage has no decimals from here on
+_VERY_MANY = 1000  # rows: a percentage without an interval has a decimal from here on
+_MANY = 100  # rows: with fewer, one row is more than one point
 
 
 def share(value: Estimate | float | None, rows: int = _MANY) -> str:

@@ -1,7 +1,7 @@
-"""The rows of a run with their grades, row by row: what a report draws and lists.
+"""The rows of a run with their grades, which a report's curve and gallery are made from.
 
-`summarise` gives figures and forgets the rows; a curve over all thresholds and a gallery need them. The curve equals
-`sweep`'s figures, worked out by running sums, so that thousands of rows and hundreds of thresholds take no time.
+`curve` gives the same figures as `sweep`. It computes them by running sums, so that thousands of rows at hundreds of
+thresholds are fast.
 """
 
 import math
@@ -24,7 +24,7 @@ _MOST_THRESHOLDS = 240
 class GradedRow:
     """A sample, the grades of its first and its final answer, and whether auto reasons.
 
-    Grades are None without a label, for a row that failed, and `think` also where a live run stopped early.
+    Grades are None without a label and for a row that failed; `think` is also None where a live run stopped early.
     """
 
     sample: Sample
@@ -55,19 +55,19 @@ def grade_rows(samples: Iterable[Sample], threshold: float) -> list[GradedRow]:
 
 
 def curve(rows: Sequence[GradedRow], threshold: float, most: int = _MOST_THRESHOLDS) -> list[SweepRow]:
-    """Auto at the thresholds that change a decision, from 0 (every direct answer stands) to above all confidences.
+    """Auto at the thresholds that change a decision, from 0 (auto takes every direct answer) to above all confidences.
 
     Args:
         rows: those that failed are left out.
-        threshold: is among them in any case.
-        most: of more thresholds so many are taken, evenly by rank.
+        threshold: always among the thresholds.
+        most: the number of thresholds; if there are more, they are sampled evenly by rank.
 
     Returns `sweep`'s figures, by rising threshold; [] for a live run or without rows.
     """
-    kept = [row for row in rows if row.sample.error is None]
-    if not kept or any(not row.sample.reasoned for row in kept):
+    usable = [row for row in rows if row.sample.error is None]
+    if not usable or any(not row.sample.reasoned for row in usable):
         return []
-    levels = np.array([-1.0 if row.sample.confidence is None else row.sample.confidence for row in kept])
+    levels = np.array([-1.0 if row.sample.confidence is None else row.sample.confidence for row in usable])
     order = np.argsort(levels, kind="stable")
     levels = levels[order]
     thresholds = np.array(_thresholds(levels, threshold, most))
@@ -79,20 +79,24 @@ def curve(rows: Sequence[GradedRow], threshold: float, most: int = _MOST_THRESHO
         return np.append(0.0, np.cumsum(late))[exits] + np.append(np.cumsum(early[::-1])[::-1], 0.0)[exits]
 
     def mean(part: Callable[[Grade], float | None]) -> list[float | None]:
-        pairs = [(part(row.direct), part(row.think)) if row.direct and row.think else (None, None) for row in kept]
-        graded = sum(one is not None for one, _ in pairs)
-        sums = auto([one or 0.0 for one, _ in pairs], [other or 0.0 for _, other in pairs])
+        pairs = [(part(row.direct), part(row.think)) if row.direct and row.think else (None, None) for row in usable]
+        graded = sum(first is not None for first, _ in pairs)
+        sums = auto([first or 0.0 for first, _ in pairs], [final or 0.0 for _, final in pairs])
         return [float(total) / graded for total in sums] if graded else [None] * len(sums)
 
-    size = len(kept)
-    tokens = auto([row.sample.first_tokens for row in kept], [row.sample.total_tokens for row in kept]) / size
-    times = auto([row.sample.first_seconds for row in kept], [row.sample.total_seconds for row in kept]) / size
+    size = len(usable)
+    tokens = auto([row.sample.first_tokens for row in usable], [row.sample.total_tokens for row in usable]) / size
+    times = auto([row.sample.first_seconds for row in usable], [row.sample.total_seconds for row in usable]) / size
     columns = zip(
-        thresholds, mean(lambda one: one.score), mean(lambda one: one.accuracy), mean(lambda one: one.iou), strict=True
+        thresholds,
+        mean(lambda grade: grade.score),
+        mean(lambda grade: grade.accuracy),
+        mean(lambda grade: grade.iou),
+        strict=True,
     )
     return [
         SweepRow(
-            threshold=float(threshold),
+            threshold=float(level),
             score=score,
             accuracy=accuracy,
             miou=miou,
@@ -100,7 +104,7 @@ def curve(rows: Sequence[GradedRow], threshold: float, most: int = _MOST_THRESHO
             mean_tokens=float(tokens[index]),
             mean_seconds=float(times[index]),
         )
-        for index, (threshold, score, accuracy, miou) in enumerate(columns)
+        for index, (level, score, accuracy, miou) in enumerate(columns)
     ]
 
 

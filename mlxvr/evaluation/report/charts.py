@@ -29,8 +29,8 @@ __all__ = [
     "Curve",
     "Line",
     "Mark",
-    "Path",
     "Point",
+    "Polyline",
     "Rect",
     "Text",
     "bars_chart",
@@ -80,10 +80,10 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Path:
+class Polyline:
     """A line through points."""
 
-    shape: ClassVar[str] = "path"
+    shape: ClassVar[str] = "polyline"
     points: Sequence[tuple[float, float]]
     kind: str
     title: str
@@ -128,7 +128,7 @@ class Text:
     is_upright: bool = False  # reads upwards, around (x, y)
 
 
-Mark = Line | Path | Rect | Circle | Text
+Mark = Line | Polyline | Rect | Circle | Text
 
 
 @dataclass(frozen=True)
@@ -233,7 +233,7 @@ def cost_chart(runs: Sequence[Curve], score_name: str, heading: str = "") -> Cha
     marks = _frame(across, up, "mean generated tokens per question", score_name, written=_percent)
     for number, run in enumerate(runs):
         line = [(across.at(row.mean_tokens), up.at(row.score)) for row in run.rows if row.score is not None]
-        marks.append(Path(line, f"line run{number}", run.name))
+        marks.append(Polyline(line, f"line run{number}", run.name))
     if runs[0].rows:
         marks.append(Circle(-20, -20, 6, "probe"))  # out of sight until the page's script moves it
     for number, run in reversed(list(enumerate(runs))):
@@ -256,7 +256,7 @@ def ratio_chart(runs: Sequence[Curve], threshold: float) -> Chart | None:
             x, y = across.at(nines(min(row.threshold, 1.0))), up.at(row.think_ratio)
             steps += [(x, steps[-1][1])] if steps else []
             steps.append((x, y))
-        marks.append(Path(steps, f"line run{number}", run.name))
+        marks.append(Polyline(steps, f"line run{number}", run.name))
     legend = [(f"run{number}", run.name) for number, run in enumerate(runs)] if len(runs) > 1 else []
     return Chart("think ratio at every threshold", [*marks, *_threshold_marks(across, threshold)], legend=legend)
 

@@ -1,4 +1,4 @@
-"""All that a page shows, gathered before a line of it is written."""
+"""Everything that a page shows, collected before the page is rendered."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ __all__ = ["Against", "Content", "score_name"]
 
 @dataclass(frozen=True, kw_only=True)
 class Against:
-    """The run that this one is held against, and what changed from it to this one."""
+    """The run to compare with, and what changed from it to the run of the report."""
 
     title: str
     comparison: Comparison
@@ -26,15 +26,16 @@ class Against:
 
 @dataclass(frozen=True, kw_only=True)
 class Content:
-    """All that a page shows.
+    """Everything that a page shows.
 
     Attributes:
-        title, settings: as `write_report` was given them.
+        title, settings: as given to `write_report`.
         summary, curve, calibration: the figures.
         rows: every row with its grades.
-        records, clips: the gallery's (`mlxvr.evaluation.report.gallery`); records know their clip.
-        clips_left_out: how many clips have no frames in the page because it would grow too large.
-        against: another run, or None.
+        records, clips: the gallery's rows and clips (`mlxvr.evaluation.report.gallery`); a record has its clip's index.
+        clips_left_out: number of clips whose frames are left out, because the page would grow too large.
+        against: the run to compare with, or None.
+        figures: what `report.json` holds.
     """
 
     title: str

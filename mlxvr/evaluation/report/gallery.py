@@ -1,9 +1,9 @@
-"""The rows of a report's gallery: what was asked, both answers, the reasoning, and four frames of the clip.
+"""The rows of a report's gallery: the question, both answers, the reasoning, and four frames of the clip.
 
-Frames are small JPEGs in the page itself. Each clip (a file with its range) is decoded once however many questions
-share it, and only so many clips are shown: those whose rows tell most come first, which are rows that changed from one
-run to another, confident mistakes, and rows where thinking changed the outcome. A clip that cannot be read gets the
-reason instead of its frames; a report never fails for one.
+Frames are small JPEGs in the page itself. Each clip (a file with its time range) is decoded once, even if several
+questions share it. The number of clips with frames is limited; clips with the most informative rows come first: rows
+that changed from one run to the other, confident mistakes, rows where thinking changed the outcome. If a clip cannot be
+read, the page shows the reason instead of frames; the report is written anyway.
 """
 
 import base64
@@ -23,35 +23,35 @@ from mlxvr.grading.lenient import Grade, final_answer
 from mlxvr.runtime.hooks import Progress
 from mlxvr.storage.paths import list_frames
 
-__all__ = ["Clip", "embed_frames", "gallery_rows", "read_thumbnails"]
+__all__ = ["ClipKey", "embed_frames", "gallery_rows", "read_thumbnails"]
 
 _FRAMES = 4
 _PIXELS = 30_000  # of a frame: about 230 x 130
 _QUALITY = 72
 _LONGEST = 6_000  # characters of a text that a page carries; samples.jsonl has all
 
-Clip = tuple[str, float | None, float | None]  # media as given, start, end
+ClipKey = tuple[str, float | None, float | None]  # media as given, start, end
 
 
 def gallery_rows(
     rows: Sequence[GradedRow],
-    others: Mapping[str, GradedRow] | None = None,
+    rows_before: Mapping[str, GradedRow] | None = None,
     changes: Mapping[str, Sequence[str]] | None = None,
 ) -> list[dict[str, Any]]:
     """A JSON-ready record for each row.
 
     Args:
         rows: of the run.
-        others: the same rows of the run that it is held against, by id.
-        changes: what became of rows from that run to this one, by id.
+        rows_before: the same rows of the run to compare with, by id.
+        changes: how rows changed from that run to this one, by id.
     """
     records = []
     for row in rows:
         own = (changes or {}).get(row.sample.id, ())
         record = _record(row) | {"interest": _interest(row, own)}
-        if others is not None:
-            other = others.get(row.sample.id)
-            record["other"] = None if other is None or other.sample.error is not None else _answers(other)
+        if rows_before is not None:
+            before = rows_before.get(row.sample.id)
+            record["other"] = None if before is None or before.sample.error is not None else _answers(before)
             record["changes"] = list(own)
         records.append(record)
     return records
@@ -66,15 +66,15 @@ def embed_frames(
     Returns the clips, each `{"frames": [{"seconds", "jpeg"}, ..], "note": why there are none}`, and how many clips
     were left out.
     """
-    weights: dict[Clip, int] = {}
+    weights: dict[ClipKey, int] = {}
     for row, record in zip(rows, records):
         if row.sample.media:
             clip = _clip(row.sample)
             weights[clip] = min(weights.get(clip, record["interest"]), record["interest"])
     clips: list[dict[str, Any]] = []
-    places: dict[Clip, int] = {}
+    places: dict[ClipKey, int] = {}
     wanted, read = min(limit, len(weights)), 0
-    for clip in sorted(weights, key=lambda one: (weights[one], str(one))):
+    for clip in sorted(weights, key=lambda clip: (weights[clip], str(clip))):
         if read == wanted:
             break
         if progress is not None:
@@ -130,7 +130,7 @@ def read_thumbnails(path: Path, *, start: float | None = None, end: float | None
         merge_size=1,
         mean=(0.5, 0.5, 0.5),
         std=(0.5, 0.5, 0.5),
-        fps=1e-6,  # so the least number of frames is taken, or all of a shorter clip
+        fps=1e-6,  # so that the minimum number of frames is taken, or all frames of a shorter clip
         min_frames=_FRAMES,
         max_frames=_FRAMES,
         frame_min_tokens=16,
@@ -164,7 +164,7 @@ def _record(row: GradedRow) -> dict[str, Any]:
 
 
 def _answers(row: GradedRow) -> dict[str, Any]:
-    """What one run made of a row."""
+    """A run's answers to a row."""
     sample = row.sample
     return {
         "first": sample.first,
@@ -205,7 +205,7 @@ def _segments(answer: Any) -> str:
 
 
 def _gold_option(sample: Sample, options: Sequence[str]) -> int | None:
-    """Which option is right, where the ground truth names one by letter or by text."""
+    """The index of the right option, if the ground truth names an option by letter or by text."""
     answer = sample.answer[0] if sample.kind == "gqa" and isinstance(sample.answer, list) else sample.answer
     if not isinstance(answer, str) or not options:
         return None
@@ -234,7 +234,7 @@ def _spans(sample: Sample) -> dict[str, Any] | None:
 
 
 def _interest(row: GradedRow, changes: Sequence[str]) -> int:
-    """How much a row tells, 0 the most: what comes first in the gallery, and whose frames are in the page."""
+    """How informative a row is, 0 the most: it decides the gallery's order, and whose frames are in the page."""
     direct, think, auto = (_is_right(grade) for _, grade in _grades(row))
     signs = (
         "became_wrong" in changes,
@@ -247,7 +247,7 @@ def _interest(row: GradedRow, changes: Sequence[str]) -> int:
     return signs.index(True) if any(signs) else len(signs)
 
 
-def _clip(sample: Sample) -> Clip:
+def _clip(sample: Sample) -> ClipKey:
     return sample.media, sample.start, sample.end
 
 

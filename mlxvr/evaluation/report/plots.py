@@ -82,8 +82,8 @@ def _put(axes: "Axes", mark: Mark, points: float, order: int) -> None:
     words = mark.kind.split()
     color = _first(_COLORS, words, GRAY)
     look: dict[str, Any] = {"zorder": order, "alpha": _first(_ALPHAS, words, None)}
-    if isinstance(mark, drawn.Line | drawn.Path):
-        corners = mark.points if isinstance(mark, drawn.Path) else [(mark.x1, mark.y1), (mark.x2, mark.y2)]
+    if isinstance(mark, drawn.Line | drawn.Polyline):
+        corners = mark.points if isinstance(mark, drawn.Polyline) else [(mark.x1, mark.y1), (mark.x2, mark.y2)]
         dashes = _first(_DASHES, words, None)
         style = "solid" if dashes is None or "whisker" in words else (0, dashes)
         width = points * _first(_WIDTHS, words, 1.0)

@@ -1,4 +1,4 @@
-"""What a run is worth, for somebody who decides whether to ship it: `report.html`, `report.json` and plots.
+"""Writes the report of a run, for somebody who decides whether to ship it: `report.html`, `report.json` and plots.
 
     run = ReportedRun(title="My clips", samples=read_samples("report/samples.jsonl"), threshold=0.97)
     write_report(Path("report"), run)
@@ -39,9 +39,9 @@ class ReportedRun:
 
     Attributes:
         title: heads the page.
-        samples: of the run, in any order; those that failed are listed and in no figure.
-        threshold: the operating point; for a live run the one that it ran with.
-        settings: what the run was made with, JSON-ready: shown, and kept in `report.json`.
+        samples: of the run, in any order; samples that failed are listed, and no figure includes them.
+        threshold: the operating point; for a live run, the threshold that it ran with.
+        settings: how the run was made, JSON-ready: shown in the page, and written to `report.json`.
     """
 
     title: str
@@ -56,7 +56,7 @@ class ReportOptions:
 
     Attributes:
         media_root: folder that the samples' media paths are relative to; None: the working directory.
-        clips: of how many clips frames are put into the page (120 are about 4 MB); 0: of none.
+        clips: number of clips with frames in the page (120 are about 4 MB); 0: none.
         plots: whether to write plots; None: if matplotlib is installed.
         bootstrap, seed: see `summarise`.
     """
@@ -84,7 +84,7 @@ def write_report(
         run: the run.
         before: another run over the same rows to compare it with (before training, full precision): differences are
             `run` minus `before`.
-        calibration: what `calibrate` found.
+        calibration: the result of `calibrate`.
         options: how the report is made.
         progress: called with ("frames", clips done, clips).
 
@@ -174,7 +174,7 @@ def _compare(before: ReportedRun, samples: list[Sample], threshold: float, optio
 def _changes(
     comparison: Comparison, rows: Sequence[GradedRow], rows_before: Mapping[str, GradedRow]
 ) -> dict[str, list[str]]:
-    """What became of each row, by id."""
+    """How each row changed, by id."""
     groups = {"began_to_think": comparison.began_to_think, "stopped_thinking": comparison.stopped_thinking}
     if comparison.auto is not None:
         groups = {
