@@ -1,13 +1,15 @@
 """Each way in which talking to the Hub goes wrong, as one line that says what to do.
 
 The Hub's client raises some twenty kinds of error, often several lines long and chained. Here they become what a user
-can act on: sign in, accept a licence, check the id, wait, look at the network.
+can act on: sign in, accept a licence, check the id, wait, look at the network. The first row of a table that fits an
+error, or one of the errors that it was raised from, is the answer: errors by name, then by text, then by the status of
+the Hub's refusal.
 """
 
 import os
 import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
@@ -15,7 +17,77 @@ if TYPE_CHECKING:
 __all__ = ["endpoint", "explain_download", "explain_upload"]
 
 _LOGIN = "`hf auth login`"
-_WRONG_SIZE = re.compile(r"should be of size (\d+) but has size (\d+) \((.+?)\)\.")
+_ANY_5XX, _ANY_OTHER = 500, 0
+_IN_THE_WAY = (
+    "{repo_id} is in the way or being changed at the same time ({refusal}); upload again, or choose another id"
+)
+
+
+class _Table(NamedTuple):
+    """What to say, with {hub}, {page}, {repo_id}, {revision!r}, {reason}, {status}, {refusal}, {wait} and {login}."""
+
+    errors: dict[str, str]  # by the name in huggingface_hub.errors
+    texts: dict[str, str]  # by a pattern in an error's text, whose groups can be named, too
+    refusals: dict[int, str]  # by the HTTP status
+    unreachable: str
+    otherwise: str
+
+
+_DOWNLOAD = _Table(
+    {
+        "OfflineModeIsEnabled": "{repo_id} is not (wholly) in the local cache and HF_HUB_OFFLINE is set; unset it to "
+        "download",
+        "GatedRepoError": "{repo_id} is gated: accept its licence at {page}, then sign in with {login}",
+        "RevisionNotFoundError": "{repo_id} has no revision {revision!r}; expected a branch, tag or commit listed at "
+        "{page}",
+        "RepositoryNotFoundError": "no model {repo_id} at {hub}: check the id; if it is private, sign in with {login}",
+        "DisabledRepoError": "{repo_id} has been disabled at {hub}; choose another model",
+        "FileMetadataError": "{hub} does not answer as the Hub does; check HF_ENDPOINT and the proxy settings",
+    },
+    {
+        r"should be of size (?P<announced>\d+) but has size (?P<received>\d+) \((?P<path>.+?)\)\.": "{path} of "
+        "{repo_id} came with {received} bytes where {hub} announced {announced}; nothing of it was kept: run again, "
+        "and if that does not help, look at the proxy or mirror in between",
+    },
+    {
+        401: "{hub} does not accept the token for {repo_id}; sign in again with {login}",
+        403: "the token may not read {repo_id}; allow it at {hub}/settings/tokens, then {login}",
+        429: "{hub} limits the rate of requests (429); {wait}, or sign in with {login}",
+        _ANY_5XX: "{hub} has trouble of its own ({status}) with {repo_id}; run again later: it resumes",
+        _ANY_OTHER: "{hub} answered {status} for {repo_id}; check the id and the revision",
+    },
+    "cannot reach {hub} for {repo_id} ({reason}); check the network and run again: it resumes",
+    "cannot download {repo_id} from {hub} ({reason}); run again: it resumes",
+)
+
+_UPLOAD = _Table(
+    {
+        "OfflineModeIsEnabled": "HF_HUB_OFFLINE is set, so nothing can be uploaded to {repo_id}; unset it",
+        "LocalTokenNotFoundError": "not signed in to {hub}: make a token with the role write at {hub}/settings/tokens, "
+        "then {login}",
+        "HFValidationError": "{repo_id!r} is no Hub id ({reason}); expected org/name",
+        "RevisionNotFoundError": "{repo_id} has no revision {revision!r} to upload to; expected a branch",
+    },
+    {
+        r"(?s)(?P<text>.*metadata in README\.md.*)": "{hub} refuses the model card ({text}); correct the head of "
+        "README.md and upload again",
+    },
+    {
+        401: "{hub} does not accept the token ({refusal}); make one with the role write at {hub}/settings/tokens, then "
+        "{login}; HF_TOKEN, where it is set, comes before that",
+        403: "the token may not write to {repo_id} ({refusal}); use a name of your own or of an organization that you "
+        "write for, and a token with the role write ({hub}/settings/tokens, then {login})",
+        404: "no model {repo_id} at {hub}, or the token may not see it ({refusal}); check the id",
+        409: _IN_THE_WAY,
+        412: _IN_THE_WAY,
+        413: "{hub} finds a file of this folder too large for {repo_id} ({refusal}); convert with fewer bits",
+        429: "{hub} limits the rate of requests (429); {wait}, then upload again: it resumes",
+        _ANY_5XX: "{hub} has trouble of its own ({refusal}) with {repo_id}; upload again later: it resumes",
+        _ANY_OTHER: "{hub} refused the upload to {repo_id} ({refusal}); check the id, the revision and README.md",
+    },
+    "cannot reach {hub} for {repo_id} ({reason}); check the network and upload again: it resumes",
+    "cannot upload to {repo_id} at {hub} ({reason}); upload again: it resumes",
+)
 
 
 def endpoint() -> str:
@@ -27,109 +99,48 @@ def endpoint() -> str:
 
 def explain_download(error: BaseException, repo_id: str, revision: str | None) -> str:
     """Say in one line what went wrong with a download and what to do."""
-    from huggingface_hub import errors
-
-    hub, page, causes = endpoint(), f"{endpoint()}/{repo_id}", _causes(error)
-
-    def caused_by(*kinds: type[BaseException]) -> bool:
-        return any(isinstance(cause, kinds) for cause in causes)
-
-    if caused_by(errors.OfflineModeIsEnabled):
-        return f"{repo_id} is not (wholly) in the local cache and HF_HUB_OFFLINE is set; unset it to download"
-    if caused_by(errors.GatedRepoError):
-        return f"{repo_id} is gated: accept its licence at {page}, then sign in with {_LOGIN}"
-    if caused_by(errors.RevisionNotFoundError):
-        return f"{repo_id} has no revision {revision!r}; expected a branch, tag or commit listed at {page}"
-    if caused_by(errors.RepositoryNotFoundError):
-        return f"no model {repo_id} at {hub}: check the id; if it is private, sign in with {_LOGIN}"
-    if caused_by(errors.DisabledRepoError):
-        return f"{repo_id} has been disabled at {hub}; choose another model"
-    if caused_by(errors.FileMetadataError):
-        return f"{hub} does not answer as the Hub does; check HF_ENDPOINT and the proxy settings"
-    refusal = next((cause for cause in causes if isinstance(cause, errors.HfHubHTTPError)), None)
-    if refusal is not None:
-        return _explain_refused_download(refusal, repo_id)
-    for cause in causes:
-        if sizes := _WRONG_SIZE.search(str(cause)):
-            announced, received, name = sizes.groups()
-            name = name.rpartition("/")[2]  # it may be a URL's end
-            return (
-                f"{name} of {repo_id} came with {received} bytes where {hub} announced {announced}; nothing of it was "
-                "kept: run again, and if that does not help, look at the proxy or mirror in between"
-            )
-    if caused_by(errors.LocalEntryNotFoundError, errors.HTTPError, ConnectionError, TimeoutError):
-        return f"cannot reach {hub} for {repo_id} ({_reason(causes)}); check the network and run again: it resumes"
-    return f"cannot download {repo_id} from {hub} ({_reason(causes)}); run again: it resumes"
+    return _explain(_DOWNLOAD, error, repo_id, revision)
 
 
 def explain_upload(error: BaseException, repo_id: str, revision: str | None) -> str:
     """Say in one line what went wrong with an upload, or with the question whether it is allowed, and what to do."""
+    return _explain(_UPLOAD, error, repo_id, revision)
+
+
+def _explain(table: _Table, error: BaseException, repo_id: str, revision: str | None) -> str:
     from huggingface_hub import errors
 
-    hub, causes = endpoint(), _causes(error)
-
-    def caused_by(*kinds: type[BaseException]) -> bool:
-        return any(isinstance(cause, kinds) for cause in causes)
-
-    if caused_by(errors.OfflineModeIsEnabled):
-        return f"HF_HUB_OFFLINE is set, so nothing can be uploaded to {repo_id}; unset it"
-    if caused_by(errors.LocalTokenNotFoundError):
-        return f"not signed in to {hub}: make a token with the role write at {hub}/settings/tokens, then {_LOGIN}"
-    if caused_by(errors.HFValidationError):
-        return f"{repo_id!r} is no Hub id ({_reason(causes)}); expected org/name"
-    if caused_by(errors.RevisionNotFoundError):
-        return f"{repo_id} has no revision {revision!r} to upload to; expected a branch"
-    refusal = next((cause for cause in causes if isinstance(cause, errors.HfHubHTTPError)), None)
-    metadata = next((str(cause) for cause in causes if "metadata in README.md" in str(cause)), None)
-    if metadata is not None:
-        return f"{hub} refuses the model card ({_one_line(metadata)}); correct the head of README.md and upload again"
-    if refusal is not None:
-        return _explain_refused_upload(refusal, repo_id)
-    if caused_by(errors.HTTPError, ConnectionError, TimeoutError):
-        return f"cannot reach {hub} for {repo_id} ({_reason(causes)}); check the network and upload again: it resumes"
-    return f"cannot upload to {repo_id} at {hub} ({_reason(causes)}); upload again: it resumes"
-
-
-def _explain_refused_download(refusal: "HfHubHTTPError", repo_id: str) -> str:
-    hub, status = endpoint(), refusal.response.status_code
-    if status == 401:
-        return f"{hub} does not accept the token for {repo_id}; sign in again with {_LOGIN}"
-    if status == 403:
-        return f"the token may not read {repo_id}; allow it at {hub}/settings/tokens, then {_LOGIN}"
-    if status == 429:
-        return f"{hub} limits the rate of requests (429); {_how_long(refusal)}, or sign in with {_LOGIN}"
-    if status >= 500:
-        return f"{hub} has trouble of its own ({status}) with {repo_id}; run again later: it resumes"
-    return f"{hub} answered {status} for {repo_id}; check the id and the revision"
+    causes = list(_causes(error))
+    facts: dict[str, Any] = {
+        "hub": endpoint(),
+        "page": f"{endpoint()}/{repo_id}",
+        "repo_id": repo_id,
+        "revision": revision,
+        "reason": _one_line(f"{type(causes[-1]).__name__}: {causes[-1]}"),
+        "login": _LOGIN,
+    }
+    for name, line in table.errors.items():
+        if any(isinstance(cause, getattr(errors, name)) for cause in causes):
+            return line.format(**facts)
+    for pattern, line in table.texts.items():
+        for cause in causes:
+            if match := re.search(pattern, str(cause)):
+                groups = {name: _one_line(text) for name, text in match.groupdict().items()}
+                if "path" in groups:  # it may be a URL, which is known by its end
+                    groups["path"] = groups["path"].rpartition("/")[2]
+                return line.format(**facts, **groups)
+    for cause in causes:
+        if isinstance(cause, errors.HfHubHTTPError):
+            status = cause.response.status_code
+            line = table.refusals.get(status) or table.refusals[_ANY_5XX if status >= 500 else _ANY_OTHER]
+            message = f"{status}: {_one_line(cause.server_message)}" if cause.server_message else str(status)
+            return line.format(**facts, status=status, refusal=message, wait=_wait(cause))
+    network = (errors.LocalEntryNotFoundError, errors.HTTPError, ConnectionError, TimeoutError)
+    is_unreachable = any(isinstance(cause, network) for cause in causes)
+    return (table.unreachable if is_unreachable else table.otherwise).format(**facts)
 
 
-def _explain_refused_upload(refusal: "HfHubHTTPError", repo_id: str) -> str:
-    hub, status = endpoint(), refusal.response.status_code
-    said = f"{status}: {_one_line(refusal.server_message)}" if refusal.server_message else str(status)
-    if status == 401:
-        return (
-            f"{hub} does not accept the token ({said}); make one with the role write at {hub}/settings/tokens, then "
-            f"{_LOGIN}; HF_TOKEN, where it is set, comes before that"
-        )
-    if status == 403:
-        return (
-            f"the token may not write to {repo_id} ({said}); use a name of your own or of an organization that you "
-            f"write for, and a token with the role write ({hub}/settings/tokens, then {_LOGIN})"
-        )
-    if status == 404:
-        return f"no model {repo_id} at {hub}, or the token may not see it ({said}); check the id"
-    if status in (409, 412):
-        return f"{repo_id} is in the way or being changed at the same time ({said}); upload again, or choose another id"
-    if status == 413:
-        return f"{hub} finds a file of this folder too large for {repo_id} ({said}); convert with fewer bits"
-    if status == 429:
-        return f"{hub} limits the rate of requests (429); {_how_long(refusal)}, then upload again: it resumes"
-    if status >= 500:
-        return f"{hub} has trouble of its own ({said}) with {repo_id}; upload again later: it resumes"
-    return f"{hub} refused the upload to {repo_id} ({said}); check the id, the revision and README.md"
-
-
-def _how_long(refusal: "HfHubHTTPError") -> str:
+def _wait(refusal: "HfHubHTTPError") -> str:
     """Say how long the Hub wants us to wait, as far as its headers tell."""
     from huggingface_hub.utils import parse_ratelimit_headers
 
@@ -139,20 +150,12 @@ def _how_long(refusal: "HfHubHTTPError") -> str:
     return "wait a few minutes" if seconds is None else f"wait {seconds} seconds"
 
 
-def _reason(causes: list[BaseException]) -> str:
-    return _one_line(f"{type(causes[-1]).__name__}: {causes[-1]}")
-
-
 def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def _causes(error: BaseException | None) -> list[BaseException]:
-    """Return an exception and what it was raised from, outermost first."""
-
-    def walk(error: BaseException | None) -> Iterator[BaseException]:
-        while error is not None:
-            yield error
-            error = error.__cause__
-
-    return list(walk(error))
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an exception and what it was raised from, outermost first."""
+    while error is not None:
+        yield error
+        error = error.__cause__

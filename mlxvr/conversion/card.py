@@ -23,6 +23,15 @@ __all__ = ["Origin", "origin", "settings", "with_threshold", "write"]
 _WRITTEN_HERE = ("config.json", "mlxvr.json", "README.md")
 _OF_THE_RUN = ("source", "source_run", "seconds", "peak_memory")
 _THRESHOLD_ROW = re.compile(r"^\| Threshold \|.*\|$", re.MULTILINE)
+_METADATA = [
+    "library_name",
+    "pipeline_tag",
+    "license",
+    "license_name",
+    "license_link",
+    "base_model",
+    "base_model_relation",
+]
 _VERSIONED = ("mlxvr", "mlx", "mlx-vlm")
 
 
@@ -119,15 +128,15 @@ def _json(value: dict[str, Any]) -> bytes:
 
 def _card(folder: ModelFolder, settings: dict[str, Any], title: str) -> str:
     """Compose the model card: metadata that the Hub reads, then how the weights were made and how to use them."""
+    from huggingface_hub import ModelCardData
+
     recipe, quantization = settings["recipe"], settings["quantization"]
     source, commit = settings["source"], settings["commit"]
-    licence = _licence(folder.path / "README.md") or (
-        [f"license: {recipe['license']}"] if recipe.get("license") else []
-    )
+    licence = _licence(folder.path / "README.md") or {"license": recipe.get("license") or None}
     is_hub = "/" in source
-    meta = ["library_name: mlx", "pipeline_tag: video-text-to-text", *licence]
-    meta += [f"base_model: {source}", "base_model_relation: quantized"] if is_hub else []
-    meta += ["tags:", "- mlx", "- mlxvr", "- video", f"- {settings['family']}"]
+    base = {"base_model": source, "base_model_relation": "quantized"} if is_hub else {}
+    tags = ["mlx", "mlxvr", "video", settings["family"]]
+    metadata = ModelCardData(library_name="mlx", pipeline_tag="video-text-to-text", tags=tags, **licence, **base)
     link = f"[`{source}`](https://huggingface.co/{source})" if is_hub else f"`{source}`"
     bits, dtype = quantization["bits"], quantization["dtype"]
     how = f"kept in {dtype}"
@@ -148,7 +157,7 @@ def _card(folder: ModelFolder, settings: dict[str, Any], title: str) -> str:
     }
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     return f"""---
-{chr(10).join(meta)}
+{metadata.to_yaml(original_order=_METADATA)}
 ---
 
 # {title}
@@ -197,10 +206,15 @@ def _verified(figures: dict[str, Any] | None) -> dict[str, str]:
     return rows
 
 
-def _licence(readme: Path) -> list[str]:
-    """Return the licence lines of a model card's metadata, as they are."""
-    if not readme.is_file():
-        return []
-    text = readme.read_text(encoding="utf-8", errors="replace")
-    front = re.match(r"---\n(.*?)\n---", text, flags=re.DOTALL)
-    return re.findall(r"^license(?:_name|_link)?: *\S.*$", front[1], flags=re.MULTILINE) if front else []
+def _licence(readme: Path) -> dict[str, Any]:
+    """Return the licence in a model card's metadata; {} if the card names none or its metadata is no YAML."""
+    from huggingface_hub import ModelCard
+
+    text = readme.read_text(encoding="utf-8-sig", errors="replace") if readme.is_file() else ""
+    if not text.startswith("---"):
+        return {}
+    try:
+        metadata = ModelCard(text, ignore_metadata_errors=True).data.to_dict()
+    except Exception:  # of the YAML library, which we do not import
+        return {}
+    return {name: metadata[name] for name in _METADATA if name.startswith("license") and metadata.get(name)}
