@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from types import ModuleType
 
 import numpy as np
@@ -329,4 +330,63 @@ def test_tensorboard_shows_the_figures(tmp_path):
     assert [(one.step, one.value) for one in events.Scalars("train/loss")] == [
         *((step, float(step)) for step in range(1, 6)),
         (6, 60.0),
+    ]
+
+
+WANDB = """
+import json, struct, sys
+from pathlib import Path
+from mlxvr.grpo.monitor.metrics_log import MetricsLog
+from mlxvr.grpo.monitor.sinks import make_sinks
+
+folder, step = Path(sys.argv[1]), int(sys.argv[2])
+with MetricsLog(folder, sinks=make_sinks(["wandb"], folder, {"rank": "16"})) as log:
+    log.write({"step": step, "reward": step / 4, "completions/mean_length": 12.0, "kl": None, "rows": ["a"]})
+
+from wandb.proto.wandb_internal_pb2 import Record
+
+def records(data):  # LevelDB's log format after 7 bytes: blocks of 32 KiB of (checksum, length, kind) and content
+    place, content = 7, b""
+    while place + 7 <= len(data):
+        if 32768 - place % 32768 < 7:
+            place += 32768 - place % 32768
+            continue
+        _, length, kind = struct.unpack("<IHB", data[place : place + 7])
+        content += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            yield Record.FromString(content)
+            content = b""
+
+for file in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
+    for record in records(file.read_bytes()):
+        kind = record.WhichOneof("record_type")
+        if kind == "run":
+            config = {item.key: json.loads(item.value_json) for item in record.run.config.update}
+            print(json.dumps({"run": record.run.run_id, "project": record.run.project, "rank": config["rank"]}))
+        if kind == "history":
+            items = {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
+            print(json.dumps({name: value for name, value in items.items() if not name.startswith("_")}))
+"""
+
+
+@pytest.mark.skipif(find_spec("wandb") is None, reason="wandb is not installed")
+def test_wandb_has_the_metrics(tmp_path):
+    """With the real package, offline: a run that is resumed in another process has the same id there."""
+    environment = {**os.environ, "WANDB_MODE": "offline", "WANDB_SILENT": "true", "HOME": str(tmp_path / "home")}
+    for step in (1, 2):
+        done = subprocess.run(
+            [sys.executable, "-c", WANDB, str(tmp_path / "run"), str(step)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr
+    run_id = (tmp_path / "run" / "wandb_id").read_text().strip()
+    run = {"run": run_id, "project": "mlxvr", "rank": "16"}
+    shown = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert [entry for entry in shown if "run" in entry] == [run, run]
+    assert [entry for entry in shown if "step" in entry] == [
+        {"step": step, "reward": step / 4, "completions/mean_length": 12} for step in (1, 2)
     ]
