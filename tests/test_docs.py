@@ -1,10 +1,11 @@
 """The pages cannot go stale: the `--help` blocks are what the verbs print, named files exist, Python parses.
 
-`python -m tests.test_docs` writes the blocks of examples/commands.md anew.
+`python -m tests.test_docs` writes the blocks of examples/commands.md anew, and examples/api.md.
 """
 
 import ast
 import re
+import sys
 from importlib import import_module
 from pathlib import Path
 
@@ -111,6 +112,14 @@ def test_the_field_log_names_tests_that_exist():
     assert named > 40
 
 
+def test_the_readme_is_short_and_opens_with_the_picture():
+    lines = README.read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 220
+    assert any(line.startswith("![") and line.endswith("(examples/demo.svg)") for line in lines[:8])
+    for guide in sorted((ROOT / "examples").glob("*.md")):
+        assert f"(examples/{guide.name})" in "\n".join(lines), f"README does not link {guide.name}"
+
+
 def test_the_readme_names_the_two_commands_that_ci_runs():
     text, ci = README.read_text(encoding="utf-8"), (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     for command in ("pip install -e .", "-m mlxvr.generate", "pip install -e '.[test]'", "/pytest"):
@@ -128,3 +137,8 @@ if __name__ == "__main__":
         else:
             page = page.replace(f"<!-- help: {name} -->\n", fresh)
     COMMANDS.write_text(page, encoding="utf-8")
+
+    sys.path.insert(0, str(ROOT / "examples"))
+    import make_api
+
+    make_api.PAGE.write_text(make_api.make_page(), encoding="utf-8")

@@ -34,6 +34,7 @@ from mlxvr.__main__ import VERBS
 from mlxvr.checkpoint.bundled import demo_folder
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "examples"))
 BLOCKS = {
     "README.md": ["ci", "ci", "python", "parses", "runs", "runs", "runs"],
     "CONTRIBUTING.md": ["parses", "drawing", "drawing", "drawing", "drawing"],
@@ -155,6 +156,52 @@ def test_python_names_what_exists(page, code):
 @pytest.mark.parametrize(("page", "code"), of_kind("stubs"))
 def test_stubs_parse(page, code):
     ast.parse(code)
+
+
+def test_the_api_page_is_what_the_script_writes():
+    import make_api
+
+    written = (ROOT / "examples" / "api.md").read_text(encoding="utf-8")
+    assert written == make_api.make_page(), "run: python -m tests.test_docs"
+    for name in mlxvr.__all__:
+        assert re.search(rf"^### {name}\b", written, re.MULTILINE), name
+    for verb in ("convert", "eval", "train", "fuse"):
+        offered = set(import_module(f"mlxvr.{verb}").__all__) - {"main", "make_parser"}
+        section = re.search(rf"^## mlxvr.{verb}$(.*?)(?=^## |\Z)", written, re.MULTILINE | re.DOTALL)[1]
+        assert offered <= set(re.findall(r"^### (\w+)", section, re.MULTILINE))
+
+
+@pytest.mark.parametrize(
+    ("docstring", "page"),
+    [
+        ("One line.", "One line."),
+        (
+            "Do it.\n\n    Args:\n        a: first,\n            on two lines.\n        b, c: second.\n",
+            "Do it.\n\n**Args**\n\n- `a`: first, on two lines.\n- `b`, `c`: second.",
+        ),
+        (
+            "Do it.\n\n    Returns:\n        A number.\n\n    And more.\n",
+            "Do it.\n\n**Returns**\n\n- A number.\n\nAnd more.",
+        ),
+    ],
+)
+def test_docstrings_become_markdown(docstring, page):
+    import make_api
+
+    assert make_api.markdown(docstring) == page
+
+
+def test_signatures_are_those_of_the_source():
+    import make_api
+
+    source = "def f(self, a: 'int | None', *, b: str = 'x', **more: Any) -> 'F': pass"
+    assert make_api.signature("f", ast.parse(source).body[0]) == (
+        "def f(a: int | None, *, b: str = 'x', **more: Any) -> F: ..."
+    )
+    assert make_api.field_line(ast.parse("a: int = field(default=3, repr=False)").body[0]) == "a: int = 3"
+    assert (
+        make_api.field_line(ast.parse("a: list[int] = field(default_factory=list)").body[0]) == "a: list[int] = list()"
+    )
 
 
 @pytest.mark.parametrize(("page", "code"), of_kind("rows"))
