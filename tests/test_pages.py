@@ -291,7 +291,7 @@ def test_commands_run(page, folder, tmp_path, monkeypatch, capsys):
         if any(need in shlex.join(words) for need in NEEDS):
             continue
         verb = module.removeprefix("mlxvr.")
-        if "--resume" not in arguments:  # a run that is resumed has its settings
+        if not {"--resume", "--compare"} & set(arguments):  # a resumed run has its settings, a comparison runs nothing
             arguments = [*arguments, *SHORTER.get(verb, "").split()]
         code = import_module(module).main(arguments)
         printed = capsys.readouterr()
