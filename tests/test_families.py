@@ -9,7 +9,7 @@ import pytest
 
 from mlxvr.checkpoint.config_normalization import text_settings
 from mlxvr.errors import CheckpointError
-from mlxvr.model.families import qwen2_5_vl
+from mlxvr.model.families import base, qwen2_5_vl
 from mlxvr.model.families.base import FAMILIES, family_of
 
 # config.json of the public checkpoints (Qwen2.5-VL-7B-Instruct in its first release's dialect, Qwen3-VL-8B-Instruct).
@@ -122,6 +122,22 @@ def config_of(family: str, dialect: str, **text: object) -> dict:
 def test_shapes_add_up_to_the_public_checkpoints_size(config: dict, parameters: int) -> None:
     shapes = family_of(config).expected_shapes(config)
     assert sum(math.prod(shape) for shape in shapes.values()) == parameters  # half of total_size in their index
+
+
+@pytest.mark.parametrize("config", [QWEN2_5_7B, QWEN3_8B])
+def test_shapes_of_a_large_network_take_no_memory(config: dict) -> None:
+    """Its 16 GB are never made; and what a caller does to the shapes concerns nobody else."""
+    import mlx.core as mx
+
+    base._shapes.clear()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    shapes = family_of(config).expected_shapes(config)
+    assert mx.get_peak_memory() - before < 2**20
+    expected = dict(shapes)
+    shapes.clear()
+    assert family_of(config).expected_shapes(config) == expected
+    assert len(base._shapes) == 1
 
 
 @pytest.mark.parametrize("family", checkpoints.FAMILIES)

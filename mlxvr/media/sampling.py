@@ -1,4 +1,4 @@
-"""Which frames of a clip are looked at, and at what size: numbers only, no pixels.
+"""Which frames of a clip the model sees, and at what size: numbers only, no pixels.
 
 The rules are qwen-vl-utils 0.0.14's (`smart_nframes`, `calculate_video_frame_range`, `smart_resize`), which
 the checkpoints were trained with. Departures:
@@ -8,7 +8,7 @@ the checkpoints were trained with. Departures:
 - a picture of a single row or column is refused, since there is nothing to see in it;
 - a product that misses a whole number by rounding alone counts as that number (1.1 s * 30 is frame 33, not
 34);
-- asking for more frames than there are gives all that fill pairs, and a warning, instead of an error.
+- a request for more frames than there are gives all frames that fill pairs, and a warning, instead of an error.
 """
 
 import logging
@@ -38,7 +38,7 @@ def frame_indices(
     start: float | None = None,
     end: float | None = None,
 ) -> np.ndarray:
-    """Indices of the frames to look at.
+    """Indices of the frames that the model sees.
 
     Args:
         total_frames: frames in the clip.

@@ -1,14 +1,13 @@
-"""What a checkpoint expects of its pictures: patch geometry, colour statistics, sampling rate and token
-budgets.
+"""What a checkpoint expects of its pictures: patch geometry, colour statistics, sampling rate and token limits.
 
 A checkpoint says this in up to three files (`config.json`, `preprocessor_config.json`,
-`video_preprocessor_config.json`), in more than one dialect, and leaves some of it to the code that fed the
-model in training (qwen-vl-utils). `VisionSpec.from_files` reads them once; everything after it works with
-plain numbers.
+`video_preprocessor_config.json`), spelled in more than one way, and leaves some of it to the code that fed the model in
+training (qwen-vl-utils). `VisionSpec.from_files` reads them once; everything after it works with plain numbers. What
+differs between families of models is data for it, `FrameRules`.
 
-Token budgets. Processor files bound what the processor can produce: for Qwen2.5-VL a video frame may have 4
-to 16,384 tokens, far wider than the 16 to 768 that VideoAuto-R1 was trained with. The default is where both
-hold; if they have nothing in common, the file wins. `with_overrides` sets anything else.
+Token limits. Processor files bound what the processor can produce: for Qwen2.5-VL a video frame may have 4 to 16,384
+tokens, far wider than the 16 to 768 that VideoAuto-R1 was trained with. The default is the range in which both hold; if
+they have nothing in common, the file wins. `with_overrides` sets anything else.
 
 An image is held to 4,096 tokens (2,048 x 2,048 pixels at 32 a token: a full HD screen loses nothing), a quarter of
 what the checkpoints were trained with, unless `image_max_tokens` says otherwise. A photo of 12 megapixels takes 11,844
@@ -16,7 +15,7 @@ tokens of Qwen3-VL's, and what they cost grows faster than their number: for the
 tower against 5e13, and 1.7 GB of keys and values against 0.6, which on a Mac of 16 GB does not fit beside the weights.
 
 One token covers `factor x factor` pixels of a picture (factor = patch * merge); in a video it also covers
-`temporal_patch_size` frames, but per-frame budgets count the tokens of one frame as if it stood alone.
+`temporal_patch_size` frames, but limits of a frame count the tokens of that frame alone.
 """
 
 import math
@@ -31,7 +30,7 @@ __all__ = ["SAMPLE_BY", "FrameRules", "VisionSpec"]
 
 SAMPLE_BY = ("time", "index")
 
-# Budgets of VideoAuto-R1's training and evaluation, in tokens (Appendix and public scripts).
+# Limits of VideoAuto-R1's training and evaluation, in tokens (Appendix and public scripts).
 _FRAME_TOKENS = (16, 768)
 _IMAGE_TOKENS = (128, 4_096)  # trained and evaluated with up to 16,384: see above
 _VIDEO_TOKENS = 16_384
@@ -204,7 +203,7 @@ def _agreed(
 
 
 def _pixel_range(processor: Mapping[str, Any], token_pixels: int) -> tuple[int | None, int | None]:
-    """(least, most) tokens that a processor file allows, None where it is silent.
+    """(least, most) tokens that a processor file allows, None where it says nothing.
 
     Three spellings exist: min_pixels and max_pixels at the top (these win, as in transformers), the same
     inside `size`, and `size.shortest_edge` and `size.longest_edge`, which are pixel counts in spite of their
@@ -220,7 +219,7 @@ def _pixel_range(processor: Mapping[str, Any], token_pixels: int) -> tuple[int |
 
 
 def _overlap(allowed: tuple[int | None, int | None], trained: tuple[int, int]) -> tuple[int, int]:
-    """Where both ranges hold, or what the file allows if that is nowhere."""
+    """The range in which both hold; if there is none, what the file allows."""
     low = trained[0] if allowed[0] is None else allowed[0]
     high = trained[1] if allowed[1] is None else allowed[1]
     if max(low, trained[0]) <= min(high, trained[1]):

@@ -4,9 +4,9 @@ Pure arithmetic from `config.json` and sizes: no array is made. On Metal the pro
 and MLX's CPU backend crashes, so nothing could be caught: whoever loads a model or reads a prompt looks here first.
 
 Beside the weights a prompt needs the largest of two passes that follow each other: the vision tower over as many
-temporal rows as go at once, and the language model over one step of the prompt, with the cache that both it and the
+temporal patches as go at once, and the language model over one step of the prompt, with the cache that both it and the
 answer fill. What a pass holds was read off its graph: outputs of queued operations are allocated when they are queued,
-so the arrays of a layer count with nothing given back yet. `tests/test_memory_plan.py` holds the estimates to
+so the arrays of a layer count in full, with nothing freed yet. `tests/test_memory_plan.py` holds the estimates to
 `mx.get_peak_memory` on the CPU backend, where attention is not fused and keeps its scores. On Metal and CUDA the same
 graph is counted without the scores, and was not measured.
 """
@@ -155,7 +155,7 @@ def step_limit(config: Mapping[str, Any], held_tokens: int, *, is_fused: bool = 
 def vision_bytes(
     config: Mapping[str, Any], grid: tuple[int, int, int], *, itemsize: int = 2, is_fused: bool = True
 ) -> int:
-    """Bytes of the vision tower over as many temporal rows of a clip as go at once.
+    """Bytes of the vision tower over as many temporal patches of a clip as go at once.
 
     The pixels, and the larger part of a layer: attention (its input, the norm's output, queries, keys and values, five
     float32 arrays each for rotating queries and keys, scores where it is not fused) or the MLP.

@@ -1,15 +1,15 @@
 """A model run layer by layer over several prompts at once, so that few of its weights are in memory.
 
 A checkpoint of 17 GB runs in 16 GB: each layer is read from disk when its turn comes, applied to all prompts, and
-dropped. A pass costs one reading of the weights however many prompts there are, and so does a token of each of them in
-lock-step. As many layers stay in memory as the limit allows; what stays is decided when the model is opened, and the
-numbers do not depend on it.
+dropped. A pass over any number of prompts reads the weights once, and so does one more token of each of them. As many
+layers stay in memory as the limit allows; which ones is decided when the model is opened, and the numbers do not depend
+on it.
 
-The layers are mlx-vlm's, each called through a decoder that has no other: mask, rotary embedding and the visual
+The layers are mlx-vlm's, each called through a decoder of this layer alone: mask, rotary embedding and the visual
 features that some families add after their first layers are those of the whole network.
 
-Prompts about the same media share the pass over their prefix, cut where `mlxvr.model.prefix` cuts it. So a model gives
-here, to the last bit, what it gives there, as long as neither part of a prompt is longer than a long step of `prefill`.
+Prompts about the same media share the pass over their prefix, cut where `mlxvr.model.prefix` cuts it. So the logits are
+those of `Prefix`, to the last bit, as long as neither part of a prompt is longer than a long step of `prefill`.
 """
 
 import copy
@@ -72,8 +72,8 @@ class Track:
         prompt: as it was asked.
         position: rope position of the next token.
         cache: one KV cache a layer.
-        pieces: the tokens that are on their way, in order.
-        prefix: the track whose keys and values come before these pieces, until both were read; None: nothing does.
+        pieces: the tokens that have not been through all layers, in order.
+        prefix: the track whose keys and values come before these pieces, until both have been read; None: nothing does.
     """
 
     prompt: Prompt
@@ -134,8 +134,8 @@ class LayerwiseModel:
 
     Attributes:
         model: the same model with its weights still on disk: family, config, spec, tokenizer, settings.
-        nbytes: what all weights take in memory.
-        kept_bytes: what those take that stay there.
+        nbytes: of all weights in memory.
+        kept_bytes: of the weights that stay in memory.
     """
 
     def __init__(self, folder: ModelFolder, model: VideoModel, *, dtype: str | None, memory_limit: int | None):
@@ -166,8 +166,8 @@ class LayerwiseModel:
             memory_limit: bytes that the weights may take; None: all that there are. One part (a layer, the embedding,
                 the head, the vision tower) is in memory whatever the limit.
         """
-        found = folder if isinstance(folder, ModelFolder) else ModelFolder.open(folder)
-        return cls(found, load_model(found, dtype=dtype, lazy=True), dtype=dtype, memory_limit=memory_limit)
+        opened = folder if isinstance(folder, ModelFolder) else ModelFolder.open(folder)
+        return cls(opened, load_model(opened, dtype=dtype, lazy=True), dtype=dtype, memory_limit=memory_limit)
 
     @property
     def resident(self) -> bool:
@@ -208,7 +208,7 @@ class LayerwiseModel:
         last: int = 1,
         should_stop: ShouldStop | None = None,
     ) -> list[mx.array]:
-        """Go on with the given tokens for each track, in one pass over the weights; returns logits as `read` does."""
+        """Append tokens to each track, in one pass over the weights; returns logits as `read` does."""
         with self._loaded(_EMBEDDING):
             for track, own in zip(tracks, tokens, strict=True):
                 ids = np.array(own, dtype=np.int32)
@@ -224,7 +224,7 @@ class LayerwiseModel:
     def step(
         self, tracks: Sequence[Track], tokens: Sequence[int], *, should_stop: ShouldStop | None = None
     ) -> list[mx.array]:
-        """Go on with one token for each track: float32 logits (vocab,) of what follows it, evaluated."""
+        """Append a token to each track: float32 logits (vocab,) of what follows it, evaluated."""
         logits = self.extend(tracks, [[token] for token in tokens], should_stop=should_stop)
         return [rows[0] for rows in logits]
 
@@ -343,7 +343,7 @@ class LayerwiseModel:
             track.prefix = None
 
     def _finish(self, tracks: Iterable[Track], last: int) -> list[mx.array]:
-        """Logits of the last tokens of each track, whose pieces are then done with."""
+        """Logits of the last tokens of each track, whose pieces are then dropped."""
         with self.head() as head:
             logits = []
             for track in tracks:
@@ -404,26 +404,26 @@ def _nbytes(module: nn.Module) -> int:
 
 
 def _fitting(sizes: dict[str, int], memory_limit: int) -> set[str]:
-    """The parts that stay: all, or as many as leave room for the largest one that does not."""
+    """The parts that stay: all, or as many as leave room for the largest part that does not."""
     if sum(sizes.values()) <= memory_limit:
         return set(sizes)
-    kept: set[str] = set()
+    staying: set[str] = set()
     room = memory_limit - max(sizes.values())
     for part, size in sizes.items():
         if size > room:
             break
-        kept.add(part)
+        staying.add(part)
         room -= size
-    return kept
+    return staying
 
 
 def _fork(cache: Any) -> Any:
     """A KV cache that holds the same and grows on its own."""
     forked = copy.copy(cache)
     if cache.keys is not None:  # slices are arrays of their own: what is written to one is not seen in the other
-        forked.keys, forked.values = (one[..., : cache.offset, :] for one in (cache.keys, cache.values))
+        forked.keys, forked.values = (array[..., : cache.offset, :] for array in (cache.keys, cache.values))
     return forked
 
 
 def _media_key(media: Sequence[VisionInput]) -> tuple[int, ...]:
-    return tuple(id(one) for one in media)
+    return tuple(id(medium) for medium in media)

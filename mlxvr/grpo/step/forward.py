@@ -6,7 +6,7 @@ The layers' weights and parts are mlx-vlm's; what is done here instead of there 
   to itself, or the prompt and its own completions. No N x N scores and no N x N mask exist, and the upper triangle is
   not computed.
 - Attention keeps queries, keys and values, and is computed again in the backward pass. So where it is not fused the
-  scores of one block of one layer are all that is held, for 5 to 13% more time of a whole gradient on a CPU.
+  scores of one block of one layer are all that is in memory, for 5 to 13% more time of a whole gradient on a CPU.
 - The head runs only where a token is predicted, some tokens at a time, and again in the backward pass: G * T rows of a
   vocabulary of 151,936 would be the largest array by far.
 - With `checkpoint`, a layer keeps its input only and is computed again in the backward pass.
@@ -16,8 +16,8 @@ The layers' weights and parts are mlx-vlm's; what is done here instead of there 
   every completion is predicted, is sliced once and broadcast; MLX adds up the gradient of a broadcast in a fixed order.
 
 `mx.checkpoint` differentiates its arguments alone and asks for the gradient of every one of them. So a layer's trained
-parameters and its input are arguments, and positions and masks are not. MLX may compute what does not depend on each
-other side by side: blocks are made to (`mx.depends`), so that they take turns in memory.
+parameters and its input are arguments, and positions and masks are not. MLX may compute independent arrays
+side by side: each block is made to depend on the one before it (`mx.depends`), so that they take turns in memory.
 """
 
 from collections.abc import Callable, Sequence
@@ -115,17 +115,17 @@ class _Block:
     mask: mx.array | str
 
     def queries(self, array: mx.array) -> mx.array:
-        """Its part of (1, heads, N, head_dim)."""
+        """The block's part of (1, heads, N, head_dim)."""
         return array[:, :, self.start : self.stop]
 
     def keys(self, array: mx.array) -> mx.array:
-        """What it sees of (1, heads, N, head_dim)."""
+        """The columns of (1, heads, N, head_dim) that the block sees."""
         if self.shared == self.own:
             return array[:, :, : self.stop]
         return mx.concatenate([array[:, :, : self.shared], array[:, :, self.own : self.stop]], axis=2)
 
     def add_keys(self, total: mx.array, part: mx.array) -> None:
-        """Add to `total` what belongs to `keys(total)`, in place."""
+        """Add `part`, which has the shape of `keys(total)`, to those columns of `total`, in place."""
         if self.shared == self.own:
             total[:, :, : self.stop] += part
             return
@@ -153,7 +153,7 @@ def _blocks(packed: PackedGroup, heads: int) -> list[_Block]:
 
 
 def _completion_blocks(spans: Sequence[tuple[int, int]], packed: PackedGroup, heads: int) -> list[_Block]:
-    """Blocks of completions that lie side by side: one for several, one or more for one."""
+    """Blocks of adjacent completions: several completions share a block, a single one has one or more of its own."""
     prompt, first, last = packed.prompt_length, spans[0][0], spans[-1][1]
     if len(spans) == 1:
         return [_Block(start, stop, prompt, first, "causal") for start, stop in _pieces(first, last, prompt, heads)]
@@ -170,7 +170,7 @@ def _pieces(start: int, stop: int, before: int, heads: int) -> list[tuple[int, i
 
 
 def _queries(keys: int, heads: int) -> int:
-    """How many queries may look at so many keys at once; one at least."""
+    """The number of queries that may see so many keys at once, at least 1."""
     return max(1, min(QUERIES_AT_ONCE, SCORES_AT_ONCE // (heads * keys)))
 
 
@@ -209,7 +209,7 @@ def _make_attention(blocks: Sequence[_Block]) -> Attend:
 
 
 def _after(arrays: list[mx.array], others: list[mx.array]) -> list[mx.array]:
-    """The same arrays, computed after others."""
+    """The same arrays, computed after `others`."""
     return cast("list[mx.array]", mx.depends(arrays, others)) if others else arrays
 
 
