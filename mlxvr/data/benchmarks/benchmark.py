@@ -6,9 +6,9 @@ from mlxvr.data.rows import Row
 
 __all__ = ["COMMON_LIMITS", "Benchmark"]
 
-# From arXiv 2601.05175 and its public scripts: limits that all benchmarks and models share. The numbers of frames and of
-# video tokens differ between families (`Family.benchmark_limits`). The scripts spread frames over a video's frames, not
-# over its time; the two differ where the rate varies.
+# From arXiv 2601.05175 and its public scripts: limits that all benchmarks and models share. The numbers of frames and
+# of video tokens differ between families (`Family.benchmark_limits`). The scripts spread frames over a video's frames,
+# not over its time; the two differ where the rate varies.
 COMMON_LIMITS: dict[str, int | float | str] = {
     "fps": 2.0,
     "sample_by": "index",
