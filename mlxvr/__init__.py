@@ -14,6 +14,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from mlxvr.answering.events import Answer, Event, FirstAnswer, Option, ReasoningDelta, Usage
+    from mlxvr.answering.loop import AskKeywords, AskRequest, Kind, Mode
     from mlxvr.errors import (
         Cancelled,
         CheckpointError,
@@ -25,20 +27,31 @@ if TYPE_CHECKING:
         RecipeError,
         VerificationError,
     )
-    from mlxvr.reasoner.reasoner import Answer, Clip, FirstAnswer, Option, Reasoner, ReasoningDelta, Usage, load
+    from mlxvr.media.frame_options import FrameKeywords
+    from mlxvr.reasoner.clip import Clip
+    from mlxvr.reasoner.load_options import LoadKeywords
+    from mlxvr.reasoner.reasoner import OpenAndAskKeywords, Reasoner, load
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Answer",
+    "AskKeywords",
+    "AskRequest",
     "Cancelled",
     "CheckpointError",
     "Clip",
     "ConfigError",
     "DataError",
+    "Event",
     "FirstAnswer",
+    "FrameKeywords",
+    "Kind",
+    "LoadKeywords",
     "MediaError",
     "MlxvrError",
+    "Mode",
+    "OpenAndAskKeywords",
     "Option",
     "OutOfMemoryError",
     "Reasoner",
@@ -49,13 +62,21 @@ __all__ = [
     "load",
 ]
 
-_FROM_REASONER = frozenset({"Answer", "Clip", "FirstAnswer", "Option", "Reasoner", "ReasoningDelta", "Usage", "load"})
+_MODULES = {
+    "answering.events": {"Answer", "Event", "FirstAnswer", "Option", "ReasoningDelta", "Usage"},
+    "answering.loop": {"AskKeywords", "AskRequest", "Kind", "Mode"},
+    "media.frame_options": {"FrameKeywords"},
+    "reasoner.clip": {"Clip"},
+    "reasoner.load_options": {"LoadKeywords"},
+    "reasoner.reasoner": {"OpenAndAskKeywords", "Reasoner", "load"},
+}
 
 
 def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module 'mlxvr' has no attribute {name!r}")
-    value = getattr(import_module("mlxvr.reasoner.reasoner" if name in _FROM_REASONER else "mlxvr.errors"), name)
+    module = next((module for module, names in _MODULES.items() if name in names), "errors")
+    value = getattr(import_module(f"mlxvr.{module}"), name)
     globals()[name] = value
     return value
 

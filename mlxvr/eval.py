@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from mlxvr.cli.parser import VerbParser, add_settings, run_verb, told_settings
+from mlxvr.cli.parser import VerbParser, add_settings, parsed_settings, run_verb
 from mlxvr.cli.progress import ProgressBar
 from mlxvr.evaluation.eval_config import EvalConfig
 
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _eval(args: argparse.Namespace) -> None:
-    config = EvalConfig(**told_settings(args, EvalConfig))
+    config = EvalConfig(**parsed_settings(args, EvalConfig))
     from mlxvr.evaluation.console import table
     from mlxvr.evaluation.runner import evaluate
 

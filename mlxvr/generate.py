@@ -8,23 +8,22 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TextIO, get_args
+from typing import TextIO
 
 from mlxvr.answering.events import Answer, Event, FirstAnswer, ReasoningDelta
-from mlxvr.answering.loop import AskRequest, Kind, Mode
+from mlxvr.answering.loop import AskRequest, Mode
 from mlxvr.checkpoint.bundled import demo_folder, is_demo_model
 from mlxvr.checkpoint.defaults import Defaults
 from mlxvr.checkpoint.folder import ModelFolder
-from mlxvr.cli.parser import VerbParser, clock_time, run_verb
+from mlxvr.cli.parser import VerbParser, add_settings, parsed_settings, run_verb
 from mlxvr.cli.progress import ProgressBar
 from mlxvr.errors import ConfigError
 from mlxvr.media.container import check_file
+from mlxvr.media.frame_options import FrameOptions
 from mlxvr.media.sequence import folder_frames
-from mlxvr.media.spec import SAMPLE_BY
-from mlxvr.model.loading import DTYPES
-from mlxvr.reasoner import reasoner
+from mlxvr.reasoner.load_options import LoadOptions
+from mlxvr.reasoner.reasoner import find_folder, load_with
 from mlxvr.storage.paths import local_path
 
 __all__ = ["main", "make_parser"]
@@ -53,10 +52,9 @@ def make_parser() -> VerbParser:
         "Ask questions about a video. The model answers directly, and reasons only when its answer is not sure enough.",
         epilog="With no arguments: two questions about a bundled clip, to the bundled demo checkpoint.",
     )
-    ask = parser.add_argument_group("what to ask")
-    ask.add_argument("--model", metavar="M", help="folder or Hub id (default: the bundled demo checkpoint)")
-    ask.add_argument("--adapter", metavar="DIR", help="folder of LoRA weights to put on top")
-    ask.add_argument("--revision", metavar="R", help="branch, tag or commit of a Hub id")
+    add_settings(parser, LoadOptions, {"model": "which model"})
+    titles = {"question": "what to ask", "sampling": "when to think"}
+    ask = add_settings(parser, AskRequest, titles)["question"]
     ask.add_argument(
         "--video",
         metavar="F",
@@ -64,46 +62,11 @@ def make_parser() -> VerbParser:
         help="a video, an image or a folder of frames (default, for the demo model only: a bundled clip)",
     )
     ask.add_argument(
-        "--prompt",
-        metavar="Q",
-        action="append",
-        help="the question; repeat it to ask more about the same clip",
+        "--prompt", metavar="Q", action="append", help="the question; repeat it to ask more about the same clip"
     )
     ask.add_argument("--option", metavar="O", action="append", help="a choice of a multiple-choice question; repeat it")
-    ask.add_argument("--kind", choices=get_args(Kind), default="qa", help="which prompt to use (default: %(default)s)")
-
-    think = parser.add_argument_group("when to think")
-    think.add_argument("--mode", choices=get_args(Mode), default="auto", help="default: %(default)s")
-    think.add_argument(
-        "--threshold",
-        metavar="T",
-        type=float,
-        help="confidence that is sure enough (default: the checkpoint's own)",
-    )
-    think.add_argument("--max-tokens", metavar="N", type=int, default=4096, help="default: %(default)s")
-    think.add_argument("--temperature", metavar="T", type=float, default=0.0, help="0 is greedy (default)")
-    think.add_argument("--top-p", metavar="P", type=float, default=1.0, help="default: %(default)s")
-    think.add_argument("--seed", metavar="N", type=int, help="makes sampling repeatable")
-
-    frames = parser.add_argument_group("which frames", "defaults come from the checkpoint")
-    frames.add_argument("--fps", metavar="F", type=float, help="frames to sample per second; of a folder: its own rate")
-    frames.add_argument("--max-frames", metavar="N", type=int, help="the most frames to sample")
-    frames.add_argument(
-        "--video-tokens", metavar="N", type=int, help="the most tokens of the clip; a frame keeps its minimum"
-    )
-    frames.add_argument("--image-tokens", metavar="N", type=int, help="the most tokens that an image may take")
-    frames.add_argument(
-        "--sample-by",
-        choices=SAMPLE_BY,
-        help="where the rate varies: frames at even distances in time (default), or every so many frames",
-    )
-    frames.add_argument("--start", metavar="T", type=clock_time, help="begin here: seconds, or a time such as 1:05")
-    frames.add_argument("--end", metavar="T", type=clock_time, help="end here: seconds, or a time such as 1:05")
-
-    run = parser.add_argument_group("memory and output")
-    run.add_argument("--dtype", choices=DTYPES, help="what to compute in (default: the checkpoint's)")
-    run.add_argument("--kv-bits", metavar="N", type=int, help="quantize keys and values to 2, 3, 4, 6 or 8 bits")
-    run.add_argument("--prefill-step-size", metavar="N", type=int, default=2048, help="default: %(default)s")
+    add_settings(parser, FrameOptions, {"frames": "which frames (defaults come from the checkpoint)"})
+    run = parser.add_argument_group("output")
     run.add_argument(
         "--show-settings",
         action="store_true",
@@ -118,65 +81,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_verb(make_parser(), _generate, argv)
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """One question of the command line."""
-
-    prompt: str
-    options: Sequence[str] | None
-    kind: Kind
-
-
 def _generate(args: argparse.Namespace) -> int:
     if args.show_settings:
         return _show_settings(args)
     if args.threshold is not None and args.mode != "auto":
         print(f"without effect: --threshold, as --mode {args.mode} does not ask how sure it is", file=sys.stderr)
-    video, asked = _what_to_ask(args)
-    sampling: dict[str, Any] = {
-        name: getattr(args, name) for name in ("mode", "threshold", "max_tokens", "temperature", "top_p", "seed")
-    }
+    video, requests = _what_to_ask(args)
     (folder_frames if video.is_dir() else check_file)(video)  # what can be found wrong before the model is loaded is
-    asked = [replace(one, options=AskRequest(one.prompt, one.options, one.kind, **sampling).options) for one in asked]
+    loading = LoadOptions(**parsed_settings(args, LoadOptions))
+    reading = FrameOptions(**parsed_settings(args, FrameOptions))
     answers = []
     with (
         ProgressBar() as progress,
-        reasoner.load(
-            args.model,
-            adapter=args.adapter,
-            revision=args.revision,
-            dtype=args.dtype,
-            kv_bits=args.kv_bits,
-            prefill_step_size=args.prefill_step_size,
-            progress=progress,
-        ) as loaded,
-        loaded.open(
-            video,
-            fps=args.fps,
-            max_frames=args.max_frames,
-            video_tokens=args.video_tokens,
-            image_tokens=args.image_tokens,
-            sample_by=args.sample_by,
-            start=args.start,
-            end=args.end,
-            progress=progress,
-        ) as clip,
+        load_with(loading, progress) as reasoner,
+        reasoner.open_with(video, reading, progress) as clip,
     ):
-        if video.is_dir() and args.fps is None:
-            print(f"frames of a folder: read as {loaded.spec.fps:g} a second; --fps says another rate", file=sys.stderr)
-        for number, one in enumerate(asked):
-            asking: dict[str, Any] = {"options": one.options, "kind": one.kind, **sampling}
+        if video.is_dir() and reading.fps is None:
+            rate = f"{reasoner.spec.fps:g}"
+            print(f"frames of a folder: read as {rate} a second; --fps says another rate", file=sys.stderr)
+        for number, request in enumerate(requests):
+            events = clip.stream_with(request)
             if args.json:
-                answers.append(clip.ask(one.prompt, **asking))
+                *_, answer = events
+                assert isinstance(answer, Answer), "a stream ends with its Answer"
+                answers.append(answer)
                 continue
             if number:
                 print()
-            _tell(one, args.mode, clip.stream(one.prompt, **asking), progress, sys.stdout)
-        asked_of = {"model": args.model, "video": str(video), "grid": clip.grid, "seconds": clip.seconds}
+            _tell(request, events, progress, sys.stdout)
+        source = {"model": args.model, "video": str(video), "grid": clip.grid, "seconds": clip.seconds}
     if args.json:
         fields = [
-            {**asked_of, "question": one.prompt, "options": one.options, "kind": one.kind, **answer.to_dict()}
-            for one, answer in zip(asked, answers)
+            {**source, "question": request.text, "options": request.options, "kind": request.kind, **answer.to_dict()}
+            for request, answer in zip(requests, answers)
         ]
         print(json.dumps(fields[0] if len(fields) == 1 else {"answers": fields}, ensure_ascii=False))
     return 0
@@ -185,10 +122,10 @@ def _generate(args: argparse.Namespace) -> int:
 def _show_settings(args: argparse.Namespace) -> int:
     """Print what would hold for a question, without loading weights."""
     with ProgressBar() as progress:
-        folder = ModelFolder.open(reasoner.find_folder(args.model, revision=args.revision, progress=progress))
-    limits = {name: getattr(args, name) for name in ("threshold", "fps", "max_frames", "video_tokens")}
-    defaults = Defaults.of(folder).with_flags(**limits, image_max_tokens=args.image_tokens)
-    rows = [(one.name, one.value, one.source) for one in defaults.settings()]
+        folder = ModelFolder.open(find_folder(args.model, revision=args.revision, progress=progress))
+    limits = FrameOptions(**parsed_settings(args, FrameOptions)).overrides
+    defaults = Defaults.of(folder).with_flags(threshold=args.threshold, **limits)
+    rows = [(setting.name, setting.value, setting.source) for setting in defaults.settings()]
     usual = make_parser().parse_args([])
     for name in ("mode", "max_tokens", "temperature", "top_p", "seed", "kv_bits", "prefill_step_size", "dtype"):
         value = getattr(args, name)
@@ -206,35 +143,37 @@ def _show_settings(args: argparse.Namespace) -> int:
     return 0
 
 
-def _what_to_ask(args: argparse.Namespace) -> tuple[Path, list[_Asked]]:
+def _what_to_ask(args: argparse.Namespace) -> tuple[Path, list[AskRequest]]:
     """The clip and the questions; the bundled ones where the command line names none."""
     if args.video is not None and not args.prompt:
         raise ConfigError("no question: ask one with --prompt 'What happens at the end?'")
     if args.video is None and args.prompt:
         raise ConfigError("no clip to ask about: name one with --video FILE")
+    asking = parsed_settings(args, AskRequest)
     if args.prompt:
         if len(args.video) > 1:
             raise ConfigError(f"--video is given {len(args.video)} times: one clip is asked about at a time, keep one")
-        return local_path(args.video[0]), [_Asked(prompt, args.option, args.kind) for prompt in args.prompt]
+        return local_path(args.video[0]), [AskRequest(prompt, args.option, **asking) for prompt in args.prompt]
     if not is_demo_model(args.model):
         raise ConfigError("no clip and no question for this model: add --video FILE --prompt 'What happens?'")
     folder = demo_folder()
     rows = [json.loads(line) for line in (folder / "clips.jsonl").read_text(encoding="utf-8").splitlines()]
     shown = [row for row in rows if row["video"] == rows[0]["video"]][:2]
-    return folder / shown[0]["video"], [_Asked(row["question"], row["options"], row["kind"]) for row in shown]
+    questions = [{**asking, "text": row["question"], "options": row["options"], "kind": row["kind"]} for row in shown]
+    return folder / shown[0]["video"], [AskRequest(**question) for question in questions]
 
 
-def _tell(asked: _Asked, mode: Mode, events: Iterator[Event], progress: ProgressBar, out: TextIO) -> None:
+def _tell(request: AskRequest, events: Iterator[Event], progress: ProgressBar, out: TextIO) -> None:
     """Print a question and its answer as they come."""
-    print(f"question    {asked.prompt}", file=out)
-    for letter, option in zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", asked.options or ()):
+    print(f"question    {request.text}", file=out)
+    for letter, option in zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", request.options or ()):
         print(f"            {letter}. {option}", file=out)
     reasoning = False
     for event in events:
         progress.clear()
         if isinstance(event, FirstAnswer):
             print(f"first       {event.text}", file=out)
-            print(f"confidence  {_gauge(event, mode)}", file=out, flush=True)
+            print(f"confidence  {_gauge(event, request.mode)}", file=out, flush=True)
         elif isinstance(event, ReasoningDelta):
             text = event.text if reasoning else "reasoning   " + event.text.lstrip()
             print(text, end="", file=out, flush=True)

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlxvr.cli.parser import VerbParser, add_settings, run_verb, told_settings
+from mlxvr.cli.parser import VerbParser, add_settings, parsed_settings, run_verb
 from mlxvr.cli.progress import ProgressBar
 from mlxvr.cli.settings import read_settings
 from mlxvr.errors import ConfigError
@@ -75,7 +75,7 @@ def read_config(args: argparse.Namespace) -> TrainConfig:
 
     Raises `ConfigError` when one cannot be used, or one that is needed is missing.
     """
-    told = told_settings(args, TrainConfig)
+    told = parsed_settings(args, TrainConfig)
     values = read_settings(args.config, TrainConfig) if args.config is not None else {}
     output, resumes = {**values, **told}.get("output"), {**values, **told}.get("resume", False)
     begun = output / "train_config.toml" if resumes and output is not None else None

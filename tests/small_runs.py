@@ -22,12 +22,12 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from mlxvr.checkpoint.bundled import demo_folder
 from mlxvr.grpo.step.lora import lora_weights
 from mlxvr.grpo.step.policy_update import PolicyUpdater
 from mlxvr.grpo.train_config import TrainConfig
 from mlxvr.grpo.train_state import state_file
 from mlxvr.grpo.trainer import train
-from mlxvr.reasoner.reasoner import demo_folder
 
 __all__ = ["CLIPS", "REWARD", "command", "entries", "exact", "flags", "make_settings", "run", "write_small_model"]
 

@@ -6,13 +6,13 @@ import math
 
 import pytest
 
+from mlxvr.checkpoint.bundled import demo_folder
 from mlxvr.data.rows import Row
 from mlxvr.errors import ConfigError
 from mlxvr.grpo import run
 from mlxvr.grpo.collapse_guard import CollapseGuard, GroupAnswer, summarise_answers
 from mlxvr.grpo.train_config import TrainConfig
 from mlxvr.grpo.trainer import train
-from mlxvr.reasoner.reasoner import demo_folder
 
 NO_SECOND = "\\boxed{A}<think>look</think>"
 

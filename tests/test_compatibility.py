@@ -23,11 +23,11 @@ from checkpoints import FAMILIES, SPECIAL_TOKENS, train_tokenizer, write_checkpo
 from PIL import Image
 
 import mlxvr
+from mlxvr.checkpoint.bundled import demo_folder
 from mlxvr.convert import convert
 from mlxvr.model.decode import decode, prefill
 from mlxvr.model.loading import load_model
 from mlxvr.model.prompt import SYSTEM_PROMPT, build_prompt, question_text
-from mlxvr.reasoner.reasoner import demo_folder
 
 COUNT = 32  # greedy tokens
 QUESTION = "What does the person hold at the end?"

@@ -180,7 +180,7 @@ def test_sources_of_every_kind(tmp_path, source):
 
 @pytest.mark.slow
 def test_the_shipped_limits_let_the_bundled_checkpoint_pass(tmp_path):
-    from mlxvr.reasoner.reasoner import demo_folder
+    from mlxvr.checkpoint.bundled import demo_folder
 
     source = demo_folder() / "checkpoint"
     report = convert(source, tmp_path / "out", verify=True)

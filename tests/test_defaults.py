@@ -8,6 +8,7 @@ import pytest
 
 import mlxvr
 from mlxvr.answering.loop import AskRequest
+from mlxvr.checkpoint.bundled import demo_folder
 from mlxvr.checkpoint.defaults import Defaults, find_recipe
 from mlxvr.checkpoint.folder import ModelFolder
 from mlxvr.conversion.quantize import convert
@@ -15,7 +16,6 @@ from mlxvr.errors import CheckpointError
 from mlxvr.grpo import setup
 from mlxvr.grpo.train_config import TrainConfig
 from mlxvr.model.prompt import SYSTEM_PROMPT
-from mlxvr.reasoner.reasoner import demo_folder
 from tests.checkpoints import write_checkpoint
 from tests.clips import write_clip
 

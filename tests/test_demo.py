@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 import mlxvr
+from mlxvr.checkpoint.bundled import demo_folder
 from mlxvr.checkpoint.folder import ModelFolder
 from mlxvr.media import load_vision
-from mlxvr.reasoner.reasoner import demo_folder
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 

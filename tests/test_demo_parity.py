@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 import mlxvr
+from mlxvr.checkpoint.bundled import demo_folder
 from mlxvr.checkpoint.folder import ModelFolder
 from mlxvr.media import load_vision, normalise
 from mlxvr.model.loading import load_model
 from mlxvr.model.prompt import build_prompt
-from mlxvr.reasoner.reasoner import demo_folder
 
 pytestmark = pytest.mark.parity
 

@@ -16,6 +16,7 @@ import pytest
 
 import mlxvr
 from mlxvr import eval as verb
+from mlxvr.checkpoint.bundled import demo_folder
 from mlxvr.data.rows import load_rows, make_row
 from mlxvr.errors import ConfigError
 from mlxvr.evaluation import generation, runner
@@ -26,7 +27,6 @@ from mlxvr.evaluation.runner import read_questions
 from mlxvr.evaluation.samples import Sample, read_samples, write_samples
 from mlxvr.grading import math_equality
 from mlxvr.model.families.base import family_of
-from mlxvr.reasoner.reasoner import demo_folder
 
 ROWS = 40
 
@@ -230,12 +230,13 @@ def test_every_setting_of_the_model_reaches_it(monkeypatch, tmp_path, data):
     class Loaded(Exception):
         pass
 
-    def load(model, **options):
-        given.update(options, model=model)
+    def load_with(options, progress=None):
+        given.update(vars(options))
         raise Loaded
 
-    monkeypatch.setattr("mlxvr.reasoner.reasoner.load", load)
+    monkeypatch.setattr("mlxvr.reasoner.reasoner.load_with", load_with)
     settings = {"adapter": tmp_path / "a", "revision": "r", "dtype": "float16", "kv_bits": 6, "prefill_step_size": 99}
+    settings["memory_limit"] = 7.5
     with pytest.raises(Loaded):
         runner.evaluate(EvalConfig(model="org/m", data=data, output=tmp_path / "run", **settings))
     assert {name: given[name] for name in settings} == settings
@@ -464,9 +465,5 @@ def test_evaluate_is_the_modules_own():
 
 def test_what_is_asked_of_frames_has_the_names_of_the_spec():
     config = EvalConfig(output=Path("o"), fps=1.0, max_frames=8, video_tokens=500, image_tokens=300)
-    spec = (
-        family_of({"model_type": "qwen3_vl"})
-        .vision_spec({"model_type": "qwen3_vl"})
-        .with_overrides(**config.frame_budgets)
-    )
+    spec = config.applied_to(family_of({"model_type": "qwen3_vl"}).vision_spec({"model_type": "qwen3_vl"}))
     assert (spec.fps, spec.max_frames, spec.video_tokens, spec.image_max_tokens) == (1.0, 8, 500, 300)

@@ -17,6 +17,7 @@ import pytest
 from groups import stir, tiny_model
 
 from mlxvr.answering.sampling_config import SamplingConfig
+from mlxvr.checkpoint.bundled import demo_folder
 from mlxvr.data.rows import Row, load_rows
 from mlxvr.errors import Cancelled, ConfigError, DataError, MediaError
 from mlxvr.grading import math_equality
@@ -32,7 +33,6 @@ from mlxvr.grpo.step.rollout import rollout
 from mlxvr.grpo.train_config import TrainConfig
 from mlxvr.grpo.trainer import train
 from mlxvr.model.loading import load_model
-from mlxvr.reasoner.reasoner import demo_folder
 from mlxvr.runtime.hooks import Hooks
 from mlxvr.train import main
 

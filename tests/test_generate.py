@@ -343,20 +343,17 @@ class Recorder:
     def __init__(self):
         self.given = {}
 
-    def load(self, model, **options):
-        self.given |= {"model": model, **options}
+    def load_with(self, options, progress):
+        self.given |= vars(options)
         return self
 
-    def open(self, source, **options):
-        self.given |= {"video": source, **options}
+    def open_with(self, source, options, progress):
+        self.given |= {"video": source, **vars(options)}
         return self
 
-    def ask(self, question, **options):
-        self.given |= {"question": question, "options": options.pop("options"), **options}
-        return Answer("A", 0.5, False, "A", None, None, 0.97)
-
-    def stream(self, question, **options):
-        yield self.ask(question, **options)
+    def stream_with(self, request):
+        self.given |= vars(request)
+        yield Answer("A", 0.5, False, "A", None, None, 0.97)
 
     def __enter__(self):
         return self
@@ -367,7 +364,7 @@ class Recorder:
 
 FLAGS = {
     "--model": ("M", "M"),
-    "--adapter": ("A", "A"),
+    "--adapter": ("A", Path("A")),
     "--revision": ("R", "R"),
     "--kind": ("grounded_qa", "grounded_qa"),
     "--mode": ("direct", "direct"),
@@ -386,18 +383,20 @@ FLAGS = {
     "--dtype": ("float16", "float16"),
     "--kv-bits": ("6", 6),
     "--prefill-step-size": ("99", 99),
+    "--memory-limit": ("7.5", 7.5),
+    "--frames": ("4", 4),
 }
-ELSEWHERE = {"--help", "--debug", "--json", "--video", "--prompt", "--option", "--memory-limit", "--show-settings"}
+ELSEWHERE = {"--help", "--debug", "--json", "--video", "--prompt", "--option", "--show-settings"}
 
 
 @pytest.mark.parametrize("way", [[], ["--json"]])
 def test_every_flag_reaches_its_consumer(capfd, video, monkeypatch, way):
     recorder = Recorder()
-    monkeypatch.setattr(generate.reasoner, "load", recorder.load)
+    monkeypatch.setattr(generate, "load_with", recorder.load_with)
     typed = [part for flag, (text, _) in FLAGS.items() for part in (flag, text)]
     code, *_ = run(capfd, "--video", video, "--prompt", "What?", "--option", "x", "--option", "y", *typed, *way)
     assert code == 0
-    assert (recorder.given["question"], recorder.given["options"]) == ("What?", ("x", "y"))
+    assert (recorder.given["text"], recorder.given["options"]) == ("What?", ("x", "y"))
     assert str(recorder.given["video"]) == video
     names = {flag: flag.removeprefix("--").replace("-", "_") for flag in FLAGS}
     assert {flag: recorder.given[name] for flag, name in names.items()} == {

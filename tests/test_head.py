@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from mlxvr.answering.confidence import score_first_answer
+from mlxvr.checkpoint.bundled import demo_folder
 from mlxvr.media import load_vision
 from mlxvr.model import head as module_under_test
 from mlxvr.model.decode import decode, prefill
@@ -17,7 +18,6 @@ from mlxvr.model.head import Head
 from mlxvr.model.loading import load_model
 from mlxvr.model.network import VideoModel
 from mlxvr.model.prompt import build_prompt
-from mlxvr.reasoner.reasoner import demo_folder
 
 ROWS, WIDTH = 300, 128
 HALVES = [mx.bfloat16, mx.float16]

@@ -14,12 +14,12 @@ import pytest
 from PIL import Image
 
 import mlxvr
+from mlxvr.checkpoint.bundled import demo_folder
 from mlxvr.errors import ConfigError
 from mlxvr.evaluation.lmms.answering import Asked, answer_all, open_log, read_context, read_visuals
 from mlxvr.evaluation.lmms.options import LmmsOptions
 from mlxvr.evaluation.samples import read_run, read_samples
 from mlxvr.model.prompt import KINDS, question_text
-from mlxvr.reasoner.reasoner import demo_folder
 
 ROWS = [json.loads(line) for line in (demo_folder() / "clips.jsonl").read_text(encoding="utf-8").splitlines()]
 BOX = "Put your final answer in \\boxed{}."
@@ -67,8 +67,8 @@ def test_arguments_are_read_as_lmms_eval_makes_them_of_the_command_line():
     read = LmmsOptions.from_arguments(
         {"pretrained": "None", "mode": "think", "threshold": 1, "fps": 2, "max_frames": 8.0, "adapter": None}
     )
-    assert (read.pretrained, read.adapter, read.mode) == (None, None, "think")
-    assert (read.threshold, read.fps, read.max_frames, read.max_new_tokens) == (1.0, 2.0, 8, 4096)
+    assert (read.model, read.adapter, read.mode) == (None, None, "think")
+    assert (read.threshold, read.fps, read.max_frames, read.max_tokens) == (1.0, 2.0, 8, 4096)
     assert isinstance(read.max_frames, int)
     assert isinstance(read.fps, float)
 
@@ -76,12 +76,14 @@ def test_arguments_are_read_as_lmms_eval_makes_them_of_the_command_line():
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        ({"max_pixels": 12845056}, r"'max_pixels' is unknown: choose from pretrained, adapter"),
-        ({"max_frames": 8.5}, r"max_frames=8.5: expected a whole number"),
-        ({"max_frames": float("inf")}, r"max_frames=inf: expected a whole number"),
-        ({"kv_bits": True}, r"kv_bits=True: expected a whole number"),
-        ({"fps": "fast"}, r"fps=fast: expected a number"),
-        ({"mode": "sometimes"}, r"mode 'sometimes' is unknown"),
+        ({"max_pixels": 12845056}, r"no model argument 'max_pixels': did you mean 'max_frames'"),
+        ({"model": "m"}, r"no model argument 'model': did you mean 'mode'"),
+        ({"xyz": 1}, r"no model argument 'xyz': use some of pretrained, adapter"),
+        ({"max_frames": 8.5}, r"max_frames = 8.5: expected a whole number"),
+        ({"max_frames": float("inf")}, r"max_frames = inf: expected a whole number"),
+        ({"kv_bits": True}, r"kv_bits = True: expected a whole number"),
+        ({"fps": "fast"}, r"fps = 'fast': expected a number"),
+        ({"mode": "sometimes"}, r"mode = 'sometimes': use one of auto, direct, think"),
         ({"threshold": 97}, r"threshold 97.0 is outside \[0, 1\]"),
         ({"max_new_tokens": 0}, r"max_tokens 0 leaves no room"),
         ({"response_prefix": r"\boxed{A}"}, r"close no box"),
@@ -138,13 +140,13 @@ def test_other_visuals_are_refused(visuals, told):
 
 def test_questions_in_a_row_share_the_clip_and_are_answered_as_on_their_own(reasoner, truth, monkeypatch):
     opened = []
-    genuine = type(reasoner).open
+    genuine = type(reasoner).open_with
 
-    def spy(self, source, **options):
+    def spy(self, source, options):
         opened.append(source)
-        return genuine(self, source, **options)
+        return genuine(self, source, options)
 
-    monkeypatch.setattr(type(reasoner), "open", spy)
+    monkeypatch.setattr(type(reasoner), "open_with", spy)
     rows = [*ROWS[:3], ROWS[0]]
     requests = [asked(prompt_of(row), [path_of(row)], number) for number, row in enumerate(rows)]
     responses = list(answer_all(reasoner, requests, LmmsOptions()))
@@ -210,17 +212,17 @@ def test_the_log_holds_what_the_checkpoint_gave_where_options_give_nothing(reaso
 
 def test_several_pictures_are_the_frames_of_a_video_and_no_visuals_are_none(reasoner, monkeypatch):
     rates = []
-    genuine = type(reasoner).open
+    genuine = type(reasoner).open_with
 
-    def spy(self, source, **options):
-        rates.append(options["fps"])
-        return genuine(self, source, **options)
+    def spy(self, source, options):
+        rates.append(options.fps)
+        return genuine(self, source, options)
 
     frames = [Image.new("RGB", (64, 64), (40 * step, 0, 0)) for step in range(6)]
-    options = LmmsOptions(mode="direct", frames_fps=3, max_new_tokens=8)
+    options = LmmsOptions(mode="direct", frames_fps=3, max_tokens=8)
     requests = [asked("Which color?", frames), asked("Which color?", frames[0], 1), asked("Which color?", None, 2)]
     with monkeypatch.context() as patch:
-        patch.setattr(type(reasoner), "open", spy)
+        patch.setattr(type(reasoner), "open_with", spy)
         video, image, nothing = answer_all(reasoner, requests, options)
     assert rates == [3.0, None, None]
     with reasoner.open(frames, fps=3.0) as clip:
@@ -241,7 +243,7 @@ def test_a_task_that_samples_is_sampled(reasoner, monkeypatch):
         def close(self):
             pass
 
-    monkeypatch.setattr(type(reasoner), "open", lambda self, source, **options: Recorder())
+    monkeypatch.setattr(type(reasoner), "open_with", lambda self, source, options: Recorder())
     greedy = {"temperature": 0, "max_new_tokens": 16, "top_p": None}
     sampled = {"temperature": 0.7, "top_p": 0.9, "do_sample": True}
     refused = {"temperature": 0.7, "do_sample": False}

@@ -18,12 +18,15 @@ from groups import tiny_model
 
 import mlxvr.cli.parser
 from mlxvr import convert, fuse, generate
+from mlxvr.answering.loop import AskRequest
 from mlxvr.evaluation.eval_config import EvalConfig
 from mlxvr.evaluation.runner import evaluate
 from mlxvr.grpo.step.lora import attach, save_adapter
 from mlxvr.grpo.step.lora_config import LoraConfig
 from mlxvr.grpo.train_config import _FOR_FILTERING, TrainConfig, idle_options
 from mlxvr.grpo.trainer import train
+from mlxvr.media.frame_options import FrameOptions
+from mlxvr.reasoner.load_options import LoadOptions
 
 # Functions that look at options without acting on them.
 _LOOKING = {
@@ -177,8 +180,16 @@ def test_options_of_generate(folder, tmp_path, monkeypatch, capsys):
     from PIL import Image
 
     Image.new("RGB", (64, 48)).save(tmp_path / "a.png")
+    config_reads = {}
     argv = ["--model", folder / "model", "--video", tmp_path / "a.png", "--prompt", "What?", "--max-tokens", 3]
+    for config in (LoadOptions, FrameOptions, AskRequest):
+        Recorded, config_reads[config] = recorder(config)
+        monkeypatch.setattr(generate, config.__name__, Recorded)
     parsed, reads = run_recorded(monkeypatch, generate.main, argv)
+    while_built = {"options_may_repeat"}  # `AskRequest` acts on it in its `__post_init__`
+    for config, names in config_reads.items():
+        assert fields_of(config) - names - while_built == set()
+        parsed -= fields_of(config)
     assert parsed - reads == set()
     capsys.readouterr()
 

@@ -8,6 +8,7 @@ from clips import write_clip
 from groups import tiny_model
 from PIL import Image
 
+from mlxvr.checkpoint.bundled import demo_folder
 from mlxvr.data.media_size import outline_row
 from mlxvr.data.prefetch import load_row
 from mlxvr.data.rows import Row, load_rows
@@ -17,7 +18,6 @@ from mlxvr.grpo.prompt_lengths import measure_prompts
 from mlxvr.grpo.setup import check_lengths, estimate_memory
 from mlxvr.grpo.step.prompts import write_prompt
 from mlxvr.grpo.train_config import TrainConfig
-from mlxvr.reasoner.reasoner import demo_folder
 
 
 @pytest.fixture(scope="module")

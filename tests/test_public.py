@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -18,14 +19,22 @@ SOURCES = {path.relative_to(ROOT).as_posix(): path for path in sorted(PACKAGE.rg
 
 PUBLIC = [
     "Answer",
+    "AskKeywords",
+    "AskRequest",
     "Cancelled",
     "CheckpointError",
     "Clip",
     "ConfigError",
     "DataError",
+    "Event",
     "FirstAnswer",
+    "FrameKeywords",
+    "Kind",
+    "LoadKeywords",
     "MediaError",
     "MlxvrError",
+    "Mode",
+    "OpenAndAskKeywords",
     "Option",
     "OutOfMemoryError",
     "Reasoner",
@@ -43,8 +52,12 @@ def test_the_names_are_these():
 
 
 def test_every_name_is_there():
+    aliases = {"Event", "Kind", "Mode"}  # of types, which have no module
     for name in PUBLIC:
-        assert getattr(mlxvr, name).__module__.startswith("mlxvr.")
+        assert name in aliases or getattr(mlxvr, name).__module__.startswith("mlxvr.")
+    assert get_args(mlxvr.Event) == (mlxvr.FirstAnswer, mlxvr.ReasoningDelta, mlxvr.Answer)
+    assert "grounding" in get_args(mlxvr.Kind)
+    assert "think" in get_args(mlxvr.Mode)
 
 
 def test_no_name_hides_a_module():

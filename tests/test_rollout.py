@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from mlxvr.answering.sampling_config import SamplingConfig
+from mlxvr.checkpoint.bundled import demo_folder
 from mlxvr.data.rows import Row, load_rows
 from mlxvr.errors import Cancelled, ConfigError, DataError
 from mlxvr.grpo.step.gradient import group_logprobs
@@ -17,7 +18,6 @@ from mlxvr.grpo.step.prompts import EncodedPrompt, encode_row
 from mlxvr.grpo.step.rollout import rollout
 from mlxvr.model.decode import decode, prefill
 from mlxvr.model.loading import load_model
-from mlxvr.reasoner.reasoner import demo_folder
 
 FAMILIES = ("qwen2_5_vl", "qwen3_vl")
 

@@ -19,6 +19,7 @@ from checkpoints import change_small_module
 from clips import write_clip
 
 import mlxvr
+from mlxvr.checkpoint.bundled import demo_folder
 from mlxvr.data.rows import load_rows
 from mlxvr.errors import ConfigError, DataError
 from mlxvr.evaluation import generation, runner, sharding
@@ -26,7 +27,6 @@ from mlxvr.evaluation.eval_config import EvalConfig
 from mlxvr.evaluation.generation import digest, group_rows
 from mlxvr.evaluation.report import plots
 from mlxvr.evaluation.samples import Sample, SampleWriter, decide, read_run, read_samples, write_samples
-from mlxvr.reasoner.reasoner import demo_folder
 from mlxvr.runtime.distributed import ProcessGroup
 
 DTYPE = "float32"  # a CPU computes bfloat16 many times slower
@@ -251,10 +251,10 @@ def test_rows_that_failed_are_asked_again_on_request(folder, whole, tmp_path):
 
 
 def test_memory_that_runs_out_costs_a_row(folder, tmp_path, monkeypatch):
-    from mlxvr.reasoner import reasoner
+    from mlxvr.model.prefix import Prefix
 
     calls = []
-    extend = reasoner.Prefix.extend
+    extend = Prefix.extend
 
     def fail_first(self, *args, **options):
         calls.append(1)
@@ -262,7 +262,7 @@ def test_memory_that_runs_out_costs_a_row(folder, tmp_path, monkeypatch):
             raise RuntimeError("[metal::malloc] Attempting to allocate 1 bytes")
         return extend(self, *args, **options)
 
-    monkeypatch.setattr(reasoner.Prefix, "extend", fail_first)
+    monkeypatch.setattr(Prefix, "extend", fail_first)
     report = run(folder / "rows.jsonl", tmp_path, limit=4, max_tokens=4)
     assert "ran out of memory" in report.summary.errors["clip00-0"]
     assert set(report.summary.errors) == {"clip00-0", "broken-0", "long"}

@@ -20,6 +20,7 @@ from small_runs import CLIPS, entries, exact, run, write_small_model
 
 import mlxvr
 from mlxvr.checkpoint import recipe as recipes
+from mlxvr.checkpoint.bundled import demo_folder
 from mlxvr.checkpoint.config_normalization import ConfigRules
 from mlxvr.checkpoint.defaults import find_recipe
 from mlxvr.checkpoint.folder import ModelFolder
@@ -37,7 +38,6 @@ from mlxvr.model.families.base import FAMILIES, Family, family_of, register, tok
 from mlxvr.model.frame_plan import plan_frame
 from mlxvr.model.memory_plan import plan_prompt
 from mlxvr.model.positions import VisionBlock
-from mlxvr.reasoner.reasoner import demo_folder
 
 PACKAGE = Path(mlxvr.__file__).parent
 ORIGINAL = "qwen3_vl"

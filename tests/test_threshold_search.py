@@ -10,6 +10,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+from mlxvr.checkpoint.bundled import demo_folder
 from mlxvr.convert import convert
 from mlxvr.errors import CheckpointError, ConfigError, DataError
 from mlxvr.evaluation import threshold_file
@@ -17,7 +18,6 @@ from mlxvr.evaluation.analysis.reliability import fit_temperature, scale
 from mlxvr.evaluation.analysis.threshold_search import calibrate
 from mlxvr.evaluation.samples import Sample, decide
 from mlxvr.evaluation.threshold_file import save_threshold, write_threshold
-from mlxvr.reasoner.reasoner import demo_folder
 
 
 def make(count, seed=0, *, labelled=True, skill=1.0, think=0.8, per_clip=1, levels=None, task=lambda number: ""):

@@ -17,13 +17,13 @@ from checkpoints import change_small_module
 from small_runs import CLIPS, command, entries, exact, flags, make_settings, run
 
 import mlxvr
+from mlxvr.checkpoint.bundled import demo_folder
 from mlxvr.data.rows import load_rows
 from mlxvr.errors import CheckpointError, ConfigError, DataError, OutOfMemoryError
 from mlxvr.grpo.data_order import batches
 from mlxvr.grpo.step.policy_update import PolicyUpdater
 from mlxvr.grpo.train_config import TrainConfig
 from mlxvr.grpo.train_state import state_file
-from mlxvr.reasoner.reasoner import demo_folder
 from mlxvr.train import _history, main, make_parser, read_config
 
 FIGURES = {

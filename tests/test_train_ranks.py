@@ -14,11 +14,11 @@ import pytest
 from small_runs import EQUAL, command, make_settings
 from test_distributed import hosts_file
 
+from mlxvr.checkpoint.bundled import demo_folder
 from mlxvr.errors import ConfigError
 from mlxvr.grpo.data_order import batches
 from mlxvr.grpo.shared_state import check_same, have_same_bits, shared_state
 from mlxvr.grpo.train_state import state_file
-from mlxvr.reasoner.reasoner import demo_folder
 from mlxvr.runtime.distributed import ProcessGroup
 
 # Two orders of adding up the same float32 gradients differ in the last bits of a sum. AdamW divides by the gradient's

@@ -10,6 +10,7 @@ from safetensors.numpy import load_file
 from small_runs import CLIPS, entries, exact, run
 
 from mlxvr.answering.sampling_config import SamplingConfig
+from mlxvr.checkpoint.bundled import demo_folder
 from mlxvr.cli.settings import read_settings, write_settings
 from mlxvr.grading.reward import Weights
 from mlxvr.grpo import training_step, validation
@@ -18,7 +19,6 @@ from mlxvr.grpo.step import policy_update
 from mlxvr.grpo.step.lora_config import LoraConfig
 from mlxvr.grpo.step.loss_config import LossConfig
 from mlxvr.grpo.train_config import TrainConfig
-from mlxvr.reasoner.reasoner import demo_folder
 
 SHORT = {"steps": 1, "batch_size": 1, "group_size": 2, "max_completion_tokens": 4}
 

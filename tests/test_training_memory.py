@@ -17,6 +17,7 @@ from groups import make_group
 from mlx.utils import tree_flatten
 
 from mlxvr.answering.sampling_config import SamplingConfig
+from mlxvr.checkpoint.bundled import demo_folder
 from mlxvr.errors import OutOfMemoryError
 from mlxvr.grpo.memory_estimate import estimate, estimate_training
 from mlxvr.grpo.step.gradient import group_gradient
@@ -28,7 +29,6 @@ from mlxvr.grpo.train_config import TrainConfig
 from mlxvr.grpo.trainer import train
 from mlxvr.model.families.base import family_of
 from mlxvr.model.loading import load_model
-from mlxvr.reasoner.reasoner import demo_folder
 
 on_cpu = pytest.mark.skipif(mx.default_device() != mx.Device(mx.cpu), reason="peaks are calibrated on the CPU")
 

@@ -21,9 +21,9 @@ import mlx.core as mx
 import pytest
 from groups import NOTHING
 
+from mlxvr.checkpoint.bundled import demo_folder
 from mlxvr.grpo.train_config import TrainConfig
 from mlxvr.grpo.trainer import train
-from mlxvr.reasoner.reasoner import demo_folder
 
 GOLDEN = Path(__file__).parent / "golden" / "trajectory.json"
 EARLY = Path(__file__).parents[1] / "examples" / "shellgame" / "early"

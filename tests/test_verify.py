@@ -15,6 +15,7 @@ import pytest
 from recipes import write_plain
 
 import mlxvr
+from mlxvr.checkpoint.bundled import demo_folder
 from mlxvr.checkpoint.recipe import VerificationLimits
 from mlxvr.conversion.measure.first_answers import Draft, opening, write_answers
 from mlxvr.conversion.measure.layerwise import LayerwiseModel
@@ -28,7 +29,6 @@ from mlxvr.model.families.base import FAMILIES
 from mlxvr.model.loading import load_model
 from mlxvr.model.network import VideoModel
 from mlxvr.model.prompt import Prompt
-from mlxvr.reasoner.reasoner import demo_folder
 
 SOURCE = demo_folder() / "checkpoint"
 NAMES = ("clip02-0", "clip02-1", "clip02-2", "disc", "text-0")

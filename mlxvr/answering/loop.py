@@ -12,9 +12,8 @@ The loop knows tokens, log-probabilities and text, and nothing of MLX, so that i
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 from string import ascii_uppercase
 from typing import Literal, Protocol, TypedDict, get_args
 
@@ -23,18 +22,18 @@ from mlxvr.answering.confidence import score_first_answer, should_exit
 from mlxvr.answering.events import Answer, Event, FirstAnswer, Option, ReasoningDelta, Usage
 from mlxvr.answering.sampling_config import SamplingConfig, is_number
 from mlxvr.answering.transcript import DualAnswerParser, Transcript, is_fallback, parse
+from mlxvr.cli.settings import flag
 from mlxvr.data.option_letters import strip_letters
 from mlxvr.errors import ConfigError
 from mlxvr.grading.choices import find_choice
 
 __all__ = [
-    "AskOptions",
+    "AskKeywords",
     "AskRequest",
     "Kind",
     "Mode",
     "Outcome",
     "TokenLike",
-    "check_names",
     "make_answer",
     "run_answer_loop",
 ]
@@ -62,9 +61,14 @@ class AskRequest(SamplingConfig):
 
     text: str
     options: Sequence[str] | None = None
-    kind: Kind = "qa"
-    mode: Mode = "auto"
-    threshold: float | None = None
+    kind: Kind = field(default="qa", metadata=flag("question", "which prompt to use"))
+    mode: Mode = field(
+        default="auto", metadata=flag("sampling", "think when the first answer is not sure, never, or always")
+    )
+    threshold: float | None = field(
+        default=None,
+        metadata=flag("sampling", "confidence that is sure enough (default: the checkpoint's own)", metavar="T"),
+    )
     response_prefix: str = ""
     options_may_repeat: bool = False
 
@@ -106,16 +110,6 @@ class AskRequest(SamplingConfig):
         return options or None
 
 
-def check_names(options: Mapping[str, object], also: Iterable[str] = ()) -> None:
-    """Refuse names that are no options of `Clip.ask`, nor among `also`: raises `ConfigError`."""
-    known = [*AskOptions.__annotations__, *sorted(also)]
-    for name in options:
-        if name not in known:
-            close = get_close_matches(name, known, n=1)
-            advice = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"
-            raise ConfigError(f"there is no option {name!r}: {advice}")
-
-
 def _choices(options: object) -> tuple[str, ...]:
     """The options of a question as a tuple; raises `ConfigError` where they are no texts, or empty."""
     if options is None:
@@ -131,8 +125,8 @@ def _choices(options: object) -> tuple[str, ...]:
     return choices
 
 
-class AskOptions(TypedDict, total=False):
-    """The optional arguments of `Clip.ask` and `Clip.stream`: those of `AskRequest`, with any sequence as options."""
+class AskKeywords(TypedDict, total=False):
+    """The keywords of `Clip.ask` and `Clip.stream`: the fields of `AskRequest` beside the question."""
 
     options: Sequence[str] | None
     kind: Kind

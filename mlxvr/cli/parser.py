@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 from mlxvr.cli.settings import Setting, settings_of
 from mlxvr.errors import MlxvrError
 
-__all__ = ["VerbParser", "add_settings", "clock_time", "run_verb", "told_settings"]
+__all__ = ["VerbParser", "add_settings", "clock_time", "parsed_settings", "run_verb"]
 
 Body = Callable[[argparse.Namespace], int | None]
 
@@ -46,31 +46,40 @@ class VerbParser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (see `{self.prog} --help`)\n")
 
 
-def add_settings(parser: VerbParser, config: type, groups: Mapping[str, str], *, sparse: bool = False) -> None:
-    """Give a parser one flag for each field of a dataclass.
+def add_settings(
+    parser: VerbParser, config: type, groups: Mapping[str, str], *, sparse: bool = False
+) -> dict[str, Any]:
+    """Give a parser one flag for each field of a dataclass that has a group.
 
     Args:
         parser: of a verb.
         config: the dataclass; see `mlxvr.cli.settings.flag`.
         groups: titles of the help by the name of the group.
-        sparse: leave what is not given out of the result of parsing instead of putting the default there, for those
-            who have values of less weight from elsewhere; then switches can also be turned off (`--no-x`), and a
-            field without default is not asked for.
+        sparse: leave flags that are absent out of the result of parsing instead of putting the default there, for
+            verbs whose values also come from elsewhere; then switches can also be turned off (`--no-x`), and a field
+            without default is not demanded.
+
+    Returns the sections of the help by the name of the group, for flags beside the fields.
     """
     sections = {name: parser.add_argument_group(title) for name, title in groups.items()}
     for setting in settings_of(config).values():
+        if "group" not in setting.options:  # it is no flag
+            continue
         options = dict(setting.options)
         section = sections[options.pop("group")]
-        how = _how(setting, sparse, options)
-        section.add_argument(setting.flag, **options, **how)
+        if options.pop("spelling", None) is not None:
+            options["dest"] = setting.name
+        conversion = _conversion(setting, sparse, options)
+        section.add_argument(setting.flag, **options, **conversion)
+    return sections
 
 
-def told_settings(args: argparse.Namespace, config: type) -> dict[str, Any]:
-    """What parsing found for the fields of a dataclass."""
+def parsed_settings(args: argparse.Namespace, config: type) -> dict[str, Any]:
+    """The values that parsing has for the fields of a dataclass."""
     return {name: getattr(args, name) for name in settings_of(config) if hasattr(args, name)}
 
 
-def _how(setting: Setting, sparse: bool, options: dict[str, Any]) -> dict[str, Any]:
+def _conversion(setting: Setting, sparse: bool, options: dict[str, Any]) -> dict[str, Any]:
     """How argparse treats a setting; writes the default into its help."""
     missing = setting.default is dataclasses.MISSING
     shown = not missing and setting.default is not None and setting.default != () and setting.kind is not bool

@@ -5,11 +5,11 @@ from collections.abc import Iterator
 import numpy as np
 
 import mlxvr
+from mlxvr.checkpoint.bundled import demo_folder
 from mlxvr.diagnosis import reference
 from mlxvr.diagnosis.findings import Finding, judge
 from mlxvr.media import read_image, read_video
 from mlxvr.media.spec import VisionSpec
-from mlxvr.reasoner.reasoner import demo_folder
 
 __all__ = ["check_answer", "check_frames"]
 

@@ -22,6 +22,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlxvr.checkpoint.bundled import demo_folder
 from mlxvr.diagnosis.scene import draw_clip, draw_image
 from mlxvr.grpo.step.lora import attach, lora_weights
 from mlxvr.grpo.step.lora_config import LoraConfig
@@ -29,7 +30,6 @@ from mlxvr.media import VisionInput, patchify
 from mlxvr.model.loading import load_model
 from mlxvr.model.network import VideoModel
 from mlxvr.model.prompt import Prompt, build_prompt
-from mlxvr.reasoner.reasoner import demo_folder
 
 __all__ = [
     "ADVANTAGES",

@@ -4,18 +4,22 @@ A field that is also a flag carries its help in its metadata, so that a name, a 
 Whatever can be found wrong before a model is loaded is refused here.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import get_args
 
+from mlxvr.answering.loop import AskRequest
+from mlxvr.answering.sampling_config import SamplingConfig
 from mlxvr.checkpoint.bundled import is_demo_model
-from mlxvr.cli.settings import flag
+from mlxvr.cli.settings import flag, same_as
 from mlxvr.errors import ConfigError, DataError
 from mlxvr.evaluation.analysis.calibration import Calibration, Goal
 from mlxvr.evaluation.analysis.threshold_search import calibrate
 from mlxvr.evaluation.samples import Sample
+from mlxvr.media.frame_options import FrameLimits
+from mlxvr.reasoner.load_options import LoadOptions
 
 __all__ = ["EvalConfig"]
 
@@ -24,29 +28,13 @@ _OF_MODELS = ("config.json", "adapter_config.json")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalConfig:
+class EvalConfig(FrameLimits, LoadOptions):
     """What to evaluate, on what, and what to make of it; refuses values that cannot be used.
 
-    Each field is a flag of `python -m mlxvr.eval`, whose help describes it. With neither `model` nor data it is the
+    Each field, those of `LoadOptions` and `FrameLimits` among them, is a flag of `python -m mlxvr.eval`, whose help
+    describes it. With neither `model` nor data it is the
     bundled checkpoint on the bundled clips, which are also the data of a checkpoint that was made from it.
     """
-
-    model: str | Path | None = field(
-        default=None, metadata=flag("model", "folder or Hub id (default: the bundled demo checkpoint)", metavar="M")
-    )
-    adapter: Path | None = field(
-        default=None, metadata=flag("model", "folder of LoRA weights to put on top", metavar="DIR")
-    )
-    revision: str | None = field(default=None, metadata=flag("model", "branch, tag or commit of a Hub id", metavar="R"))
-    dtype: str | None = field(
-        default=None, metadata=flag("model", "what to compute in (default: the checkpoint's)", metavar="T")
-    )
-    kv_bits: int | None = field(
-        default=None, metadata=flag("model", "quantize keys and values to 2, 3, 4, 6 or 8 bits", metavar="N")
-    )
-    prefill_step_size: int = field(
-        default=2048, metadata=flag("model", "prompt tokens that go through the model at once", metavar="N")
-    )
 
     data: Path | None = field(
         default=None,
@@ -69,21 +57,9 @@ class EvalConfig:
     )
     limit: int | None = field(default=None, metadata=flag("data", "ask only the first so many questions", metavar="N"))
 
-    fps: float | None = field(default=None, metadata=flag("frames", "frames to sample per second", metavar="F"))
-    max_frames: int | None = field(default=None, metadata=flag("frames", "the most frames to sample", metavar="N"))
-    video_tokens: int | None = field(
-        default=None, metadata=flag("frames", "the most tokens that a clip may take", metavar="N")
-    )
-    image_tokens: int | None = field(
-        default=None, metadata=flag("frames", "the most tokens that an image may take", metavar="N")
-    )
-
     output: Path = field(metadata=flag("run", "folder for samples and report", metavar="DIR"))
-    max_tokens: int = field(default=4096, metadata=flag("run", "the most tokens of an answer", metavar="N"))
-    threshold: float | None = field(
-        default=None,
-        metadata=flag("run", "confidence that is sure enough (default: the checkpoint's own)", metavar="T"),
-    )
+    max_tokens: int = same_as(SamplingConfig, "max_tokens", "run")
+    threshold: float | None = same_as(AskRequest, "threshold", "run")
     live: bool = field(
         default=False,
         metadata=flag("run", "stop early for real at the threshold, instead of working auto out afterwards"),
@@ -128,6 +104,7 @@ class EvalConfig:
     seed: int = field(default=0, metadata=flag("figures", "of resamples and folds", metavar="N"))
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         object.__setattr__(self, "compare", tuple(self.compare))  # argparse gives a list
         self._check_comparison()
         if self.data is not None and self.task is not None:
@@ -140,15 +117,13 @@ class EvalConfig:
             raise ConfigError("no questions for this model: add --data FILE, or --task NAME --data-root DIR")
         for name, value, least in (
             ("limit", self.limit, 1),
-            ("max_tokens", self.max_tokens, 1),
             ("workers", self.workers, 1),
             ("resamples", self.resamples, 0),
             ("seed", self.seed, 0),
         ):
             if value is not None and value < least:
                 raise ConfigError(f"{name} {value} cannot be used: give a whole number of at least {least}")
-        if self.threshold is not None and not 0.0 <= self.threshold <= 1.0:
-            raise ConfigError(f"threshold {self.threshold} is outside [0, 1]: it is compared with a probability")
+        AskRequest("?", threshold=self.threshold, max_tokens=self.max_tokens)  # refuses what cannot be used
         self._check_output()
         self._check_calibration()
 
@@ -224,14 +199,3 @@ class EvalConfig:
     def needs_answers(self) -> bool:
         """Whether rows need a right answer: for all but a budget of thinking."""
         return self.goal[0] not in _BUDGETS
-
-    @property
-    def frame_budgets(self) -> Mapping[str, int | float]:
-        """What is asked of frames, for `VisionSpec.with_overrides`."""
-        asked = {
-            "fps": self.fps,
-            "max_frames": self.max_frames,
-            "video_tokens": self.video_tokens,
-            "image_max_tokens": self.image_tokens,
-        }
-        return {name: value for name, value in asked.items() if value is not None}

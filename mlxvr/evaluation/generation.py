@@ -24,7 +24,8 @@ from mlxvr.evaluation.samples import Sample
 from mlxvr.grading.lenient import final_answer
 
 if TYPE_CHECKING:
-    from mlxvr.reasoner.reasoner import Clip, Reasoner
+    from mlxvr.reasoner.clip import Clip
+    from mlxvr.reasoner.reasoner import Reasoner
 
 __all__ = ["Asking", "digest", "generate", "group_rows"]
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlxvr.checkpoint.bundled import NOT_OF_THE_DEMO, demo_folder, is_bundled, is_demo_model
+from mlxvr.cli.settings import part_of
 from mlxvr.data.benchmarks import read_benchmark
 from mlxvr.data.rows import Row, load_rows
 from mlxvr.errors import ConfigError, DataError
@@ -35,6 +36,7 @@ from mlxvr.evaluation.threshold_file import check_writable
 from mlxvr.media import VisionSpec
 from mlxvr.model.families.base import FAMILIES
 from mlxvr.model.prompt import evaluation_copy
+from mlxvr.reasoner.load_options import LoadOptions
 from mlxvr.runtime.distributed import ProcessGroup
 from mlxvr.runtime.hooks import Progress
 
@@ -94,7 +96,7 @@ def evaluate(config: EvalConfig, *, progress: Progress | None = None) -> EvalRep
         if questions.limits is not None:
             family = FAMILIES[reasoner.identity()["family"]]
             limits = {**questions.limits, **family.benchmark_limits(questions.name)}
-        reasoner.spec = reasoner.spec.with_overrides(**{**limits, **config.frame_budgets})
+        reasoner.spec = reasoner.spec.with_overrides(**{**limits, **config.overrides})
         if config.task is not None:
             reasoner.system_prompt = evaluation_copy(reasoner.system_prompt)
         settings = _settings(config, questions, reasoner)
@@ -140,15 +142,7 @@ def read_questions(config: EvalConfig) -> Questions:
 def _load(config: EvalConfig, progress: Progress | None = None) -> "Reasoner":
     from mlxvr.reasoner import reasoner
 
-    return reasoner.load(
-        config.model,
-        adapter=config.adapter,
-        revision=config.revision,
-        dtype=config.dtype,
-        kv_bits=config.kv_bits,
-        prefill_step_size=config.prefill_step_size,
-        progress=progress,
-    )
+    return reasoner.load_with(part_of(config, LoadOptions), progress)
 
 
 def _settings(config: EvalConfig, questions: Questions, reasoner: "Reasoner") -> dict[str, Any]:

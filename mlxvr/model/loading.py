@@ -18,6 +18,7 @@ import mlx.nn as nn
 
 from mlxvr.checkpoint.folder import ModelFolder
 from mlxvr.checkpoint.fp8 import unpack_fp8
+from mlxvr.checkpoint.recipe import DTYPES
 from mlxvr.errors import CheckpointError, ConfigError
 from mlxvr.model.adapter import Adapter, apply_adapter
 from mlxvr.model.adapter_base import describe_base, warn_of_another_base
@@ -26,9 +27,8 @@ from mlxvr.model.tokenizer import ChatTokenizer
 from mlxvr.runtime.device_lock import use_device
 from mlxvr.runtime.device_memory import avoid_cpu_compiler
 
-__all__ = ["DTYPES", "load_model", "map_weights", "weight_bytes"]
+__all__ = ["load_model", "map_weights", "weight_bytes"]
 
-DTYPES = ("float32", "float16", "bfloat16")
 # Bytes of a number in memory, by how safetensors spells its type; fp8 is unpacked to bfloat16. Others are packed.
 _LOADED_AS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 2, "F8_E4M3FN": 2}
 

@@ -22,13 +22,13 @@ import mlx.nn as nn
 import numpy as np
 
 from mlxvr.answering.confidence import score_first_answer
+from mlxvr.checkpoint.bundled import demo_folder
 from mlxvr.media import load_vision
 from mlxvr.model import loading
 from mlxvr.model.decode import decode, prefill
 from mlxvr.model.head import Head
 from mlxvr.model.network import VideoModel
 from mlxvr.model.prompt import build_prompt
-from mlxvr.reasoner.reasoner import demo_folder
 
 SHAPES = {"8b": (151_936, 4096), "demo": (151_936, 512)}
 

@@ -34,6 +34,7 @@ from examples.shellgame.evaluate import load_rows
 from mlxvr.answering.confidence import score_first_answer
 from mlxvr.answering.loop import Outcome, run_answer_loop
 from mlxvr.checkpoint import recipe as recipes
+from mlxvr.checkpoint.bundled import demo_folder
 from mlxvr.checkpoint.recipe import Precision, Quantization, Rule
 from mlxvr.conversion.measure import knapsack, mixed_precision
 from mlxvr.conversion.measure.verify import compare_logits
@@ -44,7 +45,6 @@ from mlxvr.model.decode import decode, prefill
 from mlxvr.model.loading import load_model
 from mlxvr.model.network import VisionFeatures
 from mlxvr.model.prompt import Prompt, build_prompt
-from mlxvr.reasoner.reasoner import demo_folder
 from tests.checkpoints import FAMILIES, random_media, write_checkpoint
 from tests.reference import Reference
 

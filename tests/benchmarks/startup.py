@@ -13,7 +13,7 @@ SCRIPT = """
 import json, time
 started = time.perf_counter()
 import mlxvr
-from mlxvr.reasoner.reasoner import demo_folder
+from mlxvr.checkpoint.bundled import demo_folder
 row = json.loads((demo_folder() / "clips.jsonl").read_text().splitlines()[0])
 reasoner = mlxvr.load()
 loaded = time.perf_counter()

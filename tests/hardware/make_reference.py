@@ -21,6 +21,7 @@ import torch
 import transformers
 from PIL import Image
 
+from mlxvr.checkpoint.bundled import demo_folder
 from mlxvr.diagnosis import check_decoding as clip_check
 from mlxvr.diagnosis import reference
 from mlxvr.media import load_vision, normalise
@@ -28,7 +29,6 @@ from mlxvr.media.patches import VisionInput
 from mlxvr.model.adapter import find_layers
 from mlxvr.model.network import VideoModel
 from mlxvr.model.prompt import Prompt, build_prompt
-from mlxvr.reasoner.reasoner import demo_folder
 from tests.checkpoints import write_checkpoint
 from tests.reference import Reference
 

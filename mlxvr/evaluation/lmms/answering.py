@@ -18,15 +18,17 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from mlxvr.answering.events import Answer
-from mlxvr.answering.loop import AskOptions, Kind
+from mlxvr.answering.loop import AskKeywords, Kind
 from mlxvr.errors import Cancelled, ConfigError, MediaError, MlxvrError
 from mlxvr.evaluation.lmms.options import LmmsOptions
 from mlxvr.evaluation.samples import Sample, SampleWriter
+from mlxvr.media.frame_options import FrameOptions
 from mlxvr.model.prompt import KINDS, question_text
 from mlxvr.storage.paths import PICTURE_SUFFIXES
 
 if TYPE_CHECKING:
-    from mlxvr.reasoner.reasoner import Clip, Reasoner
+    from mlxvr.reasoner.clip import Clip
+    from mlxvr.reasoner.reasoner import Reasoner
 
 __all__ = ["Asked", "Response", "answer_all", "open_log", "read_context", "read_visuals"]
 
@@ -34,7 +36,8 @@ _log = logging.getLogger(__name__)
 
 _PLACEHOLDER = re.compile(r"<(?:image|video)>[ \n]?")
 _SAMPLE_BY = "index"  # as the public evaluation spreads frames, also where a video's rate varies
-_WHERE = {"pretrained", "adapter", "revision", "log_file"}  # the model's identity says what these lead to
+_WHERE = {"model", "adapter", "revision", "log_file"}  # the model's identity says what these lead to
+_MEMORY = {"prefill_step_size", "memory_limit"}  # they change no answer
 _GRADED_AS = {"qa": "exact_match", "grounding": "iou", "grounded_qa": "gqa"}
 
 
@@ -84,7 +87,7 @@ def answer_all(
                 source = read_visuals(request.visuals())
                 media = ", ".join(map(str, source)) if _are_paths(source) else ""
                 clip = clips.get(source, request)
-                how: AskOptions = {**options.asking(), **_sampling(request.generation), "kind": kind}
+                how: AskKeywords = {**options.asking(), **_sampling(request.generation), "kind": kind}
                 answer = clip.ask(question, **how)
             except Cancelled:
                 raise
@@ -139,7 +142,7 @@ def open_log(path: str | os.PathLike[str], reasoner: "Reasoner", options: LmmsOp
 
     Raises `ConfigError` when the file is of a run with other settings, or cannot be written.
     """
-    settings = {name: value for name, value in asdict(options).items() if name not in _WHERE}
+    settings = {name: value for name, value in asdict(options).items() if name not in _WHERE | _MEMORY}
     if options.threshold is None:
         settings["threshold"] = reasoner.threshold
     spec = reasoner.spec.with_overrides(
@@ -171,17 +174,16 @@ class _Clips:
         self._clip = self._key = None
 
     def _open(self, source: list[Any]) -> "Clip":
-        options = self._options
-        several = len(source) > 1
+        limits = self._options.several if len(source) > 1 else self._options
+        options = FrameOptions(
+            fps=limits.fps,
+            max_frames=limits.max_frames,
+            video_tokens=limits.video_tokens,
+            image_tokens=limits.image_tokens,
+            sample_by=_SAMPLE_BY,
+        )
         try:
-            return self._reasoner.open(
-                source if several else source[0] if source else None,
-                fps=options.frames_fps or options.fps if several else options.fps,
-                max_frames=options.max_frames,
-                video_tokens=options.video_tokens,
-                image_tokens=options.image_tokens,
-                sample_by=_SAMPLE_BY,
-            )
+            return self._reasoner.open_with(source if len(source) > 1 else source[0] if source else None, options)
         except (MlxvrError, MemoryError):
             raise
         except Exception as error:  # what a decoder may raise about a broken file has no bounds
@@ -204,7 +206,7 @@ def _is_picture(path: str | os.PathLike[str]) -> bool:
     return Path(path).suffix.lower() in PICTURE_SUFFIXES
 
 
-def _sampling(generation: Mapping[str, Any]) -> AskOptions:
+def _sampling(generation: Mapping[str, Any]) -> AskKeywords:
     """Temperature and top-p of a task that samples; others are decoded greedily."""
     temperature = generation.get("temperature") or 0.0
     if temperature <= 0 or generation.get("do_sample") is False:

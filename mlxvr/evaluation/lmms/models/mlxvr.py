@@ -14,12 +14,14 @@ from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 from tqdm import tqdm
 
+from mlxvr.cli.settings import part_of
 from mlxvr.errors import ConfigError
 from mlxvr.evaluation.lmms.answering import Asked, Response, answer_all, open_log
 from mlxvr.evaluation.lmms.options import LmmsOptions
 from mlxvr.evaluation.samples import SampleWriter
 from mlxvr.model.prompt import evaluation_copy
-from mlxvr.reasoner.reasoner import Reasoner, load
+from mlxvr.reasoner.load_options import LoadOptions
+from mlxvr.reasoner.reasoner import Reasoner, load_with
 
 __all__ = ["Mlxvr"]
 
@@ -94,22 +96,11 @@ class Mlxvr(lmms):
         """The reasoner and the log, opened now if they are not."""
         if self._reasoner is None:
             options = self.options
-            reasoner = load(
-                options.pretrained,
-                adapter=options.adapter,
-                revision=options.revision,
-                dtype=options.dtype,
-                kv_bits=options.kv_bits,
-            )
+            reasoner = load_with(part_of(options, LoadOptions))
             reasoner.system_prompt = evaluation_copy(reasoner.system_prompt)
             try:  # what the first video would find wrong is found before the data is read
-                for fps in (options.fps, options.frames_fps):
-                    reasoner.spec.with_overrides(
-                        fps=fps,
-                        max_frames=options.max_frames,
-                        video_tokens=options.video_tokens,
-                        image_max_tokens=options.image_tokens,
-                    )
+                for limits in (options, options.several):
+                    limits.applied_to(reasoner.spec)
                 if options.log_file is not None:
                     self._samples = open_log(options.log_file, reasoner, options)
             except BaseException:
