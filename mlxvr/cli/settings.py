@@ -1,10 +1,10 @@
 """What a verb is set to: a frozen dataclass whose fields are its flags, its TOML keys and its arguments at once.
 
 A field that is a flag carries its group and its help in its metadata (`flag`), so that a name, a type and a default
-are written once. Dataclasses inherit such fields from those that other verbs use, too (`LoadOptions`, `FrameLimits`);
-`same_as` takes a single one over. `mlxvr.cli.parser` makes the flags; here one reader serves TOML files and arguments
-that another program parsed. A file's keys are the fields' names, and its paths are relative to where the verb runs,
-like those of flags. Flags win over a file, a file over the defaults.
+are written once. Dataclasses inherit such fields from those that other verbs use, too (`LoadOptions`,
+`FrameLimitOptions`); `same_as` takes a single one over. `mlxvr.cli.parser` makes the flags; here one reader serves TOML
+files and arguments that another program parsed. A file's keys are the fields' names, and its paths are relative to
+where the verb runs, like those of flags. Flags win over a file, a file over the defaults.
 
     learning_rate = 1e-5
     reward = ["agreement", "coherence"]

@@ -18,7 +18,7 @@ from mlxvr.errors import ConfigError, DataError
 from mlxvr.evaluation.analysis.calibration import Calibration, Goal
 from mlxvr.evaluation.analysis.threshold_search import calibrate
 from mlxvr.evaluation.samples import Sample
-from mlxvr.media.frame_options import FrameLimits
+from mlxvr.media.frame_options import FrameLimitOptions
 from mlxvr.reasoner.load_options import LoadOptions
 
 __all__ = ["EvalConfig"]
@@ -28,12 +28,12 @@ _OF_MODELS = ("config.json", "adapter_config.json")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalConfig(FrameLimits, LoadOptions):
+class EvalConfig(FrameLimitOptions, LoadOptions):
     """What to evaluate, on what, and what to make of it; refuses values that cannot be used.
 
-    Each field, those of `LoadOptions` and `FrameLimits` among them, is a flag of `python -m mlxvr.eval`, whose help
-    describes it. With neither `model` nor data it is the
-    bundled checkpoint on the bundled clips, which are also the data of a checkpoint that was made from it.
+    Each field, those of `LoadOptions` and `FrameLimitOptions` among them, is a flag of `python -m mlxvr.eval`, whose
+    help describes it. With neither `model` nor data it is the bundled checkpoint on the bundled clips, which are also
+    the data of a checkpoint that was made from it.
     """
 
     data: Path | None = field(

@@ -10,11 +10,11 @@ from mlxvr.cli.settings import flag
 from mlxvr.errors import ConfigError
 from mlxvr.media.spec import SAMPLE_BY, VisionSpec
 
-__all__ = ["FrameKeywords", "FrameLimits", "FrameOptions", "FrameSelection"]
+__all__ = ["FrameKeywords", "FrameLimitOptions", "FrameOptions", "FrameSelection"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class FrameLimits:
+class FrameLimitOptions:
     """How many frames and tokens a clip may have; None: the checkpoint's. `Reasoner.open` describes the fields."""
 
     fps: float | None = field(default=None, metadata=flag("frames", "frames to sample per second", metavar="F"))
@@ -68,7 +68,7 @@ class FrameSelection:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FrameOptions(FrameSelection, FrameLimits):
+class FrameOptions(FrameSelection, FrameLimitOptions):
     """Which frames of a clip are read and how large; refuses values that cannot be used when it is built."""
 
     fps: float | None = field(

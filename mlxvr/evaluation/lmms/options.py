@@ -7,7 +7,7 @@ from typing import Any
 from mlxvr.answering.loop import AskKeywords, AskRequest, Mode
 from mlxvr.answering.sampling_config import SamplingConfig
 from mlxvr.cli.settings import read_arguments
-from mlxvr.media.frame_options import FrameLimits
+from mlxvr.media.frame_options import FrameLimitOptions
 from mlxvr.reasoner.load_options import LoadOptions
 
 __all__ = ["LmmsOptions"]
@@ -16,7 +16,7 @@ _NAMES = {"pretrained": "model", "max_new_tokens": "max_tokens"}  # lmms-eval's 
 
 
 @dataclass(frozen=True, kw_only=True)
-class LmmsOptions(FrameLimits, LoadOptions):
+class LmmsOptions(FrameLimitOptions, LoadOptions):
     r"""How lmms-eval's questions are answered; refuses values that cannot be used when it is built.
 
     Attributes:
@@ -28,8 +28,8 @@ class LmmsOptions(FrameLimits, LoadOptions):
         response_prefix: how the answer is begun for the model, ``\boxed{Answer:`` in the public evaluation of MVP.
         log_file: JSONL that gets a line per question: first answer, confidence, reasoning, tokens, seconds.
 
-    The fields of `LoadOptions` and `FrameLimits` come first; `model` is lmms-eval's `pretrained`. An image takes at
-    most 4,096 tokens without `image_tokens` (the public evaluation allows 16,384).
+    The fields of `LoadOptions` and `FrameLimitOptions` come first; `model` is lmms-eval's `pretrained`. An image takes
+    at most 4,096 tokens without `image_tokens` (the public evaluation allows 16,384).
     """
 
     mode: Mode = "auto"
@@ -52,9 +52,9 @@ class LmmsOptions(FrameLimits, LoadOptions):
         return cls(**read_arguments(arguments, cls, subject="model argument", names=_NAMES))
 
     @property
-    def several(self) -> FrameLimits:
+    def several(self) -> FrameLimitOptions:
         """The limits for several pictures of one question, which were taken at `frames_fps`."""
-        return FrameLimits(
+        return FrameLimitOptions(
             fps=self.frames_fps or self.fps,
             max_frames=self.max_frames,
             video_tokens=self.video_tokens,
