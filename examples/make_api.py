@@ -58,7 +58,8 @@ def annotation(node: ast.expr) -> str:
     """A type as it is written, without the quotes of a forward reference."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         return node.value
-    return re.sub(r"'([^']*)'", r"\1", ast.unparse(node)) if "Literal" not in ast.unparse(node) else ast.unparse(node)
+    text = ast.unparse(node)
+    return text.replace("'", '"') if "Literal" in text else re.sub(r"'([^']*)'", r"\1", text)
 
 
 def parameters(node: ast.FunctionDef) -> Iterator[str]:
