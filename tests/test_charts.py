@@ -57,6 +57,11 @@ def test_cost_chart():
         (dot.x, 232.1667, dot.x, 33.8333), abs=1e-3
     )
     assert (chart.heading, chart.legend) == ("heading", [])
+    (label,) = marks_of(chart, Text, "label")
+    assert (label.content, label.anchor, label.x - dot.x, label.y - dot.y) == ("auto", "start", 11, -9)
+    think = charts.Point("think", 100, Estimate(value=0.7))  # near the right end: its name is on its left
+    (label,) = marks_of(charts.cost_chart([charts.Curve("run", run.rows, [think])], "Accuracy"), Text, "label")
+    assert (label.anchor, label.x) == ("end", pytest.approx(430.6923 - 11, abs=1e-3))
     twice = charts.cost_chart([run, charts.Curve("before", run.rows, run.points)], "Accuracy")
     assert twice.legend == [("run0", "run"), ("run1", "before")]
     assert charts.cost_chart([charts.Curve("run", [sweep_row(0, None, 5)])], "Accuracy") is None

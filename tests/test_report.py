@@ -102,10 +102,12 @@ class Reader(html.parser.HTMLParser):
 
 @pytest.fixture
 def write(tmp_path):
-    def write(samples, threshold=0.9, *, title="A run", settings=None, other=None, calibration=None, progress=None,
-              **options):  # fmt: skip
+    def write(samples, threshold=0.9, *, title="A run", settings=None, other=None, other_threshold=None,
+              calibration=None, progress=None, **options):  # fmt: skip
         run = ReportedRun(title=title, samples=samples, threshold=threshold, settings=settings or {})
-        before = None if other is None else ReportedRun(title=other[0], samples=other[1], threshold=threshold)
+        before = None
+        if other is not None:
+            before = ReportedRun(title=other[0], samples=other[1], threshold=other_threshold or threshold)
         options = ReportOptions(**{"bootstrap": 50, "plots": False, "media_root": tmp_path, **options})
         return write_report(
             tmp_path / "out", run, before=before, calibration=calibration, options=options, progress=progress
@@ -175,6 +177,90 @@ def test_tables_by_hand(write):
     assert [cell.split()[0] for cell in cells["two"]] == (
         ["5", "4", "60%", "100%", "80%", "+40", "−20", "20%", "25", "24%"]
     )
+
+
+def agreeing(count, **others):
+    return [row(f"{index:02}", **others) for index in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("samples", "threshold", "words", "absent"),
+    [
+        (agreeing(49), 0.9, "Only 49 independent clips: ", "independent clip only"),
+        (agreeing(50), 0.9, "No row reasons at this threshold: ", "independent clip"),
+        (agreeing(3, media="a.mp4"), 0.9, "One independent clip only: ", "Only 1 "),
+        (agreeing(9), 0.995, "Every row reasons at this threshold: ", "No row reasons"),
+        (TEN, 0.9, "1 answer given early is wrong. Show", "reasons at this threshold"),
+        (HAND, 0.9, "Rows without a direct answer always reason.", "The 30 that think most"),
+        (TEN, 0.9, "Accuracy against cost at every threshold", "always reason."),
+        ([replace(sample, answer=None) for sample in TEN], 0.9, "no labels", "differences in points"),
+        ([replace(sample, task=f"t{sample.id}") for sample in agreeing(31)], 0.9, "The 30 that think most; ", "nan"),
+        ([row("0", "A", "B"), row("1", "B", "A")], 0.9, "costs no accuracy (difference −100 to +100)", "in every row"),
+    ],
+)
+def test_what_a_page_says_and_when(write, samples, threshold, words, absent):
+    text = plain_text(write(samples, threshold))
+    assert words in text
+    assert absent not in text
+
+
+def test_the_title_is_not_repeated(write):
+    text = write(TEN, title="m on d", settings={"model": "m", "data": "d", "task": "t"}).read_text()
+    assert '<p class="subtitle">t</p>' in text
+
+
+def test_many_failed_rows_are_folded(write):
+    for count, opening in ((10, "<details open><summary>10 rows"), (11, "<details><summary>11 rows")):
+        assert opening in write([row("ok"), *(row(f"{n}", error="gone") for n in range(count))]).read_text()
+
+
+def test_the_slider_begins_at_the_threshold(write):
+    """The curve has 0, 0.545, 0.9 and 0.995."""
+    assert 'min="0" max="3" step="1" value="2"' in write(TEN).read_text()
+
+
+def test_bars_begin_with_what_thinks_most(write):
+    samples = [
+        row("1", task="a"),
+        row("2", "A", "A", 0.1, task="z"),
+        *(row(f"n{n}", task=f"t{n:02}") for n in range(30)),
+    ]
+    chart = write(samples).read_text().rpartition('<svg class="chart"')[2].partition("</svg>")[0]
+    titles = re.findall("<title>(.*?)</title>", chart)
+    assert titles[:2] == ["rows that reason", "z: 100% of 1 row"]
+    assert len(titles) == 31
+
+
+def test_a_comparison_in_words(write):
+    run, wrong = agreeing(99), row("00", "B", "B")
+    assert plain_text(write(run, other=("before", [wrong, *run[1:]]))).count("Auto scores +1 point (") == 1
+    assert "Auto scores 0 points against before: the same score in both." in plain_text(
+        write(run, other=("before", run))
+    )
+    all_wrong = [replace(sample, first="B", text="B", second="B") for sample in run]
+    assert "Auto scores +100 points against before: no difference can be shown" in (
+        plain_text(write(run, other=("before", all_wrong)))
+    )
+
+
+def test_a_comparison_of_two_thresholds(write):
+    """At 0.05 the run before reasons on no row: 5 tokens; this one on one of ten: 15."""
+    path = write(TEN, other=("before", TEN), other_threshold=0.05)
+    assert "Thresholds: 0.05 and 0.9." in plain_text(path)
+    cells = {cells[0]: cells[1:] for cells in Reader(path.read_text()).rows}
+    assert (cells["think ratio"][:2], cells["tokens a question"][:2]) == (["0%", "10%"], ["5.0", "15.0"])
+    figures = json.loads((path.parent / "report.json").read_text())
+    assert (figures["comparison"]["thresholds"], figures["other_summary"]["threshold"]) == ([0.05, 0.9], 0.05)
+
+
+def test_a_cost_is_neither_better_nor_worse(write):
+    """Each row took 105 tokens before and takes 5 now: the interval has no width, and nothing is coloured."""
+    path = write(agreeing(40), other=("before", agreeing(40, confidence=0.1)))
+    cells = {cells[0]: cells[1:] for cells in Reader(path.read_text()).rows}
+    assert cells["tokens a question"] == ["105", "5.0", "−100"]
+    run = [row(f"{n:02}", confidence=0.99 if n < 30 else 0.1) for n in range(40)]
+    text = write(run, other=("before", agreeing(40, confidence=0.1))).read_text()
+    assert not re.search('<span class="(better|worse)">', text)
 
 
 def test_columns_say_how_many_rows_they_are_over(write):
@@ -321,7 +407,9 @@ def test_frames_are_limited_to_what_tells_most(write, tmp_path):
     assert [len(clip["frames"]) for clip in data["clips"]] == [0, 4]
     assert "Frames of 1 clip are in the page" in path.read_text()
     assert "those of 2 more would make it too large" in path.read_text()
-    assert data_of(write(samples, clips=0))["clips"] == []
+    path = write(samples, clips=0)
+    assert data_of(path)["clips"] == []
+    assert "too large" not in path.read_text()
 
 
 def test_thumbnails_of_short_clips_and_folders(tmp_path):
@@ -493,7 +581,8 @@ CHOSEN = Calibration(
     held_out=outcome(auto=(0.8, 0.74, 0.86), think=(0.9, 0.86, 0.94), difference=(-0.1, -0.15, -0.05)),
     in_sample=outcome(auto=(0.9, 0.86, 0.94), think=(0.9, 0.86, 0.94), difference=(0.0, 0.0, 0.0)),
     per_task={"own": TaskThreshold(threshold=0.5, count=150, held_out=outcome(difference=(0.1, 0.05, 0.15))),
-              "few": TaskThreshold(threshold=0.97, count=3, held_out=None)},
+              "few": TaskThreshold(threshold=0.97, count=3, held_out=None),
+              "rare": TaskThreshold(threshold=0.97, count=1, held_out=None)},
     temperature=TemperatureFit(temperature=1.234, count=1500, ece=0.1, ece_scaled=0.0321, brier=0.25,
                                brier_scaled=0.2),
     folds=3,
@@ -515,7 +604,7 @@ def test_calibration_is_shown(write):
     )
     assert cells["the rows that chose it"][3] == "0"
     assert cells["own"] == ["0.5", "150", "+10 +5 to +15", "60% 53 to 67", "50"]
-    assert "1 task with too few rows take the common threshold." in words
+    assert "2 tasks with too few rows take the common threshold." in words
     assert "T = 1.23, over 1,500 answers, held out." in words
     assert (cells["raw"], cells["scaled"]) == (["0.100", "0.250"], ["0.032", "0.200"])
     coloured = [attributes["class"] for _, attributes in Reader(path.read_text()).tags
