@@ -370,7 +370,7 @@ def test_frames_in_a_folder_and_an_image(tmp_path, reasoner):
         assert found[name].video_tokens == expected.video_tokens
     assert found["part"].video_tokens < found["folder"].video_tokens
     assert found["image"].video_tokens > 0
-    assert "no folder of jpg or png frames" in found["none"].error
+    assert "is not a folder of jpg or png frames" in found["none"].error
 
 
 # Stopping and going on

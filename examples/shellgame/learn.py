@@ -33,7 +33,7 @@ from mlxvr.grpo.step.prompts import encode_row
 from mlxvr.grpo.step.rollout import rollout
 from mlxvr.grpo.train_config import TrainConfig
 from mlxvr.grpo.trainer import train
-from mlxvr.grpo.validation import judge_answer
+from mlxvr.grpo.validation import validate_answer
 from mlxvr.model.loading import load_model
 from mlxvr.storage.paths import list_visible
 
@@ -100,8 +100,8 @@ def answer(adapter: Path | None, data: Path, output: Path) -> None:
     for row, record in zip(load_rows(data / "heldout" / "clips.jsonl"), map(json.loads, records), strict=True):
         prompt = encode_row(model, row, spec=spec)
         group = rollout(model, prompt, SamplingConfig(max_tokens=MOST_TOKENS, temperature=0.0, seed=0), group_size=1)
-        judged = judge_answer(model, group, threshold=THRESHOLD, weights=Weights())
-        lines.append(json.dumps({"id": row.id, "clip": record["video"], "group": record["group"], **asdict(judged)}))
+        validated = validate_answer(model, group, threshold=THRESHOLD, weights=Weights())
+        lines.append(json.dumps({"id": row.id, "clip": record["video"], "group": record["group"], **asdict(validated)}))
     output.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
