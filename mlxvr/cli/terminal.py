@@ -127,8 +127,8 @@ class Redrawing(Live):
         """Clear the rows that the lines take on a terminal of this width, then draw."""
         additional = sum(max(0, math.ceil(length / self.console.width) - 1) for length in self._lengths)
         up = ((ControlType.CURSOR_UP, 1), (ControlType.ERASE_IN_LINE, 2))
-        clear = Control(ControlType.CARRIAGE_RETURN, (ControlType.ERASE_IN_LINE, 2), *up * additional)
-        return [clear, *super().process_renderables(renderables)]
+        clear = [Control(ControlType.CARRIAGE_RETURN, (ControlType.ERASE_IN_LINE, 2), *up * additional)]
+        return [*(clear if additional else ()), *super().process_renderables(renderables)]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         lines = console.render_lines(self._render(), options, pad=False)
