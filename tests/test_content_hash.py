@@ -18,7 +18,7 @@ YEAR_2020 = 1_577_836_800_000_000_000  # ns
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(content_hash, "_WORTH_KEEPING", 1000)
+    monkeypatch.setattr(content_hash, "_WORTH_STORING", 1000)
     return tmp_path / "cache" / "mlxvr" / "sha256"
 
 

@@ -28,7 +28,6 @@ UNREAD_ROOMS = (
     "evaluation",
     "grpo",
     "model",
-    "storage",
     "__main__",
     "generate",
     "train",

@@ -1,7 +1,7 @@
-r"""One generated row, as it is kept: a line of `samples.jsonl`, from which every figure is computed.
+r"""Samples: what the model generated for each row, a line of `samples.jsonl`, from which every metric is computed.
 
-A row is generated once, in think mode. Its sample holds both answers, the confidence and what each part cost, so that
-direct, think and auto at any threshold follow without another generation (`decide`).
+Each row is generated once, in think mode. Its sample holds both answers, the confidence and the cost of each part, so
+that direct, think and auto at any threshold follow without another generation (`decide`).
 
 The file is a `JsonlLog`: it grows by one line per row, survives a kill, and refuses samples that were made with other
 settings.
@@ -53,9 +53,9 @@ class Sample:
         first_seconds, total_seconds: generating up to the first box, and in all.
         prefill_seconds, media_seconds: the prompt through the model, and reading the frames.
         problems: departures from the format (`mlxvr.answering.transcript.Transcript.problems`).
-        reasoned: whether the model went on after the first box; False only for a live run that stopped there.
-        error: why the row failed, in one line; no figure comes from a row that failed.
-        asked: a digest of all of the row that its answer depends on; "" where that was not noted.
+        reasoned: whether generation continued after the first box; False only for a live run that stopped there.
+        error: why the row failed, in one line; rows that failed count in no metric.
+        asked: a digest of all fields of the row that its answer depends on; "" where it was not recorded.
     """
 
     id: str

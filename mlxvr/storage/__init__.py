@@ -1,1 +1,1 @@
-"""Files on disk: replaced whole, grown line by line, found by name."""
+"""Files on disk: replaced in one step, appended to line by line, found by name."""

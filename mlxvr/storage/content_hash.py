@@ -1,10 +1,10 @@
 """SHA-256 of large files, computed once.
 
-A weights file is known by what it holds. The Hub's cache calls each of its blobs by that hash, so these need not be
-read. Any other file is read once, several at a time; the hash of one that is large and has not just been written is
-kept in the user's cache folder (`$XDG_CACHE_HOME/mlxvr/sha256`, `~/.cache` by default) under the file's path, size,
-time of change and inode, and is never written beside the weights, which may be read-only. Where that folder cannot be
-written, files are read again.
+A weights file is identified by its content. The Hub's cache names each of its blobs by that hash, so blobs need not be
+read. Other files are read once, several at a time. The hash of a large file that has not just been written is stored in
+the user's cache folder (`$XDG_CACHE_HOME/mlxvr/sha256`, `~/.cache` by default) under the file's path, size, time of
+change and inode, and never beside the weights, whose folder may be read-only. Where the cache folder cannot be written,
+files are read again.
 """
 
 import contextlib
@@ -23,14 +23,14 @@ __all__ = ["FileStamp", "hash_file", "hash_files", "stamp_of"]
 
 FileStamp = tuple[str, int, int, int]  # path, size, time of change in ns, inode
 
-_WORTH_KEEPING = 64_000_000  # bytes; less is read in a few hundredths of a second
+_WORTH_STORING = 64_000_000  # bytes; less is read in a few hundredths of a second
 _SETTLED_NS = 2_000_000_000  # a file that changed later than this may change again within the clock's resolution
 _READERS = 4
 _BLOB = re.compile(r"[0-9a-f]{64}")
 
 
 def stamp_of(file: Path) -> FileStamp:
-    """What changes when a file is written to or replaced."""
+    """Return what changes when a file is written to or replaced."""
     real = file.resolve()
     stat = real.stat()
     return str(real), stat.st_size, stat.st_mtime_ns, stat.st_ino
@@ -53,9 +53,9 @@ def hash_file(file: Path) -> str:
         real = Path(stamp[0])
         if real.parent.name == "blobs" and _BLOB.fullmatch(real.name):
             return real.name
-        kept = _kept_at(stamp)
+        note = _note_of(stamp)
         with contextlib.suppress(OSError, ValueError):
-            known = kept.read_text(encoding="ascii")
+            known = note.read_text(encoding="ascii")
             if _BLOB.fullmatch(known):
                 return known
         with real.open("rb") as opened:
@@ -64,16 +64,16 @@ def hash_file(file: Path) -> str:
             raise CheckpointError(f"{file} changed while it was read: wait until it is written, then try again")
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read ({error}): download or copy it again") from error
-    if stamp[1] >= _WORTH_KEEPING and time.time_ns() - stamp[2] > _SETTLED_NS:
-        _keep(kept, digest)
+    if stamp[1] >= _WORTH_STORING and time.time_ns() - stamp[2] > _SETTLED_NS:
+        _store(note, digest)
     return digest
 
 
-def _kept_at(stamp: FileStamp) -> Path:
+def _note_of(stamp: FileStamp) -> Path:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return cache / "mlxvr" / "sha256" / hashlib.sha256(repr(stamp).encode()).hexdigest()[:32]
 
 
-def _keep(target: Path, digest: str) -> None:
+def _store(target: Path, digest: str) -> None:
     with contextlib.suppress(ConfigError):
         replace_file(target, lambda file: file.write(digest.encode()))

@@ -1,4 +1,4 @@
-"""From what a user writes to a file, and from a folder to the files in it that count.
+"""Which file a user's text means, and which files of a folder are the user's.
 
 Systems leave files of their own beside a user's: macOS writes `._clip.mp4` beside `clip.mp4` on drives that are not its
 own, and `.DS_Store` into every folder that Finder has shown; Windows writes `Thumbs.db`; an archive packed on a Mac
@@ -69,7 +69,7 @@ def natural_key(name: str) -> tuple[list[tuple[int, str]], str]:
 
 
 def parse_location(location: str | os.PathLike[str]) -> Path:
-    """The path that a location means, whether it exists or not.
+    """Return the path that a location means, whether it exists or not.
 
     Args:
         location: a path; `~` and `~user` at its beginning are home folders, unless a file has that very name; or a
@@ -101,11 +101,11 @@ def parse_location(location: str | os.PathLike[str]) -> Path:
 
 
 def local_path(location: str | os.PathLike[str]) -> Path:
-    """The file that a location means: `parse_location`, in the spelling that the disk has.
+    """Return the file that a location means: `parse_location`, in the spelling that the disk has.
 
-    A name that does not exist as it is written, but does in another Unicode normal form, is that file; so is the only
-    one in the folder that differs from it in the kind of its spaces alone (macOS writes a narrow one before the PM in a
-    screenshot's name, and pasting makes it a plain one).
+    Where no file has the name as it is written, this is the file that has it in another Unicode normal form, or else
+    the only file in the folder whose name differs in the kind of its spaces alone (macOS writes a narrow space before
+    the PM in a screenshot's name, and pasting makes it a plain space).
     """
     path = parse_location(location)
     if _exists(path):
@@ -121,7 +121,7 @@ def local_path(location: str | os.PathLike[str]) -> Path:
 
 
 def explain_missing(path: Path) -> str:
-    """What is wrong with a path that names nothing, and what to do: the end of a message that begins with the path."""
+    """Say what is wrong with a path that does not exist and what to do; a message's end that follows the path."""
     if path.is_symlink():
         return f"is a link to {_shown(os.readlink(path))}, which does not exist: check where it points"
     if not path.name.startswith(".") and _exists(path.with_name(f".{path.name}.icloud")):
@@ -163,12 +163,12 @@ def _siblings(path: Path) -> list[Path]:
 
 
 def _plain_spaces(name: str) -> str:
-    """A name in one normal form, each of its spaces as a plain one."""
+    """Return a name in one normal form with plain spaces."""
     return "".join(" " if character.isspace() else character for character in unicodedata.normalize("NFC", name))
 
 
 def _fold(name: str) -> str:
-    """A name without what the eye does not see: letter case, normal form, kinds of white space."""
+    """Return a name without differences in letter case, normal form and kinds of white space."""
     return " ".join(unicodedata.normalize("NFKC", name).casefold().split())
 
 

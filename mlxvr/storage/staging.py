@@ -1,9 +1,9 @@
 """A folder that appears whole or not at all.
 
-The work goes into a hidden folder beside the target, on the same disk, which is renamed when everything is in it
-and has reached the disk. A process that dies half-way (kill -9, power) leaves that hidden folder behind; it has
-one fixed name per target, so the next run finds it and sees by its lock that nobody works in it. If the next run would
-write the same bytes, it goes on with the shards that are finished; else it clears the folder.
+The files are written into a hidden folder beside the target, on the same disk, which is renamed when all of them are
+on the disk. A process that dies half-way (kill -9, power) leaves that hidden folder behind; it has one fixed name per
+target, so the next run finds it and sees by its lock that no process works in it. If the next run would write the same
+bytes, it reuses the finished shards; else it clears the folder.
 """
 
 import errno
@@ -54,7 +54,7 @@ def staged(target: Path, plan: str) -> Iterator[Path]:
 
     Args:
         target: from `check_target`; a folder that lies there is replaced.
-        plan: tells what will be written; the folder holds the finished shards of an interrupted run with the same plan.
+        plan: identifies the bytes to write; the folder holds the finished shards of an interrupted run with that plan.
 
     When the block fails, finished shards stay for the next run, unless the source is damaged (`CheckpointError`).
     Raises `ConfigError` when another process is writing the same target, or when it cannot be written at all.
@@ -79,9 +79,9 @@ def staged(target: Path, plan: str) -> Iterator[Path]:
         sync_folder(target.parent)
         shutil.rmtree(aside, ignore_errors=True)
     except BaseException as error:
-        kept = set() if isinstance(error, CheckpointError) or not folder.is_dir() else _finished(folder, plan)
-        if kept:
-            _log.warning("%d finished shards wait in %s: run again to go on, or remove it", len(kept), folder)
+        shards = set() if isinstance(error, CheckpointError) or not folder.is_dir() else _finished(folder, plan)
+        if shards:
+            _log.warning("%d finished shards wait in %s: run again to go on, or remove it", len(shards), folder)
         else:
             shutil.rmtree(folder, ignore_errors=True)
         _recover(target, aside)
@@ -119,9 +119,9 @@ def _recover(target: Path, aside: Path) -> None:
 
 
 def _finished(folder: Path, plan: str) -> set[str]:
-    """Names of the shards that a run with the same plan has finished."""
-    noted = folder / _PLAN
-    if not noted.is_file() or noted.read_text(encoding="utf-8") != plan:
+    """Return the names of the shards that a run with the same plan has finished."""
+    plan_file = folder / _PLAN
+    if not plan_file.is_file() or plan_file.read_text(encoding="utf-8") != plan:
         return set()
     return {file.name for file in list_visible(folder, "*.safetensors")}
 

@@ -2,12 +2,12 @@
 
 Six panels over the steps: the reward with its parts, the accuracies of both answers, the shares (confidence, think
 ratio, format), lengths, loss and KL, gradient norm and learning rate. Validations are marked by dots. Groups are few in
-a step, so figures jump about: they are drawn faintly, with a mean over neighbouring steps on top. Lines that coincide
-stay visible by their dashes, and legends stand below their panels. A loss that is 0, as it is by construction with one
-update of a batch, and a KL that is as good as 0 are drawn as such instead of filling their axes with rounding.
+a step, so metrics are noisy: they are drawn faintly, with a mean over neighbouring steps on top. Lines that coincide
+stay visible by their dashes, and legends are below their panels. A loss that is 0, as it is by construction with one
+update of a batch, and a KL that is nearly 0 are drawn as 0 instead of filling their axes with rounding errors.
 
-Of a long run a point is the mean of several steps, which the axis then says, since a thousand points are more than a
-picture can show. Figures that are null are passed over; a panel without any says so.
+In a long run each point is the mean of several steps, as the axis then says, since a picture cannot show more than a
+thousand points. Metrics that are null are left out, and a panel without any metric says so.
 """
 
 import math
@@ -28,8 +28,8 @@ __all__ = ["check_plot", "plot_curves", "smooth", "thin"]
 _MOST = 1_000  # points of a line
 _FEW = 40  # points of a line: up to here each is marked, and none is smoothed
 _WINDOWS = 30  # the mean is over this part of the run
-_LARGEST = 1e30  # no figure of a training is larger, and sums of such figures would have no end
-_SMOOTH = {"learning_rate"}  # figures that do not jump about
+_LARGEST = 1e30  # no metric of a training is larger, and sums of larger ones could overflow
+_SMOOTH = {"learning_rate"}  # metrics that are not noisy
 _PARTS = (
     ("first answer", "rewards/first/mean", ORANGE, "-"),
     ("second answer", "rewards/second/mean", GREEN, "-"),
@@ -38,9 +38,9 @@ _PARTS = (
     ("agreement", "rewards/agreement/mean", ORANGE, "--"),
     ("coherence", "rewards/coherence/mean", GREEN, "--"),
 )
-_LEAST_SPAN = {"loss": 1e-3, "kl": 1e-4}  # of an axis: less is rounding
+_LEAST_SPAN = {"loss": 1e-3, "kl": 1e-4}  # of an axis: smaller differences are rounding errors
 
-Line = tuple[list[float], list[float]]  # steps and figures
+Line = tuple[list[float], list[float]]  # steps and values
 
 
 def plot_curves(entries: Sequence[Mapping[str, Any]], path: Path, *, title: str = "") -> None:
@@ -65,22 +65,22 @@ def thin(values: Line, most: int = _MOST) -> Line:
     """A line with at most `most` points: each the mean of equally many neighbours, the last perhaps of fewer.
 
     Args:
-        values: steps and figures, of the same length.
+        values: steps and the values at them, of the same length.
         most: at least 1.
     """
     size = max(1, math.ceil(len(values[0]) / most))
     if size == 1:
         return values
     starts = range(0, len(values[0]), size)
-    steps, figures = ([_mean(one[start : start + size]) for start in starts] for one in values)
-    return steps, figures
+    steps, means = ([_mean(axis[start : start + size]) for start in starts] for axis in values)
+    return steps, means
 
 
-def smooth(figures: Sequence[float], window: int) -> list[float]:
-    """The mean over `window` neighbours around each figure (an odd number), of those that there are at both ends."""
-    sums = [0.0, *accumulate(figures)]
+def smooth(values: Sequence[float], window: int) -> list[float]:
+    """Return the mean over the `window` values around each value (an odd number), and over fewer at both ends."""
+    sums = [0.0, *accumulate(values)]
     half = window // 2
-    edges = ((max(0, place - half), min(len(figures), place + half + 1)) for place in range(len(figures)))
+    edges = ((max(0, place - half), min(len(values), place + half + 1)) for place in range(len(values)))
     return [(sums[end] - sums[start]) / (end - start) for start, end in edges]
 
 
@@ -146,12 +146,12 @@ def _draw_lengths(axes: "Axes", entries: Sequence[Mapping[str, Any]]) -> None:
 def _draw_two(
     axes: "Axes", entries: Sequence[Mapping[str, Any]], left: tuple[str, str, str], right: tuple[str, str, str]
 ) -> None:
-    """Two figures of unlike size: (label, name, color) of each, the second on an axis at the right."""
+    """Draw two metrics of unlike size: (label, name, color) of each, the second with an axis at the right."""
     axes.set_title(f"{left[0]} and {right[0]}")
-    other = axes.twinx()
-    other.spines["right"].set_visible(True)
-    other.grid(False)
-    for here, (label, name, color) in ((axes, left), (other, right)):
+    right_axes = axes.twinx()
+    right_axes.spines["right"].set_visible(True)
+    right_axes.grid(False)
+    for here, (label, name, color) in ((axes, left), (right_axes, right)):
         style, marker = ("-", ".") if here is axes else ("--", "x")
         _draw_curve(here, entries, name, label, color, style=style, marker=marker)
         here.set_ylabel(label if here.lines else f"{label}: not recorded", color=color)
@@ -165,7 +165,7 @@ def _draw_two(
         note = "0 on policy, whatever is learned: look at the reward" if _is_flat(_line(entries, "loss")[1]) else ""
         note += ("; " if note else "") + "steps that taught nothing have no KL" if _has_gaps(entries) else ""
         axes.text(0.02, 0.96, note, transform=axes.transAxes, va="top", fontsize=7.5, color=GRAY)
-    if not axes.lines and not other.lines:
+    if not axes.lines and not right_axes.lines:
         _say_nothing(axes)
 
 
@@ -178,23 +178,23 @@ def _draw_curve(
     style: str = "-",
     marker: str = ".",
 ) -> None:
-    steps, figures = thin(_line(entries, name))
+    steps, values = thin(_line(entries, name))
     if not steps:
         return
     if len(steps) <= _FEW or name in _SMOOTH:
         mark = marker if len(steps) <= _FEW else ""
-        axes.plot(steps, figures, style, color=color, linewidth=1.5, marker=mark, label=label)
+        axes.plot(steps, values, style, color=color, linewidth=1.5, marker=mark, label=label)
         return
-    axes.plot(steps, figures, color=color, linewidth=0.6, alpha=0.3)
-    window = max(3, len(figures) // _WINDOWS | 1)
-    axes.plot(steps, smooth(figures, window), style, color=color, linewidth=1.6, label=label)
+    axes.plot(steps, values, color=color, linewidth=0.6, alpha=0.3)
+    window = max(3, len(values) // _WINDOWS | 1)
+    axes.plot(steps, smooth(values, window), style, color=color, linewidth=1.6, label=label)
 
 
 def _draw_validation(axes: "Axes", entries: Sequence[Mapping[str, Any]], name: str, label: str, color: str) -> None:
-    steps, figures = thin(_line(entries, name))
+    steps, values = thin(_line(entries, name))
     if steps:
         size = 6.0 if len(steps) <= _FEW else 3.0
-        axes.plot(steps, figures, ":o", color=color, linewidth=1, markersize=size, markeredgecolor="white", label=label)
+        axes.plot(steps, values, ":o", color=color, linewidth=1, markersize=size, markeredgecolor="white", label=label)
 
 
 def _finish(axes: "Axes", *, percent: bool = False) -> None:
@@ -207,19 +207,19 @@ def _finish(axes: "Axes", *, percent: bool = False) -> None:
         _say_nothing(axes)
 
 
-def _widen(axes: "Axes", figures: Sequence[float], least: float) -> None:
-    """Give an axis a span that does not magnify what is as good as 0; a KL is never below it."""
-    low, high = min([*figures, 0.0]), max([*figures, 0.0])
+def _widen(axes: "Axes", values: Sequence[float], least: float) -> None:
+    """Give an axis a span that does not magnify values that are nearly 0; a KL is never negative."""
+    low, high = min([*values, 0.0]), max([*values, 0.0])
     if high - low < least:
         axes.set_ylim(-least if low < 0.0 else -0.05 * least, least)
 
 
-def _is_flat(figures: Sequence[float]) -> bool:
-    return all(abs(figure) < _LEAST_SPAN["loss"] for figure in figures)
+def _is_flat(values: Sequence[float]) -> bool:
+    return all(abs(value) < _LEAST_SPAN["loss"] for value in values)
 
 
 def _has_gaps(entries: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether a step has no KL though others have one."""
+    """Whether some steps have a KL and some have none."""
     steps = [entry for entry in entries if _number(entry, "reward") is not None]
     known = sum(_number(entry, "kl") is not None for entry in steps)
     return 0 < known < len(steps)
@@ -231,7 +231,7 @@ def _say_nothing(axes: "Axes") -> None:
 
 
 def _line(entries: Sequence[Mapping[str, Any]], name: str) -> Line:
-    """Steps and figures of the entries in which a figure is known."""
+    """Return steps and values of the entries that have a metric."""
     points = [(float(entry["step"]), value) for entry in entries if (value := _number(entry, name)) is not None]
     return [step for step, _ in points], [value for _, value in points]
 
@@ -243,5 +243,5 @@ def _number(entry: Mapping[str, Any], name: str) -> float | None:
     return float(value) if abs(value) < _LARGEST else None
 
 
-def _mean(figures: Sequence[float]) -> float:
-    return math.fsum(figures) / len(figures)
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)

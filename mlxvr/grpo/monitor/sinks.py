@@ -35,7 +35,7 @@ def make_sinks(names: Sequence[str], folder: Path, config: Mapping[str, Any]) ->
     Args:
         names: of `SINKS`, without regard to order or repetition.
         folder: of the run: TensorBoard's files come into `folder/tensorboard`, those of Weights & Biases into
-            `folder/wandb`, and the run's id there into `folder/wandb_id`, so that a run that goes on is the same one.
+            `folder/wandb`, and the run's id there into `folder/wandb_id`, so that a run that is resumed keeps its id.
         config: the run's settings, JSON-ready.
 
     Raises `ConfigError`: a name that is none of `SINKS`, a package that is not installed (the message says how to
