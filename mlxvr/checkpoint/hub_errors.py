@@ -23,7 +23,7 @@ _IN_THE_WAY = (
 )
 
 
-class _Table(NamedTuple):
+class _Explanations(NamedTuple):
     """What to say, with {hub}, {page}, {repo_id}, {revision!r}, {reason}, {status}, {refusal}, {wait} and {login}."""
 
     errors: dict[str, str]  # by the name in huggingface_hub.errors
@@ -33,7 +33,7 @@ class _Table(NamedTuple):
     otherwise: str
 
 
-_DOWNLOAD = _Table(
+_DOWNLOAD = _Explanations(
     {
         "OfflineModeIsEnabled": "{repo_id} is not (wholly) in the local cache and HF_HUB_OFFLINE is set; unset it to "
         "download",
@@ -60,7 +60,7 @@ _DOWNLOAD = _Table(
     "cannot download {repo_id} from {hub} ({reason}); run again: it resumes",
 )
 
-_UPLOAD = _Table(
+_UPLOAD = _Explanations(
     {
         "OfflineModeIsEnabled": "HF_HUB_OFFLINE is set, so nothing can be uploaded to {repo_id}; unset it",
         "LocalTokenNotFoundError": "not signed in to {hub}: make a token with the role write at {hub}/settings/tokens, "
@@ -107,7 +107,7 @@ def explain_upload(error: BaseException, repo_id: str, revision: str | None) -> 
     return _explain(_UPLOAD, error, repo_id, revision)
 
 
-def _explain(table: _Table, error: BaseException, repo_id: str, revision: str | None) -> str:
+def _explain(table: _Explanations, error: BaseException, repo_id: str, revision: str | None) -> str:
     from huggingface_hub import errors
 
     causes = list(_causes(error))
