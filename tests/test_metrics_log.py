@@ -333,8 +333,8 @@ def test_tensorboard_shows_the_figures(tmp_path):
     ]
 
 
-WANDB = """
-import json, struct, sys
+WRITE_WANDB = """
+import sys
 from pathlib import Path
 from mlxvr.grpo.monitor.metrics_log import MetricsLog
 from mlxvr.grpo.monitor.sinks import make_sinks
@@ -342,7 +342,11 @@ from mlxvr.grpo.monitor.sinks import make_sinks
 folder, step = Path(sys.argv[1]), int(sys.argv[2])
 with MetricsLog(folder, sinks=make_sinks(["wandb"], folder, {"rank": "16"})) as log:
     log.write({"step": step, "reward": step / 4, "completions/mean_length": 12.0, "kl": None, "rows": ["a"]})
+"""
 
+READ_WANDB = """
+import json, struct, sys
+from pathlib import Path
 from wandb.proto.wandb_internal_pb2 import Record
 
 def records(data):  # LevelDB's log format after 7 bytes: blocks of 32 KiB of (checksum, length, kind) and content
@@ -358,7 +362,7 @@ def records(data):  # LevelDB's log format after 7 bytes: blocks of 32 KiB of (c
             yield Record.FromString(content)
             content = b""
 
-for file in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
+for file in sorted(Path(sys.argv[1]).glob("wandb/offline-run-*/*.wandb")):
     for record in records(file.read_bytes()):
         kind = record.WhichOneof("record_type")
         if kind == "run":
@@ -374,9 +378,9 @@ for file in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
 def test_wandb_has_the_metrics(tmp_path):
     """With the real package, offline: a run that is resumed in another process has the same id there."""
     environment = {**os.environ, "WANDB_MODE": "offline", "WANDB_SILENT": "true", "HOME": str(tmp_path / "home")}
-    for step in (1, 2):
+    for code, step in ((WRITE_WANDB, 1), (WRITE_WANDB, 2), (READ_WANDB, 0)):
         done = subprocess.run(
-            [sys.executable, "-c", WANDB, str(tmp_path / "run"), str(step)],
+            [sys.executable, "-c", code, str(tmp_path / "run"), str(step)],
             env=environment,
             capture_output=True,
             text=True,

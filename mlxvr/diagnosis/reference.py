@@ -30,6 +30,7 @@ from mlxvr.media import VisionInput, patchify
 from mlxvr.model.loading import load_model
 from mlxvr.model.network import VideoModel
 from mlxvr.model.prompt import Prompt, build_prompt
+from mlxvr.storage.paths import list_visible
 
 __all__ = [
     "ADVANTAGES",
@@ -54,7 +55,7 @@ __all__ = [
 
 FOLDER = Path(__file__).parent / "reference"
 BUNDLED = str(json.loads((demo_folder() / "checkpoint" / "config.json").read_text(encoding="utf-8"))["model_type"])
-MODELS = (BUNDLED, *sorted(config.parent.name for config in FOLDER.glob("*/config.json")))
+MODELS = (BUNDLED, *sorted(config.parent.name for config in list_visible(FOLDER, "*/config.json")))
 SHOWN = ("clip", "image")
 BITS, GROUP_SIZE = 4, 64  # of packed weights
 LORA = LoraConfig(rank=2, scale=1.5)
