@@ -19,7 +19,8 @@ from mlx.utils import tree_flatten
 from mlxvr.answering.sampling_config import SamplingConfig
 from mlxvr.checkpoint.bundled import demo_folder
 from mlxvr.errors import OutOfMemoryError
-from mlxvr.grpo.memory_estimate import estimate, estimate_training
+from mlxvr.grpo.memory.memory_estimate import estimate
+from mlxvr.grpo.memory.workload import Workload, workload_of
 from mlxvr.grpo.step.gradient import group_gradient
 from mlxvr.grpo.step.lora import attach, lora_weights
 from mlxvr.grpo.step.lora_config import LoraConfig
@@ -104,7 +105,7 @@ def taken(work):
 def test_gradient_takes_what_was_estimated(tmp_path, family, rows, lengths, checkpoint, how):
     model = make_model(tmp_path / "m", family, **how)
     group = make_group(model, lengths=lengths, media=clip(rows))
-    expected = estimate_training(model, checkpoint=checkpoint, **asked(group, lengths)).gradient
+    expected = estimate(workload_of(model, checkpoint=checkpoint, **asked(group, lengths))).gradient
     gains = np.linspace(-1, 1, len(lengths)).astype(np.float32)
     policy = LossConfig(beta=0.0)
     found = taken(lambda: group_gradient(model, group, gains, config=policy, checkpoint=checkpoint))
@@ -119,7 +120,7 @@ def test_rollout_takes_what_was_estimated(tmp_path, family):
     lengths = [16] * 8
     group = make_group(model, lengths=lengths, media=clip(40))
     group.prompt.row = SimpleNamespace(line="row 1", response_prefix="")
-    need = estimate_training(model, checkpoint=False, **asked(group, lengths))
+    need = estimate(workload_of(model, checkpoint=False, **asked(group, lengths)))
     found = taken(
         lambda: rollout(model, group.prompt, SamplingConfig(max_tokens=16, seed=0, temperature=1.0), group_size=8)
     )
@@ -132,14 +133,16 @@ def test_vision_tower_takes_what_was_estimated(tmp_path, family):
     vision = {"hidden_size": 128, "intermediate_size": 256, "num_heads": 4}
     model = load_model(checkpoints.write_checkpoint(tmp_path / "m", family, vision=vision))
     media = [checkpoints.random_media(family, "video", (8, 16, 16))]
-    need = estimate_training(
-        model,
-        prompt_tokens=600,
-        visual_tokens=8 * 64,
-        frame_tokens=64,
-        group_size=2,
-        completion_tokens=8,
-        checkpoint=True,
+    need = estimate(
+        workload_of(
+            model,
+            prompt_tokens=600,
+            visual_tokens=8 * 64,
+            frame_tokens=64,
+            group_size=2,
+            completion_tokens=8,
+            checkpoint=True,
+        )
     )
     assert taken(lambda: model.encode(media)) == pytest.approx(need.vision, rel=0.25)
 
@@ -180,7 +183,7 @@ def hand(**change):
         "itemsize": 4,
         "backend": "cuda",
     }
-    return estimate(HAND, **(given | change))
+    return estimate(Workload(config=HAND, **(given | change)))
 
 
 def test_what_stays_is_counted_by_hand():
@@ -198,15 +201,15 @@ def test_what_a_layer_keeps_is_counted_by_hand():
     # Input and sum (8 each); norms' outputs (8 each), attention's output (8) and the MLP's product (16) for LoRA;
     # queries (8), keys and values (4 each); gate, up, sigmoid and silu (16 each); 7 short products of 2.
     each = 8 + 8 + 8 + 8 + 8 + 16 + 8 + 4 + 4 + 4 * 16 + 7 * 2
-    assert hand().kept == 16 * each * 4
+    assert hand().saved == 16 * each * 4
     # Attention is computed again: its scores, fused or not, are not among what is kept.
-    assert hand(backend="metal").kept == hand().kept
+    assert hand(backend="metal").saved == hand().saved
     # Computed in two bytes, every module with LoRA has a float32 copy of its own input.
     plain = 8 + 8 + 8 + 4 + 4 + 4 * 16
     own = 5 * 8 + 8 + 16 + 7 * 2
-    assert hand(itemsize=2).kept == 16 * (plain * 2 + own * 4)
+    assert hand(itemsize=2).saved == 16 * (plain * 2 + own * 4)
     # Computed again: the inputs, 16 x 8, or the gradients and one input, whatever is more.
-    assert hand(checkpoint=True).kept == max(16 * 8, 256 + 16 * 8) * 4
+    assert hand(checkpoint=True).saved == max(16 * 8, 256 + 16 * 8) * 4
 
 
 def test_scores_of_one_block_are_counted_by_hand():
@@ -258,8 +261,8 @@ def true_shape(prompt, group, *, checkpoint, **more):
     raw = checkpoints.make_config("qwen3_vl", text, vision, ids)
     config = family_of(raw).mlx_config(raw)
     rows = sum(inputs + outputs for inputs, outputs in [(4096, 4096)] * 2 + [(4096, 1024)] * 2 + [(4096, 12288)] * 3)
-    return estimate(
-        config,
+    work = Workload(
+        config=config,
         weight_bytes=5_800_000_000,
         adapter_parameters=36 * 16 * rows,
         prompt_tokens=prompt,
@@ -273,6 +276,7 @@ def true_shape(prompt, group, *, checkpoint, **more):
         backend="cuda",
         **more,
     )
+    return estimate(work)
 
 
 @pytest.mark.parametrize(
@@ -295,12 +299,12 @@ def test_gradient_of_the_true_shape_on_cuda(prompt, group, checkpoint, measured)
 def test_loaded_model_says_what_it_is(tmp_path):
     model = make_model(tmp_path / "m", "qwen3_vl", bits=4, rank=8, keys=("q_proj", "down_proj"))
     sizes = {"prompt_tokens": 90, "visual_tokens": 40, "group_size": 3, "completion_tokens": 20, "checkpoint": True}
-    work = estimate_training(model, beta=0.01, **sizes).workload
+    work = workload_of(model, beta=0.01, **sizes)
     own = lora_weights(model)
     assert work.adapter_parameters == 4 * 8 * ((256 + 256) + (768 + 256)) == sum(one.size for one in own.values())
     total = sum(one.nbytes for _, one in tree_flatten(model.network.parameters()))
     assert work.weight_bytes == total - 4 * work.adapter_parameters
-    assert (work.itemsize, work.quantized, set(work.keys)) == (4, True, {"q_proj", "down_proj"})
+    assert (work.itemsize, work.quantized, set(work.target_modules)) == (4, True, {"q_proj", "down_proj"})
     assert (work.prompt_tokens, work.beta, work.checkpoint) == (90, 0.01, True)
 
 
@@ -347,7 +351,7 @@ def test_weights_that_could_be_smaller_are_named(tmp_path):
     model = make_model(tmp_path / "m", "qwen3_vl")
     sizes = {"prompt_tokens": 90, "visual_tokens": 40, "group_size": 2, "completion_tokens": 20, "checkpoint": True}
     with pytest.raises(OutOfMemoryError, match="weights of 4 bits"):
-        estimate_training(model, **sizes).refuse_over(1_000_000)
+        estimate(workload_of(model, **sizes)).refuse_over(1_000_000)
 
 
 def test_prompts_that_wait_for_their_turn_are_counted():
@@ -363,7 +367,7 @@ def test_prompts_that_wait_for_their_turn_are_counted():
 
 def test_a_refusal_tells_small_sizes_apart(tmp_path):
     sizes = {"prompt_tokens": 3000, "visual_tokens": 40, "group_size": 8, "completion_tokens": 100, "checkpoint": True}
-    need = estimate_training(make_model(tmp_path / "m", "qwen3_vl"), **sizes)
+    need = estimate(workload_of(make_model(tmp_path / "m", "qwen3_vl"), **sizes))
     assert 1e8 < need.peak < 1e9
     with pytest.raises(OutOfMemoryError) as error:
         need.refuse_over(need.peak - 2_000_000)

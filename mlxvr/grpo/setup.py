@@ -13,7 +13,8 @@ from mlxvr.data.training_sets import read_rows
 from mlxvr.errors import CheckpointError, ConfigError, DataError, MediaError
 from mlxvr.grading import math_equality
 from mlxvr.grading.reward import Weights
-from mlxvr.grpo.memory_estimate import MemoryEstimate, estimate_training
+from mlxvr.grpo.memory.memory_estimate import MemoryEstimate, estimate
+from mlxvr.grpo.memory.workload import workload_of
 from mlxvr.grpo.prompt_lengths import PromptLengths, first_too_long, measure_prompts
 from mlxvr.grpo.step.rollout import prefill_step
 from mlxvr.grpo.train_config import TrainConfig
@@ -106,7 +107,7 @@ def estimate_memory(
         ranks: that share the rows of a step.
     """
     longest = lengths.longest
-    estimated = estimate_training(
+    work = workload_of(
         model,
         prompt_tokens=longest,
         visual_tokens=min(lengths.visual, longest),
@@ -123,9 +124,9 @@ def estimate_memory(
         samples_only=config.filter_only,
     )
     if config.memory_limit is not None:
-        return estimated, int(config.memory_limit * 1e9)
+        return estimate(work), int(config.memory_limit * 1e9)
     usable = device_memory.usable_memory()
-    return estimated, usable if device_memory.backend() == "metal" else int(_SHARE * usable)
+    return estimate(work), usable if device_memory.backend() == "metal" else int(_SHARE * usable)
 
 
 def check_rows(config: TrainConfig, rows: Sequence[Row]) -> None:

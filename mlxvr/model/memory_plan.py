@@ -18,10 +18,10 @@ from typing import Any
 
 from mlxvr.model.cache import CACHE_STEP, group_size
 from mlxvr.model.families.base import family_of
-from mlxvr.model.network import PATCHES_AT_ONCE
+from mlxvr.model.network import temporal_patches_at_once
 from mlxvr.model.vision_tower import SCORES_AT_ONCE
 
-__all__ = ["PromptMemory", "cache_bytes", "plan_prompt", "prefill_bytes", "step_limit", "vision_bytes"]
+__all__ = ["PromptMemory", "cache_bytes", "plan_prompt", "prefill_bytes", "step_limit", "tower_bytes", "vision_bytes"]
 
 # Pairs of a query and a key in one step's attention. Each costs a layer of an 8B model 16,384 operations: half a second
 # for all of them on the slowest Macs, whose watchdog ends a kernel that keeps the screen waiting for some seconds.
@@ -155,18 +155,29 @@ def step_limit(config: Mapping[str, Any], held_tokens: int, *, is_fused: bool = 
 def vision_bytes(
     config: Mapping[str, Any], grid: tuple[int, int, int], *, itemsize: int = 2, is_fused: bool = True
 ) -> int:
-    """Bytes of the vision tower over as many temporal patches of a clip as go at once.
+    """Bytes of the vision tower over as many temporal patches of a clip as it takes at once."""
+    vision = config["vision_config"]
+    frame = grid[1] * grid[2]
+    patches = min(temporal_patches_at_once(vision, frame), grid[0]) * frame
+    return tower_bytes(vision, patches, frame, itemsize=itemsize, is_fused=is_fused)
+
+
+def tower_bytes(vision: Mapping[str, Any], patches: int, frame_patches: int, *, itemsize: int, is_fused: bool) -> int:
+    """Bytes of the vision tower over so many patches, which see only the patches of their own temporal patch.
 
     The pixels, and the larger part of a layer: attention (its input, the norm's output, queries, keys and values, five
     float32 arrays each for rotating queries and keys, scores where it is not fused) or the MLP.
+
+    Args:
+        vision: `vision_config` of the model.
+        patches: that go through the tower at once.
+        frame_patches: patches of a temporal patch.
+        itemsize: bytes of a number that the model computes with.
+        is_fused: attention keeps no scores.
     """
-    vision = config["vision_config"]
     width, inner, heads = int(vision["hidden_size"]), int(vision["intermediate_size"]), int(vision["num_heads"])
-    rows, frame = grid[0], grid[1] * grid[2]
-    at_once = max(1, min(PATCHES_AT_ONCE // frame, SCORES_AT_ONCE // (heads * frame**2), rows))
     values = 3 * int(vision["temporal_patch_size"]) * int(vision["patch_size"]) ** 2
-    patches = at_once * frame
-    scores = 0 if is_fused else min(heads * patches * frame, SCORES_AT_ONCE) * itemsize
+    scores = 0 if is_fused else min(heads * patches * frame_patches, SCORES_AT_ONCE) * itemsize
     attention = patches * width * (5 * itemsize + 10 * 4) + scores
     mlp = patches * (width * 4 + inner * 5) * itemsize
     return patches * values * (4 + itemsize) + max(attention, mlp)

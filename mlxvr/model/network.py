@@ -29,7 +29,7 @@ from mlxvr.model.tokenizer import ChatTokenizer
 from mlxvr.model.vision_tower import SCORES_AT_ONCE, run_tower
 from mlxvr.runtime.hooks import Progress, ShouldStop
 
-__all__ = ["PATCHES_AT_ONCE", "VideoModel", "VisionFeatures"]
+__all__ = ["PATCHES_AT_ONCE", "VideoModel", "VisionFeatures", "temporal_patches_at_once"]
 
 
 # Patches that go through the vision tower at once. Rows are independent: this bounds memory and changes nothing else.
@@ -182,8 +182,7 @@ class VideoModel:
         for one in media:
             rows, height, width = one.grid
             per_row = height * width
-            scores = self.config["vision_config"]["num_heads"] * per_row**2
-            step = max(1, min(patches_at_once // per_row, SCORES_AT_ONCE // scores))
+            step = temporal_patches_at_once(self.config["vision_config"], per_row, patches_at_once)
             plan = self.family.frame_plan(self.config, height, width)
             for first in range(0, rows, step):
                 if should_stop is not None and should_stop():
@@ -277,3 +276,17 @@ def _joined(chunks: Sequence[VisionFeatures]) -> VisionFeatures:
     deep = [mx.concatenate(list(level)) for level in zip(*(chunk.deepstack for chunk in chunks))]
     mx.eval(embeds, deep)
     return VisionFeatures(embeds, deep)
+
+
+def temporal_patches_at_once(
+    vision: Mapping[str, Any], frame_patches: int, patches_at_once: int = PATCHES_AT_ONCE
+) -> int:
+    """How many temporal patches of a clip go through the vision tower at once; at least one.
+
+    Args:
+        vision: `vision_config` of the model.
+        frame_patches: patches of a temporal patch.
+        patches_at_once: the most patches; the attention scores of a layer are bounded by `SCORES_AT_ONCE` as well.
+    """
+    scores = int(vision["num_heads"]) * frame_patches**2
+    return max(1, min(patches_at_once // frame_patches, SCORES_AT_ONCE // scores))

@@ -33,7 +33,7 @@ from mlxvr.grpo.step.packing import PackedGroup
 from mlxvr.model.families.base import Attend, Family
 from mlxvr.model.network import VideoModel
 
-__all__ = ["LOGITS_AT_ONCE", "QUERIES_AT_ONCE", "SCORES_AT_ONCE", "completion_logprobs"]
+__all__ = ["completion_logprobs", "queries_at_once", "targets_at_once"]
 
 # Attention scores of one layer that may exist at once where attention is not fused (64 MiB in bfloat16).
 SCORES_AT_ONCE = 2**25
@@ -76,7 +76,7 @@ def completion_logprobs(
         if index < len(levels):  # features are constants, so this gather has no gradient
             hidden = hidden + mx.where(is_media, levels[index][row], 0.0).astype(hidden.dtype)[None]
     if tokens_at_once is None:
-        tokens_at_once = max(1, LOGITS_AT_ONCE // int(model.config["text_config"]["vocab_size"]))
+        tokens_at_once = targets_at_once(int(model.config["text_config"]["vocab_size"]))
     score = _make_head(model, packed.targets[packed.mask], temperature or 1.0, tokens_at_once)
     return _pad(score(_predicting(hidden.squeeze(0), packed)), packed.mask.sum(axis=1))
 
@@ -142,7 +142,7 @@ def _blocks(packed: PackedGroup, heads: int) -> list[_Block]:
     blocks = [_Block(start, stop, 0, 0, "causal") for start, stop in _pieces(0, prompt, 0, heads)]
     together: list[tuple[int, int]] = []
     for first, last in packed.spans:
-        if together and last - together[0][0] > _queries(prompt + last - together[0][0], heads):
+        if together and last - together[0][0] > queries_at_once(prompt + last - together[0][0], heads):
             blocks += _completion_blocks(together, packed, heads)
             together = []
         if last > first:
@@ -165,13 +165,18 @@ def _completion_blocks(spans: Sequence[tuple[int, int]], packed: PackedGroup, he
 
 def _pieces(start: int, stop: int, before: int, heads: int) -> list[tuple[int, int]]:
     """Cut a run of queries that sees `before` other columns."""
-    edges = [*range(start, stop, _queries(before + stop - start, heads)), stop]
+    edges = [*range(start, stop, queries_at_once(before + stop - start, heads)), stop]
     return list(pairwise(edges))
 
 
-def _queries(keys: int, heads: int) -> int:
-    """The number of queries that may see so many keys at once, at least 1."""
+def queries_at_once(keys: int, heads: int) -> int:
+    """How many queries of a block may see so many keys; at least one."""
     return max(1, min(QUERIES_AT_ONCE, SCORES_AT_ONCE // (heads * keys)))
+
+
+def targets_at_once(vocabulary: int) -> int:
+    """How many targets of a chunk may have logits; at least one."""
+    return max(1, LOGITS_AT_ONCE // vocabulary)
 
 
 def _make_attention(blocks: Sequence[_Block]) -> Attend:
