@@ -28,16 +28,16 @@ if TYPE_CHECKING:
 __all__ = ["TrainConfig", "TrainReport", "main", "make_parser", "train"]
 
 _GROUPS = {
-    "model": "which model",
-    "data": "which questions",
-    "frames": "which frames",
-    "run": "how long, and where to",
-    "sampling": "how completions are sampled",
-    "reward": "what they earn",
-    "loss": "what is learned from them",
-    "adapter": "what is trained",
-    "optimizer": "how far a step goes",
-    "validation": "how it is measured",
+    "model": "model",
+    "data": "data",
+    "frames": "frames",
+    "run": "run",
+    "sampling": "sampling of completions",
+    "reward": "reward",
+    "loss": "loss",
+    "adapter": "adapter",
+    "optimizer": "optimizer",
+    "validation": "validation",
 }
 _INTERRUPTED = 130
 
@@ -56,7 +56,7 @@ def make_parser() -> VerbParser:
     parser = VerbParser(
         "mlxvr train",
         "Fine-tune a model with LoRA and GRPO: sample groups of answers, reward both boxes, learn from the difference.",
-        epilog="Ctrl-C ends the step and saves; `mlxvr train --resume --output run` goes on.\n"
+        epilog="Ctrl-C finishes the step and saves; `mlxvr train --resume --output run` continues.\n"
         "example: mlxvr train --model videoauto-8b-4bit --data train.jsonl --valid valid.jsonl --output run",
     )
     add_settings(parser, TrainConfig, _GROUPS, sparse=True)
@@ -71,23 +71,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def read_config(args: argparse.Namespace) -> TrainConfig:
-    """The settings: flags, then `--config`, then what the run was begun with that `--resume` goes on with.
+    """The settings: flags win over `--config`, which wins over the settings of the run that `--resume` continues.
 
-    Raises `ConfigError` when one cannot be used, or one that is needed is missing.
+    Raises `ConfigError` when a setting cannot be used, or a necessary one is missing.
     """
-    told = parsed_settings(args, TrainConfig)
+    flags = parsed_settings(args, TrainConfig)
     values = read_settings(args.config, TrainConfig) if args.config is not None else {}
-    output, resumes = {**values, **told}.get("output"), {**values, **told}.get("resume", False)
+    given_values = {**values, **flags}
+    output, resumes = given_values.get("output"), given_values.get("resume", False)
     begun = output / "train_config.toml" if resumes and output is not None else None
-    if begun is not None and begun.is_file():  # a rank beside the one that writes has no run of its own
+    if begun is not None and begun.is_file():  # only rank 0 has a run of its own
         values = {**read_settings(begun, TrainConfig), **values}
-    values |= told
+    values |= flags
     for name in ("data", "output"):
         if name not in values:
             if begun is not None and not begun.is_file():
                 raise ConfigError(
-                    f"{output} holds no run that could go on: leave --resume out to start one, or give the folder of "
-                    "a run"
+                    f"{output} holds no run to resume: leave --resume out to start one, or give the folder of a run"
                 )
             raise ConfigError(f"there is no {name}: give --{name}, or write it into --config")
     return TrainConfig(**values)
@@ -127,12 +127,12 @@ def _train(args: argparse.Namespace) -> int | None:
         print(json.dumps(report.to_dict(), ensure_ascii=False) if args.json else report.describe())
         return None
     if report.rank == 0:
-        print(json.dumps(report.to_dict(), ensure_ascii=False) if args.json else _told(report))
+        print(json.dumps(report.to_dict(), ensure_ascii=False) if args.json else _describe(report))
     return _INTERRUPTED if report.stopped else None
 
 
 def _history(config: TrainConfig, first: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """What a run that is gone on with had recorded before its first entry of this time."""
+    """What a resumed run had recorded before its first new entry."""
     from mlxvr.grpo.monitor.metrics_log import FILE_NAME, read_metrics
 
     if not config.resume:
@@ -142,7 +142,7 @@ def _history(config: TrainConfig, first: Mapping[str, Any]) -> list[Mapping[str,
 
 @contextmanager
 def _interruptible(note: Callable[[str], None]) -> Iterator[ShouldStop]:
-    """Ask to stop with the first Ctrl-C, or when whoever started this ends it; the second time it stops at once."""
+    """Ask to stop at the first SIGINT, SIGTERM or SIGHUP; the second stops at once."""
     asked = threading.Event()
     before: dict[int, Any] = {}
 
@@ -153,7 +153,7 @@ def _interruptible(note: Callable[[str], None]) -> Iterator[ShouldStop]:
     def ask(number: int, _: object) -> None:
         asked.set()
         restore()
-        note(f"{signal.Signals(number).name}: stopping after this step, saved; once more stops at once")
+        note(f"{signal.Signals(number).name}: stopping after this step, which is saved; a second time stops at once")
 
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -165,24 +165,24 @@ def _interruptible(note: Callable[[str], None]) -> Iterator[ShouldStop]:
         restore()
 
 
-def _told(report: TrainReport) -> str:
+def _describe(report: TrainReport) -> str:
     """The result for people."""
     lines = [f"{report.steps} of {report.total_steps} steps; the adapter is in {report.output}"]
     if report.stopped:
-        lines.append(f"stopped; `mlxvr train --resume --output {report.output}` goes on")
-    for step, figures in report.valid.items():
+        lines.append(f"stopped; `mlxvr train --resume --output {report.output}` continues")
+    for step, metrics in report.valid.items():
         if step in (min(report.valid), report.best_step, max(report.valid)):
             is_best = step == report.best_step and report.best is not None
-            named = f"best by reward ({figures['valid_reward']:.3f}, {report.reward}), " if is_best else ""
+            named = f"best by reward ({metrics['valid_reward']:.3f}, {report.reward}), " if is_best else ""
             lines.append(
-                f"{named}after {step} steps: first {figures['valid_first_accuracy']:.3f}, second "
-                f"{figures['valid_second_accuracy']:.3f}, auto {figures['valid_auto_accuracy']:.3f} at think ratio "
-                f"{figures['valid_think_ratio']:.3f} and {figures['valid_tokens']:.1f} tokens"
+                f"{named}after {step} steps: first {metrics['valid_first_accuracy']:.3f}, second "
+                f"{metrics['valid_second_accuracy']:.3f}, auto {metrics['valid_auto_accuracy']:.3f} at think ratio "
+                f"{metrics['valid_think_ratio']:.3f} and {metrics['valid_tokens']:.1f} tokens"
             )
     if report.best is not None:
         lines.append(f"the best adapter is in {report.best}")
     if report.left_out:
-        lines.append(f"{report.left_out} rows of the data were left out from the start")
+        lines.append(f"{report.left_out} rows of the data were left out before the start")
     if report.skipped:
         name, reason = next(iter(report.skipped.items()))
         lines.append(f"{len(report.skipped)} rows could not be used (the first: {name}: {reason})")

@@ -142,7 +142,7 @@ def test_never_and_always_are_dropped(tmp_path):
         samples=8,
         threshold=0.7,
         total=9,
-        kept=7,
+        sometimes=7,
         never=1,
         always=1,
         unlabelled=0,
@@ -154,7 +154,7 @@ def test_never_and_always_are_dropped(tmp_path):
     assert rates == [number / 8 for number in range(1, 8)]
     assert "7 of 9 rows kept" in report.describe()
     assert "1 dropped as never right and 1 as right 8 times of 8" in report.describe()
-    assert json.loads(json.dumps(report.to_dict()))["kept"] == 7
+    assert json.loads(json.dumps(report.to_dict()))["sometimes"] == 7
 
 
 def test_only_the_second_answer_counts(tmp_path):
@@ -162,7 +162,7 @@ def test_only_the_second_answer_counts(tmp_path):
     rows = text_rows(2)
     texts = {"r0": [RIGHT, WRONG, ONE_MORE], "r1": [WRONG, ONE_MORE, WRONG]}
     report = filter_rows(None, rows, tmp_path / "k.jsonl", samples=3, sampler=lambda row, seed: texts[row.id])
-    assert (report.kept, report.never) == (1, 1)
+    assert (report.sometimes, report.never) == (1, 1)
     assert json.loads((tmp_path / "k.jsonl").read_text())["pass_rate"] == 1 / 3
 
 
@@ -195,7 +195,7 @@ def test_rows_without_an_answer_are_kept_unasked(tmp_path):
     rows = [*text_rows(2), Row(id="u", question="What?", answer=None, line="d:3")]
     sampler = Scripted({"r0": 1, "r1": 0})
     report = filter_rows(None, rows, tmp_path / "k.jsonl", sampler=sampler)
-    assert (report.kept, report.never, report.unlabelled) == (1, 1, 1)
+    assert (report.sometimes, report.never, report.unlabelled) == (1, 1, 1)
     assert [name for name, _ in sampler.asked] == ["r0", "r1"]
     assert [row.id for row in load_rows(tmp_path / "k.jsonl", labelled=False)] == ["r0", "u"]
 
@@ -287,7 +287,7 @@ def test_the_threshold_may_change(tmp_path):
     row = Row(id="i", question="he runs", answer=[[0.0, 10.0]], kind="iou", video=tmp_path / "a.mp4", line="d:1")
     texts = [grounded("", 0, 8), grounded("", 0, 5)]
     output = tmp_path / "k.jsonl"
-    assert filter_rows(None, [row], output, samples=2, sampler=lambda *_: texts).kept == 1
+    assert filter_rows(None, [row], output, samples=2, sampler=lambda *_: texts).sometimes == 1
     with pytest.raises(DataError, match=r"no row is left of 1: 0 of 1 rows kept in .*; 1 dropped as never"):
         filter_rows(None, [row], output, samples=2, threshold=0.9, sampler=lambda *_: 1 / 0)
     assert len(load_rows(output)) == 1  # the old output stays
@@ -375,9 +375,9 @@ def test_rows_that_fail(tmp_path):
         filter_rows(None, rows, output, sampler=sampler)
     assert [name for name, _ in good.asked] == ["r0"]
     report = filter_rows(None, rows, output, sampler=sampler, skip_bad=True)
-    assert (report.kept, report.failed, report.sampled) == (2, ("d.jsonl:1: a.mp4 cannot be read: convert it",), 1)
+    assert (report.sometimes, report.failed, report.sampled) == (2, ("d.jsonl:1: a.mp4 cannot be read: convert it",), 1)
     report = filter_rows(None, rows, output, sampler=good)  # and now it can
-    assert (report.kept, report.failed, report.sampled) == (3, (), 1)
+    assert (report.sometimes, report.failed, report.sampled) == (3, (), 1)
 
 
 def test_a_row_that_cannot_be_judged(tmp_path):
@@ -386,7 +386,7 @@ def test_a_row_that_cannot_be_judged(tmp_path):
     with pytest.raises(DataError, match=r"^d\.jsonl:0: answer \[1\] "):
         filter_rows(None, rows, tmp_path / "k.jsonl", sampler=Scripted({"r0": 1, "r1": 1}))
     report = filter_rows(None, rows, tmp_path / "k.jsonl", sampler=Scripted({"r0": 1, "r1": 1}), skip_bad=True)
-    assert (report.kept, len(report.failed)) == (1, 1)
+    assert (report.sometimes, len(report.failed)) == (1, 1)
 
 
 def test_stopping_and_telling(tmp_path):
@@ -500,9 +500,9 @@ def test_a_reward_function_of_the_users_own(tmp_path):
         return filter_rows(None, rows, output, samples=2, sampler=lambda row, _: texts[row.id], **options)
 
     report = call("own.jsonl", reward=own, threshold=2.0)
-    assert (report.kept, report.never, report.always, report.unlabelled) == (1, 1, 1, 0)
+    assert (report.sometimes, report.never, report.always, report.unlabelled) == (1, 1, 1, 0)
     assert [row.id for row in load_rows(tmp_path / "own.jsonl", labelled=False)] == ["r0"]
-    assert call("low.jsonl", reward=own, threshold=0.5).kept == 1  # r2 alone is sometimes below
+    assert call("low.jsonl", reward=own, threshold=0.5).sometimes == 1  # r2 alone is sometimes below
     with pytest.raises(ConfigError, match=r"threshold is 2\.0"):
         call("paper.jsonl", threshold=2.0)
     with pytest.raises(ConfigError, match=r"d\.jsonl:0: the reward function failed \(KeyError: 'r0'\)"):

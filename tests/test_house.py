@@ -30,7 +30,6 @@ UNREAD_ROOMS = (
     "model",
     "__main__",
     "generate",
-    "train",
 )
 SHARED_CLASSES = {"FirstAnswer", "Judged"}
 

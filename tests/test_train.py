@@ -265,7 +265,7 @@ def test_bad_rows_are_named_or_left_out(tmp_path, small_model):
 def test_another_run_is_not_gone_on_with(tmp_path, small_model):
     output = tmp_path / "run"
     run(output, small_model, steps=1)
-    with pytest.raises(ConfigError, match="holds a run already: go on with --resume"):
+    with pytest.raises(ConfigError, match="holds a run already: continue it with --resume"):
         run(output, small_model, steps=2)
     with pytest.raises(ConfigError, match=r"begun with seed 0, and now it is 1"):
         run(output, small_model, steps=2, resume=True, seed=1)
@@ -299,9 +299,9 @@ def test_filter_only(tmp_path, capsys):
     assert main(argv) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["total"] == 2
-    assert told["kept"] + told["never"] + told["always"] == 2
+    assert told["sometimes"] + told["never"] + told["always"] == 2
     again = tmp_path / "kept" / "kept.jsonl"
-    assert len(load_rows(again, media_root=told["media_root"] and Path(told["media_root"]))) == told["kept"]
+    assert len(load_rows(again, media_root=told["media_root"] and Path(told["media_root"]))) == told["sometimes"]
     before = again.read_bytes()
     assert main(argv) == 0
     assert json.loads(capsys.readouterr().out)["sampled"] == 0

@@ -3,11 +3,11 @@
 Place i of an epoch is decided by a digest of seed, epoch and i alone, not by a random generator whose algorithm could
 change between versions of Python; so a run can be resumed anywhere and on anything.
 
-Remainder. Every row comes exactly once an epoch, none is repeated or dropped: where the count is no multiple of the
-batch size, the last batch of the epoch is the smaller one. A batch is dealt to the ranks in turn, so that their shares
-differ by one row at most and a rank may get none of a small batch. All ranks have the same number of batches, which
-keeps them in step; who averages gradients must weigh each rank by its rows, or sum and divide by the rows of the batch
-(`batches` with one rank gives it).
+Remainder. Every row comes exactly once per epoch; none is repeated or dropped. If the count is no multiple of the batch
+size, the last batch of the epoch is smaller. The rows of a batch are dealt to the ranks in turn, so that their shares
+differ by at most one row, and a rank may get no row of a small batch. All ranks have the same number of batches, which
+keeps them in step. Averaging gradients over ranks must weigh each rank by its rows, or sum and divide by the rows of
+the batch (`batches` with one rank gives it).
 """
 
 import hashlib

@@ -18,8 +18,8 @@ class FilterReport:
         samples: completions per row.
         threshold: the score from which an answer was right.
         total: rows of the dataset; each is in one of the following counts.
-        kept: rows that are sometimes right.
-        never, always: rows that were dropped because they were never or always right.
+        sometimes: rows that are sometimes right, and kept.
+        never, always: rows that are never or always right, and dropped.
         unlabelled: rows without an answer, which cannot be judged and are kept.
         failed: why rows could not be sampled, one line each; they are left out, and the next run tries them again.
         sampled: rows that were sampled in this run; earlier runs sampled the others.
@@ -32,7 +32,7 @@ class FilterReport:
     samples: int
     threshold: float
     total: int
-    kept: int
+    sometimes: int
     never: int
     always: int
     unlabelled: int
@@ -43,7 +43,7 @@ class FilterReport:
     def describe(self) -> str:
         """One line for people."""
         parts = [
-            f"{self.kept + self.unlabelled:,} of {self.total:,} rows kept in {self.output}",
+            f"{self.sometimes + self.unlabelled:,} of {self.total:,} rows kept in {self.output}",
             f"{self.never:,} dropped as never right and {self.always:,} as right {self.samples} times of "
             f"{self.samples}",
         ]

@@ -259,7 +259,7 @@ def _decide(
     """Which rows are kept, as a report and as the lines of the output."""
     root = _common_root(rows, output.parent, config.media_root)
     records = []
-    kept = never = always = unlabelled = 0
+    sometimes = never = always = unlabelled = 0
     for row in rows:
         second = scores.get((row.id, _digest(row)))
         record = to_record(row, media=_relative(row, root or output.parent))
@@ -273,7 +273,7 @@ def _decide(
             never += right == 0
             always += right == config.samples
             if 0 < right < config.samples:
-                kept += 1
+                sometimes += 1
                 records.append({**record, "pass_rate": right / config.samples})
     report = FilterReport(
         output=output,
@@ -282,7 +282,7 @@ def _decide(
         samples=config.samples,
         threshold=config.threshold,
         total=len(rows),
-        kept=kept,
+        sometimes=sometimes,
         never=never,
         always=always,
         unlabelled=unlabelled,

@@ -1,8 +1,8 @@
 """How long the prompts of a dataset are, before anything is trained.
 
-What a row shows is measured by its file's headers, so that a prompt takes milliseconds. All rows are measured where
-the time allows it. Otherwise those come first that are likely to be the longest: in turn the one with the largest file
-and the one with the longest text. A mix that begins with questions about text is then not taken for one of them.
+Media are measured by the headers of their files, so that a prompt takes milliseconds. All rows are measured if time
+allows. Rows that are likely to be the longest come first: in turn the row with the largest file and the row with the
+longest text. So a mix that begins with questions about text is not mistaken for a dataset of text.
 """
 
 import time
@@ -24,20 +24,20 @@ from mlxvr.storage.paths import list_frames
 __all__ = ["PromptLengths", "first_too_long", "measure_prompts"]
 
 _SECONDS = 10.0
-_READ_AGAIN = 4  # prompts that look too long whose files are decoded before a run is refused
+_READ_AGAIN = 4  # how many seemingly too long prompts are decoded to be sure before a run is refused
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptLengths:
-    """What was measured; sizes in tokens.
+    """The measured lengths of prompts, in tokens.
 
     Attributes:
-        longest: of all prompts.
+        longest: tokens of the longest prompt.
         visual: the most visual tokens of a prompt.
-        frame: the most visual tokens of one temporal row of a clip.
-        measured: rows whose prompts were measured, of `total`.
-        total: rows.
-        too_long: the rows whose prompts are longer than allowed, in the order of the data, with how they are refused.
+        frame: the most visual tokens of a temporal patch of a clip.
+        measured: number of rows whose prompts were measured.
+        total: number of all rows.
+        too_long: the rows whose prompts are longer than allowed, in the order of the data, each with its message.
     """
 
     longest: int
@@ -69,10 +69,10 @@ def measure_prompts(
         rows: of a dataset.
         spec: how frames are sampled and sized.
         max_prompt_tokens: longer prompts are `too_long`.
-        seconds: that it may take; one row is measured at least.
+        seconds: time limit; at least one row is measured.
         should_stop: asked between rows.
 
-    A row that cannot be read is passed over: who trains on it says why. Raises `Cancelled` when `should_stop` says so.
+    A row that cannot be read is passed over; training on it reports why. Raises `Cancelled` when `should_stop` says so.
     """
     ends = time.monotonic() + seconds
     longest, visual, frame, measured = 1, 0, 0, 0
@@ -112,7 +112,7 @@ def measure_prompts(
 def first_too_long(
     model: VideoModel, lengths: PromptLengths, spec: VisionSpec, *, max_prompt_tokens: int
 ) -> str | None:
-    """How the first row is refused whose prompt is too long; its frames are decoded to be sure. None: there is none."""
+    """The message for the first row whose prompt is too long, checked on decoded frames; None: no row is too long."""
     for row, reason in lengths.too_long[:_READ_AGAIN]:
         try:
             if len(write_prompt(model, row, load_row(row, spec)).ids) > max_prompt_tokens:
@@ -123,7 +123,7 @@ def first_too_long(
 
 
 def _likely_longest(rows: Sequence[Row]) -> Iterator[int]:
-    """The indices of all rows: in turn that of the largest file and that of the longest text."""
+    """The indices of all rows: alternately by the size of the file and by the length of the text, longest first."""
     everything = range(len(rows))
     by_file = sorted(everything, key=lambda index: -_file_size(rows[index]))
     by_text = sorted(everything, key=lambda index: -len(rows[index].text) - sum(map(len, rows[index].options)))

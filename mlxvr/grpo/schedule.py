@@ -1,7 +1,4 @@
-"""How large a step is: the learning rate of every step, as a function of its number alone.
-
-So a run that goes on after a stop needs nothing but the number.
-"""
+"""The learning rate of every step, as a function of its number alone, so that a resumed run needs only the number."""
 
 import math
 
@@ -13,7 +10,7 @@ def learning_rate(step: int, *, highest: float, kind: str, warmup: int, total: i
 
     Args:
         step: from 1.
-        highest: what the warm-up leads to.
+        highest: the rate after the warm-up.
         kind: "constant", or "cosine": half a cosine from the highest down to 0 after the last step.
         warmup: steps over which the rate rises: `highest * step / (warmup + 1)`, so that the step after them is the
             first of the highest.

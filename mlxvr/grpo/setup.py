@@ -1,4 +1,4 @@
-"""What a training run begins with, from its settings: rows, model, frames, and what tells it from other runs."""
+"""What a training run starts from, by its settings: rows, model, frames, and the run's identity."""
 
 import dataclasses
 import hashlib
@@ -41,8 +41,8 @@ __all__ = [
     "reward_weights",
 ]
 
-_SHARE = 0.9  # of all memory that a run may need, where it is not Metal that recommends a limit
-# What may differ between a run and the one that goes on from it: nothing that decides what a step does.
+_SHARE = 0.9  # of all memory that a run may need where Metal recommends no limit
+# The settings that may differ when a run is resumed: none of them decides what a step does.
 _FREE = {
     "output", "resume", "steps", "epochs", "save_every", "memory_limit", "plot", "report_to", "skip_bad_rows",
     "valid", "valid_every", "valid_limit", "model", "data", "media_root", "adapter", "revision", "filter_only",
@@ -51,7 +51,7 @@ _FREE = {
 
 
 def frame_spec(config: TrainConfig, model: VideoModel) -> VisionSpec:
-    """How frames are sampled and sized: the flags, then the checkpoint's own limits."""
+    """How frames are sampled and sized: by the flags, else by the checkpoint's own limits."""
     own = _defaults(model).spec
     return own.with_overrides(
         fps=config.fps,
@@ -74,37 +74,38 @@ def reward_weights(config: TrainConfig) -> Weights:
 def identity(
     config: TrainConfig, model: VideoModel, fingerprint: str, rows: Sequence[Row], total: int
 ) -> dict[str, Any]:
-    """What decides the steps of a run, JSON-ready; what settings leave to the checkpoint is resolved."""
+    """The values that decide the steps of a run, JSON-ready, with those that settings leave to the checkpoint."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(json.dumps(to_record(row, media=row.media), sort_keys=True).encode())
-    told = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.name not in _FREE}
+    names = [field.name for field in dataclasses.fields(config) if field.name not in _FREE]
+    values = {name: getattr(config, name) for name in names}
     spec = frame_spec(config, model)
-    told |= {name: getattr(spec, name) for name in ("fps", "max_frames", "video_tokens")}
-    told["threshold"] = default_threshold(model) if config.threshold is None else config.threshold
-    told["frames"] = hashlib.sha256(repr(spec).encode()).hexdigest()[:16]
-    told["system_prompt"] = hashlib.sha256(model.system_prompt.encode()).hexdigest()[:16]
-    told |= {"weights": fingerprint, "rows": digest.hexdigest()[:16]}
+    values |= {name: getattr(spec, name) for name in ("fps", "max_frames", "video_tokens")}
+    values["threshold"] = default_threshold(model) if config.threshold is None else config.threshold
+    values["frames"] = hashlib.sha256(repr(spec).encode()).hexdigest()[:16]
+    values["system_prompt"] = hashlib.sha256(model.system_prompt.encode()).hexdigest()[:16]
+    values |= {"weights": fingerprint, "rows": digest.hexdigest()[:16]}
     if config.schedule != "constant":
-        told["steps"] = total
-    plain: dict[str, Any] = json.loads(json.dumps(told))
+        values["steps"] = total
+    plain: dict[str, Any] = json.loads(json.dumps(values))
     return plain
 
 
 def estimate_memory(
     config: TrainConfig, model: VideoModel, lengths: PromptLengths, rows: int, *, ranks: int = 1
 ) -> tuple[MemoryEstimate, int]:
-    """What a step may need, and how many bytes it may have; with `filter_only` what sampling may need.
+    """Estimate the memory of a step, or with `filter_only` of sampling; also returns the allowed bytes.
 
-    The prompt is the longest that was measured; completions count as if they all hit their limit. What it may have is
+    The prompt is the longest that was measured, and all completions count as hitting their limit. Allowed are
     `memory_limit`, else what Metal recommends, else nine tenths of the memory.
 
     Args:
         config: of the run.
-        model: with LoRA layers, if there are to be any.
+        model: with LoRA layers, if it will be trained.
         lengths: of the prompts.
-        rows: how many there are.
-        ranks: that share the rows of a step.
+        rows: number of rows.
+        ranks: number of ranks that share the rows of a step.
     """
     longest = lengths.longest
     work = workload_of(
@@ -166,7 +167,7 @@ def check_sizes(
 
 
 def check_lengths(config: TrainConfig, model: VideoModel, lengths: PromptLengths, spec: VisionSpec) -> str | None:
-    """Refuse prompts that are too long before anything is written; what to say of those that will be left out.
+    """Refuse prompts that are too long before anything is written; returns a note on rows that will be left out.
 
     Raises `DataError` when one is too long, or with `skip_bad_rows` when all are.
     """
@@ -185,10 +186,10 @@ def check_lengths(config: TrainConfig, model: VideoModel, lengths: PromptLengths
 
 
 def read_training_rows(config: TrainConfig) -> tuple[list[Row], list[str]]:
-    """The rows to learn from, and why others were left out.
+    """The rows to learn from, and the reasons why rows were left out.
 
-    Raises as `formats.read_rows`; and `ConfigError` when one needs a package that is not installed, before hours of
-    work end at that row.
+    Raises as `training_sets.read_rows`; and `ConfigError` when a row needs a package that is not installed, so that the
+    run does not end there after hours.
     """
     rows, left_out = read_rows(
         config.data,
@@ -204,7 +205,7 @@ def read_training_rows(config: TrainConfig) -> tuple[list[Row], list[str]]:
 
 
 def read_validation_rows(config: TrainConfig) -> list[Row]:
-    """The rows to measure on, all with an answer; none without `config.valid`. Raises as `read_training_rows`."""
+    """The validation rows, all with an answer; none without `config.valid`. Raises as `read_training_rows`."""
     if config.valid is None or config.filter_only:
         return []
     root = config.media_root if config.format == "mlxvr" else None
@@ -225,15 +226,15 @@ def _require_mathematics(rows: Sequence[Row]) -> None:
 
 
 def check_output(config: TrainConfig) -> None:
-    """Raise `ConfigError` when the output folder holds a run that this one is not, or no run to go on with.
+    """Raise `ConfigError` when the output folder holds another run, or with `resume` when it holds none.
 
-    A run that has done no step counts as none.
+    A run that has done no step does not count.
     """
     if config.resume:
         if not state_file(config.output).is_file():
-            read_state(config.output)  # says that there is none
+            read_state(config.output)  # raises that there is none
     elif not config.filter_only and state_file(config.output).exists() and not _is_unbegun(config.output):
-        raise ConfigError(f"{config.output} holds a run already: go on with --resume, or give another folder")
+        raise ConfigError(f"{config.output} holds a run already: continue it with --resume, or give another folder")
 
 
 def _is_unbegun(output: Path) -> bool:

@@ -1,8 +1,8 @@
-"""What the ranks of a training run have to have in common, and how they come to have it.
+"""What the ranks of a training run must have in common, and how they get it.
 
-Ranks may be on machines that share no disk and were given different things. Each takes its steps from its own copy of
-the model, the rows and the settings, so that these must be the same; a run that goes on does so from the state of rank
-0, the only one that writes. On machines that round differently adapters can drift apart by bits: that is noticed too.
+Ranks may be on machines that share no disk, and may be started with different settings. Each takes its steps from its
+own copy of the model, the rows and the settings, so these must be the same. A resumed run continues from the state of
+rank 0, the only rank that writes. On machines that round differently adapters can drift apart: that is noticed too.
 """
 
 import hashlib
@@ -23,27 +23,28 @@ from mlxvr.runtime.distributed import ProcessGroup
 __all__ = ["check_same", "have_same_bits", "shared_state"]
 
 
-def check_same(ranks: ProcessGroup, told: Mapping[str, Any]) -> None:
-    """Make sure that all ranks were given the same.
+def check_same(ranks: ProcessGroup, values: Mapping[str, Any]) -> None:
+    """Check that all ranks were given the same values.
 
     Args:
         ranks: all of them call this.
-        told: what has to be the same, JSON-ready, by the name that people know it by.
+        values: must be the same, JSON-ready, by names that people know.
 
-    Raises `ConfigError`, on every rank alike, that names what differs; also when a rank is gone.
+    Raises `ConfigError`, on every rank, that names what differs; also when a rank is gone.
     """
-    every = [json.loads(one) for one in ranks.all_gather(json.dumps(told).encode())]
-    for rank, one in enumerate(every):
-        for name in sorted(every[0].keys() | one.keys()):
-            if one.get(name) != every[0].get(name):
+    gathered = [json.loads(data) for data in ranks.all_gather(json.dumps(values).encode())]
+    first = gathered[0]
+    for rank, own in enumerate(gathered):
+        for name in sorted(first.keys() | own.keys()):
+            if own.get(name) != first.get(name):
                 raise ConfigError(
-                    f"rank {rank} has {name} {one.get(name)!r}, and rank 0 has {every[0].get(name)!r}: give all ranks "
+                    f"rank {rank} has {name} {own.get(name)!r}, and rank 0 has {first.get(name)!r}: give all ranks "
                     "the same model, data, settings and versions"
                 )
 
 
 def have_same_bits(ranks: ProcessGroup, arrays: Mapping[str, mx.array]) -> bool:
-    """Whether arrays are the same on all ranks, which all ask; raises `ConfigError` when one is gone."""
+    """Whether arrays are the same on all ranks, which all call this; raises `ConfigError` when a rank is gone."""
     if ranks.size == 1:
         return True
     digest = hashlib.sha256()
@@ -55,7 +56,7 @@ def have_same_bits(ranks: ProcessGroup, arrays: Mapping[str, mx.array]) -> bool:
 
 @contextmanager
 def shared_state(ranks: ProcessGroup, output: Path) -> Iterator[Path]:
-    """A folder with the state that rank 0 has in `output`; all ranks ask, whatever they have there.
+    """A folder with the state that rank 0 has in `output`; all ranks call this, whatever they have there.
 
     Raises `ConfigError` when it cannot be read, or a rank is gone.
     """

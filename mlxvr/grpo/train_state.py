@@ -1,4 +1,4 @@
-"""What a run needs to go on bit for bit: adapter weights, the optimizer's moments, and how far it is.
+"""What a run needs to resume bit for bit: adapter weights, the optimizer's moments, and its progress.
 
 Order and samples follow from the seed, the step's number and the rows' ids, so no random state has to be kept. All of
 it is one safetensors file that is replaced in one step: a killed run finds the last saving whole.
@@ -27,16 +27,16 @@ _NOTES = "mlxvr_train"
 
 @dataclass(kw_only=True)
 class TrainState:
-    """How far a run is.
+    """The progress of a run.
 
     Attributes:
-        step: steps that are done.
-        run: the settings that decide what the steps do; another run cannot go on from here.
+        step: number of finished steps.
+        run: the settings that decide what the steps do; a run with others cannot resume from here.
         best: the highest validation reward, None before the first.
-        best_step: the steps that had been done then.
+        best_step: the step of that reward.
         skipped: rows that could not be used, by id.
-        guard: the state of what watches training without labels.
-        pending: figures of the last step, which is still to be measured on the validation rows; None: it is not.
+        guard: the state of the collapse guard.
+        pending: metrics of the last step, if its validation has not been recorded yet; else None.
     """
 
     step: int = 0

@@ -177,8 +177,8 @@ class MemoryEstimate:
             parts |= {"the vision tower": self.vision} if self.rollout == self.vision else {"the cache": self.cache}
             parts |= {"the prefill": self.prefill} if self.rollout != self.vision else {}
         elif name == "gradient":
-            kept = "what layers keep for the backward pass" if not self.workload.checkpoint else "the layers' inputs"
-            parts |= {kept: self.saved, "one layer's backward pass": self.layer, "the logits": self.head}
+            saved = "what layers keep for the backward pass" if not self.workload.checkpoint else "the layers' inputs"
+            parts |= {saved: self.saved, "one layer's backward pass": self.layer, "the logits": self.head}
             parts.pop("the logits" if self.layer >= self.head else "one layer's backward pass")
         return max(parts, key=lambda key: parts[key])
 

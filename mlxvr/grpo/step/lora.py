@@ -1,4 +1,4 @@
-"""The weights that are trained: small LoRA matrices beside the language model's own, which stay as they are.
+"""The trained weights: small LoRA matrices beside the language model's own weights, which stay as they are.
 
 Everything else is frozen, vision tower and embeddings included. The layers are mlx-vlm's and so is the layout on disk
 (see `mlxvr.model.adapter`): stock mlx-vlm, `mlxvr.load(adapter=...)` and `mlxvr.fuse` read what is saved here. The
@@ -60,7 +60,7 @@ def attach(model: VideoModel, config: LoraConfig, *, seed: int) -> None:
 def attach_saved(model: VideoModel, folder: Path) -> LoraConfig:
     """Put a saved adapter into the language model, to train it on, and freeze everything else.
 
-    Returns its config, with which `save_adapter` writes it again.
+    Returns its config, which `save_adapter` needs to write it again.
 
     Raises:
         ConfigError: the model has adapters already.
@@ -100,7 +100,7 @@ def attach_saved(model: VideoModel, folder: Path) -> LoraConfig:
 
 
 def lora_weights(model: VideoModel) -> dict[str, mx.array]:
-    """The trained weights by the names that they have on disk."""
+    """The trained weights, by their names on disk."""
     return {
         f"{name}.{part}": layer[part]
         for name, layer in sorted(find_layers(model.network).items())
@@ -117,7 +117,7 @@ def adapter_state(model: VideoModel) -> dict[str, mx.array]:
 
 
 def adapter_digest(model: VideoModel) -> str:
-    """Tells adapters apart: 16 hexadecimal digits of their weights and scales, whatever folder they came from."""
+    """Identifies an adapter: 16 hexadecimal digits of its weights and scales, whatever folder it came from."""
     digest = hashlib.sha256()
     for name, layer in sorted(find_layers(model.network).items()):
         digest.update(f"{name} {layer.scale}".encode())
@@ -135,7 +135,7 @@ def save_adapter(folder: Path, model: VideoModel, config: LoraConfig) -> None:
     Args:
         folder: is made if it does not exist; other files in it stay.
         model: with LoRA layers.
-        config: that they were made with.
+        config: of the LoRA layers.
 
     Raises `ConfigError` when a file cannot be written or there is nothing to write.
     """
@@ -167,7 +167,7 @@ def save_adapter(folder: Path, model: VideoModel, config: LoraConfig) -> None:
 
 @contextmanager
 def disable_adapters(model: VideoModel, start: Mapping[str, mx.array] | None = None) -> Iterator[None]:
-    """The reference policy, while the context lasts.
+    """Make the model the reference policy while the context lasts.
 
     Args:
         model: with LoRA layers.
@@ -217,5 +217,5 @@ def _freeze_the_rest(model: VideoModel) -> None:
     for layer in layers.values():
         layer.unfreeze(recurse=False, keys=[part for part in LORA_PARTS if part in layer])
     _put(layers, {name: array.astype(mx.float32) for name, array in lora_weights(model).items()})
-    model.network.eval()  # dropout is for gradients alone
+    model.network.eval()  # dropout is used for gradients only
     mx.eval(model.network.trainable_parameters())

@@ -1,18 +1,18 @@
-"""What GRPO minimises, given log-probs: advantages, clipped ratios, and the distance to the reference policy.
+"""What GRPO minimises, given log-probs: advantages, clipped ratios, and the KL divergence from the reference policy.
 
-    ratio      exp(log p - log p_old) for each token; or one for each completion, exp of the mean over its tokens
-    policy     -min(ratio * A, clip(ratio, 1 - low, 1 + high) * A)
+    ratio      exp(log p - log p_old) for each token; or for each completion, exp of the mean over its tokens
+    policy     -min(ratio * A, clip(ratio, 1 - epsilon, 1 + epsilon_high) * A)
     KL         exp(d) - d - 1 with d = log p_reference - log p: never negative, and unbiased (k3)
-    loss       policy + beta * KL, brought together in one of three ways:
+    loss       policy + beta * KL, averaged in one of three ways:
                  grpo      mean over a completion's tokens, then over completions (arXiv 2402.03300)
                  bnpo      mean over all tokens of the group
-                 dr_grpo   sum over tokens / (completions * the most tokens allowed): length is no lever (2503.20783)
+                 dr_grpo   sum over tokens / (completions * token limit): length has no effect (2503.20783)
 
 Ratios of whole completions are GSPO's (arXiv 2507.18071). Advantages are (reward - mean) / (std + 1e-4) with the n-1
-standard deviation, as VideoAuto-R1 computes them. All sums are within one group, as a group is one forward pass.
+standard deviation, as VideoAuto-R1 computes them. All sums are within a group, since a group is one forward pass.
 
-At the first update after a rollout the ratio is exactly 1 and the policy's part of the loss the same whatever it does
-(-mean(A), which is 0, for grpo): look at gradients, rewards and KL, not at the loss.
+At the first update after a rollout every ratio is exactly 1, so the policy's part of the loss does not depend on the
+policy (for grpo it is -mean(A), which is 0): look at gradients, rewards and KL, not at the loss.
 """
 
 import mlx.core as mx
@@ -26,25 +26,25 @@ _STD_FLOOR = 1e-4
 
 
 def advantages(rewards: np.ndarray, *, scale: bool = True) -> np.ndarray:
-    """How much better each completion of a group did than the group: float32 (G,).
+    """How much more each completion earned than its group on average: float32 (G,).
 
     Args:
         rewards: (G,), finite.
         scale: divide by the standard deviation; False: only subtract the mean (Dr. GRPO).
 
     Returns:
-        All zeros where the rewards are equal, as they are for one completion.
+        All zeros where the rewards are equal, as they are for a single completion.
 
     Raises `ValueError` when a reward is not a finite number.
     """
-    given = np.asarray(rewards, dtype=np.float64)
-    if not np.isfinite(given).all():
-        raise ValueError(f"rewards {given.tolist()} are not all finite")
-    if len(given) == 0 or np.ptp(given) == 0.0:
-        return np.zeros(len(given), dtype=np.float32)
-    with np.errstate(over="ignore", invalid="ignore"):  # what overflows is found by whoever looks at the loss
-        centred = given - given.mean()
-        return (centred / (given.std(ddof=1) + _STD_FLOOR) if scale else centred).astype(np.float32)
+    values = np.asarray(rewards, dtype=np.float64)
+    if not np.isfinite(values).all():
+        raise ValueError(f"rewards {values.tolist()} are not all finite")
+    if len(values) == 0 or np.ptp(values) == 0.0:
+        return np.zeros(len(values), dtype=np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):  # an overflow makes the loss infinite, which the update refuses
+        centred = values - values.mean()
+        return (centred / (values.std(ddof=1) + _STD_FLOOR) if scale else centred).astype(np.float32)
 
 
 def objective(
@@ -55,20 +55,20 @@ def objective(
     mask: mx.array,
     config: LossConfig,
 ) -> tuple[mx.array, dict[str, mx.array]]:
-    """The loss of one group, and what is worth knowing about it.
+    """The loss of a group, and its statistics.
 
     Args:
-        logprobs: float32 (G, T), of each completion's tokens under the policy that is trained.
+        logprobs: float32 (G, T), of each completion's tokens under the policy in training.
         old_logprobs: float32 (G, T), under the policy that sampled them.
         reference_logprobs: float32 (G, T), under the reference policy; needed when `config.beta` is positive.
         advantages: float32 (G,).
-        mask: bool (G, T), the tokens that count. A completion without any adds nothing, but is counted as one.
-        config: which loss.
+        mask: bool (G, T), the tokens that count. A completion without any adds nothing, but counts as a completion.
+        config: which loss to compute.
 
     Returns:
-        The loss, and means over the tokens that count, without gradient: "kl", "clip_share" (tokens whose gradient the
-        clip cuts off), "ratio_mean", and "entropy" (minus the mean log-prob, which estimates it on the policy's own
-        samples). "kl" is 0 without a reference.
+        The loss, and means over the tokens that count, without gradient: "kl", "clip_share" (tokens whose gradient is
+        clipped away), "ratio_mean", and "entropy" (minus the mean log-prob, which estimates the entropy on the policy's
+        own samples). "kl" is 0 without a reference.
     """
     counts = mask.sum(axis=1)
     total = mx.maximum(counts.sum(), 1)

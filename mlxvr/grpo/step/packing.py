@@ -33,7 +33,7 @@ class PackedGroup:
     """G completions of one prompt as one sequence of N columns.
 
     Attributes:
-        ids: int32 (N,), what is read.
+        ids: int32 (N,), the tokens that are read.
         positions: int32 (3, N), rope positions.
         owner: int32 (N,), the completion that a column belongs to; -1: the prompt.
         media_mask: bool (N,), the columns of visual tokens.
@@ -73,7 +73,7 @@ def pack(prompt: "EncodedPrompt", completions: Sequence[np.ndarray]) -> PackedGr
 
     Raises `ValueError` for no completion, or one without tokens.
     """
-    lengths = np.array([len(one) for one in completions], dtype=np.int64)
+    lengths = np.array([len(completion) for completion in completions], dtype=np.int64)
     if len(lengths) == 0 or lengths.min() == 0:
         raise ValueError(f"completions of {lengths.tolist()} tokens cannot be packed: each needs at least one")
     start, read = len(prompt.ids), lengths - 1

@@ -1,8 +1,8 @@
-"""One step of GRPO: completions of some rows, what they earned, and an update of the adapter.
+"""One step of GRPO: sample completions of rows, score them, and update the adapter.
 
-Groups go through the model one after another, so that memory does not grow with the batch: a step is always
-accumulated. With several ranks each has its share of the rows; sums of gradients are brought together, and every rank
-takes the same step. The gradient is the mean over the groups of all ranks, whether they could teach anything or not.
+Groups go through the model one after another, so that memory does not grow with the batch: gradients are always
+accumulated. With several ranks, each has its share of the rows; the sums of their gradients are added, and every rank
+takes the same step. The gradient is the mean over the groups of all ranks, including groups that were skipped.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ __all__ = ["NotFinite", "PolicyUpdater", "ScoredGroup", "UpdateStats", "row_seed
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ScoredGroup:
-    """A row's completions, what they earned, and how much better each did than the others: float32 (G,)."""
+    """A row's completions with their rewards and their advantages, float32 (G,)."""
 
     rollout: Rollout
     scores: GroupRewards
@@ -42,7 +42,7 @@ class ScoredGroup:
 
     @property
     def row(self) -> Row:
-        """That was asked."""
+        """The row that was asked."""
         return self.rollout.prompt.row
 
     @property
@@ -52,18 +52,18 @@ class ScoredGroup:
 
     @property
     def is_truncated(self) -> bool:
-        """Whether no completion came to its end."""
-        return all(one.truncated for one in self.rollout.completions)
+        """Whether every completion hit the token limit."""
+        return all(completion.truncated for completion in self.rollout.completions)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class UpdateStats:
-    """What an update was.
+    """The statistics of a step's updates.
 
     Attributes:
-        stats: what each group's loss saw before the first update, but for the share that clips cut off: before that
-            update they cut nothing, so it is the mean over all of them. None for a group that was skipped.
-        grad_norm: of the mean gradient, before it was cut; 0.0 when no group taught anything.
+        stats: of each group's loss before the first update, except for the share of clipped tokens: it is the mean over
+            all updates, since nothing is clipped before the first. None for a group that was skipped.
+        grad_norm: norm of the first mean gradient before it was clipped; 0.0 when all groups were skipped.
     """
 
     stats: Sequence[GroupStats | None]
@@ -75,13 +75,13 @@ class NotFinite(DataError):
 
 
 class PolicyUpdater:
-    """A model with an adapter, its optimizer, and how to take a step.
+    """The policy, a model with an adapter, and its optimizer: samples groups and learns from them.
 
     Attributes:
         model: with LoRA layers.
-        optimizer: of their weights.
-        reference: the adapter of the reference policy; None: the model without one.
-        is_whole: False from the first update of a step on, until whoever takes steps says that it is done.
+        optimizer: of the LoRA weights.
+        reference: the adapter of the reference policy; None: the model without adapter.
+        is_whole: False from the first update of a step until the caller has finished the step and sets it.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class PolicyUpdater:
         *,
         reference: Mapping[str, mx.array] | None = None,
     ) -> None:
-        """Begin with an optimizer that has seen nothing."""
+        """Start with a new optimizer."""
         self.model = model
         self.reference = reference
         self.is_whole = True
@@ -104,11 +104,11 @@ class PolicyUpdater:
         self._loss = config.loss
 
     def sample(self, prompt: EncodedPrompt, step: int, *, should_stop: ShouldStop | None = None) -> ScoredGroup:
-        """Sample and judge the completions of a row.
+        """Sample and score the completions of a row.
 
         Args:
             prompt: of the row.
-            step: from 1; with the run's seed and the row's id it decides what is drawn.
+            step: from 1; with the run's seed and the row's id it decides which tokens are drawn.
             should_stop: asked between tokens.
 
         Raises as `rollout` and `RewardModel.score`.
@@ -130,71 +130,75 @@ class PolicyUpdater:
         )
 
     def update(self, groups: Sequence[ScoredGroup], rate: float, *, step: int = 0) -> UpdateStats:
-        """Learn from this rank's groups, together with all other ranks, as often as the settings say.
+        """Learn from this rank's groups, together with all other ranks: `num_iterations` updates.
 
         Args:
-            groups: may be empty.
+            groups: of this rank; may be empty.
             rate: the learning rate.
-            step: from 1; with the run's seed and the rows' ids it decides what dropout drops.
+            step: from 1; with the run's seed and the rows' ids it decides which inputs dropout drops.
 
         Returns:
-            What the first update saw and did, and how much the clips cut off in all of them.
+            The statistics of the first update, with the share of clipped tokens in all updates.
 
         Raises:
-            NotFinite: on every rank alike; the weights are those of the last update.
+            NotFinite: on every rank; the weights are those of the last update.
             ConfigError: a rank is gone.
         """
         self.optimizer.learning_rate = rate
-        every: list[list[GroupStats | None]] = []
+        updates: list[list[GroupStats | None]] = []
         norms: list[float] = []
         for number in range(self._config.num_iterations):
             seeds = [row_seed(self._config.seed, step, group.row.id, "dropout", number) for group in groups]
-            total, now = self._gradients(groups, every[0] if every else [None] * len(groups), seeds)
-            norm, learned = self._step(total, len(groups), now)
-            every.append(now)
+            first_stats = updates[0] if updates else [None] * len(groups)
+            total, stats = self._gradients(groups, first_stats, seeds)
+            norm, learned = self._step(total, len(groups), stats)
+            updates.append(stats)
             norms.append(norm)
             if not learned:
                 break
-        return UpdateStats(stats=[_over_updates(seen) for seen in zip(*every)], grad_norm=norms[0])
+        return UpdateStats(stats=[_over_updates(group_stats) for group_stats in zip(*updates)], grad_norm=norms[0])
 
     def _gradients(
-        self, groups: Sequence[ScoredGroup], before: Sequence[GroupStats | None], seeds: Sequence[int]
+        self, groups: Sequence[ScoredGroup], first_stats: Sequence[GroupStats | None], seeds: Sequence[int]
     ) -> tuple[dict[str, mx.array], list[GroupStats | None]]:
-        """The sum of the groups' gradients by name, empty without any, and what they saw."""
+        """The sum of the groups' gradients by name, empty if all are skipped, and the statistics of each group.
+
+        `first_stats` are those of the first update on these groups, whose log-probs are the old ones; None before it.
+        """
         total: dict[str, mx.array] = {}
         stats: list[GroupStats | None] = []
-        for group, known, seed in zip(groups, before, seeds):
-            if self._teaches_nothing(group):
+        for group, first, seed in zip(groups, first_stats, seeds):
+            if self._is_skipped(group):
                 stats.append(None)
                 continue
-            gradient, seen = group_gradient(
+            gradient, group_stats = group_gradient(
                 self.model,
                 group.rollout,
                 group.advantages,
                 config=self._loss,
                 temperature=self._config.temperature,
                 checkpoint=self._config.gradient_checkpointing,
-                old_logprobs=None if known is None else known.logprobs,
-                reference_logprobs=None if known is None else known.reference_logprobs,
+                old_logprobs=None if first is None else first.logprobs,
+                reference_logprobs=None if first is None else first.reference_logprobs,
                 reference=self.reference,
                 seed=seed,
             )
             flat = dict(cast("list[tuple[str, mx.array]]", tree_flatten(gradient)))
             total = {name: total[name] + array for name, array in flat.items()} if total else flat
             mx.eval(total)
-            stats.append(seen)
+            stats.append(group_stats)
         return total, stats
 
-    def _teaches_nothing(self, group: ScoredGroup) -> bool:
-        """Whether a group's gradient is 0, or only its distance's pull and that is not wanted."""
+    def _is_skipped(self, group: ScoredGroup) -> bool:
+        """Whether a group's gradient is 0, or comes from the KL term alone and the settings skip it."""
         if self._loss.mask_truncated and group.is_truncated:
             return True
         return group.is_unanimous and (self._config.skip_zero_advantage or self._loss.beta == 0.0)
 
     def _step(self, total: dict[str, mx.array], count: int, stats: Sequence[GroupStats | None]) -> tuple[float, bool]:
-        """Bring the ranks' sums together and step: the gradient's norm, and whether there was anything to learn."""
-        learned = sum(seen is not None for seen in stats)
-        loss = sum(seen.loss for seen in stats if seen is not None)
+        """Add the ranks' sums and step; returns the gradient's norm, and whether any group was not skipped."""
+        learned = sum(group_stats is not None for group_stats in stats)
+        loss = sum(group_stats.loss for group_stats in stats if group_stats is not None)
         if self._ranks.size > 1:
             if not total:
                 trained = cast("list[Any]", tree_flatten(self.model.network.trainable_parameters()))
@@ -219,11 +223,12 @@ class PolicyUpdater:
         return length, True
 
 
-def _over_updates(seen: Sequence[GroupStats | None]) -> GroupStats | None:
-    first, shares = seen[0], [one.clip_share for one in seen if one is not None]
+def _over_updates(updates: Sequence[GroupStats | None]) -> GroupStats | None:
+    """The statistics of a group's first update, with the mean share of clipped tokens over all updates."""
+    first, shares = updates[0], [stats.clip_share for stats in updates if stats is not None]
     return None if first is None else replace(first, clip_share=fmean(shares))
 
 
 def row_seed(*parts: object) -> int:
-    """A seed of 32 bits from what a draw depends on."""
+    """A seed of 32 bits from the values that a draw depends on."""
     return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode("utf-8", "surrogatepass")).digest()[:4])

@@ -1,4 +1,4 @@
-"""A row as a prompt that completions are sampled from and learned on: tokens, positions and visual features.
+"""A row as the prompt of a rollout and of its loss: tokens, positions and visual features.
 
 The vision tower is frozen, so its features are computed once here, outside every gradient, and serve the rollout and
 all passes of the loss.
@@ -25,12 +25,12 @@ class EncodedPrompt:
     """A prompt, ready for the language model.
 
     Attributes:
-        row: that it asks.
+        row: the row whose question it asks.
         ids: int32 (P,).
         positions: int32 (3, P), rope positions.
         media_mask: bool (P,), the visual tokens.
         features: of the visual tokens, in order; None without media.
-        next_position: of the first token of a completion.
+        next_position: position of the first token of a completion.
     """
 
     row: Row
@@ -53,11 +53,11 @@ def encode_row(
     """Read what a row shows, run the vision tower over it, and write its question as a prompt.
 
     Args:
-        model: that will be asked.
+        model: the policy.
         row: of a dataset.
         spec: how frames are sampled and sized; None: the model's own.
         max_prompt_tokens: the most tokens; None: the model's context.
-        vision: what `load_row` made of the row, with `spec`, for those who read it ahead.
+        vision: the result of `load_row` with the same `spec`, if the row was read ahead.
         should_stop: asked between frames and between chunks of them.
 
     Raises:
@@ -84,7 +84,7 @@ def encode_row(
 
 
 def refuse_length(row: Row, tokens: int, visual: int, limit: int) -> str:
-    """What is said of a prompt that is longer than the limit."""
+    """The message for a prompt that is longer than the limit."""
     return (
         f"{row.line}: the prompt has {tokens} tokens, {visual} of them visual, and the limit is {limit}: raise "
         "--max-prompt-tokens, or lower --video-tokens"
