@@ -144,7 +144,7 @@ def test_missing_videos_are_listed_once(release):
     benchmark = release.read("videomme")
     assert [row.id for row in benchmark.rows] == ["b-0", "b-1"]
     assert (benchmark.missing, benchmark.missing_rows) == (("a", "c"), 4)
-    assert benchmark.describe() == "videomme: 2 questions; 4 left out for want of 2 videos (a, c)"
+    assert benchmark.describe() == "videomme: 2 questions; 4 left out because of 2 missing videos (a, c)"
 
 
 def test_every_video_that_is_missing_is_named_in_the_notes(release):
@@ -152,8 +152,10 @@ def test_every_video_that_is_missing_is_named_in_the_notes(release):
     release.table("test-00000-of-00001.parquet", [*rows, {**VIDEOMME, "question": ""}])
     release.videos("data/b.mp4")
     total, *listed = release.read("videomme").notes
-    assert total.startswith("videomme: 2 questions; 10 left out for want of 5 videos (a, c, d, ..); 1 cannot be used")
-    assert listed[:-1] == [f"{video}: the video is not there" for video in "acdef"]
+    assert total.startswith(
+        "videomme: 2 questions; 10 left out because of 5 missing videos (a, c, d, ..); 1 cannot be used"
+    )
+    assert listed[:-1] == [f"{video}: the video is missing" for video in "acdef"]
     assert listed[-1] == "test-00000-of-00001.parquet:13: question is empty: expected a text"
     release.videos(*(f"data/{video}.mp4" for video in "acdef"))
     release.table("test-00000-of-00001.parquet", rows)
@@ -555,7 +557,9 @@ def test_damaged_files(release, name, file, content, message):
 
 def test_no_video_is_there(release):
     release.table("test-00000-of-00001.parquet", [VIDEOMME])
-    with pytest.raises(DataError, match=r"Video-MME .*: 0 questions; 1 left out for want of 1 videos \(fFjv93ACGo8\)$"):
+    with pytest.raises(
+        DataError, match=r"Video-MME .*: 0 questions; 1 left out because of 1 missing video \(fFjv93ACGo8\)$"
+    ):
         release.read("videomme")
 
 

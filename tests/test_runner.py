@@ -311,8 +311,8 @@ def test_a_benchmark_brings_its_budgets(tmp_path, budgets):
     # 8 frames in 4 pairs, 256 pixels a side, 32 to a token: 64 tokens a pair; within 60 a pair has 16, the least
     assert sample.video_tokens == (4 * 16 if budgets else 4 * 64)
     total, *listed = report.notes
-    assert "1 left out for want of 1 videos (BBBBB.mp4)" in total
-    assert listed == ["BBBBB.mp4: the video is not there"]
+    assert "1 left out because of 1 missing video (BBBBB.mp4)" in total
+    assert listed == ["BBBBB.mp4: the video is missing"]
 
 
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])

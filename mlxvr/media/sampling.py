@@ -1,14 +1,13 @@
 """Which frames of a clip the model sees, and at what size: numbers only, no pixels.
 
-The rules are qwen-vl-utils 0.0.14's (`smart_nframes`, `calculate_video_frame_range`, `smart_resize`), which
-the checkpoints were trained with. Departures:
+The rules are those of qwen-vl-utils 0.0.14 (`smart_nframes`, `calculate_video_frame_range`, `smart_resize`), with which
+the checkpoints were trained. Departures:
 
 - a clip (or range) of a single frame gives that frame instead of an error;
 - a side never shrinks to zero: it keeps at least one token, as in transformers' `smart_resize`;
-- a picture of a single row or column is refused, since there is nothing to see in it;
-- a product that misses a whole number by rounding alone counts as that number (1.1 s * 30 is frame 33, not
-34);
-- a request for more frames than there are gives all frames that fill pairs, and a warning, instead of an error.
+- a picture of a single row or column is refused, since nothing can be seen in it;
+- a product that misses a whole number by rounding alone counts as that number (1.1 s * 30 is frame 33, not 34);
+- asking for more frames than the clip has gives all that fill pairs, with a warning, instead of an error.
 """
 
 import logging
@@ -24,7 +23,7 @@ __all__ = ["frame_count", "frame_indices", "frame_range", "frame_size", "image_s
 logger = logging.getLogger(__name__)
 
 FRAME_FACTOR = 2  # frames are sampled in pairs
-MAX_RATIO = 200  # of the longer to the shorter side
+MAX_RATIO = 200  # the largest ratio of the longer to the shorter side
 
 
 def frame_indices(
@@ -44,10 +43,10 @@ def frame_indices(
         total_frames: frames in the clip.
         source_fps: frames per second of the clip.
         fps: frames to sample per second.
-        nframes: frames to sample in all (overrides fps); rounded to a multiple of 2, and held to the frames that
-            there are, with a warning.
+        nframes: frames to sample in all (overrides fps); rounded to a multiple of 2, and limited, with a warning, to
+            the frames that the clip has.
         min_frames, max_frames: bounds on the number that follows from fps.
-        start, end: seconds; only frames in this range are sampled.
+        start, end: the range to sample from, in seconds.
 
     Returns:
         int64 (n,), ascending; n is even unless fewer than 2 frames exist.
@@ -66,7 +65,7 @@ def frame_indices(
 def frame_range(
     total_frames: int, source_fps: float, *, start: float | None = None, end: float | None = None
 ) -> tuple[int, int]:
-    """Indices of the first and the last frame between two times in seconds, both included."""
+    """Return the indices of the first and the last frame between two times in seconds, both included."""
     if total_frames < 1:
         raise MediaError("the clip has no frames: give a clip with at least one")
     if not 0 < source_fps < math.inf:
@@ -88,7 +87,7 @@ def frame_range(
 def time_range(
     seconds: np.ndarray, duration: float, *, start: float | None = None, end: float | None = None
 ) -> tuple[int, int]:
-    """Indices of the first and the last frame whose own times (ascending) lie in a range, both ends included.
+    """Return the indices of the first and the last frame whose times (ascending) are in a range, both ends included.
 
     Raises `MediaError` if there is none.
     """
@@ -105,7 +104,7 @@ def time_range(
 
 
 def check_range(start: float | None, end: float | None) -> None:
-    """Raise `ConfigError` unless 0 <= start < end, both finite, where they are given."""
+    """Raise `ConfigError` unless 0 <= start < end and both are finite; None is not checked."""
     for name, value in (("start", start), ("end", end)):
         if value is not None and not 0 <= value < math.inf:
             raise ConfigError(f"{name} is {value:g} s: give a time in seconds, 0 or later")
@@ -123,7 +122,7 @@ def frame_count(
     min_frames: int = 4,
     max_frames: int = 768,
 ) -> int:
-    """How many of `available` frames to sample (arguments and errors as in `frame_indices`)."""
+    """Return how many of `available` frames to sample; takes and raises the same as `frame_indices`."""
     if nframes is not None:
         return _explicit_count(nframes, available)
     if not 0 < fps < math.inf:
@@ -141,7 +140,7 @@ def frame_count(
 def _explicit_count(nframes: int, available: int) -> int:
     count = round(nframes / FRAME_FACTOR) * FRAME_FACTOR
     if count < FRAME_FACTOR:
-        raise ConfigError(f"nframes is {nframes}: frames go in pairs, give at least {FRAME_FACTOR}")
+        raise ConfigError(f"{nframes} frames cannot be sampled: they go in pairs, give at least {FRAME_FACTOR}")
     if count > available:
         most = max(1, available // FRAME_FACTOR * FRAME_FACTOR)
         logger.warning("%d frames were asked for, and there are %d: %d are sampled", nframes, available, most)
@@ -150,13 +149,12 @@ def _explicit_count(nframes: int, available: int) -> int:
 
 
 def spread(first: int, last: int, count: int) -> np.ndarray:
-    """`count` indices at even distances from first to last, both included: int64 (count,)."""
+    """Return `count` indices at even distances from first to last, both included: int64 (count,)."""
     return np.linspace(first, last, count).round().astype(np.int64)
 
 
 def frame_size(height: int, width: int, n_frames: int, spec: VisionSpec) -> tuple[int, int]:
-    """(height, width) in pixels that the frames of an n-frame clip are resized to: multiples of
-    `spec.factor`.
+    """Return the (height, width) in pixels to resize an n-frame clip's frames to: multiples of `spec.factor`.
 
     Raises `MediaError` if no size fits the frame (a ratio over 200, a side of one pixel).
     """
@@ -168,9 +166,9 @@ def frame_size(height: int, width: int, n_frames: int, spec: VisionSpec) -> tupl
 
 
 def image_size(height: int, width: int, spec: VisionSpec) -> tuple[int, int]:
-    """(height, width) in pixels that a still image is resized to; as `frame_size`.
+    """Return the (height, width) in pixels to resize a still image to; takes and raises the same as `frame_size`.
 
-    An image is also held to `spec.video_tokens`: it is all that is shown.
+    An image is also limited to `spec.video_tokens`, since it is the whole visual input.
     """
     token = spec.factor**2
     most = min(spec.image_max_tokens, spec.video_tokens)
@@ -184,7 +182,7 @@ def image_size(height: int, width: int, spec: VisionSpec) -> tuple[int, int]:
 
 
 def _fit(height: int, width: int, *, factor: int, least: float, most: float) -> tuple[int, int]:
-    """Round both sides to the factor, then scale the area into [least, most] pixels, keeping the ratio."""
+    """Round both sides to the factor, then scale the area into [least, most] pixels and keep the ratio."""
     short, long = sorted((height, width))
     if short < 2 and long <= MAX_RATIO:
         raise MediaError(f"the picture has {width}x{height} pixels: at least 2x2 are needed to see anything")
@@ -206,6 +204,6 @@ def _fit(height: int, width: int, *, factor: int, least: float, most: float) -> 
 
 
 def _steady(value: float) -> float:
-    """The value, or the whole number that it misses by rounding alone (0.3 * 30 is 9, not 8.999..)."""
+    """Return the value, or the whole number that it misses by rounding alone (0.3 * 30 is 9, not 8.999..)."""
     nearest = round(value)
     return float(nearest) if abs(value - nearest) <= 1e-9 * max(1.0, abs(value)) else value

@@ -9,10 +9,11 @@ Token limits. Processor files bound what the processor can produce: for Qwen2.5-
 tokens, far wider than the 16 to 768 that VideoAuto-R1 was trained with. The default is the range in which both hold; if
 they have nothing in common, the file wins. `with_overrides` sets anything else.
 
-An image is held to 4,096 tokens (2,048 x 2,048 pixels at 32 a token: a full HD screen loses nothing), a quarter of
-what the checkpoints were trained with, unless `image_max_tokens` says otherwise. A photo of 12 megapixels takes 11,844
-tokens of Qwen3-VL's, and what they cost grows faster than their number: for the 8B checkpoint, 3e14 operations in the
-tower against 5e13, and 1.7 GB of keys and values against 0.6, which on a Mac of 16 GB does not fit beside the weights.
+An image is limited to 4,096 tokens (2,048 x 2,048 pixels at 32 pixels per side of a token, so a full HD screen loses
+nothing), a quarter of the limit in training, unless `image_max_tokens` sets another limit. A photo of 12 megapixels
+takes 11,844 tokens of Qwen3-VL, and the cost grows faster than the number: for the 8B checkpoint, 3e14 operations in
+the tower instead of 5e13, and 1.7 GB of keys and values instead of 0.6, which do not fit beside the weights on a Mac
+with 16 GB.
 
 One token covers `factor x factor` pixels of a picture (factor = patch * merge); in a video it also covers
 `temporal_patch_size` frames, but limits of a frame count the tokens of that frame alone.
@@ -38,13 +39,13 @@ _VIDEO_TOKENS = 16_384
 
 @dataclass(frozen=True, kw_only=True)
 class FrameRules:
-    """What the processor files of one family leave out, and how they count.
+    """Defaults for values that a family's processor files leave out, and how its files count pixels.
 
     Attributes:
-        patch_size: pixels of one side of a patch.
-        mean, std: of RGB in [0, 1].
-        counts_whole_clip: the pixel range of the video processor counts the pixels of all frames of a clip together,
-            and `max_video_tokens` (transformers 5.22 and later) those of a frame; else the range is of one frame.
+        patch_size: pixels per side of a patch.
+        mean, std: mean and standard deviation of RGB in [0, 1].
+        counts_whole_clip: whether the video processor's pixel range counts the pixels of all frames of a clip together,
+            and `max_video_tokens` (transformers 5.22 and later) those of a frame; else the range is for one frame.
     """
 
     patch_size: int
@@ -57,21 +58,21 @@ class FrameRules:
 class VisionSpec:
     """How pictures are sampled, sized and cut for one checkpoint.
 
-    Raises `ConfigError` when built from values that cannot be used.
+    Raises `ConfigError` if a value cannot be used.
     """
 
-    patch_size: int  # pixels of one side of a patch
-    merge_size: int  # patches of one side of a token
-    temporal_patch_size: int = 2  # frames of a patch
+    patch_size: int  # pixels per side of a patch
+    merge_size: int  # patches per side of a token
+    temporal_patch_size: int = 2  # frames per patch
     mean: tuple[float, float, float]  # of RGB in [0, 1]
     std: tuple[float, float, float]
-    fps: float = 2.0  # frames sampled per second of source time
-    sample_by: str = "time"  # or "index": what frames are spread over where a video's rate varies (see `selection`)
-    min_frames: int = 4  # sampled from a clip, unless it has fewer
+    fps: float = 2.0  # frames to sample per second of source time
+    sample_by: str = "time"  # or "index": frames are spread over time or over indices (they differ at a variable rate)
+    min_frames: int = 4  # the least frames to sample from a clip, unless it has fewer
     max_frames: int = 768
     frame_min_tokens: int = _FRAME_TOKENS[0]  # of one video frame
     frame_max_tokens: int = _FRAME_TOKENS[1]
-    video_tokens: int = _VIDEO_TOKENS  # of a whole clip
+    video_tokens: int = _VIDEO_TOKENS  # the most of a whole clip
     image_min_tokens: int = _IMAGE_TOKENS[0]
     image_max_tokens: int = _IMAGE_TOKENS[1]
 
@@ -101,11 +102,11 @@ class VisionSpec:
 
     @property
     def factor(self) -> int:
-        """Pixels of one side of a token; heights and widths are multiples of it."""
+        """Pixels per side of a token; heights and widths are multiples of it."""
         return self.patch_size * self.merge_size
 
     def with_overrides(self, **values: Any) -> Self:
-        """A copy with the given fields replaced; a value of None keeps the field as it is.
+        """Return a copy with the given fields replaced; a value of None leaves the field as it is.
 
         Raises `ConfigError` for an unknown field or a value that cannot be used.
         """
@@ -176,7 +177,7 @@ _COUNTS = tuple(field.name for field in fields(VisionSpec) if field.type is int)
 
 
 def _section(processor: Mapping[str, Any] | None, name: str) -> Mapping[str, Any]:
-    """The processor's own settings, also where one file nests those of both processors."""
+    """Return the settings of one processor, even if the file nests those of both."""
     processor = processor or {}
     return processor.get(name) or processor
 
@@ -188,7 +189,7 @@ def _first(key: str, *sources: Mapping[str, Any]) -> Any:
 def _agreed(
     key: str, configured: tuple[Mapping[str, Any], str], image: Mapping[str, Any], video: Mapping[str, Any]
 ) -> int | None:
-    """The value of a geometry setting; the network's shape and both processors must say the same."""
+    """Return the value of a geometry setting, in which the network's shape and both processors must agree."""
     source, source_key = configured
     stated = {
         "config.json": source.get(source_key),
@@ -205,9 +206,8 @@ def _agreed(
 def _pixel_range(processor: Mapping[str, Any], token_pixels: int) -> tuple[int | None, int | None]:
     """(least, most) tokens that a processor file allows, None where it says nothing.
 
-    Three spellings exist: min_pixels and max_pixels at the top (these win, as in transformers), the same
-    inside `size`, and `size.shortest_edge` and `size.longest_edge`, which are pixel counts in spite of their
-    names.
+    There are three spellings: min_pixels and max_pixels at the top (these win, as in transformers), the same inside
+    `size`, and `size.shortest_edge` and `size.longest_edge`, which are pixel counts in spite of their names.
     """
     size = processor.get("size") or {}
     least = _first("min_pixels", processor, size) or size.get("shortest_edge")

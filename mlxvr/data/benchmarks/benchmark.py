@@ -25,11 +25,11 @@ class Benchmark:
     """A benchmark's questions, and what its files lack.
 
     Attributes:
-        name: as `read_benchmark` knows it.
-        rows: the questions whose videos are there, in the order of the files.
+        name: its name for `read_benchmark`.
+        rows: the questions whose videos exist, in the order of the files.
         limits: frame and token limits that all families share, values for `VisionSpec.with_overrides`.
-        missing: videos that are not there, as the files name them, each once, in the order of their first use.
-        missing_rows: how many questions are about them.
+        missing: the missing videos, as the files name them, each once, in the order of their first use.
+        missing_rows: how many questions are about missing videos.
         skipped: "file:line: reason" of every question that cannot be asked or graded.
     """
 
@@ -41,17 +41,18 @@ class Benchmark:
     skipped: tuple[str, ...] = field(default=(), repr=False)
 
     def describe(self) -> str:
-        """One line for people: how much there is, and what is not."""
+        """Return one line for people: the number of questions, and of those that are missing."""
         parts = [f"{self.name}: {len(self.rows):,} questions"]
         if self.missing:
             shown = ", ".join(self.missing[:3]) + (", .." if len(self.missing) > 3 else "")
-            parts.append(f"{self.missing_rows:,} left out for want of {len(self.missing):,} videos ({shown})")
+            videos = "video" if len(self.missing) == 1 else "videos"
+            parts.append(f"{self.missing_rows:,} left out because of {len(self.missing):,} missing {videos} ({shown})")
         if self.skipped:
             parts.append(f"{len(self.skipped):,} cannot be used (the first: {self.skipped[0]})")
         return "; ".join(parts)
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Lines for a report: the sum, every video that is not there, every question that cannot be used; or none."""
-        missing = (f"{video}: the video is not there" for video in self.missing)
+        """Lines for a report: the description, every missing video and every unusable question; () if all is there."""
+        missing = (f"{video}: the video is missing" for video in self.missing)
         return (self.describe(), *missing, *self.skipped) if self.missing or self.skipped else ()
