@@ -131,9 +131,9 @@ def test_videomme_with_subtitles(release):
     release.table("test-00000-of-00001.parquet", [VIDEOMME, {**VIDEOMME, "question_id": "b", "videoID": "b"}])
     release.table("subtitle/fFjv93ACGo8.srt", SRT)
     release.videos("data/fFjv93ACGo8.mp4", "data/b.MP4")
-    said, silent = release.read("videomme", subtitles=True).rows
-    assert said.subtitles == "Hello there,\nhow are you?"
-    assert said.text.startswith("This video's subtitles are listed below:\nHello there,")
+    spoken, silent = release.read("videomme", subtitles=True).rows
+    assert spoken.subtitles == "Hello there,\nhow are you?"
+    assert spoken.text.startswith("This video's subtitles are listed below:\nHello there,")
     assert silent.subtitles == "No subtitles available"
 
 
@@ -212,8 +212,10 @@ def test_longvideobench(release):
         "question_category": "TOS",
         "starting_timestamp_for_subtitles": 60.0,
     }
-    other = {key: value for key, value in record.items() if not key.startswith("option")}
-    release.table("lvb_val.json", [record, {**other, "id": "b", "candidates": ["x", "y", "z"], "correct_choice": 2}])
+    without_options = {key: value for key, value in record.items() if not key.startswith("option")}
+    release.table(
+        "lvb_val.json", [record, {**without_options, "id": "b", "candidates": ["x", "y", "z"], "correct_choice": 2}]
+    )
     lines = [
         ("00:00:50.000", "00:00:59.000", "before"),
         ("00:01:01.500", "00:01:03.000", "within"),
@@ -359,13 +361,18 @@ def test_charades(release, form):
         ("0A8TF", 4.0, 4.0, "x"),
     ]
     if form == "txt":
-        text = "".join(f"{video} {start} {end}##{said}\n" for video, start, end, said in moments)
+        text = "".join(f"{video} {start} {end}##{description}\n" for video, start, end, description in moments)
         release.table("Charades/charades_sta_test.txt", text + "a broken line\n")
     elif form == "parquet":
-        rows = [{"video": f"{v}.mp4", "caption": said, "timestamp": [start, end]} for v, start, end, said in moments]
+        rows = [
+            {"video": f"{v}.mp4", "caption": description, "timestamp": [start, end]}
+            for v, start, end, description in moments
+        ]
         release.table("data/test-00000-of-00001.parquet", rows)
     else:
-        rows = [{"video": f"{v}.mp4", "description": said, "timestamps": [s, e]} for v, s, e, said in moments]
+        rows = [
+            {"video": f"{v}.mp4", "description": description, "timestamps": [s, e]} for v, s, e, description in moments
+        ]
         release.table("test.json", rows)
     release.videos("Charades_v1_480/3MSZA.mp4", "Charades_v1_480/0A8TF.mp4")
     benchmark = release.read("charades")

@@ -166,10 +166,10 @@ def test_waiting_ends_when_all_are_there(tmp_path):
 )
 def test_a_rank_that_dies_is_an_error_for_the_others(tmp_path, how, collective):
     begun = time.monotonic()
-    (said, _, code), (_, _, died) = start(tmp_path, "lose", how, collective)
+    (output, _, code), (_, _, died) = start(tmp_path, "lose", how, collective)
     assert time.monotonic() - begun < 30
     assert (code, died) == (0, 0 if how == "exit" else -9)
-    lines = said.splitlines()
+    lines = output.splitlines()
     assert len(lines) == 2
     for line in lines:
         assert line.startswith("another rank is gone (")
@@ -225,6 +225,6 @@ def test_the_launcher_of_mlx_starts_ranks(tmp_path):
         process.wait(timeout=300)
     finally:
         process.kill()
-        said = process.communicate()
+        output = process.communicate()
     sizes = [json.loads((tmp_path / f"told{rank}.json").read_text())[:2] for rank in range(2)]
-    assert sizes == [[0, 2], [1, 2]], said
+    assert sizes == [[0, 2], [1, 2]], output

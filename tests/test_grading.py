@@ -23,10 +23,10 @@ LETTER_FORMS = [
 @pytest.mark.parametrize("form", LETTER_FORMS)
 @pytest.mark.parametrize("letter", "ABCD")
 def test_letters(form, letter):
-    said = form.format(letter)
-    assert [grade("exact_match", said, right, OPTIONS) for right in "ABCD"] == [float(x == letter) for x in "ABCD"]
-    assert grade("exact_match", f"\\boxed{{{said}}}", letter, OPTIONS) == 1
-    assert grade("exact_match", said, letter) == 1, "where the options stand in the question"
+    answer = form.format(letter)
+    assert [grade("exact_match", answer, right, OPTIONS) for right in "ABCD"] == [float(x == letter) for x in "ABCD"]
+    assert grade("exact_match", f"\\boxed{{{answer}}}", letter, OPTIONS) == 1
+    assert grade("exact_match", answer, letter) == 1, "where the options stand in the question"
 
 
 @pytest.mark.parametrize("form", ["{}", "({})", "{}.", "{})", "({}) red"])
@@ -39,29 +39,29 @@ def video_mme(text):
     """The first capital that is a letter, after the stock phrases are gone."""
     for phrase in ("The best answer is", "The correct answer is", "The answer is", "The answer"):
         text = text.replace(phrase, "")
-    found = re.search("[ABCD]", text)
-    return found and found.group()
+    match = re.search("[ABCD]", text)
+    return match and match.group()
 
 
 def mvbench(text):
     """The letter before a stop, else the first that stands alone."""
-    found = re.match(r"([A-E])\.\s*(.+)$", text.strip(), re.IGNORECASE) or re.search(
+    match = re.match(r"([A-E])\.\s*(.+)$", text.strip(), re.IGNORECASE) or re.search(
         r"\b([A-E])\b", text, re.IGNORECASE
     )
-    return found and found.group(1).upper()
+    return match and match.group(1).upper()
 
 
 def test_public_graders_agree_on_the_usual_forms():
     """The four forms, with texts that hold no capital."""
     for letter, form, text in itertools.product("ABCD", ["{0}", "({0})", "{0}.", "{0}. {1}"], ["red", "to run off"]):
-        said = form.format(letter, text)
-        assert video_mme(said) == mvbench(said) == letter
+        answer = form.format(letter, text)
+        assert video_mme(answer) == mvbench(answer) == letter
         for right in "ABCD":
-            assert grade("exact_match", said, right, ("red", "to run off", "blue", "x")) == (right == letter)
+            assert grade("exact_match", answer, right, ("red", "to run off", "blue", "x")) == (right == letter)
 
 
 @pytest.mark.parametrize(
-    ("said", "letter"),
+    ("answer", "letter"),
     [
         ("red", "A"),
         ("RED.", "A"),
@@ -87,8 +87,8 @@ def test_public_graders_agree_on_the_usual_forms():
         ("The answer isn't clear", None),
     ],
 )
-def test_choices(said, letter):
-    assert [grade("exact_match", said, right, OPTIONS) for right in "ABCD"] == [float(x == letter) for x in "ABCD"]
+def test_choices(answer, letter):
+    assert [grade("exact_match", answer, right, OPTIONS) for right in "ABCD"] == [float(x == letter) for x in "ABCD"]
 
 
 @pytest.mark.parametrize("truth", ["B", "b", "(B)", "B.", "B. A black dog", "A black dog", "a black dog."])
@@ -100,7 +100,12 @@ def test_ground_truth_of_a_choice(truth):
 
 def test_options_with_their_letters():
     options = ("A. Red.", "B. Blue.", "C. B.")
-    assert [grade("exact_match", said, "B", options) for said in ("Blue", "B. Blue.", "B", "A. Red.")] == [1, 1, 1, 0]
+    assert [grade("exact_match", answer, "B", options) for answer in ("Blue", "B. Blue.", "B", "A. Red.")] == [
+        1,
+        1,
+        1,
+        0,
+    ]
 
 
 def test_options_that_are_letters():
@@ -125,7 +130,7 @@ def test_many_options():
 
 
 @pytest.mark.parametrize(
-    ("said", "letter"),
+    ("answer", "letter"),
     [
         ("I think C", "C"),
         ("I think it is option C", "C"),
@@ -157,10 +162,10 @@ def test_many_options():
         ("B - a T-shirt", "B"),
     ],
 )
-def test_words_of_one_letter_are_no_choices(said, letter):
+def test_words_of_one_letter_are_no_choices(answer, letter):
     """With nine options the I of "I think" is the letter of one of them; public patterns take it, and every article."""
     options = [f"thing {number}" for number in range(9)]
-    right = [x for x in "ABCDEFGHI" if grade("exact_match", said, x, options)]
+    right = [x for x in "ABCDEFGHI" if grade("exact_match", answer, x, options)]
     assert right == ([letter] if letter else [])
 
 
@@ -187,7 +192,7 @@ def test_final_answers(output, answer):
 
 
 @pytest.mark.parametrize(
-    ("kind", "said", "truth", "right"),
+    ("kind", "answer", "truth", "right"),
     [
         ("exact_match", "Yes", "yes", 1),
         ("exact_match", "Yes, it is.", "yes", 1),
@@ -227,10 +232,10 @@ def test_final_answers(output, answer):
         ("math", "3", "4", 0),
     ],
 )
-def test_free_answers(kind, said, truth, right, monkeypatch):
+def test_free_answers(kind, answer, truth, right, monkeypatch):
     monkeypatch.setattr(math_equality, "is_available", lambda: False)
-    assert grade(kind, said, truth) == right
-    assert grade(kind, f"\\boxed{{0}}<think>r</think>\\boxed{{{said}}}", truth) == right
+    assert grade(kind, answer, truth) == right
+    assert grade(kind, f"\\boxed{{0}}<think>r</think>\\boxed{{{answer}}}", truth) == right
 
 
 def test_math_questions_may_have_options():
@@ -240,14 +245,14 @@ def test_math_questions_may_have_options():
 
 
 @pytest.mark.parametrize(
-    ("said", "truth", "right"), [("x+1", "1+x", 1), ("x+1", "x+2", 0), (r"\sqrt{8}", r"2\sqrt{2}", 1)]
+    ("answer", "truth", "right"), [("x+1", "1+x", 1), ("x+1", "x+2", 0), (r"\sqrt{8}", r"2\sqrt{2}", 1)]
 )
-def test_math_verify(said, truth, right):
+def test_math_verify(answer, truth, right):
     """With the package, in the main thread and beside it."""
     pytest.importorskip("math_verify")
-    assert grade("math", said, truth) == right
+    assert grade("math", answer, truth) == right
     grades = []
-    thread = threading.Thread(target=lambda: grades.append(grade("math", said, truth)))
+    thread = threading.Thread(target=lambda: grades.append(grade("math", answer, truth)))
     thread.start()
     thread.join()
     assert grades == [right]
@@ -256,9 +261,9 @@ def test_math_verify(said, truth, right):
 def test_math_verify_is_asked_last(monkeypatch):
     asked = []
 
-    def are_equal(said, truth):
-        asked.append((said, truth))
-        return (said, truth) == ("$x+1$", "$1+x$")
+    def are_equal(answer, truth):
+        asked.append((answer, truth))
+        return (answer, truth) == ("$x+1$", "$1+x$")
 
     monkeypatch.setattr(math_equality, "is_available", lambda: True)
     monkeypatch.setattr(math_equality, "are_equal", are_equal)
@@ -278,7 +283,7 @@ def test_math_verify_is_optional(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("said", "iou"),
+    ("answer", "iou"),
     [
         ("[20.3, 30.8]", 1),
         ("20.3 to 30.8", 1),
@@ -293,8 +298,8 @@ def test_math_verify_is_optional(monkeypatch):
         ("none", 0),
     ],
 )
-def test_intervals_are_read_kindly(said, iou):
-    assert grade("iou", said, [20.3, 30.8]) == pytest.approx(iou)
+def test_intervals_are_read_kindly(answer, iou):
+    assert grade("iou", answer, [20.3, 30.8]) == pytest.approx(iou)
 
 
 def test_the_best_segment_counts():
@@ -307,7 +312,7 @@ def test_the_best_segment_counts():
 
 
 @pytest.mark.parametrize(
-    ("said", "accuracy", "iou", "iop", "score"),
+    ("answer", "accuracy", "iou", "iop", "score"),
     [
         ("B <> [20.0, 30.0]", 1, 1, 1, 1),
         ("(B) <> [25.0, 35.0]", 1, 1 / 3, 0.5, 2 / 3),
@@ -319,15 +324,15 @@ def test_the_best_segment_counts():
         ("", 0, 0, 0, 0),
     ],
 )
-def test_grounded_answers(said, accuracy, iou, iop, score):
+def test_grounded_answers(answer, accuracy, iou, iop, score):
     for truth in ("B <> [20.0, 30.0]", ["B", [[0, 1], [20.0, 30.0]]], ["A black dog", [20, 30]]):
-        got = grade_parts("gqa", said, truth, OPTIONS)
+        got = grade_parts("gqa", answer, truth, OPTIONS)
         assert (got.accuracy, got.iou, got.iop) == pytest.approx((accuracy, iou, iop))
-        assert got.score == grade("gqa", said, truth, OPTIONS) == pytest.approx(score)
+        assert got.score == grade("gqa", answer, truth, OPTIONS) == pytest.approx(score)
 
 
 @pytest.mark.parametrize(
-    ("one", "right"),
+    ("graded", "right"),
     [
         (Grade(accuracy=1.0), True),
         (Grade(accuracy=0.0), False),
@@ -338,8 +343,8 @@ def test_grounded_answers(said, accuracy, iou, iop, score):
         (Grade(accuracy=0.0, iou=1.0, iop=1.0), False),
     ],
 )
-def test_right_or_wrong(one, right):
-    assert one.is_right is right
+def test_right_or_wrong(graded, right):
+    assert graded.is_right is right
 
 
 @pytest.mark.parametrize(

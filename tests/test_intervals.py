@@ -101,7 +101,7 @@ def test_intervals_that_are_spelt_out(text):
 
 
 @pytest.mark.parametrize(
-    ("one", "other", "iou"),
+    ("predicted", "true", "iou"),
     [
         ((0, 10), (0, 10), 1),
         ((0, 10), (5, 15), 1 / 3),
@@ -115,19 +115,19 @@ def test_intervals_that_are_spelt_out(text):
         ((20.3, 30.8), (20.3, 30.8), 1),
     ],
 )
-def test_temporal_iou(one, other, iou):
-    assert temporal_iou(one, other) == pytest.approx(iou, abs=1e-12)
+def test_temporal_iou(predicted, true, iou):
+    assert temporal_iou(predicted, true) == pytest.approx(iou, abs=1e-12)
 
 
 def test_temporal_iou_counted_second_by_second():
     """Against sets of whole seconds, on random intervals."""
     rng = random.Random(0)
     for _ in range(500):
-        one, other = (sorted(rng.sample(range(30), 2)) for _ in range(2))
-        first, second = set(range(*one)), set(range(*other))
-        assert temporal_iou(one, other) == pytest.approx(len(first & second) / len(first | second))
-        assert temporal_iou(one, other) == temporal_iou(other, one)
-        assert temporal_iou(one[::-1], other) == temporal_iou(one, other)
+        predicted, true = (sorted(rng.sample(range(30), 2)) for _ in range(2))
+        first, second = set(range(*predicted)), set(range(*true))
+        assert temporal_iou(predicted, true) == pytest.approx(len(first & second) / len(first | second))
+        assert temporal_iou(predicted, true) == temporal_iou(true, predicted)
+        assert temporal_iou(predicted[::-1], true) == temporal_iou(predicted, true)
 
 
 def test_numbers_too_large_to_compare():

@@ -104,9 +104,9 @@ UNEQUAL = [
 ]
 
 
-@pytest.mark.parametrize(("said", "truth", "equal"), [(*c, True) for c in EQUAL] + [(*c, False) for c in UNEQUAL])
-def test_formulas(installed, said, truth, equal):
-    assert math_equality.are_equal(said, truth, seconds=30) is equal
+@pytest.mark.parametrize(("answer", "truth", "equal"), [(*c, True) for c in EQUAL] + [(*c, False) for c in UNEQUAL])
+def test_formulas(installed, answer, truth, equal):
+    assert math_equality.are_equal(answer, truth, seconds=30) is equal
 
 
 def test_a_formula_that_never_ends_is_cut_off(installed):
@@ -181,17 +181,17 @@ def test_a_process_that_was_killed_is_started_anew(fake):
 
 def test_beside_the_main_thread(fake):
     """Many threads at once, each with its own answer."""
-    found = {}
+    verdicts = {}
 
     def ask(number):
-        found[number] = fake.are_equal(f"sleep 0.01 {number}", str(number // 2 * 2))
+        verdicts[number] = fake.are_equal(f"sleep 0.01 {number}", str(number // 2 * 2))
 
     threads = [threading.Thread(target=ask, args=(number,)) for number in range(12)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert found == {number: number % 2 == 0 for number in range(12)}
+    assert verdicts == {number: number % 2 == 0 for number in range(12)}
 
 
 def test_texts_that_are_too_long_are_not_asked(fake, tmp_path):

@@ -20,9 +20,9 @@ from mlxvr.grading.reward import Reward, Weights, answers, compare_answers, form
 DECLINED = "Let's analyze the problem step by step."
 
 
-def earned(said, truth, kind="exact_match"):
+def earned(answer, truth, kind="exact_match"):
     """R1 and R2 of an answer that is given twice; the two are read alike."""
-    reward = score(f"\\boxed{{{said}}}<think>r</think>\\boxed{{{said}}}", truth, kind)
+    reward = score(f"\\boxed{{{answer}}}<think>r</think>\\boxed{{{answer}}}", truth, kind)
     assert reward.first == reward.second
     return reward.second
 
@@ -50,7 +50,7 @@ def test_what_is_no_letter(form):
 
 
 @pytest.mark.parametrize(
-    ("said", "truth", "right"),
+    ("answer", "truth", "right"),
     [
         ("A. red", "A. red", 1),  # the same text is the same
         ("A.", "a.", 1),
@@ -73,8 +73,8 @@ def test_what_is_no_letter(form):
         ("AB", "A", 0),
     ],
 )
-def test_texts(said, truth, right):
-    assert earned(said, truth) == right
+def test_texts(answer, truth, right):
+    assert earned(answer, truth) == right
 
 
 YES, NO = ("yes", "true", "ok", "okay"), ("no", "false")
@@ -82,13 +82,13 @@ YES, NO = ("yes", "true", "ok", "okay"), ("no", "false")
 
 def test_booleans():
     for words, others in ((YES, NO), (NO, YES)):
-        for said, truth in product(words, words):
+        for answer, truth in product(words, words):
             for form in ("{}", "{}.", "{}!", '"{}"', " {} ", "**{}**", "({})"):
-                assert earned(form.format(said), truth) == earned(form.format(said.upper()), truth) == 1
-        for said, truth in product(words, others):
-            assert earned(said, truth) == 0
-    for said, truth in (("yes, it is", "yes"), ("yess", "yes"), ("yes no", "yes"), ("nothing", "no"), ("1", "true")):
-        assert earned(said, truth) == 0
+                assert earned(form.format(answer), truth) == earned(form.format(answer.upper()), truth) == 1
+        for answer, truth in product(words, others):
+            assert earned(answer, truth) == 0
+    for answer, truth in (("yes, it is", "yes"), ("yess", "yes"), ("yes no", "yes"), ("nothing", "no"), ("1", "true")):
+        assert earned(answer, truth) == 0
 
 
 @pytest.mark.parametrize(("letter", "word"), [("y", "yes"), ("t", "true"), ("n", "no"), ("f", "false")])
@@ -110,7 +110,7 @@ def test_intervals(separator, brackets):
 
 
 @pytest.mark.parametrize(
-    ("said", "truth", "iou"),
+    ("answer", "truth", "iou"),
     [
         ("[2, 4]", [2, 4], 1),
         ("[2, 4]", [4, 2], 1),
@@ -135,12 +135,12 @@ def test_intervals(separator, brackets):
         ("start: 2, end: 4", [2, 4], 0),  # evaluation reads this
     ],
 )
-def test_iou(said, truth, iou):
-    assert earned(said, truth, "iou") == pytest.approx(iou)
+def test_iou(answer, truth, iou):
+    assert earned(answer, truth, "iou") == pytest.approx(iou)
 
 
 @pytest.mark.parametrize(
-    ("said", "sum_of_both"),
+    ("answer", "sum_of_both"),
     [
         ("B <> [2.0, 4.0]", 1 + 1),
         ("B<>2 to 4", 1 + 1),
@@ -158,7 +158,7 @@ def test_iou(said, truth, iou):
         ("", 0),
     ],
 )
-def test_grounded_answers(said, sum_of_both):
+def test_grounded_answers(answer, sum_of_both):
     for truth in (
         "B <> [2.0, 4.0]",
         ["B", [[2.0, 4.0]]],
@@ -166,7 +166,7 @@ def test_grounded_answers(said, sum_of_both):
         {"answer": "B", "segments": [[2, 4]]},
         {"answer": "B", "segment": [4, 2]},
     ):
-        assert earned(said, truth, "gqa") == pytest.approx(sum_of_both)
+        assert earned(answer, truth, "gqa") == pytest.approx(sum_of_both)
 
 
 def test_grounded_answers_take_the_best_segment():
@@ -177,7 +177,7 @@ def test_grounded_answers_take_the_best_segment():
 
 
 @pytest.mark.parametrize(
-    ("said", "truth", "right"),
+    ("answer", "truth", "right"),
     [
         ("1/2", "0.5", 1),
         (r"\frac{1}{2}", "0.5", 1),
@@ -199,18 +199,18 @@ def test_grounded_answers_take_the_best_segment():
         ("", "$0$", 0),
     ],
 )
-def test_formulas(said, truth, right):
+def test_formulas(answer, truth, right):
     pytest.importorskip("math_verify")
-    assert earned(said, truth, "math") == right
+    assert earned(answer, truth, "math") == right
 
 
 def test_math_asks_math_verify(monkeypatch):
     """How the question is put, wherever the package is: as it stands, and as a formula where the truth is one."""
     asked = []
 
-    def are_equal(said, truth):
-        asked.append((said, truth))
-        return said.startswith("$")
+    def are_equal(answer, truth):
+        asked.append((answer, truth))
+        return answer.startswith("$")
 
     monkeypatch.setattr(math_equality, "require", lambda: None)
     monkeypatch.setattr(math_equality, "are_equal", are_equal)
@@ -360,9 +360,9 @@ def test_declining_in_two_boxes_is_no_answer():
 def test_total(completion, truth, kind, total):
     reward = score(completion, truth, kind)
     assert reward.total == pytest.approx(total, abs=1e-12)
-    other = score(completion, truth, kind, weights=Weights(first=1, second=10, format=100, fallback=1000))
+    weighted = score(completion, truth, kind, weights=Weights(first=1, second=10, format=100, fallback=1000))
     parts = 1 * reward.first + 10 * reward.second + 100 * reward.format + 1000 * reward.fallback
-    assert other.total == pytest.approx(parts, abs=1e-9)
+    assert weighted.total == pytest.approx(parts, abs=1e-9)
     none = score(completion, truth, kind, weights=Weights(first=0, second=0, format=0, fallback=0))
     assert none.total == 0
     assert (reward.first, reward.second, reward.format, reward.fallback) == (
@@ -431,7 +431,7 @@ def test_truths_of_another_form(truth, kind, message):
 
 
 @pytest.mark.parametrize(
-    ("one", "other", "kind", "far"),
+    ("first", "second", "kind", "far"),
     [
         ("A", "(a)", "exact_match", 1),
         ("A", "B", "exact_match", 0),
@@ -450,24 +450,24 @@ def test_truths_of_another_form(truth, kind, message):
         ("x + 1", "X  + 1", "math", 1),  # the same text, with or without the package
     ],
 )
-def test_agreement(one, other, kind, far):
-    assert compare_answers(one, other, kind) == compare_answers(other, one, kind) == pytest.approx(far)
+def test_agreement(first, second, kind, far):
+    assert compare_answers(first, second, kind) == compare_answers(second, first, kind) == pytest.approx(far)
 
 
 @pytest.mark.parametrize("kind", ["exact_match", "math", "iou", "gqa"])
 @pytest.mark.parametrize("nothing", ["", " \n", DECLINED, f" {DECLINED}"])
 def test_nothing_agrees_with_nothing(kind, nothing):
-    for other in (nothing, "A", "[1, 2]"):
-        assert compare_answers(nothing, other, kind) == compare_answers(other, nothing, kind) == 0
+    for second in (nothing, "A", "[1, 2]"):
+        assert compare_answers(nothing, second, kind) == compare_answers(second, nothing, kind) == 0
 
 
 @pytest.mark.parametrize(
-    ("one", "other", "far"),
+    ("first", "second", "far"),
     [("1/2", "0.5", 1), ("3", "4", 0), ("x+1", "$1+x$", 1), ("$x+1$", "$1+x$", 1), ("$x+1$", "$x+2$", 0)],
 )
-def test_formulas_agree(one, other, far):
+def test_formulas_agree(first, second, far):
     pytest.importorskip("math_verify")
-    assert compare_answers(one, other, "math") == compare_answers(other, one, "math") == far
+    assert compare_answers(first, second, "math") == compare_answers(second, first, "math") == far
 
 
 def test_agreement_raises_as_score(monkeypatch):

@@ -334,9 +334,9 @@ def test_the_bundled_clips_are_a_dataset():
 def test_the_shell_game_writes_datasets(write, make, seed):
     """Every record is a row. With these seeds a single moment, `[6.8, 6.8]`, comes up first, and is drawn again."""
     records = [record for _, _, lines in make(seed, 64) for record in lines]
-    found = list(scan_rows(write(*records)))
-    assert [row.id for row in found if isinstance(row, Row)] == [record["id"] for record in records]
-    assert {row.kind for row in found} == {"exact_match", "iou", "gqa"}
+    results = list(scan_rows(write(*records)))
+    assert [row.id for row in results if isinstance(row, Row)] == [record["id"] for record in records]
+    assert {row.kind for row in results} == {"exact_match", "iou", "gqa"}
 
 
 def test_a_single_moment_of_the_shell_game_is_refused(write):
@@ -344,6 +344,6 @@ def test_a_single_moment_of_the_shell_game_is_refused(write):
     times = [number for number, record in enumerate(records) if record["kind"] == "grounding"]
     assert len(times) > 5
     records[times[3]]["answer"] = "[6.8, 6.8]"
-    found = list(scan_rows(write(*records)))
-    assert [number for number, row in enumerate(found) if not isinstance(row, Row)] == [times[3]]
-    assert f"d.jsonl:{times[3] + 1}: answer is '[6.8, 6.8]'" in str(found[times[3]])
+    results = list(scan_rows(write(*records)))
+    assert [number for number, row in enumerate(results) if not isinstance(row, Row)] == [times[3]]
+    assert f"d.jsonl:{times[3] + 1}: answer is '[6.8, 6.8]'" in str(results[times[3]])

@@ -87,7 +87,7 @@ def write(tmp_path):
         if path.suffix == ".parquet":
             pq.write_table(pa.Table.from_pylist(records), path)
         elif path.suffix == ".jsonl":
-            path.write_text("".join(f"{json.dumps(one)}\n" for one in records), encoding="utf-8")
+            path.write_text("".join(f"{json.dumps(record)}\n" for record in records), encoding="utf-8")
         else:
             path.write_text(json.dumps(records, indent=1), encoding="utf-8")
         return path
@@ -182,10 +182,10 @@ def test_a_record_of_each_format(read, tmp_path, format, expected):
 def test_other_files_hold_the_same(write, tmp_path, format, suffix):
     """JSON, JSONL and parquet of the same records give the same rows, ids included."""
     (row,), _ = read_rows(write([EXAMPLES[format]]), format=format)
-    (other,), _ = read_rows(write([EXAMPLES[format]], name=f"data{suffix}"), format=format)
+    (second,), _ = read_rows(write([EXAMPLES[format]], name=f"data{suffix}"), format=format)
     place = f"{tmp_path / 'data'}{suffix}" + (":1" if suffix == ".jsonl" else ": entry 1")
-    assert other.line == place
-    assert vars(other) == {**vars(row), "line": place}
+    assert second.line == place
+    assert vars(second) == {**vars(row), "line": place}
 
 
 @pytest.mark.parametrize("format", sorted(EXAMPLES))
@@ -389,7 +389,7 @@ def test_mmr_letters_close_up(read):
 
 
 @pytest.mark.parametrize(
-    ("problem", "answer", "given", "kind"),
+    ("problem", "answer", "problem_type", "kind"),
     [
         ("How many?", "3", "math", "math"),
         ("How many?", "3", "exact_match", "exact_match"),
@@ -398,9 +398,11 @@ def test_mmr_letters_close_up(read):
         ("Which?\nA. red\nB. blue", "B", "math", "exact_match"),
     ],
 )
-def test_kinds_of_thinklite(read, problem, answer, given, kind):
+def test_kinds_of_thinklite(read, problem, answer, problem_type, kind):
     """What the record says; with options a letter, which is no formula."""
-    row = read("thinklite-vl-hard", {**THINKLITE, "problem": problem, "ground_truth": answer, "problem_type": given})
+    row = read(
+        "thinklite-vl-hard", {**THINKLITE, "problem": problem, "ground_truth": answer, "problem_type": problem_type}
+    )
     assert shown(row, "answer", "kind") == (answer, kind)
 
 
@@ -429,7 +431,7 @@ def test_the_original_parquet_of_dapo(write):
 
 
 @pytest.mark.parametrize(
-    ("given", "plain"),
+    ("prompt", "plain"),
     [
         (f"{DAPO_BEFORE}What?{DAPO_AFTER}", "What?"),
         ("<image>\nWhat?\nPut your final answer in \\boxed{}.", "What?"),
@@ -451,8 +453,8 @@ def test_the_original_parquet_of_dapo(write):
         ("Question:", "Question:"),
     ],
 )
-def test_instructions_go_and_questions_stay(given, plain):
-    assert plain_question(given) == plain
+def test_instructions_go_and_questions_stay(prompt, plain):
+    assert plain_question(prompt) == plain
 
 
 @pytest.mark.parametrize(
@@ -488,8 +490,8 @@ def test_options_stay_where_the_answer_is_none_of_their_letters(read):
     )
     twice = {**VIDEO_R1, "problem": "What does he do?\nA. run\nB. jump"}
     assert shown(read("video-r1", twice), "question", "options") == ("What does he do?", ("run", "jump"))
-    other = {**VIDEO_R1, "problem": "What does he do?\nA. run\nB. swim"}
-    assert shown(read("video-r1", other), "question", "options") == (other["problem"], ("run", "jump"))
+    second = {**VIDEO_R1, "problem": "What does he do?\nA. run\nB. swim"}
+    assert shown(read("video-r1", second), "question", "options") == (second["problem"], ("run", "jump"))
 
 
 @pytest.mark.parametrize(

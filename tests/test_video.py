@@ -214,11 +214,11 @@ class TestTheRightFrames:
         with av.open(str(path)) as container:
             frames = read_video(path, SPEC, nframes=16)
             target = frames.pixels.shape[1:3]
-            kept = [frame for index, frame in enumerate(container.decode(video=0)) if index in set(frames.indices)]
+            wanted = [frame for index, frame in enumerate(container.decode(video=0)) if index in set(frames.indices)]
         from mlxvr.media.resize import resize
 
-        assert len(kept) == 16
-        for frame, pixels in zip(kept, frames.pixels):
+        assert len(wanted) == 16
+        for frame, pixels in zip(wanted, frames.pixels):
             assert np.array_equal(resize(frame.to_ndarray(format="rgb24"), target), pixels)
 
 
