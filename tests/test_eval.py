@@ -383,7 +383,7 @@ def test_rows_that_are_left_out_are_named(capfd, tmp_path, model, data, header):
     code, out, err = call(capfd, *asked)
     assert (code, out) == (2, "")
     assert err.count("\n") == 1
-    assert "made_bad.jsonl:41: the id 'r0'" in err
+    assert "made_bad.jsonl:1 has the id 'r0' too" in err
     code, out, err = call(capfd, *asked, "--skip-bad-rows")
     assert code == 0
     assert re.search(r"^left out: .*made_bad.jsonl:41", err, re.MULTILINE)
@@ -453,7 +453,7 @@ def test_a_full_disk_is_one_line(tmp_path, data):
         [sys.executable, "-B", "-m", "mlxvr", "eval", *arguments], capture_output=True, text=True, preexec_fn=limit
     )
     assert done.returncode == 2
-    assert re.fullmatch(r"error: the disk of .*samples.jsonl is full; .*goes on where it stopped\n", done.stderr)
+    assert re.fullmatch(r"error: the disk of .*samples.jsonl is full; .*resumes where it stopped\n", done.stderr)
     assert len(read_samples(tmp_path / "run" / "samples.jsonl")) < 2
 
 

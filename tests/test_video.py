@@ -680,8 +680,11 @@ class TestBadOptions:
         monkeypatch.setattr(video_module, "_MOST_TOKENS", 300)
         spec = SPEC.with_overrides(fps=1e6, max_frames=10**6)
         # 30 pairs of 4 x 3 tokens
-        with pytest.raises(ConfigError, match=r"60 frames of 128x96 pixels make 360 tokens, and no model reads more"):
+        with pytest.raises(
+            ConfigError, match=r"60 frames of 128x96 pixels make 360 tokens, and no model reads more"
+        ) as e:
             read_video(clip("h264.mp4"), spec)
+        assert "lower fps or max_frames (--fps, --max-frames)" in str(e.value)
 
     @pytest.mark.parametrize("fps", [0, -1, 0.0, math.nan, math.inf, -math.inf])
     def test_rates_that_are_none(self, fps):

@@ -154,19 +154,19 @@ def scan_rows(path: str | Path, *, media_root: Path | None = None, labelled: boo
     """Yield each row of a dataset, or its error; takes the arguments of `load_rows`, and raises its file errors."""
     path = Path(path)
     locate = make_locator(path.parent, media_root)
-    seen: dict[str, str] = {}
+    places: dict[str, str] = {}
     for number, raw in enumerate(read_lines(path), start=1):
         if not raw.strip():
             continue
         line = f"{path}:{number}"
         try:
             row = make_row(parse_line(raw, line), line=line, locate=locate, labelled=labelled)
-            if row.id in seen:
-                raise DataError(f"{line}: {seen[row.id]} has the id {row.id!r} too: give every row an id of its own")
+            if row.id in places:
+                raise DataError(f"{line}: {places[row.id]} has the id {row.id!r} too: give every row an id of its own")
         except DataError as error:
             yield error
         else:
-            seen[row.id] = line
+            places[row.id] = line
             yield row
 
 

@@ -78,7 +78,7 @@ def read_benchmark(name: str, root: str | Path, *, subtitles: bool = False) -> B
         if isinstance(row, str):
             skipped.append(f"{entry.line}: {row}")
         elif entry.video is None:
-            missing[entry.wanted] = missing.get(entry.wanted, 0) + 1
+            missing[entry.video_name] = missing.get(entry.video_name, 0) + 1
         elif row.id in rows:
             raise DataError(f"{entry.line}: {rows[row.id].line} has the id {row.id!r} too: keep one copy")
         else:

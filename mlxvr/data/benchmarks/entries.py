@@ -15,14 +15,14 @@ class Entry:
     Attributes:
         line: "file:line".
         record: the fields of a row, without its media.
-        wanted: the video's name in the release.
+        video_name: the video's name in the release.
         video: the video's file; None: it is missing.
         problem: why the question cannot be asked; "" if the reader noticed no reason.
     """
 
     line: str
     record: dict[str, Any]
-    wanted: str
+    video_name: str
     video: Path | None
     problem: str = ""
 

@@ -48,8 +48,8 @@ def read(folder: Folder, *, subtitles: bool) -> Iterator[Entry]:
             "task": record.get("type"),
         }
         problem = "" if intervals else f"{moments.name} holds no moment of video {video}, question {number}"
-        wanted = f"{paths.get(video, video)}.mp4"
-        yield Entry(line, row, wanted, folder.find(wanted, _VIDEOS), problem)
+        video_name = f"{paths.get(video, video)}.mp4"
+        yield Entry(line, row, video_name, folder.find(video_name, _VIDEOS), problem)
 
 
 def _file(folder: Folder, name: str) -> Path:
