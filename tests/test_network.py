@@ -21,7 +21,7 @@ from mlxvr.model.prompt import Prompt, build_prompt
 
 TOLERANCE = 1e-4  # relative, anywhere; float32 gives 3e-6
 
-# What is shown: (kind, grid in patches, seconds between temporal rows).
+# What is shown: (kind, grid in patches, seconds between temporal patches).
 PARTS = {
     "video": [("video", (4, 8, 12), 1.0)],
     "image": [("image", (1, 10, 6), 0.0)],

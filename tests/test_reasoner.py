@@ -552,7 +552,7 @@ def test_the_vision_tower_and_the_prefill_can_be_stopped(folders, clip_path, mon
     asked = {"mode": "think", "max_tokens": 8}
     with mlxvr.load(folders["qwen3_vl"], prefill_step_size=16) as loaded:
         expected = loaded.ask(clip_path, "What?", **MODEST, **asked)
-        monkeypatch.setitem(VideoModel.encode.__kwdefaults__, "patches_at_once", 1)  # a temporal row at a time
+        monkeypatch.setitem(VideoModel.encode.__kwdefaults__, "patches_at_once", 1)  # a temporal patch at a time
         for stage in ("vision", "prefill"):
             seen = []
 

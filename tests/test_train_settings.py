@@ -65,7 +65,7 @@ def test_the_learning_rate(tmp_path, small_model):
     ],
 )
 def test_frames(tmp_path, small_model, monkeypatch, how, rows, most):
-    """Two frames are a row of patches, four patches a token; the clip's length and the rate give the number."""
+    """Two frames are a temporal patch, four patches a token; the clip's length and the rate give the number."""
     record = json.loads(CLIPS.read_text().splitlines()[0])
     if rows is None:
         rows = int(record["frames"] / Fraction(record["fps"]) * how["fps"]) // 2

@@ -1,8 +1,8 @@
 """The prompts whose rope positions the releases of transformers were asked for."""
 
-# A prompt is a list of runs of text tokens and (kind, (t, h, w) in tokens, seconds between temporal rows). A start and
-# an end token stand around each medium.
-TEN_MINUTES = 600 / 256 * 2  # 256 frames of ten minutes, two to a row
+# A prompt is a list of runs of text tokens and (kind, (t, h, w) in tokens, seconds between temporal patches). A start
+# and an end token enclose each medium.
+TEN_MINUTES = 600 / 256 * 2  # 256 frames of ten minutes, two to a temporal patch
 PROMPTS = {
     "2 frames a second": [3, ["video", [6, 1, 2], 1.0], 4],
     "1 frame a second": [3, ["video", [6, 2, 2], 2.0], 4],
