@@ -16,10 +16,10 @@ Departures from the public graders, all of them on answers in other forms than t
 - MMVU has open questions judged by a language model, VideoMMMU by substrings and by numbers to two decimals. Here
   numbers and texts must be equal, or equal for `math-verify` if that is installed (extra `math`).
 
-Intervals are read by the rules of `intervals` for what is meant: two numbers with `,`, a dash, `to` or `and` between,
-in brackets or not, with or without `s` or `seconds`; swapped ends are put in order. Clock times (1:23) are not
-intervals. A point, or no interval, scores 0; of several ground-truth segments the best counts. Grounded QA is `answer
-<> [start, end]`, and its two parts are graded separately; without `<>` both are read from the whole text.
+Intervals are read as `mlxvr.grading.intervals` reads them for evaluation: two numbers with `,`, a dash, `to` or `and`
+between, in brackets or not, with or without `s` or `seconds`; swapped ends are put in order. Clock times (1:23) are not
+intervals. A point, or no interval, scores 0; of several ground-truth segments the best counts. Grounded QA is
+`answer <> [start, end]`, and its two parts are graded separately; without `<>` both are read from the whole text.
 """
 
 import math

@@ -143,7 +143,7 @@ atexit.register(_PROCESS.stop)
 
 
 def _serve() -> None:
-    """Compare formulas, in the process of its own, until its input ends."""
+    """Compare formulas until the input ends; this runs in the other process."""
     import faulthandler
     import signal
 
