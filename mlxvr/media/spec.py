@@ -112,9 +112,7 @@ class VisionSpec:
         """
         known = {field.name for field in fields(self)}
         most = values.get("image_max_tokens")
-        if (
-            isinstance(most, int) and values.get("image_min_tokens") is None
-        ):  # the requested maximum overrides the minimum
+        if isinstance(most, int) and values.get("image_min_tokens") is None:  # the maximum overrides the minimum
             values["image_min_tokens"] = max(1, min(self.image_min_tokens, most))
         if unknown := sorted(values.keys() - known):
             raise ConfigError(f"unknown vision setting {unknown[0]!r}: choose from {', '.join(sorted(known))}")
