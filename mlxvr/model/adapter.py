@@ -1,12 +1,12 @@
-"""LoRA weights on top of a loaded network.
+"""LoRA and DoRA adapters of a loaded network.
 
-An adapter folder is one of PEFT (`adapter_model.safetensors`), of mlx-vlm or mlxvr, or of mlx-lm
-(`adapters.safetensors`), each with `adapter_config.json`; `mlxvr.model.adapter_layouts` reads the three as one. In the
-network they are mlx-vlm 0.7.10's layers: `<module>.lora_a`, `<module>.lora_b` and, for DoRA, `.m`.
+PEFT (`adapter_model.safetensors`), mlx-vlm and mlxvr, and mlx-lm (`adapters.safetensors`) write adapter folders, each
+with an `adapter_config.json`; `mlxvr.model.adapter_layouts` reads all three layouts. In the network, adapters are
+mlx-vlm 0.7.10's layers: `<module>.lora_a`, `<module>.lora_b` and, for DoRA, `.m`.
 
-mlx-vlm's own function puts the layers in, but then loads the weights without looking: a folder made for another model
-would leave them untrained and say nothing. So names and shapes are compared here. It also builds DoRA layers of the
-wrong width around weights of 3, 5 or 6 bits; `add_layers` builds them right.
+mlx-vlm's own function adds the layers, but then loads the weights without a check: with a folder for another model, the
+layers would silently stay untrained. So names and shapes are compared here. It also builds DoRA layers of a wrong width
+around weights of 3, 5 or 6 bits; `add_layers` builds the right width.
 """
 
 import hashlib
@@ -36,14 +36,14 @@ _LORA_ENDINGS = (".lora_a", ".lora_b", ".m", ".A", ".B")
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter folder whose files are there and readable; whether it fits a model is not known yet.
+    """An adapter folder whose files are readable; whether it fits a model is not checked yet.
 
     Attributes:
-        folder: where it lies.
+        folder: the folder's path.
         config: `adapter_config.json`.
         weights_file: the file with its tensors.
-        tensors: what that file holds, by the names on disk.
-        layers: MLX path of each adapted module -> what is added to it.
+        tensors: headers of that file's tensors, by their names on disk.
+        layers: MLX path of each adapted module -> its layer.
     """
 
     folder: Path
@@ -56,8 +56,8 @@ class Adapter:
     def open(cls, folder: Path) -> "Adapter":
         """Read config and header.
 
-        Raises `CheckpointError` when a file is missing or damaged, or the adapter is of another kind or has a setting
-        that MLX's LoRA layers cannot express.
+        Raises `CheckpointError` when a file is missing or damaged, when the adapter is no LoRA or DoRA adapter, or when
+        MLX's LoRA layers cannot express one of its settings.
         """
         config_file = folder / "adapter_config.json"
         weights = _find_weights(folder)
@@ -70,14 +70,14 @@ class Adapter:
         tensors = read_header(weights)
         if weights.name == _PEFT_WEIGHTS:
             if not isinstance(config, dict):
-                raise CheckpointError(f"{config_file} holds no JSON object: copy the adapter again")
+                raise CheckpointError(f"{config_file} contains no JSON object: copy the adapter again")
             return cls(folder, config, weights, tensors, read_peft(config, tensors, folder))
         _check_config(config, config_file)
         return cls(folder, config, weights, tensors, read_mlx(config, tensors, folder))
 
     @property
     def is_peft(self) -> bool:
-        """Whether PEFT saved it."""
+        """Whether PEFT wrote the folder."""
         return self.weights_file.name == _PEFT_WEIGHTS
 
     @property
@@ -86,7 +86,7 @@ class Adapter:
         return bool(self.config.get("use_dora")) or self.config.get("fine_tune_type", "lora") == "dora"
 
     def load(self) -> dict[str, mx.array]:
-        """Its weights by the names that they have in the network, each `lora_a` (inputs, rank)."""
+        """The weights by their names in the network; each `lora_a` is (inputs, rank)."""
         arrays = cast("dict[str, mx.array]", mx.load(str(self.weights_file)))
         return {
             f"{module}.{part}": arrays[name].T if self.is_peft and part != "m" else arrays[name]
@@ -95,15 +95,13 @@ class Adapter:
         }
 
     def fingerprint(self) -> str:
-        """A short hash of its files."""
+        """A short hash of the files."""
         config = (self.folder / "adapter_config.json").read_bytes()
         return hashlib.sha256(self.weights_file.read_bytes() + config).hexdigest()[:16]
 
 
 def apply_adapter(network: Any, folder: Path) -> str:
-    """Put an adapter's layers into a network and load their weights.
-
-    Returns a short hash of the adapter's files.
+    """Add an adapter's layers to a network and load their weights; return a short hash of the adapter's files.
 
     Raises `CheckpointError` when a file is missing or damaged, or the adapter was made for another model.
     """
@@ -121,13 +119,13 @@ def apply_adapter(network: Any, folder: Path) -> str:
 def add_layers(
     network: Any, names: Iterable[str], *, rank: int, scale: float, dropout: float = 0.0, dora: bool = False
 ) -> None:
-    """Put LoRA or DoRA layers (mlx-vlm's) around linear modules; they change nothing until their `lora_b` does.
+    """Put LoRA or DoRA layers (mlx-vlm's) around linear modules; outputs stay the same while `lora_b` is zero.
 
     Args:
-        network: is changed.
-        names: of modules, from the network's root, quantized or not.
+        network: is changed in place.
+        names: the modules' names from the network's root, quantized or not.
         rank, scale, dropout: of each layer.
-        dora: also learn the length of each row of the weight.
+        dora: use DoRA: also learn the length of each row of the weight.
 
     Raises `ValueError` for a name that is no linear module.
     """
@@ -153,12 +151,12 @@ def add_layers(
 
 
 def find_layers(network: Any) -> dict[str, Any]:
-    """The LoRA and DoRA layers of a network by their name from its root; `.linear` is the module inside."""
+    """The LoRA and DoRA layers of a network, by their name from its root; `.linear` is the wrapped module."""
     return {name: module for name, module in network.named_modules() if "lora_a" in module and "linear" in module}
 
 
 def swap_modules(network: Any, modules: Mapping[str, Any]) -> None:
-    """Put modules in the places that their names say, counted from the network's root."""
+    """Replace modules of a network, by their names from its root."""
     for name, module in modules.items():
         *path, last = name.split(".")
         parent = network
@@ -173,13 +171,13 @@ def _check_config(config: Any, file: Path) -> None:
         raise CheckpointError(f"{file} describes a fully fine-tuned model, not an adapter: load that model itself")
     if kind not in ("lora", "dora") or not isinstance(config.get("lora_parameters"), dict):
         raise CheckpointError(
-            f"{file} does not describe a LoRA adapter as mlx-vlm, mlx-lm or mlxvr writes it (lora_parameters with "
-            "rank, scale, dropout and keys): convert the adapter, or fuse it into its model first"
+            f"{file} does not describe a LoRA adapter of mlx-vlm, mlx-lm or mlxvr (lora_parameters with rank, scale, "
+            "dropout and keys): convert the adapter, or fuse it into its model first"
         )
 
 
 def _find_weights(folder: Path) -> Path:
-    """The file with the tensors; raises `CheckpointError` when there is none that is safe to read."""
+    """The file with the tensors; raises `CheckpointError` when no file is safe to read."""
     present = [folder / name for name in (_PEFT_WEIGHTS, _MLX_WEIGHTS) if (folder / name).is_file()]
     if len(present) == 2:
         raise CheckpointError(f"{folder} holds both {_PEFT_WEIGHTS} and {_MLX_WEIGHTS}: give each a folder of its own")
@@ -201,7 +199,7 @@ def _no_file(folder: Path, name: str) -> CheckpointError:
 
 
 def _is_mlx_lm(adapter: Adapter) -> bool:
-    """Whether its modules are counted from a text model, or its keys from a layer."""
+    """Whether mlx-lm wrote it: modules are named from a text model, or keys from a layer."""
     keys = adapter.config["lora_parameters"].get("keys") or []
     return any(name.startswith("model.layers.") for name in adapter.tensors) or any(
         str(key).startswith(("self_attn.", "mlp.")) for key in keys
@@ -209,7 +207,7 @@ def _is_mlx_lm(adapter: Adapter) -> bool:
 
 
 def _attach_by_name(network: Any, adapter: Adapter) -> None:
-    """Put layers around the modules that the adapter has weights for, each with its own rank and scale."""
+    """Add layers around the modules that the adapter has weights for, each with its own rank and scale."""
     linear = {
         name: tuple(module.weight.shape)
         for name, module in network.named_modules()
@@ -221,7 +219,7 @@ def _attach_by_name(network: Any, adapter: Adapter) -> None:
     for name in sorted(wanted):
         if name not in linear:
             raise CheckpointError(
-                f"the adapter {adapter.folder} adapts {name}, and this model has no linear module of that name: it was "
+                f"the adapter {adapter.folder} adapts {name}, but this model has no linear module of that name: it was "
                 "made for another model"
             )
         if name not in adapter.layers:
@@ -244,7 +242,7 @@ def _mlx_lm_targets(config: Mapping[str, Any], linear: Iterable[str]) -> set[str
 
 
 def _attach(network: Any, folder: Path, config: dict[str, Any]) -> None:
-    """Replace the modules that the adapter names by LoRA layers around them."""
+    """Add layers around the modules that the config names."""
     from mlx_vlm.trainer.peft import utils as peft
 
     try:
@@ -261,7 +259,7 @@ def _attach(network: Any, folder: Path, config: dict[str, Any]) -> None:
 
 
 def _check_fit(network: Any, shapes: Mapping[str, tuple[int, ...]], folder: Path) -> None:
-    """Every LoRA weight of the network is in the file in its shape, and the file holds nothing else."""
+    """Raise `CheckpointError` unless the file holds exactly the network's LoRA weights, each in its shape."""
     present = {key: tuple(array.shape) for key, array in cast("list[Any]", tree_flatten(network.parameters()))}
     wanted = {key for key in present if key.endswith(_LORA_ENDINGS)}
     if missing := sorted(wanted - shapes.keys()):

@@ -1,8 +1,8 @@
-"""On which weights an adapter was trained: written into its `adapter_config.json`, and compared where it is loaded.
+"""The weights that an adapter was trained on: recorded in its `adapter_config.json`, and compared when it is loaded.
 
-Matrices of another shape do not fit and are refused. Those of the same shape fit any weights of the architecture, such
-as the same checkpoint at 4 bits instead of bfloat16, or another fine-tune of it. That may be what somebody wants, so it
-is said, and not refused.
+An adapter whose matrices have other shapes is refused. Matrices of the same shapes fit any weights of the architecture,
+such as the same checkpoint at 4 bits instead of bfloat16, or another fine-tune of it. Somebody may want that, so it is
+a warning and not an error.
 """
 
 import logging
@@ -18,11 +18,11 @@ logger = logging.getLogger(__name__)
 
 
 def describe_base(folder: ModelFolder) -> dict[str, Any]:
-    """What tells a model's weights from others, in milliseconds.
+    """A description that distinguishes a model's weights from others; takes milliseconds.
 
     Returns:
         `{"sample": .., "bits": .., "dtype": ..}`: a hash of samples of the weights (`ModelFolder.sample`), the bits of
-        a quantized model or None, and the dtype of what is not quantized as safetensors names it, such as "BF16".
+        a quantized model or None, and the dtype of unquantized tensors as safetensors names it, such as "BF16".
     """
     quantization = folder.config.get("quantization") or folder.config.get("quantization_config") or {}
     dtypes = {info.dtype for name, info in folder.tensors.items() if name.endswith("norm.weight")}
@@ -34,11 +34,11 @@ def describe_base(folder: ModelFolder) -> dict[str, Any]:
 
 
 def difference_of_bases(config: Mapping[str, Any], base: Mapping[str, Any]) -> str | None:
-    """How the weights that an adapter was trained on differ from others; None: they do not, or it is not known.
+    """How the weights that an adapter was trained on differ from `base`; None: they do not, or it is unknown.
 
     Args:
         config: `adapter_config.json`.
-        base: of the other weights, from `describe_base`.
+        base: `describe_base` of the weights that the adapter is loaded onto.
     """
     trained = config.get("base")
     if not isinstance(trained, Mapping) or not base or trained.get("sample") in (None, base.get("sample")):
@@ -50,7 +50,7 @@ def difference_of_bases(config: Mapping[str, Any], base: Mapping[str, Any]) -> s
 
 
 def warn_of_another_base(adapter: Path, config: Mapping[str, Any], base: Mapping[str, Any]) -> None:
-    """Log a warning where an adapter meets other weights than those that it was trained on."""
+    """Log a warning when an adapter is loaded onto other weights than those that it was trained on."""
     difference = difference_of_bases(config, base)
     if difference is not None:
         logger.warning(

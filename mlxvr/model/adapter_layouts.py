@@ -1,16 +1,16 @@
-"""How an adapter's weights lie on disk: PEFT's layout and the two of MLX, read as one.
+"""Layouts of an adapter's weights on disk: PEFT's and the two of MLX, all read into `AdapterLayer`s.
 
     PEFT      `adapter_model.safetensors`: `base_model.model.<module>.lora_A.weight` (rank, inputs) and `.lora_B.weight`
               (outputs, rank), with `lora_magnitude_vector` for DoRA; scale alpha / rank, or alpha / sqrt(rank) for
-              rsLoRA (arXiv 2312.03732), alpha a module's own where `alpha_pattern` names it
+              rsLoRA (arXiv 2312.03732); `alpha_pattern` may set a module's own alpha
     mlx-vlm   `adapters.safetensors`: `<module>.lora_a` (inputs, rank), `.lora_b` (rank, outputs) and `.m`, one scale
-    mlx-lm    the same parts; modules counted from a text model (`model.layers.3..`), keys from a layer
+    mlx-lm    the same parts; modules named from a text model (`model.layers.3..`), keys from a layer
 
-Which modules are adapted is read from the names of the tensors: a PEFT config says it as a list, a regular expression
-or "all-linear", and each of them has become those names. Module names are those of the network in memory, which
-changed in transformers 4.52 (`model.layers.0` became `model.language_model.layers.0`); both become MLX's.
+The names of the tensors say which modules are adapted: a PEFT config names them by a list, a regular expression or
+"all-linear", and PEFT resolved each of these to tensor names. Module names are those of the network in memory, which
+changed in transformers 4.52 (`model.layers.0` became `model.language_model.layers.0`); both are mapped to MLX's.
 
-A setting that MLX's LoRA layers cannot express is refused by its name, and so is one that is not known here.
+A setting that MLX's LoRA layers cannot express, or that is unknown here, is an error that names it.
 """
 
 import math
@@ -30,13 +30,13 @@ _PEFT_PARTS = {"lora_A": "lora_a", "lora_B": "lora_b", "lora_magnitude_vector": 
 _PEFT_TENSOR = re.compile(
     r"(?:base_model\.model\.)?(?P<module>.+?)\.(?P<part>lora_A|lora_B|lora_magnitude_vector)(?P<end>(\.[^.]+){0,2})"
 )
-# Settings that say how the adapter was made or trained, not what it computes.
+# Settings about how the adapter was made or trained, not about what it computes.
 _NEUTRAL = frozenset(
     {
         *("auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "exclude_modules", "inference_mode"),
         *("layers_pattern", "layers_to_transform", "lora_dropout", "megatron_core", "peft_type", "peft_version"),
         *("qalora_group_size", "revision", "runtime_config", "target_modules", "task_type"),
-        *("corda_config", "eva_config", "loftq_config", "lora_ga_config"),  # of initialisations, see below
+        *("corda_config", "eva_config", "loftq_config", "lora_ga_config"),  # settings of initialisations, see below
     }
 )
 _READ = frozenset({"alpha_pattern", "init_lora_weights", "lora_alpha", "r", "rank_pattern", "use_dora", "use_rslora"})
@@ -46,11 +46,11 @@ _TREES = (("language_model.layers.", "language_model.model.layers."), ("layers."
 
 @dataclass(frozen=True)
 class AdapterLayer:
-    """What an adapter adds to one linear module.
+    """The adapter's layer of one linear module.
 
     Attributes:
-        rank: of the two matrices' product.
-        scale: what the product is multiplied with.
+        rank: LoRA rank.
+        scale: factor of the two matrices' product.
         parts: "lora_a", "lora_b" and, with DoRA, "m" -> the tensor's name on disk. A part may be missing.
     """
 
@@ -60,24 +60,26 @@ class AdapterLayer:
 
 
 def read_peft(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], folder: Path) -> dict[str, AdapterLayer]:
-    """MLX path of each adapted module -> its layer, of an adapter that PEFT saved.
+    """Read a PEFT adapter: MLX path of each adapted module -> its layer.
 
-    Raises `CheckpointError` for a setting or tensor that MLX's layers cannot express, and for a part that is missing.
+    Raises `CheckpointError` for a setting or tensor that MLX's layers cannot express, and for a missing part.
     """
     _refuse_settings(config, folder)
     parts: dict[str, dict[str, str]] = {}
     for name in tensors:
         if name.endswith(".base_layer.weight"):
             continue  # PEFT adds a copy of the frozen weight where the output head is adapted
-        found = _PEFT_TENSOR.fullmatch(name)
-        if found is None or (found["end"] not in ("", ".weight") and not _is_named(found["end"], found["part"])):
+        match = _PEFT_TENSOR.fullmatch(name)
+        if match is None or (match["end"] not in ("", ".weight") and not _is_named(match["end"], match["part"])):
             raise CheckpointError(
                 f"the adapter {folder} holds {name}, which is no LoRA matrix of a linear module: merge the adapter "
                 "with PEFT (merge_and_unload), and convert the merged model"
             )
-        own = parts.setdefault(found["module"], {})
-        if own.setdefault(_PEFT_PARTS[found["part"]], name) != name:
-            raise CheckpointError(f"the adapter {folder} holds {found['part']} of {found['module']} twice: save one")
+        own = parts.setdefault(match["module"], {})
+        if own.setdefault(_PEFT_PARTS[match["part"]], name) != name:
+            raise CheckpointError(
+                f"the adapter {folder} holds {match['part']} of {match['module']} twice: save only one adapter in it"
+            )
     needed = ("lora_a", "lora_b", "m") if config.get("use_dora") else ("lora_a", "lora_b")
     layers: dict[str, AdapterLayer] = {}
     for module, own in parts.items():
@@ -94,7 +96,7 @@ def read_peft(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], fold
 
 
 def read_mlx(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], folder: Path) -> dict[str, AdapterLayer]:
-    """MLX path of each adapted module -> its layer, of an adapter that mlx-vlm, mlx-lm or mlxvr saved.
+    """Read an adapter of mlx-vlm, mlx-lm or mlxvr: MLX path of each adapted module -> its layer.
 
     Raises `CheckpointError` when the config has no scale.
     """
@@ -112,15 +114,15 @@ def read_mlx(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], folde
 
 
 def _mlx_module(name: str) -> str:
-    """A module's MLX path, from its path in any release's network."""
-    for tree, ours in _TREES:
+    """A module's MLX path, from its path in the network of any transformers release."""
+    for tree, mlx_tree in _TREES:
         if name.startswith(tree):
-            return ours + name[len(tree) :]
+            return mlx_tree + name[len(tree) :]
     return mlx_name(f"{name}.weight").removesuffix(".weight")
 
 
 def _is_named(end: str, part: str) -> bool:
-    """Whether what follows a part's name is an adapter's name: `.default.weight`, or `.default` of a vector."""
+    """Whether the end of a tensor's name contains an adapter's name: `.default.weight`, or `.default` for a vector."""
     words = end[1:].split(".")
     if words[-1] == "bias":
         return False
@@ -134,14 +136,14 @@ def _peft_scale(config: Mapping[str, Any], module: str, rank: int, folder: Path)
         raise CheckpointError(f"{folder / 'adapter_config.json'} has no number as lora_alpha: copy it again")
     if stated != rank:
         raise CheckpointError(
-            f"the adapter {folder}: the matrices of {module} have rank {rank}, and adapter_config.json says {stated}: "
+            f"the adapter {folder}: the matrices of {module} have rank {rank}, but adapter_config.json says {stated}: "
             "the files do not belong together"
         )
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def _of_module(patterns: Mapping[str, Any] | None, module: str, default: Any, folder: Path) -> Any:
-    """The value of the first pattern that matches the end of a module's name, as PEFT looks it up."""
+    """The value of the first pattern that matches the end of a module's name, as in PEFT's lookup."""
     try:
         return next(
             (value for pattern, value in (patterns or {}).items() if re.match(rf"(.*\.)?({pattern})$", module)), default

@@ -1,11 +1,11 @@
-"""Keys and values of what the network has read: how long, rewound exactly, saved and loaded.
+"""KV caches: created, measured, rewound exactly, saved and loaded.
 
-A cache is a list with one mlx-vlm `KVCache` (or `QuantizedKVCache`) a layer. It grows by 256 tokens at a time, and
-rewinding it is free: entries past the length are never read, and what is computed next is written over them. A rewound
-cache therefore gives bit for bit what it gave before.
+A cache is a list with one mlx-vlm `KVCache` (or `QuantizedKVCache`) per layer. It grows by 256 tokens at a time.
+Rewinding is free: entries past the length are never read, and the next computation overwrites them. A rewound cache
+therefore gives the same results bit for bit.
 
-On disk a cache is one safetensors file: `0.keys.0`, `0.values.0`, .. (packed, scales and biases are 0, 1 and 2 of a
-quantized layer), and the layout and the caller's own notes as metadata.
+On disk a cache is one safetensors file with the arrays `0.keys.0`, `0.values.0`, .. (a quantized layer's packed words,
+scales and biases are 0, 1 and 2), and with the layout and the caller's notes as metadata.
 """
 
 import functools
@@ -31,16 +31,16 @@ _LAYOUT = "mlxvr_cache"
 def make(
     layers: int, *, head_dim: int, kv_bits: int | None = None, dtype: mx.Dtype = mx.float32, repeats: int = 1
 ) -> list[Any]:
-    """An empty cache for a network of `layers` layers.
+    """An empty cache for a network.
 
     Args:
-        layers: how many.
-        head_dim: of keys and values; a quantized cache scales groups of at most 64 of them.
-        kv_bits: bits of each stored number, None: as computed.
-        dtype: that the network computes in; backends have kernels for some.
-        repeats: heads of queries that share one of keys and values, likewise.
+        layers: number of layers.
+        head_dim: size of a head of keys or values; a quantized cache scales groups of at most 64 of its numbers.
+        kv_bits: bits of each stored number; None: as computed.
+        dtype: the network's dtype; backends have kernels for some dtypes only.
+        repeats: number of query heads that share a head of keys and values; backends have kernels for some only.
 
-    Raises `ConfigError` when keys and values cannot be kept in `kv_bits`.
+    Raises `ConfigError` when keys and values cannot be stored in `kv_bits`.
     """
     from mlx_vlm.models.cache import KVCache, QuantizedKVCache
 
@@ -58,9 +58,9 @@ def make(
 
 
 def group_size(head_dim: int, kv_bits: int) -> int:
-    """Numbers of a key or value that share a scale and a bias.
+    """How many numbers of a key or value share a scale and a bias.
 
-    Raises `ConfigError` when heads of this size cannot be kept in `kv_bits`.
+    Raises `ConfigError` when heads of this size cannot be stored in `kv_bits`.
     """
     size = next((size for size in _GROUP_SIZES if head_dim % size == 0), None)
     if size is None or head_dim * kv_bits % 32:
@@ -72,11 +72,11 @@ def group_size(head_dim: int, kv_bits: int) -> int:
 
 @functools.cache
 def _has_kernels(head_dim: int, group_size: int, bits: int, dtype: mx.Dtype, repeats: int) -> bool:
-    """Whether the backend multiplies with packed keys and values that are part of a longer buffer, as a cache's are.
+    """Whether the backend multiplies with packed keys and values that are part of a longer buffer, as in a cache.
 
-    MLX's CUDA backend (0.32.4) lacks one for a prompt's queries where a head is one group, or where heads of queries
-    share keys; it says so when the product is evaluated. So products of a prompt's size and of a token's are tried, in
-    the shapes that mlx-vlm gives them.
+    MLX's CUDA backend (0.32.4) lacks the kernel for a prompt's queries where a head is one group, or where query heads
+    share keys; it raises when the product is evaluated. So products of a prompt's size and of a token's are tried, in
+    mlx-vlm's shapes.
     """
     size: dict[str, Any] = {"group_size": group_size, "bits": bits}
     heads = (1, 2) if repeats == 1 else (1, 2, 1)
@@ -85,8 +85,8 @@ def _has_kernels(head_dim: int, group_size: int, bits: int, dtype: mx.Dtype, rep
     try:
         for queries in (384, 1):
             shared = (1, 2) if repeats == 1 else (1, 2, repeats)
-            asked = mx.zeros((*shared, queries, head_dim), dtype=dtype)
-            scores = mx.quantized_matmul(asked, packed, scales, biases, transpose=True, **size)
+            query = mx.zeros((*shared, queries, head_dim), dtype=dtype)
+            scores = mx.quantized_matmul(query, packed, scales, biases, transpose=True, **size)
             mx.eval(mx.quantized_matmul(scores, packed, scales, biases, transpose=False, **size))
     except (RuntimeError, ValueError):
         return False
@@ -94,17 +94,17 @@ def _has_kernels(head_dim: int, group_size: int, bits: int, dtype: mx.Dtype, rep
 
 
 def length(cache: Sequence[Any]) -> int:
-    """How many tokens a cache holds."""
+    """Number of tokens in a cache."""
     return int(cache[0].offset)
 
 
 def is_quantized(cache: Sequence[Any]) -> bool:
-    """Whether keys and values are kept in fewer bits than they are computed in."""
+    """Whether keys and values are stored in fewer bits than they are computed in."""
     return _is_quantized(cache[0])
 
 
 def trim(cache: Sequence[Any], to_length: int) -> None:
-    """Forget all tokens after the first `to_length`; `ValueError` if the cache holds fewer."""
+    """Drop all tokens after the first `to_length`; raises `ValueError` if the cache holds fewer."""
     held = length(cache)
     if not 0 <= to_length <= held:
         raise ValueError(f"cannot rewind a cache of {held} tokens to {to_length}")
@@ -122,8 +122,8 @@ def save(cache: Sequence[Any], path: str | os.PathLike[str], metadata: Mapping[s
 
     Args:
         cache: with at least one token.
-        path: of the file; its folder must exist.
-        metadata: the caller's notes, given back by `load`.
+        path: the file; its folder must exist.
+        metadata: the caller's notes, which `load` returns.
 
     Raises `ConfigError` when the file cannot be written.
     """
@@ -144,14 +144,14 @@ def save(cache: Sequence[Any], path: str | os.PathLike[str], metadata: Mapping[s
 
 
 def load(path: str | os.PathLike[str]) -> tuple[list[Any], dict[str, str]]:
-    """Read what `save` wrote: the cache, evaluated, and the caller's notes.
+    """Read a file of `save`: the cache, evaluated, and the caller's notes.
 
     Raises `ConfigError` when the file cannot be read, is damaged or is no saved cache.
     """
     try:
         loaded = mx.load(str(path), format="safetensors", return_metadata=True)
         arrays, notes = cast("tuple[dict[str, mx.array], dict[str, str]]", loaded)
-        mx.eval(list(arrays.values()))  # now, while it can be said whose fault it is
+        mx.eval(list(arrays.values()))  # now, so that an error names this file
         layout = notes.pop(_LAYOUT, None)
         if layout is None:
             raise ConfigError(f"{path} is a safetensors file but no saved cache: write one with Clip.save")
@@ -166,7 +166,7 @@ def load(path: str | os.PathLike[str]) -> tuple[list[Any], dict[str, str]]:
 
 
 def _read_layer(arrays: Mapping[str, mx.array], index: int, quantized: Mapping[str, int]) -> Any:
-    """One layer's cache from the arrays of a file; `quantized` holds its bits and group size, if it has any."""
+    """One layer's cache from the arrays of a file; `quantized` has its bits and group size, or is empty."""
     from mlx_vlm.models.cache import KVCache, QuantizedKVCache
 
     layer = QuantizedKVCache(**quantized) if quantized else KVCache()
@@ -185,6 +185,6 @@ def _is_quantized(layer: Any) -> bool:
 
 
 def _held(layer: Any) -> tuple[tuple[mx.array, ...], tuple[mx.array, ...]]:
-    """What a layer holds, without the room that it has reserved."""
+    """A layer's keys and values, without the reserved room."""
     keys, values = layer.state
     return (tuple(keys), tuple(values)) if _is_quantized(layer) else ((keys,), (values,))

@@ -1,19 +1,19 @@
-"""Reading a prompt and writing an answer, in tokens: nothing here knows text.
+"""Prefill and decoding, in tokens: this module knows no text.
 
-`prefill` reads ids into a cache and returns the logits of what comes next; `decode` goes on from there, one token at a
-time. Both continue after whatever the cache holds.
+`prefill` reads ids into a cache and returns the logits of the next token; `decode` continues from there, one token at a
+time. Both append to what the cache already holds.
 
-Decoding runs ahead by one: while a caller looks at a token, the network already reads it, so that the device never
-waits for Python. A caller that stops there has paid for one forward pass that nobody waits for; a caller that goes on,
-on the same iterator, has paid for nothing twice. After any number of tokens, and also once the iterator is closed or
-has failed, the cache holds what it held before and every token that was handed out.
+Decoding runs one token ahead: while a caller handles a token, the network already reads it, so that the device never
+waits for Python. A caller that stops has wasted one forward pass; a caller that continues on the same iterator has
+computed nothing twice. After any number of tokens, and also once the iterator is closed or has failed, the cache holds
+its former tokens and every token that was yielded.
 
-Visual placeholders are never written (`VideoModel.suppress_tokens`): `suppression` is added to the logits that a token
-is chosen from, here, in rollouts and in probes. Log-probabilities stay those of the model's own, whole distribution, as
-the training pass computes them: where the placeholders have no probability worth mentioning, nothing changes.
+Visual placeholders are never written (`VideoModel.suppress_tokens`): `suppression` is added to the logits before a
+token is chosen, here, in rollouts and in probes. Log-probabilities are still those of the model's whole distribution,
+as the training pass computes them; where the placeholders have negligible probability, nothing changes.
 
-Logits that are not finite are refused with the first token that they would give: then its log-probability is no number,
-and neither would be a confidence. float16 ends at 65,504, and activations of Qwen's models go beyond that.
+Logits that are not finite raise an error at the first token that is chosen from them, since its log-probability, and
+then a confidence, would not be a number. float16 ends at 65,504, and activations of Qwen's models exceed that.
 """
 
 import math
@@ -35,8 +35,8 @@ from mlxvr.runtime.hooks import Progress, ShouldStop
 __all__ = ["Decoder", "Sampler", "Token", "decode", "not_finite", "prefill", "suppression"]
 
 
-_LONG_STEP = 512  # tokens from which saving a layer is worth a pass for one token more
-_TOKENS_BETWEEN_CLEARINGS = 256  # MLX keeps freed buffers; mlx-lm gives them back as often
+_LONG_STEP = 512  # tokens; from here on, skipping a layer's work is worth an extra pass for one token
+_TOKENS_BETWEEN_CLEARINGS = 256  # MLX keeps freed buffers; mlx-lm clears them as often
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class Token:
     """A decoded token.
 
     Attributes:
-        id: its id.
-        logprob: natural log of its probability under the model's own distribution, whatever it was sampled from.
+        id: the token's id.
+        logprob: natural log of its probability under the model's own distribution, however it was sampled.
     """
 
     id: int
@@ -53,16 +53,16 @@ class Token:
 
 
 class Sampler:
-    """Draws tokens at a temperature, from the smallest set that holds `top_p` of the probability.
+    """Samples tokens at a temperature, from the smallest set of tokens that has `top_p` of the probability.
 
-    Its random state is its own, so that a seed gives the same tokens whatever else runs.
+    It has its own random state, so that a seed gives the same tokens whatever else runs.
     """
 
     def __init__(self, temperature: float = 1.0, *, top_p: float = 1.0, seed: int | None = None):
         """Raises `ConfigError` for a temperature that is not positive or a `top_p` outside (0, 1]."""
         if not 0.0 < temperature < float("inf"):
             raise ConfigError(
-                f"temperature {temperature} cannot be sampled at: use a positive number, or decode greedily"
+                f"temperature {temperature} cannot be used for sampling: use a positive number, or decode greedily"
             )
         if not 0.0 < top_p <= 1.0:
             raise ConfigError(f"top_p {top_p} is outside (0, 1]: 1 keeps every token")
@@ -73,7 +73,7 @@ class Sampler:
         self._key = mx.random.key(seed)
 
     def __call__(self, logits: mx.array) -> mx.array:
-        """Draw from float32 logits (.., vocab): ids (..)."""
+        """Sample from float32 logits (.., vocab): ids (..)."""
         self._key, key = mx.random.split(self._key)
         scaled = logits / self.temperature
         if self.top_p < 1.0:
@@ -81,7 +81,7 @@ class Sampler:
         return mx.random.categorical(scaled, key=key)
 
     def _keep_nucleus(self, scaled: mx.array) -> mx.array:
-        """Rule out what lies beyond `top_p` when tokens are taken by falling probability; the first always stays."""
+        """Exclude tokens beyond `top_p` in the order of falling probability; the first token always stays."""
         order = mx.argsort(-scaled, axis=-1)
         sorted_probabilities = mx.take_along_axis(mx.softmax(scaled, axis=-1), order, axis=-1)
         before = mx.cumsum(sorted_probabilities, axis=-1) - sorted_probabilities
@@ -102,34 +102,34 @@ def prefill(
     progress: Progress | None = None,
     should_stop: ShouldStop | None = None,
 ) -> mx.array:
-    """Read tokens into a cache, after what it holds already.
+    """Read tokens into a cache, after the tokens that it already holds.
 
     Args:
-        model: reads them.
+        model: the network to run.
         prompt_ids: int32 (n,), at least one.
         positions: int32 (3, n).
-        cache: is extended by n tokens; when the work is cancelled, it holds what was read until then.
+        cache: is extended by n tokens; when the work is cancelled, it holds the tokens that were read until then.
         features: of the visual tokens among `prompt_ids`, in order.
-        media_mask: bool (n,), where they stand.
-        step_size: the most tokens that go through the network at once; bounds the memory. Fewer go after a long
-            context, see `memory_plan.step_limit`.
+        media_mask: bool (n,), True for visual tokens.
+        step_size: the most tokens that go through the network at once; bounds the memory. After a long context the
+            limit is lower, see `memory_plan.step_limit`.
         progress: called with ("prefill", tokens done, n).
         should_stop: asked before each step.
 
     Returns:
-        Logits of the token that follows, float32 (vocab,), not yet evaluated.
+        Logits of the next token, float32 (vocab,), not yet evaluated.
 
     Raises:
-        ConfigError: there is nothing to read, or `step_size` is not positive.
-        Cancelled: `should_stop` said so.
+        ConfigError: the prompt is empty, or `step_size` is not positive.
+        Cancelled: `should_stop` returned True.
     """
     total = len(prompt_ids)
     if total == 0:
-        raise ConfigError("the prompt is empty: there must be at least one token to go on from")
+        raise ConfigError("the prompt is empty: at least one token is needed")
     if step_size < 1:
         raise ConfigError(f"the prefill step size is {step_size}: use a positive number of tokens, such as 2048")
     mask = np.zeros(total, dtype=bool) if media_mask is None else media_mask
-    seen = np.concatenate([[0], np.cumsum(mask)])  # visual tokens before each place
+    seen = np.concatenate([[0], np.cumsum(mask)])  # number of visual tokens before each token
     if features is not None and len(features) != seen[-1]:
         raise ValueError(f"{len(features)} rows of visual features for {seen[-1]} visual tokens")
     held, is_fused = kv.length(cache), backend() != "cpu" and not kv.is_quantized(cache)
@@ -156,9 +156,9 @@ def prefill(
 
 
 def suppression(model: VideoModel, suppress_tokens: Collection[int] | None = None) -> mx.array:
-    """What is added to logits before a token is chosen: float32 (vocab,), -inf for suppressed tokens and else 0.
+    """An array to add to logits before a token is chosen: float32 (vocab,), -inf for suppressed tokens, 0 for others.
 
-    `suppress_tokens`: None: the model's own; () suppresses none.
+    `suppress_tokens`: None: the model's own; (): none.
     """
     added = np.zeros(int(model.config["text_config"]["vocab_size"]), dtype=np.float32)
     added[sorted(model.suppress_tokens if suppress_tokens is None else suppress_tokens)] = -np.inf
@@ -166,7 +166,7 @@ def suppression(model: VideoModel, suppress_tokens: Collection[int] | None = Non
 
 
 def not_finite(model: VideoModel) -> MlxvrError:
-    """The error for logits that are not finite; names the dtype that they were computed in."""
+    """The error for logits that are not finite; names the dtype of the computation."""
     dtype = str(model.dtype).rpartition(".")[2]
     if dtype == "float16":
         return ConfigError(
@@ -179,12 +179,11 @@ def not_finite(model: VideoModel) -> MlxvrError:
 
 
 def _steps(total: int, size_at: Callable[[int], int]) -> list[int]:
-    """Where steps begin and end; `size_at` says how long one may be that begins at a place.
+    """The edges of the steps; `size_at(start)` is the longest step from a start.
 
-    The last token of a long last step goes alone.
-
-    A step is evaluated through its keys and values, which the last layer's attention output and MLP are no part of.
-    Only a step whose hidden states are used computes them: better for one token than for all.
+    The last token of a long last step becomes a step of its own. A step is evaluated through its keys and values, which
+    do not need the last layer's attention output and MLP. Only a step whose hidden states are used computes these: for
+    one token that is cheaper than for all.
     """
     edges = [0]
     while edges[-1] < total:
@@ -195,11 +194,11 @@ def _steps(total: int, size_at: Callable[[int], int]) -> list[int]:
 
 
 class Decoder:
-    """Decodes one token at a time and can go on at any time; `decode` is the usual way to it.
+    """Decodes one token at a time and can continue at any time; usually used through `decode`.
 
     Attributes:
-        position: rope position of the token that `logits` are about.
-        logits: float32 (vocab,), not yet evaluated: what comes after all that was handed out.
+        position: rope position of the token that `logits` predict.
+        logits: float32 (vocab,), not yet evaluated: of the token after all that were yielded.
     """
 
     def __init__(
@@ -212,7 +211,7 @@ class Decoder:
         sampler: Sampler | None = None,
         suppress_tokens: Collection[int] | None = None,
     ):
-        """Begin after what `cache` holds; see `decode` for the arguments."""
+        """Begin after the tokens in `cache`; see `decode` for the arguments."""
         self._model = model
         self._cache = cache
         self._sampler = sampler
@@ -239,7 +238,7 @@ class Decoder:
         if self._handed_out % _TOKENS_BETWEEN_CLEARINGS == 0:
             mx.clear_cache()
         token = Token(int(choice.item()), float(logprob.item()))  # type: ignore[arg-type]
-        if not math.isfinite(token.logprob):  # NaN and infinity of any logit reach it through the sum
+        if not math.isfinite(token.logprob):  # NaN or infinity in any logit reaches it through the sum
             raise not_finite(self._model)
         return token
 
@@ -263,21 +262,21 @@ def decode(
     suppress_tokens: Collection[int] | None = None,
     stop_ids: Collection[int] = (),
 ) -> Generator[Token, None, None]:
-    """Write tokens until `max_tokens`, or one of `stop_ids`, which is handed out too.
+    """Generate tokens up to `max_tokens`, or to a token of `stop_ids`, which is also yielded.
 
-    Stopping early means not taking the next token; going on means taking it. Once the iterator is closed, the cache
-    holds what it held before and every token that was handed out.
+    To stop early, do not take the next token. Once the iterator is closed, the cache holds its former tokens and every
+    token that was yielded.
 
     Args:
-        model: writes them.
+        model: the network to run.
         logits: of the first token, as `prefill` returns them.
-        cache: what was read so far; is extended.
+        cache: the context; is extended.
         position: rope position of the first token (`Prompt.next_position`).
         max_tokens: the most tokens.
-        sampler: None decodes greedily.
-        suppress_tokens: are never chosen, and the log-probabilities of the others are not changed by it; None: the
+        sampler: None: decode greedily.
+        suppress_tokens: tokens that are never chosen; log-probabilities of the other tokens do not change. None: the
             model's own.
-        stop_ids: end the answer.
+        stop_ids: tokens that end the answer.
 
     Raises `ConfigError` (float16 overflowed) or `CheckpointError` when the logits are not finite.
     """

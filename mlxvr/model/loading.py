@@ -1,9 +1,9 @@
-"""A model folder -> a `VideoModel`.
+"""Loading: from a model folder to a `VideoModel`.
 
-Everything that can be wrong with a folder is found before weights are read (see `folder`). Weights are mapped, renamed
-and laid out lazily, so that loading costs the time of reading the files once and no second copy of them.
+Problems of a folder are found before weights are read (see `folder`). Weights are mapped, renamed and laid out lazily,
+so that loading reads the files once and makes no second copy of them.
 
-Quantized folders say in `config.json` how each module is packed (`quantization`), as mlx-lm and mlx-vlm write it.
+`quantization` in the `config.json` of a quantized folder describes how each module is packed, as in mlx-lm and mlx-vlm.
 """
 
 import logging
@@ -29,7 +29,7 @@ from mlxvr.runtime.device_memory import avoid_cpu_compiler
 
 __all__ = ["load_model", "map_weights", "weight_bytes"]
 
-# Bytes of a number in memory, by how safetensors spells its type; fp8 is unpacked to bfloat16. Others are packed.
+# Bytes of a number in memory, by safetensors' name of its dtype; fp8 is unpacked to bfloat16. Other dtypes are packed.
 _LOADED_AS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 2, "F8_E4M3FN": 2}
 
 _log = logging.getLogger(__name__)
@@ -43,37 +43,37 @@ def load_model(
     dtype: str | None = None,
     lazy: bool = False,
 ) -> VideoModel:
-    """Load a model from disk; no network is touched.
+    """Load a model from disk, without using the network.
 
     Args:
-        folder: as transformers writes it, as mlxvr converts it or as mlx-vlm converts it; quantized or not (blocks of
-            8-bit floats are unpacked to bfloat16).
-        adapter: folder of LoRA weights to put on top, of mlxvr, mlx-vlm, mlx-lm or PEFT (see `adapter_layouts`).
-        dtype: one of `DTYPES`, what to compute in and keep unpacked weights in; None: as they are on disk.
-        lazy: leave each weight on disk until it is first used, for those who never use all at once.
+        folder: in the layout of transformers, mlxvr or mlx-vlm; quantized or not (blocks of 8-bit floats are unpacked
+            to bfloat16).
+        adapter: folder of a LoRA adapter, of mlxvr, mlx-vlm, mlx-lm or PEFT (see `adapter_layouts`).
+        dtype: one of `DTYPES`, for computing and for unpacked weights; None: as on disk.
+        lazy: leave each weight on disk until it is first used, for callers who never use all at once.
 
     Raises:
         CheckpointError: a file is missing, damaged, unsupported, unsafe or does not fit the others.
         ConfigError: `dtype` is unknown.
     """
     _check_dtype(dtype)
-    found = folder if isinstance(folder, ModelFolder) else ModelFolder.open(folder)
-    found.check_shapes()
-    if found.chat_template is None:
+    opened = folder if isinstance(folder, ModelFolder) else ModelFolder.open(folder)
+    opened.check_shapes()
+    if opened.chat_template is None:
         raise CheckpointError(
-            f"{found.path} has no chat template: copy chat_template.jinja (or tokenizer_config.json) from the "
+            f"{opened.path} has no chat template: copy chat_template.jinja (or tokenizer_config.json) from the "
             "checkpoint that the model comes from"
         )
     avoid_cpu_compiler()
-    config = found.family.mlx_config(found.config)
-    spec = found.family.vision_spec(config, found.image_processor, found.video_processor)
-    tokenizer = _load_tokenizer(found, config)
-    network = found.family.build(config)
-    weights = map_weights(found)
-    _prepare_quantized(network, found, weights)
+    config = opened.family.mlx_config(opened.config)
+    spec = opened.family.vision_spec(config, opened.image_processor, opened.video_processor)
+    tokenizer = _load_tokenizer(opened, config)
+    network = opened.family.build(config)
+    weights = map_weights(opened)
+    _prepare_quantized(network, opened, weights)
     network.load_weights(list(weights.items()), strict=True)
-    find_model, parts = found.identify_later(), {}
-    base = describe_base(found)
+    find_model, parts = opened.identify_later(), {}
+    base = describe_base(opened)
     if adapter is not None:
         warn_of_another_base(Path(adapter), Adapter.open(Path(adapter)).config, base)
         parts["adapter"] = apply_adapter(network, Path(adapter))
@@ -83,21 +83,21 @@ def load_model(
     network.eval()
     if not lazy:
         mx.eval(network.parameters())
-    _log.info("loaded %s (%s)", found.path, found.family.name)
+    _log.info("loaded %s (%s)", opened.path, opened.family.name)
     return VideoModel(
         network,
-        found.family,
+        opened.family,
         config,
         spec=spec,
         tokenizer=tokenizer,
-        folder=found,
+        folder=opened,
         identify=lambda: {"model": find_model(), **parts},
         base=base,
     )
 
 
 def weight_bytes(folder: ModelFolder, *, dtype: str | None = None) -> int:
-    """Bytes that the weights take once they are loaded; `dtype` as for `load_model`, with its error."""
+    """Bytes of the weights in memory once they are loaded; `dtype` and its error are those of `load_model`."""
     _check_dtype(dtype)
     total = 0
     modules = {key.rpartition(".")[0] for key in folder.family.expected_shapes(folder.config)}
@@ -113,7 +113,7 @@ def weight_bytes(folder: ModelFolder, *, dtype: str | None = None) -> int:
 
 
 def map_weights(folder: ModelFolder) -> dict[str, mx.array]:
-    """Every tensor that the network uses, under its MLX name, in MLX's layout; read when it is first needed."""
+    """Every tensor that the network uses, by its MLX name, in MLX's layout; each is read on first use."""
     names = folder.mlx_names()
     arrays: dict[str, mx.array] = {}
     for file in sorted({info.file for info in folder.tensors.values()}):
@@ -137,7 +137,7 @@ def _check_dtype(dtype: str | None) -> None:
 
 
 def _prepare_quantized(network: nn.Module, folder: ModelFolder, weights: Mapping[str, mx.array]) -> None:
-    """Give the modules whose weights are packed the layers that unpack them."""
+    """Replace the modules whose weights are packed by quantized layers."""
 
     def how(path: str, _: nn.Module) -> bool | dict[str, Any]:
         return folder.quantization_of(path) if f"{path}.scales" in weights else False
@@ -147,11 +147,11 @@ def _prepare_quantized(network: nn.Module, folder: ModelFolder, weights: Mapping
     try:
         nn.quantize(network, class_predicate=how)
     except ValueError as error:
-        raise CheckpointError(f"{folder.path} is quantized in a way that MLX does not know: {error}") from error
+        raise CheckpointError(f"{folder.path} is quantized in a way that MLX does not support: {error}") from error
 
 
 def _load_tokenizer(folder: ModelFolder, config: Mapping[str, Any]) -> ChatTokenizer:
-    """The tokenizer with its template, and every token that some file calls the end of a turn."""
+    """The tokenizer with its template and with every token that some file names as the end of a turn."""
     texts = {
         key: value["content"] if isinstance(value, Mapping) else value
         for key, value in folder.tokenizer_config.items()
@@ -159,20 +159,20 @@ def _load_tokenizer(folder: ModelFolder, config: Mapping[str, Any]) -> ChatToken
     }
     tokenizer = ChatTokenizer(folder.tokenizer_path, chat_template=folder.chat_template, special_texts=texts)
     ends: set[int] = set()
-    for found in (folder.generation_config.get("eos_token_id"), config["text_config"].get("eos_token_id")):
-        ends.update(found if isinstance(found, list) else [] if found is None else [found])
+    for eos in (folder.generation_config.get("eos_token_id"), config["text_config"].get("eos_token_id")):
+        ends.update(eos if isinstance(eos, list) else [] if eos is None else [eos])
     named = tokenizer.special_ids.get(texts.get("eos_token", ""))
     if named is not None:
         ends.add(named)
     if not ends:
         raise CheckpointError(
-            f"{folder.path} does not say which token ends an answer: its generation_config.json is missing"
+            f"{folder.path} does not define the token that ends an answer: its generation_config.json is missing"
         )
     tokenizer.eos_ids = frozenset(ends)
     rows = int(config["text_config"]["vocab_size"])
     if tokenizer.vocabulary_size > rows:
         raise CheckpointError(
-            f"{folder.tokenizer_path} has {tokenizer.vocabulary_size} tokens and the model's embedding {rows} rows: "
-            "the files do not belong together"
+            f"{folder.tokenizer_path} has {tokenizer.vocabulary_size} tokens, but the model's embedding has {rows} "
+            "rows: the files do not belong together"
         )
     return tokenizer

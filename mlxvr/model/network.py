@@ -1,12 +1,12 @@
-"""A loaded model: vision tower, language model, and what belongs to them.
+"""A loaded model: vision tower, language model, and their config, tokenizer and frame rules.
 
-The weights and layers are mlx-vlm's. What is done here instead of there:
+The weights and layers are mlx-vlm's. Three things are done here instead:
 
-- every forward pass gets explicit positions and goes through the inner decoder, which honours mask and positions; the
-  outer call of mlx-vlm 0.7.10 keeps rope state between calls and drops masks,
-- the output head runs only where logits are asked for, and in float32,
-- visual features are put in place for images and videos alike, in order of appearance, and a chunk of a prompt gets the
-  part of them that is its own.
+- Every forward pass gets explicit positions and calls the inner decoder, which respects mask and positions; the outer
+  call of mlx-vlm 0.7.10 keeps rope state between calls and drops masks.
+- The output head runs only for the logits that are needed, and in float32.
+- Visual features are inserted for images and videos alike, in order of appearance; a chunk of a prompt gets its own
+  part of them.
 """
 
 import functools
@@ -32,18 +32,18 @@ from mlxvr.runtime.hooks import Progress, ShouldStop
 __all__ = ["PATCHES_AT_ONCE", "VideoModel", "VisionFeatures", "temporal_patches_at_once"]
 
 
-# Patches that go through the vision tower at once. Rows are independent: this bounds memory and changes nothing else.
+# Patches that go through the vision tower at once. Temporal patches are independent: this only bounds memory.
 PATCHES_AT_ONCE = 16_384
 _VISION_PAD = "<|vision_pad|>"  # config.json does not name it
 
 
 @dataclass(frozen=True, eq=False)
 class VisionFeatures:
-    """What the vision tower makes of a prompt's media.
+    """The vision tower's output for a prompt's media.
 
     Attributes:
-        embeds: (n, hidden), one row for each visual token in the order of the prompt.
-        deepstack: for each of the first language layers that take visual features, what is added there: (n, hidden).
+        embeds: (n, hidden), one row per visual token in the order of the prompt.
+        deepstack: for each of the first language layers that take visual features, the array to add: (n, hidden).
     """
 
     embeds: mx.array
@@ -61,15 +61,14 @@ class VideoModel:
     """A model of any family, ready to run; made by `mlxvr.model.loading.load_model`.
 
     Attributes:
-        family: what is particular to the architecture.
+        family: the architecture's own rules.
         config: `config.json`, normalised.
-        spec: what the checkpoint's processor files expect of its pictures.
-        system_prompt: what the model is told first: VideoAuto-R1's, until it is set to the checkpoint's own, which
-            `mlxvr.checkpoint.defaults` knows.
+        spec: frame rules of the checkpoint's processor files.
+        system_prompt: VideoAuto-R1's, until it is set to the checkpoint's own, which `mlxvr.checkpoint.defaults` knows.
         tokenizer: with the chat template.
-        folder: that it was loaded from; None for parts of a model.
-        network: mlx-vlm's module, for those who train or convert it.
-        base: what tells its weights from others (`adapter_base.describe_base`); {} where it is not known.
+        folder: the folder that it was loaded from; None for parts of a model.
+        network: mlx-vlm's module, for training and conversion.
+        base: description of its weights (`adapter_base.describe_base`); {} where it is unknown.
         head: computes the logits.
     """
 
@@ -85,7 +84,7 @@ class VideoModel:
         identify: Callable[[], Mapping[str, str]] | None = None,
         base: Mapping[str, Any] | None = None,
     ):
-        """Put the parts together; `load_model` is the usual way. `identify` finds `parts` when they are asked for."""
+        """Put the parts together; usually called by `load_model`. `identify` computes `parts` on first use."""
         self.network = network
         self.family = family
         self.config = config
@@ -99,7 +98,7 @@ class VideoModel:
 
     @functools.cached_property
     def parts(self) -> dict[str, str]:
-        """What the fingerprint is made of: "model", and "adapter" and "dtype" where they were asked for.
+        """The parts of the fingerprint: "model", and "adapter" and "dtype" if `load_model` got them.
 
         Raises `CheckpointError` when a weights file cannot be read or has changed since it was loaded.
         """
@@ -107,7 +106,7 @@ class VideoModel:
 
     @property
     def fingerprint(self) -> str:
-        """Tells one set of weights from another; found when it is first asked for (see `ModelFolder.fingerprint`)."""
+        """Identifies the weights; computed on first use (see `ModelFolder.fingerprint`)."""
         return "".join(self.parts.values())
 
     @property
@@ -122,7 +121,7 @@ class VideoModel:
 
     @property
     def dtype(self) -> mx.Dtype:
-        """What the layers compute in."""
+        """The dtype in which the layers compute."""
         dtype: mx.Dtype = self.layers[0].input_layernorm.weight.dtype
         return dtype
 
@@ -133,7 +132,7 @@ class VideoModel:
 
     @property
     def suppress_tokens(self) -> frozenset[int]:
-        """Tokens that are never written: visual placeholders and what encloses them mean nothing in an answer."""
+        """Tokens that are never written: visual placeholders and their start and end mean nothing in an answer."""
         edges = (int(self.config["vision_start_token_id"]), int(self.config["vision_end_token_id"]))
         padding = self.tokenizer.special_ids.get(_VISION_PAD)
         return frozenset({*self.placeholder_ids, *edges, *([] if padding is None else [padding])}) - self.eos_ids
@@ -146,7 +145,7 @@ class VideoModel:
 
     @property
     def key_shape(self) -> tuple[int, int]:
-        """Heads of keys and values, and numbers in each of them."""
+        """Number of heads of keys and values, and the size of a head."""
         return int(self.config["text_config"]["num_key_value_heads"]), self.family.head_dim(self.config)
 
     def make_cache(self, kv_bits: int | None = None) -> list[Any]:
@@ -164,11 +163,11 @@ class VideoModel:
         should_stop: ShouldStop | None = None,
         patches_at_once: int = PATCHES_AT_ONCE,
     ) -> VisionFeatures:
-        """Run the vision tower over media, some temporal rows at a time.
+        """Run the vision tower over media, some temporal patches at a time.
 
         Args:
             media: in the order of the prompt.
-            progress: called with ("vision", rows done, rows in all).
+            progress: called with ("vision", temporal patches done, temporal patches in all).
             should_stop: asked before each chunk.
             patches_at_once: bounds the memory; the result does not depend on it.
 
@@ -177,18 +176,18 @@ class VideoModel:
 
         Raises `Cancelled` when `should_stop` says so.
         """
-        total, done = sum(one.grid[0] for one in media), 0
+        total, done = sum(medium.grid[0] for medium in media), 0
         chunks: list[VisionFeatures] = []
-        for one in media:
-            rows, height, width = one.grid
-            per_row = height * width
-            step = temporal_patches_at_once(self.config["vision_config"], per_row, patches_at_once)
+        for medium in media:
+            frames, height, width = medium.grid
+            per_frame = height * width
+            step = temporal_patches_at_once(self.config["vision_config"], per_frame, patches_at_once)
             plan = self.family.frame_plan(self.config, height, width)
-            for first in range(0, rows, step):
+            for first in range(0, frames, step):
                 if should_stop is not None and should_stop():
                     raise Cancelled("the clip was cancelled while the model looked at it")
-                last = min(first + step, rows)
-                pixels = mx.array(normalise(one.patches[first * per_row : last * per_row], self.spec))
+                last = min(first + step, frames)
+                pixels = mx.array(normalise(medium.patches[first * per_frame : last * per_frame], self.spec))
                 embeds, deep = run_tower(
                     self.network.vision_tower,
                     pixels,
@@ -211,9 +210,9 @@ class VideoModel:
         features: VisionFeatures | None = None,
         media_mask: np.ndarray | None = None,
     ) -> mx.array:
-        """Embeddings of ids (b, n) with visual features where `media_mask` (b, n) is True: (b, n, hidden).
+        """Embeddings of ids (b, n), with visual features where `media_mask` (b, n) is True: (b, n, hidden).
 
-        `features` has one row for each True, row by row of the batch.
+        `features` has one row for each True, in the order of the flattened mask.
         """
         embeds: mx.array = self.network.language_model.model.embed_tokens(ids)
         # MLX unpacks its floating-point formats to bfloat16, whatever the rest of the network computes in.
@@ -241,12 +240,12 @@ class VideoModel:
         Args:
             ids: int32 (b, n).
             positions: int32 (3, b, n), the rope positions of these tokens.
-            cache: is read and extended; None: nothing came before.
-            mask: None for causal attention; else what `mx.fast.scaled_dot_product_attention` takes, over all that the
-                cache holds and these tokens.
+            cache: is read and extended; None: no context.
+            mask: None: causal attention; else a mask of `mx.fast.scaled_dot_product_attention` over the tokens in the
+                cache and these tokens.
             features: of the visual tokens among `ids`.
-            media_mask: bool (b, n), where they stand.
-            embeds: (b, n, hidden) instead of `embed(ids, ...)`, for those who change them.
+            media_mask: bool (b, n), True for visual tokens.
+            embeds: (b, n, hidden), used instead of `embed(ids, ...)`.
 
         Returns:
             (b, n, hidden), normalised, in the dtype of the weights.
@@ -263,7 +262,7 @@ class VideoModel:
         return out
 
     def logits(self, hidden: mx.array) -> mx.array:
-        """The output head: (.., hidden) -> (.., vocab), float32 whatever the dtype of the weights (see `head`)."""
+        """The output head: (.., hidden) -> (.., vocab), float32 for any dtype of the weights (see `head`)."""
         language = self.network.language_model
         tied = self.config["tie_word_embeddings"]
         return self.head(language.model.embed_tokens if tied else language.lm_head, hidden)

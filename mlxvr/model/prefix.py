@@ -1,10 +1,11 @@
-"""The part of a prompt that every question about a clip shares, computed once.
+"""The prefix of a prompt, shared by all questions about a clip and computed once.
 
 System prompt and media come first in every prompt, so their keys and values are the same for every question. A `Prefix`
-computes them once; each question rewinds the cache to the prefix's end and computes its own text alone. Rewinding costs
-nothing: the cache forgets what came later, and the next tokens are written over it.
+computes them once; each question rewinds the cache to the prefix's end and computes only its own text. Rewinding costs
+nothing: the next tokens overwrite those of the last question.
 
-A prefix can be saved and loaded. A loaded one knows the shape of its media, not the pixels: enough for any question.
+A prefix can be saved and loaded. A loaded prefix knows the shapes of its media but not the pixels; this is enough for
+any question.
 """
 
 import json
@@ -30,7 +31,7 @@ __all__ = ["Prefix", "PrefixCost"]
 
 @dataclass(frozen=True)
 class PrefixCost:
-    """Seconds that computing a prefix took."""
+    """Seconds spent on computing a prefix."""
 
     vision_seconds: float
     prefill_seconds: float
@@ -41,9 +42,9 @@ class Prefix:
     """Keys and values of a prompt's shared part; `cache` may hold a question's tokens after it.
 
     Attributes:
-        media: the shapes and times of the media; their patches are gone.
-        cache: one KV cache a layer.
-        ids: int32 (length,), the tokens that the prefix holds.
+        media: shapes and times of the media, without their patches.
+        cache: one KV cache per layer.
+        ids: int32 (length,), the tokens of the prefix.
     """
 
     media: tuple[VisionInput, ...]
@@ -52,7 +53,7 @@ class Prefix:
 
     @property
     def length(self) -> int:
-        """Tokens in the prefix."""
+        """Number of tokens in the prefix."""
         return len(self.ids)
 
     @classmethod
@@ -69,10 +70,10 @@ class Prefix:
         """Run the vision tower over a prompt's media and the language model over its shared part."""
         started = time.perf_counter()
         features = network.encode(prompt.media, progress=progress, should_stop=should_stop) if prompt.media else None
-        seen = time.perf_counter()
+        encoded = time.perf_counter()
         cache = network.make_cache(kv_bits)
         end = prompt.prefix_length
-        if end:  # without media nothing is shared
+        if end:  # without media, questions share nothing
             prefill(
                 network,
                 prompt.ids[:end],
@@ -86,7 +87,7 @@ class Prefix:
             )
         media = tuple(_without_patches(medium) for medium in prompt.media)
         prefix = cls(media, cache, prompt.ids[:end].copy())
-        return prefix, PrefixCost(seen - started, time.perf_counter() - seen)
+        return prefix, PrefixCost(encoded - started, time.perf_counter() - encoded)
 
     def extend(
         self,
@@ -96,10 +97,10 @@ class Prefix:
         step_size: int = 2048,
         should_stop: ShouldStop | None = None,
     ) -> mx.array:
-        """Rewind to the prefix and compute the rest of `prompt`; the logits of its last token, (vocab,), evaluated."""
+        """Rewind to the prefix and compute the rest of `prompt`; return its last logits, (vocab,), evaluated."""
         start = self.length
         if not np.array_equal(prompt.ids[:start], self.ids):
-            raise ConfigError("the prompt does not begin with what the clip holds: open the clip again")
+            raise ConfigError("the prompt does not begin with the clip's prefix: open the clip again")
         kv.trim(self.cache, start)
         logits = prefill(
             network,
@@ -115,7 +116,7 @@ class Prefix:
     def save(self, path: Path, network: VideoModel, settings: Mapping[str, object]) -> None:
         """Write the prefix as safetensors, atomically.
 
-        `settings` holds what it depends on beside the model: name -> value, JSON-ready.
+        `settings` are the values besides the model that it depends on: name -> value, JSON-ready.
         """
         kv.trim(self.cache, self.length)
         notes = {
@@ -130,10 +131,10 @@ class Prefix:
     def load(
         cls, path: Path, network: VideoModel, settings: Mapping[str, object], *, kv_bits: int | None = None
     ) -> "Prefix":
-        """Read what `save` wrote.
+        """Read a file of `save`.
 
-        Raises `ConfigError` if it is damaged or no such file, or was saved with another model, adapter, dtype,
-        `kv_bits` or other `settings`; the message names all that differ.
+        Raises `ConfigError` if it is damaged or no saved prefix, or was saved with another model, adapter, dtype,
+        `kv_bits` or other `settings`; the message names all differences.
         """
         cache, notes = kv.load(path)
         try:
@@ -162,12 +163,12 @@ class Prefix:
 
 
 def _computed_with(network: VideoModel, kv_bits: int | None) -> dict[str, Any]:
-    """What keys and values depend on beside weights and prompt."""
+    """The settings besides weights and prompt that keys and values depend on."""
     return {"dtype": str(network.dtype).removeprefix("mlx.core."), "kv_bits": kv_bits}
 
 
 def _heads(layer: Any) -> tuple[int, int]:
-    """How many heads of keys a layer's cache holds, and their size."""
+    """Number and size of the heads of keys in a layer's cache."""
     if hasattr(layer, "bits"):
         return int(layer.keys[0].shape[1]), int(layer.keys[1].shape[3]) * int(layer.group_size)
     return int(layer.keys.shape[1]), int(layer.keys.shape[3])

@@ -1,9 +1,9 @@
-"""Prompts: the words that VideoAuto-R1 was trained with, and their tokens, positions and places for pictures.
+"""Prompts: the texts that VideoAuto-R1 was trained with, as tokens with positions and visual placeholders.
 
 A prompt is the system prompt, then the media, then the question, wrapped by the checkpoint's chat template. Since the
-media come before the question, every question about the same media shares a prefix, up to the last vision block.
+media come before the question, all questions about the same media share a prefix, up to the last vision block.
 
-The question is the user's text and is read literally: special tokens spelt in it stay plain text (see `tokenizer`).
+The question is the user's text and is read literally: special tokens that it spells stay plain text (see `tokenizer`).
 """
 
 import re
@@ -58,11 +58,11 @@ class Prompt:
     Attributes:
         ids: int32 (n,).
         positions: int32 (3, n): time, height, width.
-        media: what the visual tokens stand for, in order.
+        media: the media of the visual tokens, in order.
         media_mask: bool (n,), True for visual tokens.
         prefix_length: tokens up to the end of the last vision block: the same for every question about these media.
-        next_position: of the first token that is generated.
-        response_prefix_ids: the last of `ids`, with which the answer is begun for the model; empty: it begins itself.
+        next_position: rope position of the first generated token.
+        response_prefix_ids: the last of `ids`, a given beginning of the answer; empty: the model writes all of it.
     """
 
     ids: np.ndarray
@@ -75,7 +75,7 @@ class Prompt:
 
 
 def evaluation_copy(system: str) -> str:
-    """A system prompt as the public evaluator has it: VideoAuto-R1's with one more newline at its end, others as is."""
+    """A system prompt as in the public evaluator: VideoAuto-R1's gets one more newline at its end, others stay."""
     return f"{system}\n" if system == SYSTEM_PROMPT else system
 
 
@@ -84,7 +84,7 @@ def question_text(question: str, options: Sequence[str] | None = None, kind: str
 
     Args:
         question: the question, or for "grounding" the description of the segment to find.
-        options: up to 26 choices; where each carries its letter already (`A. red`, `B. blue`), that is taken off.
+        options: up to 26 choices; if each already has its letter (`A. red`, `B. blue`), the letters are removed.
         kind: "qa", "grounding" or "grounded_qa".
 
     Raises `ConfigError` for an empty question, an unknown kind, or options that cannot be lettered.
@@ -121,23 +121,23 @@ def build_prompt(
 
     Args:
         tokenizer, family, config: the checkpoint's (`VideoModel` has all three).
-        media: videos and images in the order in which they are shown; may be empty.
+        media: videos and images in the order of the prompt; may be empty.
         question, options, kind: see `question_text`.
-        response_prefix: text that the model's turn is begun with, read literally.
-        system: what the checkpoint was trained to be told first (`VideoModel.system_prompt`).
+        response_prefix: a beginning of the model's turn, read literally.
+        system: the system prompt that the checkpoint was trained with (`VideoModel.system_prompt`).
 
     Raises:
         ConfigError: see `question_text`; or the prompt does not fit into the model's context.
         CheckpointError: the chat template or the tokenizer does not know the media's tokens.
     """
     text = question_text(question, options, kind)
-    content = [*({"type": str(one.kind)} for one in media), {"type": "text", "text": text}]
+    content = [*({"type": str(medium.kind)} for medium in media), {"type": "text", "text": text}]
     messages: list[dict[str, Any]] = [
         {"role": "system", "content": system},
         {"role": "user", "content": content},
     ]
     rendered = tokenizer.render(messages)
-    start = rendered.rfind(text)  # what follows it is the template's own and shorter
+    start = rendered.rfind(text)  # only the template's own, shorter text follows it
     if start < 0:
         raise CheckpointError("the chat template changes the question's text: use the checkpoint's own template")
     names = {kind: _token_text(tokenizer, config, kind) for kind in ("image", "video", "vision_start", "vision_end")}
@@ -150,7 +150,8 @@ def build_prompt(
     if len(expanded) >= context:
         raise ConfigError(
             f"the prompt has {len(expanded)} tokens, {int(mask.sum())} of them visual, and the model's context is "
-            f"{context}: lower video_tokens or max_frames, cut the clip with start and end, or shorten the question"
+            f"{context}: lower --video-tokens or --max-frames (video_tokens, max_frames), cut the clip with --start "
+            "and --end (start, end), or shorten the question"
         )
     positions, next_position = family.positions(config, mask, blocks)
     return Prompt(expanded, positions, tuple(media), mask, prefix_length, next_position, tuple(response_prefix_ids))
@@ -163,7 +164,7 @@ def _lettered(options: Sequence[str] | None) -> str:
     if isinstance(options, str):
         raise ConfigError(f"options are one text, {options!r}: give a list of choices")
     if len(options) > len(ascii_uppercase):
-        raise ConfigError(f"{len(options)} options are more than there are letters: give at most 26")
+        raise ConfigError(f"{len(options)} options are more than the alphabet has letters: give at most 26")
     for letter, option in zip(ascii_uppercase, options):
         if not isinstance(option, str):
             raise ConfigError(f"option {letter} is {option!r}, no text: give every choice as a text")
@@ -173,7 +174,7 @@ def _lettered(options: Sequence[str] | None) -> str:
 
 
 def _token_text(tokenizer: ChatTokenizer, config: Mapping[str, Any], kind: str) -> str:
-    """How a vision token is spelt, by the id that `config.json` gives it."""
+    """The text of a vision token, by its id in `config.json`."""
     index = config[f"{kind}_token_id"]
     text = tokenizer.token(index)
     if text is None or text not in tokenizer.special_ids:
@@ -192,14 +193,14 @@ def _write_vision(
     placeholder = re.compile(
         f"{re.escape(start)}({re.escape(names['image'])}|{re.escape(names['video'])}){re.escape(end)}"
     )
-    found = [match.group(1) for match in placeholder.finditer(opening)]
-    if found != [names[one.kind] for one in media]:
+    pads = [match.group(1) for match in placeholder.finditer(opening)]
+    if pads != [names[medium.kind] for medium in media]:
         raise CheckpointError(
-            f"the chat template writes {len(found)} vision placeholders for {len(media)} media: use the checkpoint's "
+            f"the chat template writes {len(pads)} vision placeholders for {len(media)} media: use the checkpoint's "
             "own template"
         )
-    layouts = [family.vision_layout(one, config) for one in media]
-    following = iter(zip(layouts, found))
+    layouts = [family.vision_layout(medium, config) for medium in media]
+    following = iter(zip(layouts, pads))
 
     def write(_: re.Match[str]) -> str:
         layout, pad = next(following)
@@ -211,7 +212,7 @@ def _write_vision(
 def _expand(
     ids: Sequence[int], blocks: Sequence[VisionBlock], config: Mapping[str, Any]
 ) -> tuple[np.ndarray, np.ndarray, int]:
-    """Repeat each pad token as often as its block has visual tokens: ids, mask, and where the last block ends."""
+    """Repeat each pad token for all visual tokens of its block; return ids, mask, and the end of the last block."""
     once = np.asarray(ids, dtype=np.int32)
     is_pad = np.isin(once, (config["image_token_id"], config["video_token_id"]))
     repeats = np.ones(len(once), dtype=np.int64)

@@ -1,12 +1,12 @@
-"""Text to ids and back, and a conversation to text, as the checkpoint does it.
+"""A checkpoint's tokenizer and chat template: text to ids and back, and a conversation to text.
 
-`tokenizer.json` runs through the `tokenizers` library; the chat template through Jinja in a sandbox, set up as
-transformers sets it up (blocks trimmed, `tojson` without HTML escapes, `raise_exception`, `strftime_now`), which would
-otherwise be the only reason to import transformers here.
+The `tokenizers` library runs `tokenizer.json`. Jinja runs the chat template in a sandbox, configured as in transformers
+(blocks trimmed, `tojson` without HTML escapes, `raise_exception`, `strftime_now`); so transformers, which would only be
+needed for this, is not imported.
 
-Special tokens are control characters in the shape of text, `<|im_end|>` for one. Text that a user wrote must not turn
-into them, so `encode` takes the span that is to be read literally: inside it they are spelt out like any other text.
-Tokens that are added but not special (`<think>` in Qwen3) are words of the vocabulary and are matched anywhere.
+Special tokens, such as `<|im_end|>`, are control characters in the form of text. A user's text must not become one, so
+`encode` takes the span that must be read literally: inside it they are encoded like any other text. Tokens that are
+added but not special (`<think>` in Qwen3) are words of the vocabulary and are matched anywhere.
 """
 
 import json
@@ -40,10 +40,10 @@ class ChatTokenizer:
         """Read a tokenizer.
 
         Args:
-            path: of `tokenizer.json`.
-            chat_template: Jinja source, None if there is none; then `render` raises.
+            path: the file `tokenizer.json`.
+            chat_template: Jinja source; None: there is none, and `render` raises.
             eos_ids: tokens that end a turn.
-            special_texts: names that templates may use, such as {"eos_token": "<|im_end|>"}.
+            special_texts: variables for templates, such as {"eos_token": "<|im_end|>"}.
 
         Raises `CheckpointError` when the file cannot be read.
         """
@@ -51,7 +51,7 @@ class ChatTokenizer:
             self._tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception for everything
             raise CheckpointError(f"{path} cannot be read as a tokenizer ({error}): download it again") from error
-        self._tokenizer.encode_special_tokens = True  # `encode` finds them itself, where they are allowed
+        self._tokenizer.encode_special_tokens = True  # `encode` recognises them itself, where they are allowed
         self._path = path
         self._template_source = chat_template
         self._special_texts = dict(special_texts or {})
@@ -68,26 +68,26 @@ class ChatTokenizer:
 
     @property
     def vocabulary_size(self) -> int:
-        """Ids that have a text, added tokens included; the network's embedding may have more rows."""
+        """Number of ids that have a text, added tokens included; the network's embedding may have more rows."""
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
 
     def token(self, index: int) -> str | None:
-        """The text of a token as the vocabulary spells it, None if there is no such id."""
-        found: str | None = self._tokenizer.id_to_token(index)
-        return found
+        """The text of a token as the vocabulary spells it; None: there is no such id."""
+        text: str | None = self._tokenizer.id_to_token(index)
+        return text
 
     def encode(self, text: str, *, literal: tuple[int, int] = (0, 0)) -> list[int]:
-        """Text to ids; special tokens are recognised except within the span `literal` (characters, end excluded)."""
+        """Text to ids; special tokens are recognised outside the span `literal` (characters, end excluded)."""
         ids: list[int] = []
-        done = at = 0
-        while match := self._special_pattern.search(text, at):
+        done = search_from = 0
+        while match := self._special_pattern.search(text, search_from):
             start, end = match.span()
-            if start < literal[1] and end > literal[0]:  # touches the user's text
-                at = start + 1
+            if start < literal[1] and end > literal[0]:  # overlaps the user's text
+                search_from = start + 1
                 continue
             ids += self._encode_plain(text[done:start])
             ids.append(self._special_ids[match.group()])
-            done = at = end
+            done = search_from = end
         return ids + self._encode_plain(text[done:])
 
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
@@ -95,11 +95,11 @@ class ChatTokenizer:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=skip_special))
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **variables: Any) -> str:
-        """A conversation as the checkpoint's chat template writes it.
+        """Render a conversation with the checkpoint's chat template.
 
         Args:
             messages: {"role", "content"}; content is a text or a list of {"type": "text" | "image" | "video", ..}.
-            add_generation_prompt: whether to open the assistant's turn.
+            add_generation_prompt: whether to begin the assistant's turn.
             variables: further names for the template.
 
         Raises `CheckpointError` when there is no template or it cannot be rendered.
@@ -132,18 +132,18 @@ class ChatTokenizer:
 
 
 def _template_environment() -> Any:
-    """Jinja as transformers configures it for chat templates, sandboxed: a template comes with a download."""
+    """Jinja, configured as in transformers for chat templates; sandboxed, since templates are downloaded."""
     import jinja2
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class GenerationBlock(Extension):
-        """`{% generation %}..{% endgeneration %}` marks what an assistant wrote, for training; here it is its body."""
+        """`{% generation %}..{% endgeneration %}` marks an assistant's text for training; only its body is used."""
 
         tags = {"generation"}  # noqa: RUF012 (Jinja's own protocol)
 
         def parse(self, parser: Any) -> Any:
-            """Drop the tag and keep what it wraps."""
+            """Drop the tag and keep its body."""
             line = next(parser.stream).lineno
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
             return jinja2.nodes.Scope(body, lineno=line)
