@@ -1,7 +1,7 @@
-"""`python -m mlxvr.doctor`: does this install compute what it should, on this machine, and how fast is it?
+"""`python -m mlxvr.doctor`: check that this install computes the right numbers on this machine, and how fast it is.
 
-It holds what MLX computes here against numbers that transformers computed on another machine, tries what an app relies
-on, and predicts what a question costs. Nothing leaves the machine; the output is made to be pasted into an issue.
+It compares MLX's results with numbers that transformers computed on another machine, tries out what apps rely on, and
+predicts the cost of a question. Nothing leaves the machine; the output can be pasted into an issue.
 """
 
 import json
@@ -32,13 +32,13 @@ def make_parser() -> VerbParser:
         "Check that this install computes the right numbers on this machine, and predict how fast an 8B model is.",
         epilog="exit code: 0 all green or yellow, 1 anything red. Nothing leaves the machine.",
     )
-    parser.add_argument("--no-speed", action="store_true", help="leave the measurement of speed out")
+    parser.add_argument("--no-speed", action="store_true", help="skip the measurement of speed")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
+    """Run the command line; return the exit code."""
     return run_verb(make_parser(), _diagnose, argv)
 
 
@@ -74,7 +74,7 @@ def _diagnose(args: "argparse.Namespace") -> int:
 
 
 def _print(finding: "Finding", out: TextIO) -> None:
-    """One line, and another with what to do."""
+    """Print the finding, and its advice on a second line."""
     label = f"{finding.status:<6}"
     if out.isatty() and "NO_COLOR" not in os.environ:
         label = f"\033[{_COLORS[finding.status]}m{label}\033[0m"
@@ -88,7 +88,7 @@ def _verdict(findings: "Sequence[Finding]", status: "Status", seconds: float) ->
     count = {name: sum(finding.status == name for finding in findings) for name in _COLORS}
     words = {
         "green": "all is as on the machines that we test on",
-        "yellow": "it works; what is slower or less exact than where we test is said above",
+        "yellow": "it works; the lines above name what is slower or less exact than on the machines that we test on",
         "red": "something is wrong here: do not trust answers of this install until it is mended",
     }
     counted = ", ".join(f"{number} {name}" for name, number in count.items() if number)

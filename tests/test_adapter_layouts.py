@@ -160,7 +160,7 @@ def test_names_with_the_adapters_own_name(base: Path, tmp_path: Path) -> None:
         ({"lora_alpha": None}, "no number as lora_alpha"),
         ({"alpha_pattern": {"q_proj(": 3}}, "has patterns that cannot be read"),
         ({"rank_pattern": ["q_proj"]}, "has patterns that cannot be read"),
-        ({"r": 8}, "have rank 4, and adapter_config.json says 8"),
+        ({"r": 8}, "have rank 4, but adapter_config.json says 8"),
     ],
 )
 def test_what_cannot_be_expressed_is_refused_by_name(tmp_path: Path, settings: dict, says: str) -> None:

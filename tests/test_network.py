@@ -382,9 +382,9 @@ def shrink_embedding(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (drop_eos, "which token ends an answer"),
+        (drop_eos, "define the token that ends an answer"),
         (drop_template, "has no chat template"),
-        (shrink_embedding, "embedding 128 rows"),
+        (shrink_embedding, "embedding has 128 rows"),
     ],
 )
 def test_folders_that_load_but_do_not_fit(tmp_path: Path, damage: Callable[[Path], None], words: str) -> None:

@@ -1,10 +1,8 @@
-"""A model folder on disk, judged before anything of it is loaded.
+"""A model folder on disk, checked before any weight is loaded.
 
 `ModelFolder.open` reads JSON files and safetensors headers, so that a missing shard, a truncated download or a tensor
-of the wrong shape is one clear line after milliseconds instead of a failure after minutes. It serves three kinds of
-folder alike: as transformers writes it, as mlxvr converts it, as mlx-vlm converts it. MLX is not needed.
-
-Weights come from safetensors only. A pickle (`.bin`, `.pt`) can run any code while it is read, so it is never opened.
+of a wrong shape is one clear line after milliseconds, not a failure after minutes. It reads the folders of
+transformers, mlxvr and mlx-vlm alike, and does not need MLX.
 """
 
 import dataclasses
@@ -18,38 +16,35 @@ from pathlib import Path
 from typing import Any
 
 from mlxvr.checkpoint import config_normalization
-from mlxvr.checkpoint.safetensors import TensorInfo, holds_the_same, read_header
+from mlxvr.checkpoint.safetensors import TensorInfo, holds_the_same
+from mlxvr.checkpoint.shard_headers import INDEX, read_tensors
 from mlxvr.errors import CheckpointError
 from mlxvr.model.families.base import Family, family_of
 from mlxvr.storage.content_hash import FileStamp, hash_files, stamp_of
-from mlxvr.storage.paths import list_visible
 
 __all__ = ["ModelFolder", "TensorInfo"]
 
 _log = logging.getLogger(__name__)
 
-_INDEX = "model.safetensors.index.json"
-_NOT_THE_MODEL = ("adapter", "consolidated", "optimizer", "training")
-
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """The files of a checkpoint, read and found consistent with each other.
+    """The files of a checkpoint, read and consistent with each other.
 
     Attributes:
         path: the folder.
         config: `config.json` as it is; `family.mlx_config(config)` normalises it.
-        family: the architecture's adapter.
-        tensors: every tensor by the name that it has on disk.
+        family: the architecture's own rules.
+        tensors: every tensor by its name on disk.
         image_processor: `preprocessor_config.json` (or transformers 5's `processor_config.json`); None: there is none.
-        video_processor: `video_preprocessor_config.json` (likewise).
+        video_processor: `video_preprocessor_config.json` (or `processor_config.json`); None: there is none.
         generation_config: `generation_config.json`, {} if there is none.
         tokenizer_config: `tokenizer_config.json`, {} if there is none.
         tokenizer_path: `tokenizer.json`.
         chat_template: Jinja source, None if the folder has none.
         settings: `mlxvr.json` of a converted folder, {} if there is none.
-        prefixes: (prefix on disk, prefix to read it as) of tensor names that are spelt in a way of their own; the first
-            that fits is taken.
+        prefixes: (prefix on disk, its replacement) for tensor names with an unusual spelling; the first that matches a
+            name is used.
     """
 
     path: Path
@@ -69,13 +64,13 @@ class ModelFolder:
     def open(cls, path: str | PathLike[str], *, prefixes: Sequence[tuple[str, str]] = ()) -> "ModelFolder":
         """Read and check a folder; `prefixes` see above.
 
-        Raises `CheckpointError`: not a folder, no or unreadable `config.json`, an unsupported architecture, weights
-        that are missing, truncated, damaged or only there as pickles, no `tokenizer.json`.
+        Raises `CheckpointError` when `path` is not a folder, when `config.json` or `tokenizer.json` is missing or
+        unreadable, when the architecture is unsupported, and when weights are missing, truncated, damaged or pickled.
         """
         folder = Path(path)
         if not folder.is_dir():
-            what = "is a file" if folder.exists() else "does not exist"
-            raise CheckpointError(f"{folder} {what}: give the folder of a model, with its config.json")
+            problem = "is a file" if folder.exists() else "does not exist"
+            raise CheckpointError(f"{folder} {problem}: give the folder of a model, with its config.json")
         config = _read_json(folder / "config.json")
         if config is None:
             raise CheckpointError(
@@ -83,7 +78,7 @@ class ModelFolder:
             )
         family = family_of(config)
         _refuse_foreign_quantization(folder, config)
-        tensors = _read_weights(folder)
+        tensors = read_tensors(folder, _read_json(folder / INDEX))
         nested = _read_json(folder / "processor_config.json")
         tokenizer_config = _read_json(folder / "tokenizer_config.json") or {}
         opened = cls(
@@ -103,10 +98,10 @@ class ModelFolder:
         return opened._with_its_own_head()
 
     def _with_its_own_head(self) -> "ModelFolder":
-        """The folder read as untied, if its head differs from the embedding that config.json says serves as one.
+        """The folder with an untied config, if config.json ties head and embedding but their tensors differ.
 
-        transformers 4.57 ignores `tie_word_embeddings` at the root, so a model that it saves may have such a folder;
-        transformers 5 reads it in this way too.
+        transformers 4.57 ignores `tie_word_embeddings` at the root, so it may write such a folder; transformers 5 reads
+        it in this way too.
         """
         if not config_normalization.is_tied(self.config):
             return self
@@ -117,73 +112,73 @@ class ModelFolder:
         )
         if head is None or embedding is None or holds_the_same(head, embedding):
             return self
-        _log.warning("%s: config.json ties the output head to the embedding, and they differ: each is used", self.path)
+        _log.warning("%s: config.json ties the output head to the embedding, but they differ: both are used", self.path)
         return dataclasses.replace(self, config=config_normalization.untie(self.config))
 
     def mlx_key(self, name: str, *, tied: bool) -> str | None:
         """MLX's name of the tensor `name`, see `Family.mlx_key`."""
-        known, becomes = next((pair for pair in self.prefixes if name.startswith(pair[0])), ("", ""))
-        return self.family.mlx_key(becomes + name[len(known) :], tied=tied)
+        prefix, becomes = next((pair for pair in self.prefixes if name.startswith(pair[0])), ("", ""))
+        return self.family.mlx_key(becomes + name[len(prefix) :], tied=tied)
 
     def mlx_names(self) -> dict[str, str]:
-        """Name on disk -> MLX name, of the tensors that the network uses."""
+        """Name on disk -> MLX name, for the tensors that the network uses."""
         tied = bool(self.family.mlx_config(self.config)["tie_word_embeddings"])
         named = ((name, self.mlx_key(name, tied=tied)) for name in self.tensors)
         return {name: key for name, key in named if key is not None}
 
     def mlx_tensors(self) -> dict[str, TensorInfo]:
-        """The tensors that the network uses, by their MLX names; the shapes are those on disk."""
+        """The tensors that the network uses, by their MLX names; their shapes are those on disk."""
         return {key: self.tensors[name] for name, key in self.mlx_names().items()}
 
     def check_shapes(self) -> None:
-        """Compare every tensor with what the architecture needs, quantized ones included.
+        """Compare every tensor, quantized ones included, with the shapes that the architecture needs.
 
-        Raises `CheckpointError` that names the tensor. Tensors that nothing needs are only logged.
+        Raises `CheckpointError` that names the tensor. Unused tensors are only logged.
         """
-        found, expected = self.mlx_tensors(), self.family.expected_shapes(self.config)
+        tensors, expected = self.mlx_tensors(), self.family.expected_shapes(self.config)
         companions: set[str] = set()
         for key, shape in expected.items():
-            if key not in found:
+            if key not in tensors:
                 raise CheckpointError(
                     f"{self.path} lacks the tensor {key} {list(shape)}: its files do not belong to its config.json, or "
                     "its download is not complete"
                 )
             wanted = {key: shape}
-            if found[key].dtype == "U32":
+            if tensors[key].dtype == "U32":
                 wanted = _packed_shapes(key, shape, self.quantization_of(key.removesuffix(".weight")))
-            elif found[key].dtype == "F8_E4M3":
+            elif tensors[key].dtype == "F8_E4M3":
                 blocks = zip(shape, self.fp8_block, strict=True)
                 wanted = {key: shape, f"{key}_scale_inv": tuple(-(-size // block) for size, block in blocks)}
             companions |= wanted.keys() - {key}
             for name, size in wanted.items():
-                if name not in found:
+                if name not in tensors:
                     raise CheckpointError(f"{self.path} lacks {name}, without which {key} cannot be unpacked")
-                actual = self.family.mlx_shape(name, found[name].shape)
+                actual = self.family.mlx_shape(name, tensors[name].shape)
                 if actual != size:
                     raise CheckpointError(
-                        f"{found[name].file}: {name} has the shape {list(actual)}, expected {list(size)} by "
+                        f"{tensors[name].file}: {name} has the shape {list(actual)}, expected {list(size)} by "
                         "config.json: the files do not belong together"
                     )
-        for key in sorted(found.keys() - expected.keys() - companions):
+        for key in sorted(tensors.keys() - expected.keys() - companions):
             _log.warning("%s holds %s, which the network does not use", self.path, key)
 
     @property
     def fp8_block(self) -> tuple[int, int]:
-        """Rows and columns of a block of 8-bit floats that shares a scale.
+        """Rows and columns of a block of 8-bit floats that share a scale.
 
-        Raises `CheckpointError` when `config.json` does not say so.
+        Raises `CheckpointError` when `config.json` does not state them.
         """
         block = (self.config.get("quantization_config") or {}).get("weight_block_size")
         if not (isinstance(block, list) and len(block) == 2 and all(isinstance(n, int) and n > 0 for n in block)):
             raise CheckpointError(
-                f"{self.path} has 8-bit float weights and its config.json no weight_block_size: get the bf16 release"
+                f"{self.path} has 8-bit float weights, but config.json has no weight_block_size: get the bf16 release"
             )
         return block[0], block[1]
 
     def quantization_of(self, module: str) -> dict[str, Any]:
         """`{"bits", "group_size", "mode"}` of a quantized module, by its MLX path.
 
-        Raises `CheckpointError` when `config.json` does not say how its tensors are packed.
+        Raises `CheckpointError` when `config.json` does not state how its tensors are packed.
         """
         whole = self.config.get("quantization") or self.config.get("quantization_config") or {}
         own = whole.get(module)
@@ -200,14 +195,14 @@ class ModelFolder:
 
     @property
     def weights_files(self) -> list[Path]:
-        """The files that hold its tensors, sorted."""
+        """The files of its tensors, sorted."""
         return sorted({info.file for info in self.tensors.values()})
 
     def fingerprint(self) -> str:
-        """A short hash of all that answers depend on: every byte of the weights, config, tokenizer and processors.
+        """A short hash of everything that answers depend on: all bytes of weights, config, tokenizer and processors.
 
-        The first call reads weights that the Hub's cache does not vouch for, which takes about a second a gigabyte; see
-        `mlxvr.storage.content_hash`. `mlxvr.json` is no part of it: a threshold may be measured and written later.
+        The first call reads the weights, unless the Hub's cache has their hashes; this takes about a second per
+        gigabyte, see `mlxvr.storage.content_hash`. `mlxvr.json` is not included: a threshold may be measured later.
         """
         files: list[Any] = [self.config, self.generation_config, self.image_processor, self.video_processor]
         described = [*files, self.chat_template, self.tokenizer_config]
@@ -218,9 +213,9 @@ class ModelFolder:
         return digest.hexdigest()[:32]
 
     def identify_later(self) -> Callable[[], str]:
-        """Remember the weights' files as they are now; the result gives the `fingerprint`, once, when it is asked.
+        """Record the state of the weights' files now; return a function that computes the `fingerprint` later.
 
-        It raises `CheckpointError` when a file has changed since: what was loaded is then no longer on disk.
+        The function raises `CheckpointError` when a file has changed since: the loaded weights are then not on disk.
         """
         stamps = [stamp_of(file) for file in self.weights_files]
 
@@ -233,7 +228,7 @@ class ModelFolder:
         return fingerprint
 
     def sample(self) -> str:
-        """A short hash of config, sizes and samples of the weights: milliseconds, and blind to what lies between."""
+        """A short hash of config, sizes and samples of the weights: takes milliseconds, but does not see all bytes."""
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         for file in self.weights_files:
             size = file.stat().st_size
@@ -246,7 +241,7 @@ class ModelFolder:
 
 
 def _is_still(stamp: FileStamp) -> bool:
-    """Whether a file is there as it was."""
+    """Whether a file still exists unchanged."""
     try:
         return stamp_of(Path(stamp[0])) == stamp
     except OSError:
@@ -267,65 +262,13 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 
 def _refuse_foreign_quantization(folder: Path, config: Mapping[str, Any]) -> None:
-    """AWQ, GPTQ and the like keep their scales in tensors that would be overlooked."""
+    """Raise `CheckpointError` for AWQ, GPTQ and similar formats, whose scales nothing here would read."""
     method = (config.get("quantization_config") or {}).get("quant_method")
     if method not in (None, "fp8") and "quantization" not in config:
         raise CheckpointError(
-            f"{folder} is quantized already ({method}), in a way that is not MLX's: get the release in bf16 and "
+            f"{folder} is quantized already ({method}), in a format that is not MLX's: get the release in bf16 and "
             "convert that"
         )
-
-
-def _read_weights(folder: Path) -> dict[str, TensorInfo]:
-    """Headers of the shards that the index names, or of the folder's only weights file(s)."""
-    index = _read_json(folder / _INDEX)
-    present = {
-        file.name: file for file in list_visible(folder, "*.safetensors") if not file.name.startswith(_NOT_THE_MODEL)
-    }
-    if index is None:
-        if not present:
-            raise _no_weights(folder)
-        return _merge(folder, {name: read_header(file) for name, file in sorted(present.items())})
-    weight_map = index.get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise CheckpointError(f"{folder / _INDEX} has no usable weight_map: download it again")
-    shards = sorted(set(weight_map.values()))
-    if missing := [name for name in shards if name not in present]:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise CheckpointError(f"{folder} lacks the shard {missing[0]}{more}: its download is not complete")
-    if extra := sorted(name for name in present.keys() - set(shards) if name.startswith("model")):
-        raise CheckpointError(
-            f"{folder} holds {extra[0]}, which its index does not know: remove what is left of another download"
-        )
-    headers = {name: read_header(present[name]) for name in shards}
-    for tensor, name in weight_map.items():
-        if tensor not in headers[name]:
-            raise CheckpointError(
-                f"{folder / name} does not hold {tensor}, which the index says it does: download both again"
-            )
-    return _merge(folder, headers)
-
-
-def _merge(folder: Path, headers: Mapping[str, dict[str, TensorInfo]]) -> dict[str, TensorInfo]:
-    tensors: dict[str, TensorInfo] = {}
-    for file, header in headers.items():
-        if twice := sorted(tensors.keys() & header.keys()):
-            other = tensors[twice[0]].file.name
-            raise CheckpointError(
-                f"{folder}: both {other} and {file} hold {twice[0]}: remove the one that does not belong"
-            )
-        tensors |= header
-    return tensors
-
-
-def _no_weights(folder: Path) -> CheckpointError:
-    for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt"):
-        for file in list_visible(folder, pattern):
-            return CheckpointError(
-                f"{folder} has its weights as a pickle only ({file.name}), which can run code when it is read and is "
-                "never loaded: get a release with .safetensors files, or save it again with safe_serialization"
-            )
-    return CheckpointError(f"{folder} has no .safetensors file: its download is not complete")
 
 
 def _find_tokenizer(folder: Path) -> Path:
@@ -336,20 +279,20 @@ def _find_tokenizer(folder: Path) -> Path:
 
 
 def _find_chat_template(folder: Path, tokenizer_config: Mapping[str, Any]) -> str | None:
-    """The template from wherever transformers keeps it, in its own order of preference."""
+    """The template, from the places where transformers stores it, in its order of preference."""
     jinja = folder / "chat_template.jinja"
     if jinja.is_file():
         return jinja.read_text(encoding="utf-8")
-    found = (_read_json(folder / "chat_template.json") or {}).get("chat_template")
-    found = found or tokenizer_config.get("chat_template")
-    if isinstance(found, list):  # several, by name
-        named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
-        found = named.get("default")
-    return found if isinstance(found, str) else None
+    template = (_read_json(folder / "chat_template.json") or {}).get("chat_template")
+    template = template or tokenizer_config.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default")
+    return template if isinstance(template, str) else None
 
 
 def _packed_shapes(key: str, shape: tuple[int, ...], how: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Shapes of a quantized matrix: `bits` to each weight in 32-bit words, a scale (and bias) for each group."""
+    """Shapes of a quantized matrix: `bits` per weight in 32-bit words, and a scale (and bias) per group."""
     *outputs, inputs = shape
     module = key.removesuffix(".weight")
     packed = {key: (*outputs, inputs * how["bits"] // 32)}

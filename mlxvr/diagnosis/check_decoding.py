@@ -1,4 +1,4 @@
-"""Decoding: frames of a bundled clip against those of the `ffmpeg` program, and the answer about it."""
+"""Checks of decoding: frames of a bundled clip against those of the `ffmpeg` program, and the answer about the clip."""
 
 from collections.abc import Iterator
 
@@ -20,7 +20,7 @@ OPTIONS = ("orange", "blue", "purple", "green")
 
 
 def check_frames() -> Iterator[Finding]:
-    """A few frames, full size, pixel by pixel."""
+    """Compare a few frames at full size, pixel by pixel."""
     path, truth = demo_folder() / CLIP, reference.load().notes["clip"]
     # Every frame at its own size: nothing is resized.
     spec = VisionSpec(patch_size=16, merge_size=2, mean=(0.5,) * 3, std=(0.5,) * 3, frame_min_tokens=1)
@@ -32,15 +32,15 @@ def check_frames() -> Iterator[Finding]:
     yield judge(
         "decoding of a clip",
         error,
-        green=3.0,  # SIMD code of other processors rounds otherwise
+        green=3.0,  # SIMD code rounds differently on other processors
         red=32.0,
         what="difference to the ffmpeg program, of 255 levels,",
-        advice="this FFmpeg converts colors otherwise: reinstall the package av",
+        advice="this FFmpeg converts colors differently: reinstall the package av",
     )
 
 
 def check_answer() -> Iterator[Finding]:
-    """The whole way, from the file to the confidence."""
+    """Run all of it, from the file to the confidence."""
     truth = reference.load().notes["clip"]
     with mlxvr.load() as reasoner:
         answer = reasoner.ask(demo_folder() / CLIP, QUESTION, options=list(OPTIONS), mode="direct")

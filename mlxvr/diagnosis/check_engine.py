@@ -1,4 +1,4 @@
-"""What an app relies on: two models side by side, stopping, and memory that comes back."""
+"""Checks of what an app relies on: two models at once, cancelling, and memory that is given back."""
 
 import threading
 import time
@@ -20,21 +20,21 @@ _MAY_STAY = 4 * 2**20  # bytes
 
 
 def check_two_reasoners() -> Iterator[Finding]:
-    """Two models asked from two threads at once answer as each does alone."""
+    """Two models that are asked from two threads at once give the same answers as one alone."""
     with mlxvr.load() as alone:
         expected = _answers(alone)
-    found: dict[int, list[tuple[int, ...]]] = {}
+    answers: dict[int, list[tuple[int, ...]]] = {}
 
     def work(number: int) -> None:
         with mlxvr.load() as reasoner:
-            found[number] = _answers(reasoner)
+            answers[number] = _answers(reasoner)
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    same = [answers == expected for answers in found.values()]
+    same = [ids == expected for ids in answers.values()]
     right = same == [True, True]
     yield Finding(
         check="two reasoners at once",
@@ -45,7 +45,7 @@ def check_two_reasoners() -> Iterator[Finding]:
 
 
 def check_cancel() -> Iterator[Finding]:
-    """A question that is cancelled ends soon, and the model answers the next one."""
+    """A cancelled question ends soon, and the model answers the next one."""
     with mlxvr.load() as reasoner, reasoner.open(draw_clip(128, 160)) as clip:
         expected = clip.ask(_QUESTIONS[0], mode="think").token_ids
         events = clip.stream(_QUESTIONS[0], mode="think")
@@ -67,15 +67,15 @@ def check_cancel() -> Iterator[Finding]:
 
 
 def check_memory() -> Iterator[Finding]:
-    """`close` gives the memory of a model and its clips back."""
-    held = []
+    """`close` gives back the memory of a model and its clips."""
+    active = []
     for _ in range(3):
         reasoner = mlxvr.load()
         clip = reasoner.open(draw_clip(128, 160))
         clip.ask(_QUESTIONS[0], mode="direct")
         reasoner.close()
-        held.append(int(mx.get_active_memory()))
-    grown = held[-1] - held[0]
+        active.append(int(mx.get_active_memory()))
+    grown = active[-1] - active[0]
     right = grown <= _MAY_STAY
     text = "given back after close" if right else f"{grown / 2**20:.0f} MiB more after each two models"
     yield Finding(

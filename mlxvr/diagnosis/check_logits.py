@@ -1,4 +1,4 @@
-"""Logits against transformers' in float32, in every way that an answer may be computed here."""
+"""Checks of logits: against transformers' in float32, for every way in which an answer may be computed here."""
 
 from collections.abc import Iterator
 
@@ -24,8 +24,8 @@ _NO_KERNEL = dict.fromkeys(
     reference.BUNDLED: "this backend cannot quantize keys and values of heads of 32 numbers, as the demo has; public "
     f"models have 128: see the lines of {' and '.join(reference.MODELS[1:])}"
 }
-# (dtype, bits of the language model, bits of keys and values) -> errors up to which logits are green, from which red.
-# On an x86 CPU they are 6e-7, 8e-3, 6e-4, 7e-7, 3e-3 and 5e-2 at most; another order of sums needs room.
+# (dtype, bits of the language model, bits of keys and values) -> largest error that is green, smallest that is red.
+# On an x86 CPU, errors are at most 6e-7, 8e-3, 6e-4, 7e-7, 3e-3 and 5e-2; sums in another order need a margin.
 _WAYS: dict[tuple[str, int | None, int | None], tuple[float, float]] = {
     ("float32", None, None): (1e-4, 2e-2),
     ("bfloat16", None, None): (3e-2, 1e-1),
@@ -37,7 +37,7 @@ _WAYS: dict[tuple[str, int | None, int | None], tuple[float, float]] = {
 
 
 def check_logits() -> Iterator[Finding]:
-    """Every model, a clip and an image, prefilled and decoded step by step with the committed answer's tokens."""
+    """Each model reads a clip and an image, and decodes the tokens of the committed answer step by step."""
     truth = reference.load()
     for (dtype, bits, kv_bits), (green, red) in _WAYS.items():
         way = dtype if bits is None else f"{bits} bits"
@@ -69,7 +69,7 @@ def check_logits() -> Iterator[Finding]:
 
 
 def check_chunks() -> Iterator[Finding]:
-    """A prompt read in chunks gives the logits of a prompt read whole."""
+    """A prompt that is read in chunks gives the same logits as in one piece."""
     model = reference.open_model(reference.BUNDLED)
     asked = reference.prompt(model, "clip")
     token = np.zeros(1, dtype=np.int32)
@@ -80,7 +80,7 @@ def check_chunks() -> Iterator[Finding]:
 
 
 def check_follow_up() -> Iterator[Finding]:
-    """A follow-up question on a rewound cache gives the bits of a first question."""
+    """A follow-up question on a rewound cache gives the same bits as a first question."""
     model = reference.open_model(reference.BUNDLED, dtype="bfloat16")
     asked = reference.prompt(model, "clip")
     second = build_prompt(model.tokenizer, model.family, model.config, asked.media, "How does it move?")
@@ -88,16 +88,16 @@ def check_follow_up() -> Iterator[Finding]:
     expected = np.array(fresh.extend(model, second))
     used, _ = Prefix.compute(model, asked)
     used.extend(model, asked)
-    found = np.array(used.extend(model, second))
-    same = np.array_equal(found, expected)
-    error = 0.0 if same else relative_error(found, expected)
+    logits = np.array(used.extend(model, second))
+    same = np.array_equal(logits, expected)
+    error = 0.0 if same else relative_error(logits, expected)
     yield judge(
         "follow-up question = first question", error, green=0.0, red=1e-2, what="relative error", advice=_REPORT
     )
 
 
 def check_quantized_products() -> Iterator[Finding]:
-    """Products with packed weights at an 8B model's widths, against numpy on the unpacked ones."""
+    """Products with packed weights at an 8B model's widths, against numpy's with the unpacked weights."""
     random = np.random.RandomState(5)
     for bits in (4, 8):
         worst, where = 0.0, ""
@@ -107,10 +107,10 @@ def check_quantized_products() -> Iterator[Finding]:
             unpacked = reference.unpack(np.array(packed), np.array(scales), np.array(biases), bits)
             for rows in (1, 2, 8, 65):
                 inputs = random.normal(0.0, 1.0, (rows, inner)).astype(np.float32)
-                found = mx.quantized_matmul(
+                product = mx.quantized_matmul(
                     mx.array(inputs), packed, scales, biases, transpose=True, group_size=64, bits=bits
                 )
-                error = relative_error(np.array(found), inputs @ unpacked.T)
+                error = relative_error(np.array(product), inputs @ unpacked.T)
                 if not error <= worst:
                     worst, where = error, f" ({rows} rows, {inner} to {outer})"
         yield judge(
@@ -124,7 +124,7 @@ def check_quantized_products() -> Iterator[Finding]:
 
 
 def check_packing() -> Iterator[Finding]:
-    """Weights that are packed here lose no more than weights that are packed by the definition."""
+    """Packing weights here loses no more than packing them by the definition."""
     weight = np.random.RandomState(9).normal(0.0, 0.02, (256, 4096)).astype(np.float32)
     lost = _lost(weight, *(np.array(part) for part in mx.quantize(mx.array(weight), group_size=64, bits=4)))
     by_definition = _lost(weight, *reference.pack(weight))
@@ -145,7 +145,7 @@ def _lost(weight: np.ndarray, packed: np.ndarray, scales: np.ndarray, biases: np
 def answer_logits(
     model: VideoModel, asked: Prompt, answer: np.ndarray, *, kv_bits: int | None = None, step_size: int = 2048
 ) -> np.ndarray:
-    """Logits of each token of an answer given those before it, decoded one by one: float32 (len(answer), vocab)."""
+    """Logits of each token of an answer, decoded one by one after those before it: float32 (len(answer), vocab)."""
     cache = model.make_cache(kv_bits)
     logits = prefill(
         model,
@@ -164,6 +164,6 @@ def answer_logits(
     return np.stack(rows)
 
 
-def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
-    """The largest difference anywhere, relative to the largest expected value; NaN where a number is none."""
-    return float(np.abs(found.astype(np.float64) - expected).max() / np.abs(expected).max())
+def relative_error(actual: np.ndarray, expected: np.ndarray) -> float:
+    """The largest absolute difference, relative to the largest expected value; NaN if any number is NaN."""
+    return float(np.abs(actual.astype(np.float64) - expected).max() / np.abs(expected).max())

@@ -1,13 +1,13 @@
-"""How long a question about a clip takes here, predicted from a few random layers of an 8B model's widths.
+"""Prediction of the seconds for a question about a clip, from a few random layers with an 8B model's widths.
 
 Two layers of the language model and three blocks of the vision tower run at the true widths, on random weights (packed
-to 4 bits in the language model); what they take is multiplied by how many there are. Seconds are taken as
+to 4 bits in the language model). Their time is multiplied by the whole model's number of layers and blocks:
 
-    prefill    layers * (a + b * tokens that came before)          decoding    layers * layer + head
+    prefill    layers * (a + b * tokens before)          decoding    layers * layer + head
     vision     depth * block + the rest of the tower
 
-Small sizes are tried first, and larger ones as long as the machine is fast enough, so that a slow one ends in time too.
-Widths are those of Qwen3-VL-8B-Instruct's `config.json` (`reference/speed.json`).
+Small sizes are tried first, and larger ones only on a machine that is fast enough, so that the check also ends in time
+on a slow one. Widths are those of Qwen3-VL-8B-Instruct's `config.json` (`reference/speed.json`).
 """
 
 import json
@@ -32,21 +32,21 @@ from mlxvr.runtime.device_memory import avoid_cpu_compiler, backend, usable_memo
 __all__ = ["Prediction", "check_speed", "measure", "predict"]
 
 # A public model: title, config.json, bytes of the whole model at 4 bits in groups of 64 (vision tower in 16 bits), and
-# what is different in the few layers that are measured: their number, and a vocabulary that takes no time to make.
+# the changes for the measurement: the number of layers, and a vocabulary that takes no time to create.
 _MODEL: dict[str, Any] = json.loads((FOLDER / "speed.json").read_text(encoding="utf-8"))
 _WHOLE, _PART = _MODEL["config"], _MODEL["measured"]
 TITLE = _MODEL["title"]
 LAYERS, DEPTH = _WHOLE["text_config"]["num_hidden_layers"], _WHOLE["vision_config"]["depth"]
 VOCABULARY, HIDDEN = _WHOLE["text_config"]["vocab_size"], _WHOLE["text_config"]["hidden_size"]
 _MEASURED = _PART["text_config"]["num_hidden_layers"]  # layers of the language model
-_BLOCKS = _PART["vision_config"]["depth"]  # of the vision tower; one alone tells what the rest of the tower takes
+_BLOCKS = _PART["vision_config"]["depth"]  # of the vision tower; a run with one block shows the rest of the tower
 _STEP = 2048  # tokens that go through the model at once, at most
 _FRAMES, _ROW = 64, (20, 36)  # frames; patches of a temporal patch of two frames: 180 tokens
 _TEXT_TOKENS, _ANSWER = 340, 8
-_LOOKS = ((1, 4, 4), (1, 8, 8), (1, *_ROW), (8, *_ROW), (22, *_ROW))  # rows, height and width; the last is a chunk
-_CONTEXT = 4096  # tokens before, where their cost is measured
+_LOOKS = ((1, 4, 4), (1, 8, 8), (1, *_ROW), (8, *_ROW), (22, *_ROW))  # temporal patches, height, width; last: a chunk
+_CONTEXT = 4096  # tokens in the cache when the cost of a context is measured
 _PATIENCE = 120.0  # seconds to a direct answer beyond which a machine counts as slow
-_ENOUGH = 2.0  # seconds after which no larger size is tried
+_ENOUGH = 2.0  # seconds; a size that would take longer is not tried
 
 _Work = Callable[[], Sequence[mx.array]]
 _Size = TypeVar("_Size", int, tuple[int, int, int])
@@ -54,15 +54,15 @@ _Size = TypeVar("_Size", int, tuple[int, int, int])
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """What a question about 64 frames costs with the model of `TITLE` at 4 bits.
+    """The predicted cost of a question about 64 frames with the model `TITLE` at 4 bits.
 
     Attributes:
-        prompt_tokens: of the clip and the question.
-        vision_seconds: of the vision tower.
-        prefill_seconds: of the prompt.
-        token_seconds: of one decoded token.
-        direct_seconds: until the direct answer.
-        peak_bytes: of memory: the weights and what `mlxvr.model.memory_plan` says of the rest.
+        prompt_tokens: tokens of the clip and the question.
+        vision_seconds: seconds of the vision tower.
+        prefill_seconds: seconds of the prompt's prefill.
+        token_seconds: seconds of one decoded token.
+        direct_seconds: seconds until the direct answer.
+        peak_bytes: memory of the weights, plus the estimate of `mlxvr.model.memory_plan`.
     """
 
     prompt_tokens: int
@@ -75,15 +75,15 @@ class Prediction:
 
 @dataclass(frozen=True, kw_only=True)
 class Timings:
-    """Seconds of the parts, each of one layer or block.
+    """Seconds of the parts, each for one layer or block.
 
     Attributes:
-        token: of a prompt's token with nothing before it.
-        context: more for each token before it.
-        step: of one decoded token, 4,096 tokens after the beginning.
-        head: of the output head for one token.
-        patch: of a patch in a block of the vision tower.
-        around: of a patch in the rest of the vision tower.
+        token: a prompt's token without context.
+        context: extra seconds of a prompt's token for each token before it.
+        step: one decoded token after 4,096 others.
+        head: the output head for one token.
+        patch: a patch in a block of the vision tower.
+        around: a patch in the rest of the vision tower.
     """
 
     token: float
@@ -95,7 +95,7 @@ class Timings:
 
 
 def check_speed() -> Iterator[Finding]:
-    """Measure, predict, and hold the prediction against this machine's memory."""
+    """Measure, predict, and compare the prediction with this machine's memory."""
     prediction = predict(measure())
     allowed = usable_memory()
     fits, quick = prediction.peak_bytes <= allowed, prediction.direct_seconds <= _PATIENCE
@@ -121,7 +121,7 @@ def check_speed() -> Iterator[Finding]:
 
 
 def predict(timings: Timings) -> Prediction:
-    """What the parts make of a whole question; the formula is in the module's docstring."""
+    """The cost of a whole question from its parts, by the formula in the module's docstring."""
     rows = _FRAMES // 2
     patches = rows * _ROW[0] * _ROW[1]
     tokens = patches // 4 + _TEXT_TOKENS
@@ -185,10 +185,10 @@ def _largest(sizes: Sequence[_Size], work: Callable[[_Size], _Work]) -> tuple[_S
 
 
 def _marginal(work: Callable[[int], _Work]) -> float:
-    """Seconds of one more piece of work among several in line: submitting and waiting happen once for all of them."""
-    several = 5
-    one, all_of_them = (min(_timed(work(count)) for _ in range(3)) for count in (1, several))
-    return max(0.0, all_of_them - one) / (several - 1)
+    """Seconds of one more piece of work in a queue, where submitting and waiting happen once for all pieces."""
+    pieces = 5
+    single, all_of_them = (min(_timed(work(count)) for _ in range(3)) for count in (1, pieces))
+    return max(0.0, all_of_them - single) / (pieces - 1)
 
 
 def _timed(work: _Work) -> float:
@@ -204,7 +204,7 @@ def _read(language: Any, tokens: int, dtype: mx.Dtype) -> _Work:
 
 
 def _decode(language: Any, count: int, cache: list[Any], dtype: mx.Dtype) -> _Work:
-    """One token after another through the layers, as deep as several times the layers that there are."""
+    """Pass one token through the measured layers `count` times in a row."""
 
     def work() -> Sequence[mx.array]:
         hidden = mx.full((1, 1, HIDDEN), 0.1, dtype=dtype)
@@ -229,7 +229,7 @@ def _filled(language: Any, tokens: int, dtype: mx.Dtype) -> list[Any]:
 def _step(
     language: Any, tokens: int, before: int, cache: list[Any], dtype: mx.Dtype, *, embeds: mx.array | None = None
 ) -> Sequence[mx.array]:
-    """Run tokens through the layers after `before` others; the cache is as before afterwards."""
+    """Run tokens through the layers after `before` others; the cache is then trimmed to its former length."""
     if embeds is None:
         embeds = mx.full((1, tokens, HIDDEN), 0.1, dtype=dtype)
     positions = mx.broadcast_to(mx.arange(before, before + tokens, dtype=mx.int32), (3, 1, tokens))
@@ -241,7 +241,7 @@ def _step(
 
 
 def _look(tower: Any, size: tuple[int, int, int], blocks: int) -> _Work:
-    """The first blocks of the vision tower over temporal patches: how many, and their height and width in patches."""
+    """The first blocks of the vision tower; `size`: temporal patches, and their height and width in patches."""
     rows, height, width = size
     config = _config(**_PART)
     family = family_of(config)
@@ -268,7 +268,7 @@ def _config(**changes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _network() -> Any:
-    """The network with two layers and three blocks; what the language model multiplies with is packed to 4 bits."""
+    """The network with two layers and three blocks; the language model's linear layers are packed to 4 bits."""
     config = _config(**_PART)
     family = family_of(config)
     network = family.build(config)
@@ -285,7 +285,7 @@ def _network() -> Any:
 
 
 def _packed(columns: int, rows: int, dtype: mx.Dtype) -> nn.QuantizedLinear:
-    """A linear module of random 4-bit numbers; a block of them repeats, since making them takes longer than using."""
+    """A linear module of random 4-bit numbers; one block repeats, since creating them takes longer than using them."""
     module = nn.QuantizedLinear(columns, rows, bias=False, group_size=64, bits=4)
     block = np.random.RandomState(rows).randint(0, 2**32, (64, columns // 8), dtype=np.uint32)
     module.weight = mx.tile(mx.array(block), (-(-rows // 64), 1))[:rows]
@@ -299,7 +299,7 @@ def _head(dtype: mx.Dtype) -> nn.QuantizedLinear:
 
 
 def _seconds(value: float) -> str:
-    """A length of time as a person says it."""
+    """A duration to read."""
     if value < 20:
         return f"{value:.1f} s"
     if value < 200:

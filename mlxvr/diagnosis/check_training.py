@@ -1,4 +1,4 @@
-"""Training: what rollouts say of their tokens, and the gradient, against transformers and torch."""
+"""Checks of training: log-probs of rollouts, and the gradient, against transformers and torch."""
 
 from collections.abc import Iterator, Mapping
 
@@ -18,7 +18,7 @@ _TRAINING = "training would learn something else here: please report it with thi
 
 
 def check_rollout() -> Iterator[Finding]:
-    """Log-probs that a rollout notes are those of the training pass over the same tokens."""
+    """The log-probs of a rollout equal those of the training pass over the same tokens."""
     model = reference.open_model(reference.BUNDLED)
     reference.attach_known_adapter(model)
     encoded = reference.group(model, reference.prompt(model, "clip")).prompt
@@ -32,7 +32,7 @@ def check_rollout() -> Iterator[Finding]:
 
 
 def check_gradient() -> Iterator[Finding]:
-    """The gradient of a packed group, against one completion at a time in torch, in float64."""
+    """The gradient of a packed group equals that of one completion at a time in torch, in float64."""
     truth = reference.load()
     for kind in ("float32", "4bit"):
         gradient = _gradient(kind)
@@ -42,10 +42,10 @@ def check_gradient() -> Iterator[Finding]:
 
 
 def check_repeatable() -> Iterator[Finding]:
-    """The same step three times gives the same bits: a resumed run then continues as if it had never stopped."""
-    first, *others = (_gradient("float32") for _ in range(3))
+    """The same step gives the same bits three times: a resumed run then continues as if it had never stopped."""
+    first, *repeats = (_gradient("float32") for _ in range(3))
     differing = sorted(
-        name for name, array in first.items() if any(not np.array_equal(array, other[name]) for other in others)
+        name for name, array in first.items() if any(not np.array_equal(array, repeat[name]) for repeat in repeats)
     )
     text = "the same gradient three times" if not differing else f"{len(differing)} of {len(first)} arrays differ"
     yield Finding(
@@ -70,5 +70,5 @@ def _gradient(kind: str) -> dict[str, np.ndarray]:
     return {name: np.array(array) for name, array in arrays.items()}
 
 
-def _norm_error(found: np.ndarray, expected: np.ndarray) -> float:
-    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+def _norm_error(actual: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))

@@ -1,4 +1,4 @@
-"""All checks by name, in the order in which they run: what is cheap and tells most comes first."""
+"""All checks by name, in the order in which they run: cheap and informative ones first."""
 
 from collections.abc import Callable, Iterator
 from importlib import import_module
@@ -31,7 +31,7 @@ CHECKS = {
 
 
 def find(name: str) -> Check:
-    """The check of this name; what it needs is imported now, so that a broken package is a finding of its own."""
+    """The check of this name; its imports run now, so that a broken package becomes a finding of its own."""
     module, _, function = CHECKS[name].partition(":")
     check: Check = getattr(import_module(f"mlxvr.diagnosis.{module}"), function)
     return check

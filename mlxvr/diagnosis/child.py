@@ -2,7 +2,7 @@
 
     {"begin": "logits"}    {"finding": {..}}    {"end": "logits"}
 
-An error within a check is a red finding, and the next check runs. What a check prints goes to stderr.
+An error within a check is a red finding, and the next check runs. A check's prints go to stderr.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ __all__ = ["main"]
 
 
 def main(names: Sequence[str], out: TextIO) -> None:
-    """Run checks by name and write what they find."""
+    """Run checks by name and write their findings."""
 
     def write(line: dict[str, Any]) -> None:
         print(json.dumps(line), file=out, flush=True)
@@ -38,6 +38,6 @@ def main(names: Sequence[str], out: TextIO) -> None:
 
 if __name__ == "__main__":
     pipe = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # whatever libraries print, from Python or C, is no result
+    os.dup2(2, 1)  # prints of libraries, from Python or C, must not mix with results
     with contextlib.closing(pipe):
         main(sys.argv[1:], pipe)

@@ -1,4 +1,4 @@
-"""What runs here: the machine, Python, and the packages against the releases that we test with."""
+"""Checks of the environment: the machine, Python, and the packages compared with the releases that we test with."""
 
 import os
 import platform
@@ -15,7 +15,7 @@ from mlxvr.runtime.device_memory import backend
 
 __all__ = ["NEWEST_TESTED", "NEWEST_TESTED_PYTHON", "check_machine", "check_versions"]
 
-# The newest releases that the whole test suite ran with.
+# The newest releases with which the whole test suite has run.
 NEWEST_TESTED = {
     "mlx": "0.32.4",
     "mlx-lm": "0.32.2",
@@ -31,7 +31,7 @@ _GIB = 2**30
 
 
 def check_machine() -> Iterator[Finding]:
-    """Chip, memory and operating system: never worse than green, since none of it is wrong."""
+    """Chip, memory and operating system (always green), and the backend (yellow without Metal on a Mac)."""
     device = mx.device_info()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     system = (
@@ -53,7 +53,7 @@ def check_machine() -> Iterator[Finding]:
 
 
 def check_versions() -> Iterator[Finding]:
-    """Python and packages; newer ones than we tested are yellow."""
+    """Python and packages; releases newer than the tested ones are yellow."""
     python = sys.version_info[:2]
     newer = python > NEWEST_TESTED_PYTHON
     tested = ".".join(map(str, NEWEST_TESTED_PYTHON))
@@ -66,15 +66,15 @@ def check_versions() -> Iterator[Finding]:
     installed, beyond = [], []
     for package, newest in NEWEST_TESTED.items():
         try:
-            found = version(package)
+            release = version(package)
         except PackageNotFoundError:
             yield Finding(
                 check=package, status="red", text="is not installed", advice="install mlxvr again: pip install mlxvr"
             )
             continue
-        installed.append(f"{package} {found}")
-        if _release(found) > _release(newest):
-            beyond.append(f"{package} {found} ({newest})")
+        installed.append(f"{package} {release}")
+        if _release(release) > _release(newest):
+            beyond.append(f"{package} {release} ({newest})")
     yield Finding(
         check="packages",
         status="yellow" if beyond else "green",
@@ -84,7 +84,7 @@ def check_versions() -> Iterator[Finding]:
 
 
 def _release(text: str) -> tuple[int, int]:
-    """Major and minor, by which releases are compared; (0, 0) of what is no number."""
+    """Major and minor number, by which releases are compared; (0, 0) if there are none."""
     numbers = [int(number) for number in re.findall(r"\d+", text)[:2]]
     return (numbers[0], numbers[1]) if len(numbers) == 2 else (0, 0)
 

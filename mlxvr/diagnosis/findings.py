@@ -1,8 +1,8 @@
-"""What a check found, and how bad that is.
+"""Findings of checks, and their status.
 
 green     as on the machines that we test on
-yellow    works, but slower, less exact or less than where we test
-red       wrong numbers, or it does not work: do not trust answers of this install
+yellow    works, but slower, less exactly or less completely than on the machines that we test on
+red       wrong numbers, or does not work: do not trust answers of this install
 """
 
 import math
@@ -22,12 +22,12 @@ class Finding:
     """One line of the report.
 
     Attributes:
-        check: what was looked at.
+        check: name of the check.
         status: see above.
-        text: what was found, in words.
-        measured: the number behind it; None where there is none.
-        limit: up to which the number is green; None where there is none.
-        advice: what to do where it is not green.
+        text: the finding in words.
+        measured: the measured number; None: there is none.
+        limit: the largest number that is green; None: there is none.
+        advice: what to do if it is not green.
     """
 
     check: str
@@ -43,15 +43,15 @@ class Finding:
 
 
 def judge(check: str, error: float, *, green: float, red: float, what: str, advice: str) -> Finding:
-    """A finding about an error.
+    """The finding about a measured error.
 
     Args:
-        check: its name.
-        error: what was measured; NaN is as bad as can be.
-        green: the largest error that is expected.
-        red: the error from which numbers count as wrong; between the two they are yellow.
-        what: of what the error is, such as "relative error of the logits".
-        advice: what to do where the error is not green.
+        check: name of the check.
+        error: the measured error; NaN is red.
+        green: the largest expected error.
+        red: the smallest error that counts as wrong; between the two, the finding is yellow.
+        what: the kind of error, such as "relative error of the logits".
+        advice: what to do if the error is not green.
     """
     status: Status = "green" if error <= green else "yellow" if error < red else "red"
     exceeds = "" if status == "green" else f", expected at most {green:.1g}"
@@ -67,5 +67,5 @@ def judge(check: str, error: float, *, green: float, red: float, what: str, advi
 
 
 def worst(findings: Sequence[Finding]) -> Status:
-    """The worst status among findings; green where there are none."""
+    """The worst status among findings; green without findings."""
     return max((finding.status for finding in findings), key=_ORDER.index, default="green")

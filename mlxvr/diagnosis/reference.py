@@ -1,13 +1,13 @@
-"""The committed truth: what transformers computed in float32 on another machine, and the inputs that it computed from.
+"""The committed reference: results of transformers in float32 on another machine, and the inputs of the computation.
 
-`reference/` beside this file holds
+`reference/` beside this file contains
 
     reference.safetensors   logits, gradients and frames, float32 and uint8
     reference.json          answers, and the releases that computed all of it
-    qwen2_5_vl/             a tiny Qwen2.5-VL with random weights and heads of 128 numbers, as public ones have
+    qwen2_5_vl/             a tiny Qwen2.5-VL with random weights and heads of 128 numbers, as in public models
 
 Qwen3-VL is the bundled checkpoint. `tests/hardware/make_reference.py` writes these files. It runs transformers on torch
-and takes nothing but weights and tokens from us: positions, attention, logits and gradients are transformers' own.
+and takes only weights and tokens from mlxvr: positions, attention, logits and gradients are transformers' own.
 """
 
 import functools
@@ -87,13 +87,13 @@ def load() -> Reference:
 
 
 def open_model(name: str, *, dtype: str = "float32") -> VideoModel:
-    """The bundled checkpoint (`BUNDLED`), or one of the tiny random ones: the other names of `MODELS`."""
+    """Load the bundled checkpoint (`BUNDLED`) or a tiny random one (the other names in `MODELS`)."""
     return load_model(demo_folder() / "checkpoint" if name == BUNDLED else FOLDER / name, dtype=dtype)
 
 
 def prompt(model: VideoModel, shown: str) -> Prompt:
-    """The question that all checks ask, about the drawn "clip" or the drawn "image"."""
-    height, width = 4 * model.spec.factor, 5 * model.spec.factor  # as the tower takes them: nothing is resized
+    """The question of all checks, about the drawn "clip" or the drawn "image"."""
+    height, width = 4 * model.spec.factor, 5 * model.spec.factor  # multiples of the factor: nothing is resized
     if shown == "clip":
         patches, grid = patchify(draw_clip(height, width), model.spec)
         vision = VisionInput("video", patches, grid, tuple(0.25 + row for row in range(grid[0])), 1.0)
@@ -106,8 +106,8 @@ def prompt(model: VideoModel, shown: str) -> Prompt:
 def quantize(model: VideoModel) -> None:
     """Pack the language model to 4 bits, in place.
 
-    The numbers are packed by numpy: `mx.quantize` rounds differently on different backends, and what is tested here is
-    what a backend computes with packed weights.
+    numpy packs the numbers: `mx.quantize` rounds differently on different backends, and only the computation with
+    packed weights is tested here.
     """
     packed = {
         path: pack(np.array(module.weight.astype(mx.float32)))
@@ -124,7 +124,7 @@ def quantize(model: VideoModel) -> None:
 
 
 def pack(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Affine packing by its definition, group by group: round((w - least) / step), 15 steps from least to most.
+    """Affine packing by its definition, per group: round((w - least) / step), with 15 steps from least to most.
 
     float32 (rows, columns) -> uint32 (rows, columns / 8), the lowest bits first; step and least, float32
     (rows, columns / 64).
@@ -138,7 +138,7 @@ def pack(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def unpack(packed: np.ndarray, scales: np.ndarray, biases: np.ndarray, bits: int) -> np.ndarray:
-    """Affine unpacking by its definition: numbers of `bits` bits from the lowest on, times scale, plus bias."""
+    """Affine unpacking by its definition: numbers of `bits` bits, lowest first, times scale, plus bias."""
     per_word = 32 // bits
     shifts = (np.arange(per_word) * bits).astype(np.uint32)
     numbers = ((packed[..., None] >> shifts) & np.uint32(2**bits - 1)).reshape(*packed.shape[:-1], -1)
@@ -147,7 +147,7 @@ def unpack(packed: np.ndarray, scales: np.ndarray, biases: np.ndarray, bits: int
 
 
 def attach_known_adapter(model: VideoModel) -> None:
-    """Give the model LoRA layers with weights that are the same everywhere (numpy's frozen generator)."""
+    """Add LoRA layers with weights that are the same on every machine (numpy's frozen generator)."""
     attach(model, LORA, seed=0)
     random = np.random.RandomState(7)
     weights = {
@@ -158,13 +158,13 @@ def attach_known_adapter(model: VideoModel) -> None:
 
 
 def completions() -> list[np.ndarray]:
-    """Four completions of random tokens, of different lengths."""
+    """Four completions of random tokens, with different lengths."""
     random = np.random.RandomState(3)
     return [random.randint(20, 700, length).astype(np.int32) for length in _LENGTHS]
 
 
 def group(model: VideoModel, asked: Prompt, ids: Sequence[np.ndarray] | None = None) -> SimpleNamespace:
-    """A prompt and its completions, as a rollout would give them."""
+    """A prompt and its completions, in the form of a rollout."""
     encoded = SimpleNamespace(
         row=None,
         ids=asked.ids,

@@ -1,4 +1,4 @@
-"""A drawn clip and a drawn picture, the same to the last bit on every machine: nothing is decoded to get them."""
+"""A drawn clip and a drawn picture, the same to the last bit on every machine, since nothing is decoded."""
 
 import numpy as np
 

@@ -1,7 +1,7 @@
-"""Run the checks in a process of their own, so that one that takes the process down is one red line.
+"""Runs the checks in a child process, so that a check that ends the process is one red line.
 
-A GPU that runs out of memory, or a driver's fault, ends the whole process: no `except` sees it. Whoever reads the
-child's lines knows which check was running, writes that down, and starts another child for the checks that are left.
+A GPU that runs out of memory, or a driver's fault, ends the whole process: no `except` catches it. The parent reads the
+child's lines, so it knows which check was running, reports it, and starts another child for the remaining checks.
 """
 
 import json
@@ -25,24 +25,24 @@ _REPORT = "please report it with this output"
 def run_checks(
     names: Sequence[str], *, command: Sequence[str] = CHILD, seconds_per_check: float = 300.0
 ) -> Iterator[Finding]:
-    """Run checks by name; yields what they find as it is found.
+    """Run checks by name; yield their findings as they come.
 
     Args:
         names: see `checks.CHECKS`.
-        command: that runs the child; the names are its last arguments.
-        seconds_per_check: after which a check that says nothing counts as hanging, and its process is ended.
+        command: the child's command; the names are its last arguments.
+        seconds_per_check: a check without a line for so long counts as hanging, and its process is ended.
     """
-    left = list(names)
-    while left:
+    remaining = list(names)
+    while remaining:
         with tempfile.TemporaryFile() as errors:
-            yield from _run_child(left, command, seconds_per_check, errors)
+            yield from _run_child(remaining, command, seconds_per_check, errors)
 
 
 def _run_child(
-    left: list[str], command: Sequence[str], seconds_per_check: float, errors: IO[bytes]
+    remaining: list[str], command: Sequence[str], seconds_per_check: float, errors: IO[bytes]
 ) -> Iterator[Finding]:
-    """One child; takes the checks that it began from `left`."""
-    with subprocess.Popen([*command, *left], stdout=subprocess.PIPE, stderr=errors, text=True) as child:
+    """Run one child; checks that it began are removed from `remaining`."""
+    with subprocess.Popen([*command, *remaining], stdout=subprocess.PIPE, stderr=errors, text=True) as child:
         assert child.stdout is not None
         lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         threading.Thread(target=_forward, args=(child.stdout, lines), daemon=True).start()
@@ -53,7 +53,7 @@ def _run_child(
                     line = lines.get(timeout=seconds_per_check)
                 except queue.Empty:
                     child.kill()
-                    name = running or left.pop(0)
+                    name = running or remaining.pop(0)
                     text = f"no result within {seconds_per_check:.0f} s"
                     yield Finding(check=name, status="red", text=text, advice=f"it hangs here: {_REPORT}")
                     return
@@ -61,15 +61,15 @@ def _run_child(
                     break
                 message = json.loads(line)
                 if "begin" in message:
-                    running = left.pop(0)
+                    running = remaining.pop(0)
                 elif "finding" in message:
                     yield Finding(**message["finding"])
                 else:
                     running = None
         finally:
             child.kill()
-    if running is not None or (left and child.returncode != 0):  # it ended in the middle, or before it began
-        name = running or left.pop(0)
+    if running is not None or (remaining and child.returncode != 0):  # it ended during a check, or before the first
+        name = running or remaining.pop(0)
         yield Finding(
             check=name,
             status="red",
