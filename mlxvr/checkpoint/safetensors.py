@@ -63,7 +63,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         length = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or size < 8 + length:
             if len(prefix) == 8 and length > _LONGEST_HEADER:
-                raise _damaged(path, "it does not begin as a safetensors file does")
+                raise _damaged(path, "it does not begin like a safetensors file")
             raise _truncated(path, size, 8 + length)
         if length > _LONGEST_HEADER:
             raise _damaged(path, f"its header claims {length} bytes")
