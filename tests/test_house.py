@@ -22,9 +22,7 @@ EMPTY_NAMES = {"one", "found", "told", "said", "other", "given", "kept"}
 UNREAD = (
     "__main__.py",
     "answering/",
-    "checkpoint/hub_errors.py",
     "cli/settings.py",
-    "conversion/measure/layerwise.py",
     "evaluation/eval_config.py",
     "evaluation/finishing.py",
     "evaluation/generation.py",

@@ -22,7 +22,8 @@ from mlxvr.evaluation.analysis.reliability import (
 )
 from mlxvr.evaluation.analysis.run_summary import Distribution
 from mlxvr.evaluation.analysis.sweep import sweep
-from mlxvr.evaluation.samples import Sample, decide
+from mlxvr.evaluation.samples import Sample
+from tests.decisions import decision
 
 FALLBACK = "Let's analyze the problem step by step."
 
@@ -199,7 +200,7 @@ def test_against_loops(seed):
     threshold = random.Random(seed).choice([0.0, 0.5, 0.7, 1.0])
     whole = summarise(samples, threshold=threshold, bootstrap=20).overall
     kept = [sample for sample in samples if sample.error is None]
-    decisions = [decide(sample, threshold) for sample in kept]
+    decisions = [decision(sample, threshold) for sample in kept]
     scores = [float(made.text == s.answer) for s, made in zip(kept, decisions) if s.answer]
     first = [float(s.first == s.answer) for s in kept if s.answer]
     last = [float((s.second or s.text) == s.answer) for s in kept if s.answer]

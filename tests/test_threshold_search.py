@@ -16,8 +16,9 @@ from mlxvr.errors import CheckpointError, ConfigError, DataError
 from mlxvr.evaluation import threshold_file
 from mlxvr.evaluation.analysis.reliability import fit_temperature, scale
 from mlxvr.evaluation.analysis.threshold_search import calibrate
-from mlxvr.evaluation.samples import Sample, decide
+from mlxvr.evaluation.samples import Sample
 from mlxvr.evaluation.threshold_file import save_threshold, write_threshold
+from tests.decisions import decision
 
 
 def make(count, seed=0, *, labelled=True, skill=1.0, think=0.8, per_clip=1, levels=None, task=lambda number: ""):
@@ -49,7 +50,7 @@ def make(count, seed=0, *, labelled=True, skill=1.0, think=0.8, per_clip=1, leve
 
 def figures_at(samples, threshold):
     """Think ratio, mean tokens and accuracy at a threshold, counted row by row."""
-    made = [decide(sample, threshold) for sample in samples]
+    made = [decision(sample, threshold) for sample in samples]
     return (
         sum(one.reasoned for one in made) / len(made),
         sum(one.tokens for one in made) / len(made),
@@ -64,7 +65,7 @@ def every_threshold(samples):
 
 
 def same_decisions(samples, one, other):
-    return [decide(sample, one).reasoned for sample in samples] == [decide(s, other).reasoned for s in samples]
+    return [decision(sample, one).reasoned for sample in samples] == [decision(s, other).reasoned for s in samples]
 
 
 LEVELS = [None, [0.5, 0.9, 0.97, 1.0], [0.0, 0.3, 0.9999999, 1.0]]
@@ -120,7 +121,9 @@ def test_the_no_loss_goal_walks_down_to_the_first_failure(seed, margin):
     drawn = np.random.default_rng(5).multinomial(10, np.full(10, 1 / 10), size=200)
     best = None
     for threshold in reversed(every_threshold(samples)):
-        differences = [float(decide(sample, threshold).text == "A") - float(sample.second == "A") for sample in samples]
+        differences = [
+            float(decision(sample, threshold).text == "A") - float(sample.second == "A") for sample in samples
+        ]
         means = []
         for counts in drawn:
             rows = [n for clip, times in enumerate(counts) for n in [*range(clip**2, (clip + 1) ** 2)] * times]
@@ -193,7 +196,7 @@ def test_held_out_figures_against_a_loop():
         assert same_decisions(training, found.fold_thresholds[fold], max(tried)[2])
         test = [sample for sample, own in zip(samples, folds) if own == fold]
         assert len(test) == 30
-        made += [(sample, decide(sample, found.fold_thresholds[fold])) for sample in test]
+        made += [(sample, decision(sample, found.fold_thresholds[fold])) for sample in test]
     outcome = found.held_out
     assert (outcome.count, outcome.clips) == (150, 50)
     assert outcome.auto.value == pytest.approx(sum(one.text == "A" for _, one in made) / 150)

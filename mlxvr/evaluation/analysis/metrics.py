@@ -52,7 +52,7 @@ def summarise(samples: Iterable[Sample], *, threshold: float, bootstrap: int = 1
     every = ordered(samples)
     finished = usable(every)
     live = is_live(finished)
-    table = _Table.of(finished, threshold, live)
+    table = _ModeColumns.of(finished, threshold, live)
 
     def groups(names: Sequence[str]) -> dict[str, GroupSummary]:
         return {
@@ -76,7 +76,7 @@ def summarise(samples: Iterable[Sample], *, threshold: float, bootstrap: int = 1
 
 
 @dataclass(frozen=True, eq=False)
-class _Table:
+class _ModeColumns:
     """Samples, their grades per mode and the decisions of auto, as columns of one length."""
 
     samples: list[Sample]
@@ -85,7 +85,7 @@ class _Table:
     reasoned: np.ndarray  # bool (n,)
 
     @classmethod
-    def of(cls, samples: list[Sample], threshold: float, live: bool) -> "_Table":
+    def of(cls, samples: list[Sample], threshold: float, live: bool) -> "_ModeColumns":
         if live:
             reasoned = [sample.reasoned for sample in samples]
         else:
@@ -97,11 +97,11 @@ class _Table:
             np.array(reasoned, dtype=bool),
         )
 
-    def only(self, chosen: list[bool]) -> "_Table":
+    def only(self, chosen: list[bool]) -> "_ModeColumns":
         def pick(column: list[Any]) -> list[Any]:
             return [value for value, is_chosen in zip(column, chosen) if is_chosen]
 
-        return _Table(
+        return _ModeColumns(
             pick(self.samples),
             pick(self.direct),
             None if self.think is None else pick(self.think),
@@ -118,7 +118,7 @@ class _Table:
         ]
 
 
-def _group(table: _Table, bootstrap: int, seed: int) -> GroupSummary:
+def _group(table: _ModeColumns, bootstrap: int, seed: int) -> GroupSummary:
     samples, reasoned = table.samples, table.reasoned
     clusters = clusters_of(samples)
     resamples = Bootstrap(clusters, count=bootstrap, seed=seed)
