@@ -103,8 +103,9 @@ def test_length_and_bounds(model: VideoModel) -> None:
     assert kv.length(cache) == 0
 
 
-@pytest.mark.parametrize(("kv_bits", "tolerance"), [(8, 0.03), (6, 0.1), (4, 0.5), (3, 0.9), (2, 1.5)])
+@pytest.mark.parametrize(("kv_bits", "tolerance"), [(8, 0.007), (6, 0.035), (4, 0.15), (3, 0.3), (2, 0.5)])
 def test_quantized_keys_and_values_stay_close(model: VideoModel, kv_bits: int, tolerance: float) -> None:
+    """On an x86 CPU the errors are at most 0.0023, 0.011, 0.047, 0.089 and 0.16."""
     prompt = ask(model, "What happens?")
     expected = np.array(read(model, prompt, model.make_cache()))
     cache = model.make_cache(kv_bits)

@@ -353,8 +353,8 @@ def test_bfloat16_stays_close(model, group, expected, tmp_path) -> None:
     other.network.load_weights(list(lora_weights(model).items()), strict=False)
     gradient, stats = group_gradient(other, group, ADVANTAGES, config=LossConfig(beta=0.0), checkpoint=True)
     assert {array.dtype for _, array in tree_flatten(gradient)} == {mx.float32}
-    assert difference(flat(gradient), expected) < 0.15
-    assert np.abs(stats.logprobs - group_logprobs(model, group)).max() < 0.1
+    assert difference(flat(gradient), expected) < 0.05  # 0.027 on an x86 CPU
+    assert np.abs(stats.logprobs - group_logprobs(model, group)).max() < 0.04  # 0.020
 
 
 def test_dropout(tmp_path) -> None:

@@ -315,7 +315,7 @@ def test_bfloat16_stays_close(reference, family: str, tmp_path: Path) -> None:
     assert model.dtype == mx.bfloat16
     assert model.logits(mx.zeros((1, 64), mx.bfloat16)).dtype == mx.float32  # see test_head
     # the reference keeps the weights in float32; bf16 has 8 bits
-    assert relative_error(logits, expected_logits(reference, model, prompt)) < 0.08
+    assert relative_error(logits, expected_logits(reference, model, prompt)) < 0.04  # 0.022 and 0.019 on an x86 CPU
 
 
 def test_quantized_as_mlx_does_it(model: VideoModel, path: Path, family: str, tmp_path: Path) -> None:
