@@ -1,11 +1,11 @@
-"""Converting a checkpoint: a Hub id or folder of float weights becomes a folder of quantized MLX weights.
+"""Conversion of a checkpoint: from a Hub id or folder of float weights to a folder of quantized MLX weights.
 
-The headers are judged (`checkpoint`), what becomes of every tensor is decided (`plan`), and one tensor after the other
-is read, cast, quantized and written (`stream`) into a folder that appears when all of it is there (`staging`).
-mlx-vlm's converter, which the layout of the output follows, builds the whole network first.
+`source` checks the headers, `tensor_plan` decides how every tensor is written, and `stream` reads, casts, quantizes and
+writes one tensor after the other, into a folder that appears once it is complete (`staging`). mlx-vlm's converter
+writes the same layout, but builds the whole network first.
 
-The output is what stock mlx-vlm loads: MLX's tensor names and layout, `quantization` in `config.json` (written twice,
-as mlx-lm's tools do) with an entry for each module that departs from the rest.
+Stock mlx-vlm loads the output: it has MLX's tensor names and layout, and `quantization` in `config.json` (twice, as
+mlx-lm's tools write it) with an entry for each module that differs from the rest.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ __all__ = ["ConversionReport", "Judge", "choose_recipe", "convert", "write_model
 _SPARE_DISK = 64 * 2**20  # for tokenizer, config and card
 _log = logging.getLogger(__name__)
 
-# A finished folder that has no name yet -> how far it is from its source.
+# A finished folder that does not have its final name yet -> its differences from the source.
 Judge = Callable[[Path], "VerificationReport"]
 
 
@@ -67,7 +67,7 @@ def convert(
         source: weights in float types, or fp8 blocks; quantized MLX weights with `dequantize` only.
         out: the folder to write. It appears when it is complete, or not at all.
         recipe: a name or a TOML file; None: the checkpoint's own, else its family's. The next four stand above it.
-        bits: 2, 3, 4, 5, 6, 8, 0 for unquantized weights, or "auto": what each module needs (see `sensitivity`).
+        bits: 2, 3, 4, 5, 6, 8, 0 for unquantized weights, or "auto": chosen for each module (see `mixed_precision`).
         group_size: 32, 64 or 128 weights to a scale.
         mode: "affine", or MLX's floating-point formats "mxfp4", "nvfp4" and "mxfp8".
         dtype: "bfloat16", "float16" or "float32", for scales and all that is not quantized.
@@ -229,7 +229,7 @@ def _check_options(
     *,
     dequantize: bool,
 ) -> None:
-    """Refuse what no recipe would take, before anything is downloaded."""
+    """Raise for options that no recipe accepts, before anything is downloaded."""
     if (bits == "auto") != (target_bytes is not None):
         raise ConfigError("bits chosen for each module need a size: give --q-bits auto and --target-gb together")
     if bits == "auto" and (group_size is not None or mode is not None):
@@ -246,7 +246,7 @@ def _check_options(
 def _measured(
     checkpoint: Checkpoint, recipe: Recipe, target_bytes: int, progress: Progress | None
 ) -> Callable[[str], Precision | None]:
-    """Choose each module's precision by what it does to confidence; rules are for those who do not measure."""
+    """Choose each module's precision by its measured effect on confidence, without the recipe's rules."""
     from mlxvr.conversion.measure.mixed_precision import choose_precisions
 
     recipe = dataclasses.replace(recipe, quantization=dataclasses.replace(recipe.quantization, rules=()))
@@ -264,7 +264,7 @@ def _pinned(source: str | Path, recipe: Recipe | None) -> str | None:
 
 
 def choose_recipe(checkpoint: Checkpoint, origin: card.Origin) -> Recipe:
-    """Return the recipe that holds for the unconverted checkpoint too, see `defaults.find_recipe`."""
+    """Return the recipe that also applies to the unconverted checkpoint, see `defaults.find_recipe`."""
     recipe, how = find_recipe(checkpoint.folder, origin.name if origin.is_hub else "")
     _log.info("recipe %s (%s)", recipe.name, how)
     return recipe
@@ -282,10 +282,10 @@ def _check_disk(stage: Path, plan: Plan) -> None:
 
 
 def _config(checkpoint: Checkpoint, plan: Plan, base: Quantization) -> dict[str, Any]:
-    """`config.json` of the output: mlx-vlm's spelling, the new dtype, and how each module is quantized."""
+    """`config.json` of the output: mlx-vlm's spelling, the new dtype, and each module's quantization."""
     folder = checkpoint.folder
     config = folder.family.mlx_config(folder.config)
-    config.pop("auto_map", None)  # code of the source's repository, which neither travels nor runs
+    config.pop("auto_map", None)  # names code in the source's repository, which is neither copied nor run
     for key in ("quantization", "quantization_config"):
         config.pop(key, None)
     for section in (config, config.get("text_config"), config.get("vision_config")):
