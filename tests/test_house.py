@@ -22,20 +22,18 @@ EMPTY_NAMES = {"one", "found", "told", "said", "other", "given", "kept"}
 UNREAD = (
     "__main__.py",
     "answering/",
-    "cli/settings.py",
     "evaluation/eval_config.py",
     "evaluation/finishing.py",
     "evaluation/generation.py",
     "evaluation/lmms/answering.py",
     "evaluation/runner.py",
     "evaluation/sharding.py",
-    "generate.py",
     "grpo/",
     "storage/content_hash.py",
     "storage/staging.py",
     "train.py",
 )
-SHARED_CLASSES = {"FirstAnswer", "Judged"}
+SHARED_CLASSES = {"FirstAnswer"}
 
 
 def read_package():
