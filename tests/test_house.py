@@ -29,11 +29,9 @@ UNREAD = (
     "evaluation/runner.py",
     "evaluation/sharding.py",
     "grpo/",
-    "storage/content_hash.py",
-    "storage/staging.py",
     "train.py",
 )
-SHARED_CLASSES = {"FirstAnswer"}
+SHARED_CLASSES: set[str] = {"FirstAnswer"}
 
 
 def read_package():
