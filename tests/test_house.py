@@ -28,8 +28,6 @@ UNREAD = (
     "evaluation/lmms/answering.py",
     "evaluation/runner.py",
     "evaluation/sharding.py",
-    "grpo/",
-    "train.py",
 )
 SHARED_CLASSES: set[str] = {"FirstAnswer"}
 
