@@ -94,7 +94,7 @@ def answer(adapter: Path | None, data: Path, output: Path) -> None:
     model = load_model(EARLY, dtype="float32")
     if adapter is not None:
         attach_saved(model, adapter)
-    spec = model.spec.with_overrides(**model.settings.get("budgets", {}))
+    spec = model.spec.with_overrides(**model.settings.get("frame_limits", {}))
     records = (data / "heldout" / "clips.jsonl").read_text(encoding="utf-8").splitlines()
     lines = []
     for row, record in zip(load_rows(data / "heldout" / "clips.jsonl"), map(json.loads, records), strict=True):

@@ -186,7 +186,7 @@ class SampleWriter:
 
     Args:
         path: of the file; it and its folder are created when they are not there.
-        run: what the samples depend on (model, budgets, decoding), as JSON-ready values.
+        run: what the samples depend on (model, frame limits, decoding), as JSON-ready values.
 
     Attributes:
         done: ids of the samples that are in the file.
