@@ -28,7 +28,6 @@ REASONS = {
 }
 TOO_MANY = {
     "quantize.convert": 15,
-    "memory_estimate.estimate": 11,
     "quantize.write_model": 11,
     "gradient.group_gradient": 10,
     "threshold_search.calibrate": 10,
@@ -46,7 +45,6 @@ TOO_MANY = {
     "animation_reader.read_animation": 7,
     "curves._draw_curve": 7,
     "grounding.grounding_entry": 7,
-    "memory_estimate.estimate_training": 7,
     "memory_plan.prefill_bytes": 7,
     "mixed_precision.choose_precisions": 7,
     "runner._ask_with_workers": 7,

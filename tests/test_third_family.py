@@ -32,7 +32,8 @@ from mlxvr.evaluation import runner
 from mlxvr.evaluation.eval_config import EvalConfig
 from mlxvr.evaluation.report import plots
 from mlxvr.evaluation.samples import read_samples
-from mlxvr.grpo import memory_estimate
+from mlxvr.grpo.memory.memory_estimate import estimate
+from mlxvr.grpo.memory.workload import Workload
 from mlxvr.media.spec import FrameRules
 from mlxvr.model.families.base import FAMILIES, Family, family_of, register, token_grid
 from mlxvr.model.frame_plan import plan_frame
@@ -269,10 +270,9 @@ def test_its_memory_is_estimated(folders):
         config = opened.family.mlx_config(opened.config)
         plans.append(plan_prompt(config, prompt_tokens=900, answer_tokens=64, grids=[(4, 8, 8)]))
         sizes = {"weight_bytes": 10**7, "adapter_parameters": 10**4, "prompt_tokens": 900, "visual_tokens": 512}
-        estimate = memory_estimate.estimate(
-            config, **sizes, group_size=4, completion_tokens=64, checkpoint=False, beta=0.1
-        )
-        estimates.append((estimate.peak, [(flag, less.peak) for flag, less in estimate.alternatives()]))
+        work = Workload(config=config, **sizes, group_size=4, completion_tokens=64, checkpoint=False, beta=0.1)
+        need = estimate(work)
+        estimates.append((need.peak, [(flag, less.peak) for flag, less in need.alternatives()]))
     assert plans[0] == plans[1]
     assert estimates[0] == estimates[1]
     assert estimates[0][1]
