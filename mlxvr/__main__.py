@@ -33,8 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         sys.stdout.write(f"mlxvr {__version__}\n")
         return 0
-    found = f"unknown verb {args[0]!r}" if args else "no verb given"
-    sys.stderr.write(f"error: {found}: use one of {', '.join(VERBS)} (see `mlxvr --help`)\n")
+    problem = f"unknown verb {args[0]!r}" if args else "no verb given"
+    sys.stderr.write(f"error: {problem}: use one of {', '.join(VERBS)} (see `mlxvr --help`)\n")
     return 2
 
 

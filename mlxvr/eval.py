@@ -26,7 +26,7 @@ _GROUPS = {
     "run": "how to ask",
     "figures": "what to work out",
 }
-_TOLD = 5  # notes that are printed; the report has all
+_MOST_NOTES = 5  # notes that are printed; the report has all
 
 
 def __getattr__(name: str) -> Any:
@@ -65,11 +65,11 @@ def _eval(args: argparse.Namespace) -> None:
         report = evaluate(config, progress=bar)
     if report.rank:
         return
-    for note in report.notes[:_TOLD]:
+    for note in report.notes[:_MOST_NOTES]:
         print(f"left out: {note}", file=sys.stderr)
-    if len(report.notes) > _TOLD:
-        print(f"left out: {len(report.notes) - _TOLD} more, see the report", file=sys.stderr)
-    for name, error in list(report.summary.errors.items())[:_TOLD]:
+    if len(report.notes) > _MOST_NOTES:
+        print(f"left out: {len(report.notes) - _MOST_NOTES} more, see the report", file=sys.stderr)
+    for name, error in list(report.summary.errors.items())[:_MOST_NOTES]:
         print(f"failed: {name}: {error}", file=sys.stderr)
     print(json.dumps(report.to_dict(), ensure_ascii=False) if args.json else table(report))
 

@@ -11,7 +11,7 @@ import pytest
 from qwen_tokenizer import END_OF_TURN, qwen
 from scripted_tokenizers import BytePieces, byte_fallback, skipping, stripping
 
-from mlxvr.answering.confidence import FirstAnswer, answer_span, score_first_answer, should_exit
+from mlxvr.answering.confidence import ScoredAnswer, answer_span, score_first_answer, should_exit
 
 OPEN = ["\\", "boxed", "{"]
 BROKEN = "\ufffd"  # a token that is a part of a character
@@ -307,7 +307,7 @@ def test_a_log_prob_for_each_token():
     ],
 )
 def test_should_exit(confidence, threshold, exits):
-    assert should_exit(FirstAnswer("A", (3, 4), confidence, "A"), threshold) is exits
+    assert should_exit(ScoredAnswer("A", (3, 4), confidence, "A"), threshold) is exits
 
 
 def test_without_a_direct_answer_there_is_no_exit():

@@ -18,19 +18,6 @@ MOST_ON_THE_TOP_FLOOR = 14
 MOST_IN_A_ROOM = 16
 EMPTY_NAMES = {"one", "found", "told", "said", "other", "given", "kept"}
 
-# Rooms and modules whose names have not been read yet, and classes that still name two things: these lists only shrink.
-UNREAD = (
-    "__main__.py",
-    "answering/",
-    "evaluation/eval_config.py",
-    "evaluation/finishing.py",
-    "evaluation/generation.py",
-    "evaluation/lmms/answering.py",
-    "evaluation/runner.py",
-    "evaluation/sharding.py",
-)
-SHARED_CLASSES: set[str] = {"FirstAnswer"}
-
 
 def read_package():
     """Source of every file of the package that has modules beside it, by its path in the package; others are ""."""
@@ -111,12 +98,11 @@ def test_modules_have_names_of_their_own(sources):
 
 
 def test_classes_have_names_of_their_own(sources):
-    assert [line for line in shared_classes(sources) if line.partition(":")[0] not in SHARED_CLASSES] == []
+    assert shared_classes(sources) == []
 
 
 def test_names_say_what_they_hold(sources):
-    read = {path: text for path, text in sources.items() if not path.startswith(UNREAD)}
-    assert empty_names(read) == []
+    assert empty_names(sources) == []
 
 
 @pytest.mark.parametrize(

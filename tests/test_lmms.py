@@ -16,7 +16,7 @@ from PIL import Image
 import mlxvr
 from mlxvr.checkpoint.bundled import demo_folder
 from mlxvr.errors import ConfigError
-from mlxvr.evaluation.lmms.answering import Asked, answer_all, open_log, read_context, read_visuals
+from mlxvr.evaluation.lmms.answering import LmmsRequest, answer_all, open_log, read_context, read_visuals
 from mlxvr.evaluation.lmms.options import LmmsOptions
 from mlxvr.evaluation.samples import read_run, read_samples
 from mlxvr.model.prompt import KINDS, question_text
@@ -36,7 +36,9 @@ def path_of(row):
 
 
 def asked(context, visuals, doc_id=0, **generation):
-    return Asked(task="t", split="test", doc_id=doc_id, context=context, visuals=lambda: visuals, generation=generation)
+    return LmmsRequest(
+        task="t", split="test", doc_id=doc_id, context=context, visuals=lambda: visuals, generation=generation
+    )
 
 
 @pytest.fixture(scope="module")

@@ -31,13 +31,10 @@ TOO_MANY = {
     "quantize.write_model": 11,
     "gradient.group_gradient": 10,
     "threshold_search.calibrate": 10,
-    "finishing.work_out": 9,
     "memory_plan.plan_prompt": 9,
     "prompt.build_prompt": 9,
-    "answering._write": 8,
     "frame_plan.plan_frame": 8,
     "fusing.fuse": 8,
-    "runner._work": 8,
     "sampling.frame_indices": 8,
     "verify.verify": 8,
     "video_reader._decode_queue": 8,
@@ -47,7 +44,6 @@ TOO_MANY = {
     "grounding.grounding_entry": 7,
     "memory_plan.prefill_bytes": 7,
     "mixed_precision.choose_precisions": 7,
-    "runner._ask_with_workers": 7,
     "video_reader.read_video": 7,
 }
 

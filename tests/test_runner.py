@@ -508,11 +508,11 @@ def fail(shard, step):
     ],
 )
 def test_what_happens_to_a_worker_is_told(shard, error, says):
-    with sharding.workers(0, fail) as crew:
-        crew.hire(shard, fail)
+    with sharding.workers(0, fail) as pool:
+        pool.start_worker(shard, fail)
         with pytest.raises(error, match=says):
-            crew.wait(lambda: None)
-    assert crew.steps == 1
+            pool.wait(lambda: None)
+    assert pool.steps == 1
 
 
 def test_a_sample_that_did_not_fail_goes_first(tmp_path):

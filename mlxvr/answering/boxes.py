@@ -17,8 +17,8 @@ Span = tuple[int, int]  # characters [start, end)
 
 _BOX, _THINK, _END_THINK = "\\boxed{", "<think>", "</think>"
 _MARKS = re.compile(r"\\boxed\{|<think>|</think>|[{}]")
-_BEGUN = frozenset(mark[:size] for mark in (_BOX, _THINK, _END_THINK) for size in range(1, len(mark)))
-_LONGEST_BEGUN = max(map(len, _BEGUN))
+_PARTIAL_MARKS = frozenset(mark[:size] for mark in (_BOX, _THINK, _END_THINK) for size in range(1, len(mark)))
+_LONGEST_PARTIAL = max(map(len, _PARTIAL_MARKS))
 
 
 @dataclass(frozen=True)
@@ -37,21 +37,21 @@ class Scanner:
         section: the part that the text is in: before, within or after the reasoning.
         opening: boxes closed before any tag.
         closing: boxes closed after the last ``</think>``.
-        note: the last box closed within the reasoning.
+        reasoning_box: the last box closed within the reasoning.
         open_box: where the open box and its content start.
         unclosed: contents of boxes outside the reasoning that a tag cut off.
         opened: the sections in which a box was opened.
         reasoning: where it starts and, once there was a ``</think>``, where it ends.
         thinks, thinks_ended: how many tags of each kind there were.
         loose: the stretches outside boxes and reasoning, up to `covered`.
-        begun: the end of the text, if a mark could begin with it.
+        partial_mark: the end of the text, if a mark could begin with it.
     """
 
     def __init__(self) -> None:
         self.section: Section = "opening"
         self.opening: list[Box] = []
         self.closing: list[Box] = []
-        self.note: Box | None = None
+        self.reasoning_box: Box | None = None
         self.open_box: tuple[int, int] | None = None
         self.unclosed: list[Span] = []
         self.opened: set[Section] = set()
@@ -60,8 +60,8 @@ class Scanner:
         self.thinks_ended = 0
         self.loose: list[Span] = []
         self.covered = 0
-        self.begun = ""
-        self._begun_at = 0
+        self.partial_mark = ""
+        self._partial_at = 0
         self._depth = 0
         self._pieces: list[str] = []
 
@@ -74,9 +74,9 @@ class Scanner:
 
     def text_from(self, start: int, end: int | None = None) -> str:
         """The text in [start, end), without an end that a mark could begin with; as dear as what is returned."""
-        stop = self._begun_at if end is None else end
+        stop = self._partial_at if end is None else end
         pieces: list[str] = []
-        at = self._begun_at + len(self.begun)
+        at = self._partial_at + len(self.partial_mark)
         for piece in reversed(self._pieces):
             if at <= start:
                 break
@@ -89,14 +89,14 @@ class Scanner:
         if not piece:
             return
         self._pieces.append(piece)
-        text, offset, read = self.begun + piece, self._begun_at, 0
-        for found in _MARKS.finditer(text):
-            read = found.end()
-            self._meet(found.group(), offset + found.start(), offset + read)
-        longest = min(_LONGEST_BEGUN, len(text) - read)
-        begun = next((size for size in range(longest, 0, -1) if text[-size:] in _BEGUN), 0)
-        self.begun = text[len(text) - begun :]
-        self._begun_at = offset + len(text) - begun
+        text, offset, read = self.partial_mark + piece, self._partial_at, 0
+        for match in _MARKS.finditer(text):
+            read = match.end()
+            self._meet(match.group(), offset + match.start(), offset + read)
+        longest = min(_LONGEST_PARTIAL, len(text) - read)
+        size = next((size for size in range(longest, 0, -1) if text[-size:] in _PARTIAL_MARKS), 0)
+        self.partial_mark = text[len(text) - size :]
+        self._partial_at = offset + len(text) - size
 
     def _meet(self, mark: str, start: int, end: int) -> None:
         """Take account of the mark at [start, end)."""
@@ -119,7 +119,7 @@ class Scanner:
         box = Box(opened[0], (opened[1], start), end)
         self.open_box = None
         if self.section == "reasoning":
-            self.note = box
+            self.reasoning_box = box
             return
         (self.opening if self.section == "opening" else self.closing).append(box)
         self._cover(box.start, end)

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 
 from mlxvr.answering.transcript import DualAnswerParser, is_fallback
 
-__all__ = ["FirstAnswer", "answer_span", "score_first_answer", "should_exit"]
+__all__ = ["ScoredAnswer", "answer_span", "score_first_answer", "should_exit"]
 
 _APART = r"(?= \s | \Z | [^\x00-\x7f] )"  # a script without spaces may follow at once
 _LETTER = re.compile(
@@ -46,7 +46,7 @@ _LEAST = -1e300  # below any that matters, and a sum of them is still a number
 
 
 @dataclass(frozen=True)
-class FirstAnswer:
+class ScoredAnswer:
     """A direct answer and how sure the model is of it.
 
     Attributes:
@@ -68,7 +68,7 @@ def score_first_answer(
     detokenize: Callable[[list[int]], str],
     *,
     response_prefix_tokens: int = 0,
-) -> FirstAnswer | None:
+) -> ScoredAnswer | None:
     """Find the direct answer in what was generated, and say how sure it is.
 
     Args:
@@ -106,7 +106,7 @@ def score_first_answer(
         return None
     if response_prefix_tokens:
         tokens = tokens[-1:]
-    return FirstAnswer(
+    return ScoredAnswer(
         text=content[start:stop],
         token_span=(tokens.start, tokens.stop),
         confidence=_mean_probability([float(token_logprobs[token]) for token in tokens]),
@@ -123,7 +123,7 @@ def answer_span(content: str) -> tuple[int, int]:
     return start, max(start, len(content.rstrip()))
 
 
-def should_exit(first: FirstAnswer | None, threshold: float) -> bool:
+def should_exit(first: ScoredAnswer | None, threshold: float) -> bool:
     """Whether to stop with the direct answer: there is one, and it is at least as sure as `threshold`."""
     return first is not None and first.confidence >= threshold
 

@@ -43,7 +43,7 @@ class Detokenizer:
         self._window: list[int] = []
         self._base = 0  # characters before the window's text
         self._text = ""  # the window's text, with what is held back
-        self._given = ""  # what has been handed out of it
+        self._returned = ""  # what has been handed out of it
         self._whole = (0, 0)  # tokens and characters of the window up to the last whole character ..
         self._whole_before = (0, 0)  # .. and up to the one before
 
@@ -55,7 +55,7 @@ class Detokenizer:
         held = min(len(text) - len(text.rstrip(_UNREADABLE)), _HELD_MOST)
         self._text = text
         delta = ""
-        if not held or text.startswith(self._given):
+        if not held or text.startswith(self._returned):
             delta = self._give(len(text) - held)
         if not held:
             self._whole_before, self._whole = self._whole, (len(self._window), len(text))
@@ -71,9 +71,9 @@ class Detokenizer:
 
     def _give(self, end: int) -> str:
         """Hand the window's text out up to `end`."""
-        delta = self._text[len(self._given) : end]
+        delta = self._text[len(self._returned) : end]
         if delta:
-            self._given = self._text[:end]
+            self._returned = self._text[:end]
         return delta
 
     def _cover(self, text: str) -> None:
@@ -107,14 +107,14 @@ class Detokenizer:
         else:
             head = self._text[: len(self._text) - len(rest)]
         delta = self._give(len(head))
-        given = len(self._given) - len(head)
+        surplus = len(self._returned) - len(head)
         self._restart(tokens, rest)
-        self._given = rest[:given]
+        self._returned = rest[:surplus]
         return delta
 
     def _restart(self, tokens: int, text: str) -> None:
         """Let the window begin at one of its tokens; `text` is what the rest decodes to, all of it handed out."""
         self._base += len(self._text) - len(text)
         del self._window[:tokens]
-        self._text = self._given = text
+        self._text = self._returned = text
         self._whole_before, self._whole = (0, 0), (len(self._window), len(text))

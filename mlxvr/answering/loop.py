@@ -17,8 +17,7 @@ from dataclasses import dataclass, field, replace
 from string import ascii_uppercase
 from typing import Literal, Protocol, TypedDict, get_args
 
-from mlxvr.answering.confidence import FirstAnswer as ScoredAnswer
-from mlxvr.answering.confidence import score_first_answer, should_exit
+from mlxvr.answering.confidence import ScoredAnswer, score_first_answer, should_exit
 from mlxvr.answering.events import Answer, Event, FirstAnswer, Option, ReasoningDelta, Usage
 from mlxvr.answering.sampling_config import SamplingConfig, is_number
 from mlxvr.answering.transcript import DualAnswerParser, Transcript, is_fallback, parse
@@ -89,8 +88,8 @@ class AskRequest(SamplingConfig):
             raise ConfigError(f"response_prefix {self.response_prefix!r} is no text: give one, or leave it out")
         if self.threshold is not None and not 0.0 <= self.threshold <= 1.0:
             raise ConfigError(f"threshold {self.threshold} is outside [0, 1]: it is compared with a probability")
-        begun = parse(self.response_prefix)
-        if begun.first is not None or begun.reasoning is not None:
+        prefix = parse(self.response_prefix)
+        if prefix.first is not None or prefix.reasoning is not None:
             raise ConfigError(f"response_prefix {self.response_prefix!r} leaves no direct answer to give: close no box")
 
     def without_effect(self) -> str:
@@ -215,8 +214,8 @@ def run_answer_loop(
             break
         parser.push(token.id)
         if closed_at is not None:
-            if told := parser.take_reasoning():
-                yield ReasoningDelta(told)
+            if piece := parser.take_reasoning():
+                yield ReasoningDelta(piece)
         elif parser.first_closed:
             closed_at = time.perf_counter()
             outcome.first_answer_tokens = len(outcome.token_ids)
@@ -241,8 +240,8 @@ def run_answer_loop(
             break
     hit_limit = not ended and not outcome.exited and len(outcome.token_ids) >= max_tokens
     outcome.transcript = _without_response_prefix(parser.finish(hit_limit=hit_limit), prefix_characters)
-    if closed_at is not None and (told := parser.take_reasoning()):
-        yield ReasoningDelta(told)
+    if closed_at is not None and (piece := parser.take_reasoning()):
+        yield ReasoningDelta(piece)
     now = time.perf_counter()
     outcome.first_answer_seconds = (now if closed_at is None else closed_at) - started
     outcome.reasoning_seconds = 0.0 if closed_at is None else now - closed_at

@@ -95,8 +95,8 @@ class DualAnswerParser:
     def __init__(self, detokenize: Callable[[list[int]], str]) -> None:
         self._detokenizer = Detokenizer(detokenize)
         self._scanner = Scanner()
-        self._told = 0  # characters of the reasoning that `take_reasoning` returned ..
-        self._told_to = 0  # .. and where they end in the text
+        self._returned = 0  # characters of the reasoning that `take_reasoning` returned ..
+        self._returned_to = 0  # .. and where they end in the text
         self._transcript: Transcript | None = None
 
     def push(self, token_id: int) -> str:
@@ -125,20 +125,20 @@ class DualAnswerParser:
         ``</think>`` will have been returned as reasoning, which at the time it was.)
         """
         if self._transcript is not None:
-            rest = (self._transcript.reasoning or "")[self._told :]
-            self._told += len(rest)
+            rest = (self._transcript.reasoning or "")[self._returned :]
+            self._returned += len(rest)
             return rest
         if self._scanner.reasoning is None:
             return ""
         begin, end = self._scanner.reasoning
-        start = self._told_to if self._told else begin
+        start = self._returned_to if self._returned else begin
         piece = self._scanner.text_from(start, end)
-        if not self._told:
+        if not self._returned:
             start += len(piece) - len(piece.lstrip())
             piece = piece.lstrip()
         piece = piece.rstrip()
-        self._told += len(piece)
-        self._told_to = start + len(piece)
+        self._returned += len(piece)
+        self._returned_to = start + len(piece)
         return piece
 
     @property
@@ -224,7 +224,7 @@ def _sum_up(scanner: Scanner, hit_limit: bool) -> Transcript:
         is_fallback=first is not None and is_fallback(text[slice(*first.content)]),
         outside=_join(text, _loose(scanner, text) + _unclosed(scanner, text)),
     )
-    problems = tuple(name for name, found in _problems(scanner, transcript, hit_limit) if found)
+    problems = tuple(name for name, occurs in _problems(scanner, transcript, hit_limit) if occurs)
     return replace(transcript, problems=problems)
 
 
@@ -234,8 +234,8 @@ def _reviewed(scanner: Scanner, text: str, hit_limit: bool) -> Box | None:
         return scanner.closing[-1]
     if scanner.section == "opening":
         return scanner.opening[-1] if len(scanner.opening) > 1 else None
-    if scanner.note is not None and not hit_limit and not text[scanner.note.end :].strip():
-        return scanner.note
+    if scanner.reasoning_box is not None and not hit_limit and not text[scanner.reasoning_box.end :].strip():
+        return scanner.reasoning_box
     return None
 
 
@@ -246,7 +246,7 @@ def _problems(scanner: Scanner, transcript: Transcript, hit_limit: bool) -> Iter
     second = transcript.second is not None
     answers = [answer for answer in (transcript.first, transcript.second) if answer is not None]
     awaits_second = "opening" in scanner.opened and "closing" not in scanner.opened
-    extra = _join(transcript.text, _loose(scanner, transcript.text.removesuffix(scanner.begun)))
+    extra = _join(transcript.text, _loose(scanner, transcript.text.removesuffix(scanner.partial_mark)))
     yield "no_box", not scanner.opened - {"reasoning"} and not second
     yield "no_first_box", "opening" not in scanner.opened and ("closing" in scanner.opened or second)
     yield "unterminated_box", left_open or bool(scanner.unclosed)

@@ -189,9 +189,9 @@ class EvalConfig(FrameLimitOptions, LoadOptions):
     @property
     def goal(self) -> tuple[str, float | None]:
         """Goal and budget of `calibrate`."""
-        goal, given, number = (self.calibrate or "").partition("=")
+        goal, equals, number = (self.calibrate or "").partition("=")
         try:
-            return goal, float(number) if given else None
+            return goal, float(number) if equals else None
         except ValueError:
             raise ConfigError(f"calibrate {self.calibrate!r}: {number!r} is not a number, such as 0.3") from None
 

@@ -1,6 +1,6 @@
 """What becomes of samples: figures, a calibration, a comparison, and the report's files.
 
-A run that is finished can also be held against another without its model: both folders have all that is needed.
+Two finished runs can be compared without their models: their folders hold all that is needed.
 """
 
 import json
@@ -24,7 +24,7 @@ from mlxvr.evaluation.threshold_file import save_threshold, write_threshold
 from mlxvr.grading import math_equality
 from mlxvr.runtime.hooks import Progress
 
-__all__ = ["EvalReport", "Other", "compare_finished", "read_other", "relabelled", "work_out"]
+__all__ = ["Baseline", "EvalReport", "EvalRun", "compare_finished", "read_baseline", "relabelled", "work_out"]
 
 _REPORT = "report.json"
 _SWEPT = tuple(step / 20 for step in range(21))
@@ -32,10 +32,10 @@ _SWEPT = tuple(step / 20 for step in range(21))
 
 @dataclass(frozen=True, kw_only=True)
 class EvalReport:
-    """What an evaluation found.
+    """The result of an evaluation.
 
     Attributes:
-        output: the folder; `samples` and `page` are files in it (`page` is None for all ranks but 0).
+        output: the folder; `samples` and `page` are files in it (`page` is None on all ranks but 0).
         settings: how the samples were made.
         notes: rows that were left out, and why.
         generated: rows that were asked in this run; the others were there.
@@ -83,22 +83,43 @@ class EvalReport:
 
 
 @dataclass(frozen=True)
-class Other:
-    """The run that this one is held against."""
+class Baseline:
+    """The run that this one is compared with."""
 
     name: str
     samples: list[Sample]
     threshold: float | None
 
 
-def read_other(folder: Path, rows: Iterable[Row] = ()) -> Other:
+@dataclass(frozen=True, kw_only=True)
+class EvalRun:
+    """The samples of a run and how they were made.
+
+    Attributes:
+        samples: of all rows.
+        settings: how the samples were made, with the "threshold".
+        notes: rows that were left out, and why.
+        generated: rows that were asked in this run.
+        media_root: folder that the samples' media paths are relative to; None: the working directory.
+        rank: of this process.
+    """
+
+    samples: list[Sample]
+    settings: dict[str, Any]
+    notes: tuple[str, ...] = ()
+    generated: int = 0
+    media_root: Path | None = None
+    rank: int = 0
+
+
+def read_baseline(folder: Path, rows: Iterable[Row] = ()) -> Baseline:
     """The run of a folder, with the labels that `rows` have today; raises as `read_samples`."""
     asked = {row.id: row for row in rows}
     samples = [
         relabelled(sample, asked[sample.id]) if sample.id in asked else sample
         for sample in read_samples(folder / sharding.MAIN)
     ]
-    return Other(folder.name or str(folder), samples, _settings(folder).get("threshold"))
+    return Baseline(folder.name or str(folder), samples, _settings(folder).get("threshold"))
 
 
 def relabelled(sample: Sample, row: Row) -> Sample:
@@ -107,7 +128,7 @@ def relabelled(sample: Sample, row: Row) -> Sample:
 
 
 def compare_finished(config: EvalConfig, progress: Progress | None = None) -> EvalReport:
-    """Hold the second of `config.compare` against the first; no model is loaded and nothing is asked.
+    """Compare the second run of `config.compare` with the first; no model is loaded and nothing is asked.
 
     Raises:
         ConfigError: a folder holds no finished run.
@@ -120,16 +141,13 @@ def compare_finished(config: EvalConfig, progress: Progress | None = None) -> Ev
     if config.threshold is not None:
         settings["threshold"] = config.threshold
     left_out = tuple(settings.pop("left_out", ()))
-    samples = list(read_samples(after / sharding.MAIN))
-    return work_out(
-        config,
-        samples,
+    run = EvalRun(
+        samples=list(read_samples(after / sharding.MAIN)),
         settings=settings,
         notes=left_out,
-        other=read_other(before),
         media_root=config.media_root,
-        progress=progress,
     )
+    return work_out(config, run, read_baseline(before), progress=progress)
 
 
 def _settings(folder: Path) -> dict[str, Any]:
@@ -141,32 +159,19 @@ def _settings(folder: Path) -> dict[str, Any]:
 
 
 def work_out(
-    config: EvalConfig,
-    samples: list[Sample],
-    *,
-    settings: dict[str, Any],
-    notes: tuple[str, ...],
-    generated: int = 0,
-    other: Other | None = None,
-    media_root: Path | None = None,
-    rank: int = 0,
-    progress: Progress | None = None,
+    config: EvalConfig, run: EvalRun, baseline: Baseline | None = None, *, progress: Progress | None = None
 ) -> EvalReport:
-    """Figures of samples; on rank 0 also what else was asked for, and the files.
+    """Compute the figures of a run; on rank 0 also calibrate, compare and write the files.
 
     Args:
-        config: what to make of them.
-        samples: of the run.
-        settings: how they were made, with the "threshold".
-        notes: rows that were left out, and why.
-        generated: rows that were asked in this run.
-        other: the run that this one is held against.
-        media_root: folder that the samples' media paths are relative to; None: the working directory.
-        rank: of this process.
+        config: which figures, and where they are written.
+        run: the samples and how they were made.
+        baseline: the run that this one is compared with.
         progress: called with ("frames", clips done, clips).
 
     Raises as `mlxvr.evaluation.runner.evaluate`.
     """
+    samples, settings = run.samples, run.settings
     failed = [sample for sample in samples if sample.error is not None]
     if len(failed) == len(samples):
         first = f"; the first: {failed[0].error}" if failed else ""
@@ -183,36 +188,31 @@ def work_out(
         samples=(config.compare[1] if len(config.compare) > 1 else config.output) / sharding.MAIN,
         page=None,
         settings=settings,
-        notes=notes,
-        generated=generated,
+        notes=run.notes,
+        generated=run.generated,
         summary=summary,
         swept=() if summary.live else tuple(sweep(samples, sorted({*_SWEPT, threshold}))),
-        rank=rank,
+        rank=run.rank,
     )
-    return report if rank else _finish(config, report, samples, other, media_root, progress)
+    return report if run.rank else _finish(config, report, run, baseline, progress)
 
 
 def _finish(
-    config: EvalConfig,
-    report: EvalReport,
-    samples: list[Sample],
-    other: Other | None,
-    media_root: Path | None,
-    progress: Progress | None,
+    config: EvalConfig, report: EvalReport, run: EvalRun, baseline: Baseline | None, progress: Progress | None
 ) -> EvalReport:
-    """Calibrate, compare and write; the report is written even if the one or the other cannot be done."""
+    """Calibrate, compare and write; the report is written even if the calibration or the comparison fails."""
     threshold = report.settings["threshold"]
-    earlier_threshold = threshold if other is None or other.threshold is None else other.threshold
+    earlier_threshold = threshold if baseline is None or baseline.threshold is None else baseline.threshold
     failure: MlxvrError | None = None
     try:
         if config.calibrate is not None:
-            report = replace(report, calibration=config.calibration_of(samples))
+            report = replace(report, calibration=config.calibration_of(run.samples))
         if report.calibration is not None:
             report = replace(report, threshold_file=_write_threshold(config, report.calibration))
-        if other is not None:
+        if baseline is not None:
             comparison = compare(
-                other.samples,
-                samples,
+                baseline.samples,
+                run.samples,
                 threshold=earlier_threshold,
                 second_threshold=threshold,
                 bootstrap=config.resamples,
@@ -221,22 +221,22 @@ def _finish(
             report = replace(report, comparison=comparison)
     except MlxvrError as error:
         failure = error
-    run = ReportedRun(
+    reported = ReportedRun(
         title=f"{report.settings['model']} on {report.settings['data']}",
-        samples=samples,
+        samples=run.samples,
         threshold=threshold,
         settings={**report.settings, **({"left_out": list(report.notes)} if report.notes else {})},
     )
     before = None
-    if other is not None and report.comparison is not None:
+    if baseline is not None and report.comparison is not None:
         before = ReportedRun(
-            title=other.name,
-            samples=other.samples,
+            title=baseline.name,
+            samples=baseline.samples,
             threshold=earlier_threshold,
         )
-    options = ReportOptions(media_root=media_root, bootstrap=config.resamples, seed=config.seed)
+    options = ReportOptions(media_root=run.media_root, bootstrap=config.resamples, seed=config.seed)
     page = write_report(
-        config.output, run, before=before, calibration=report.calibration, options=options, progress=progress
+        config.output, reported, before=before, calibration=report.calibration, options=options, progress=progress
     )
     if failure is not None:
         raise failure

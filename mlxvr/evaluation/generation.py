@@ -115,8 +115,8 @@ def _ask(reasoner: "Reasoner", clip: "Clip", row: Row, asking: Asking, media_sec
 
 
 def _failed(row: Row, error: Exception) -> Sample:
-    told = " ".join(str(error).split())
-    return _sample(row, error=told if isinstance(error, MlxvrError) else f"{type(error).__name__}: {told}")
+    reason = " ".join(str(error).split())
+    return _sample(row, error=reason if isinstance(error, MlxvrError) else f"{type(error).__name__}: {reason}")
 
 
 def _sample(row: Row, **figures: Any) -> Sample:

@@ -29,7 +29,15 @@ from mlxvr.evaluation.analysis.compare import check_comparable
 from mlxvr.evaluation.analysis.grades import usable
 from mlxvr.evaluation.analysis.threshold_search import check_enough
 from mlxvr.evaluation.eval_config import EvalConfig
-from mlxvr.evaluation.finishing import EvalReport, Other, compare_finished, read_other, relabelled, work_out
+from mlxvr.evaluation.finishing import (
+    Baseline,
+    EvalReport,
+    EvalRun,
+    compare_finished,
+    read_baseline,
+    relabelled,
+    work_out,
+)
 from mlxvr.evaluation.generation import Asking, digest, generate, group_rows
 from mlxvr.evaluation.samples import Sample, SampleWriter, read_samples, write_samples
 from mlxvr.evaluation.threshold_file import check_writable
@@ -82,8 +90,8 @@ def evaluate(config: EvalConfig, *, progress: Progress | None = None) -> EvalRep
     if len(config.compare) > 1:
         return compare_finished(config, progress)
     questions = read_questions(config)
-    other = read_other(config.compare[0], questions.rows) if config.compare else None
-    _check_in_time(config, questions.rows, other)
+    baseline = read_baseline(config.compare[0], questions.rows) if config.compare else None
+    _check_in_time(config, questions.rows, baseline)
     ranks = ProcessGroup()
     if ranks.size > 1 and config.workers > 1:
         raise ConfigError(
@@ -101,17 +109,15 @@ def evaluate(config: EvalConfig, *, progress: Progress | None = None) -> EvalRep
             reasoner.system_prompt = evaluation_copy(reasoner.system_prompt)
         settings = _settings(config, questions, reasoner)
         samples, generated = _samples(config, questions.rows, reasoner, ranks, progress)
-    return work_out(
-        config,
-        samples,
+    run = EvalRun(
+        samples=samples,
         settings=settings,
         notes=questions.notes,
         generated=generated,
-        other=other,
         media_root=questions.folder,
         rank=ranks.rank,
-        progress=progress,
     )
+    return work_out(config, run, baseline, progress=progress)
 
 
 def read_questions(config: EvalConfig) -> Questions:
@@ -203,7 +209,16 @@ def _samples(
     )
     with SampleWriter(sharding.shard_file(config.output, ranks.rank), run) as writer:
         if config.workers > 1 and len(groups) > 1:
-            _ask_with_workers(config, run, reasoner, groups, asking, writer, tell)
+            count = min(config.workers, len(groups))
+            job = _WorkerJob(
+                config=config,
+                run=run,
+                shares=[groups[shard::count] for shard in range(count)],
+                asking=asking,
+                spec=reasoner.spec,
+                system_prompt=reasoner.system_prompt,
+            )
+            _ask_with_workers(job, reasoner, writer, tell)
         else:
             for number, sample in enumerate(generate(reasoner, groups[ranks.rank :: ranks.size], asking), 1):
                 writer.write(sample)
@@ -220,9 +235,9 @@ def _prepare(config: EvalConfig, run: dict[str, Any], ranks: ProcessGroup) -> di
     else:
         with SampleWriter(main, run) as writer:  # refuses what another process is writing
             known = sharding.collect(config.output, run, ranks)
-            kept = {name: sample for name, sample in known.items() if not (config.retry_errors and sample.error)}
-            if kept.keys() != writer.done or leftovers:
-                write_samples(main, run, kept.values())
+            samples = {name: sample for name, sample in known.items() if not (config.retry_errors and sample.error)}
+            if samples.keys() != writer.done or leftovers:
+                write_samples(main, run, samples.values())
             for path in leftovers:
                 path.unlink(missing_ok=True)
     ranks.barrier()
@@ -240,51 +255,43 @@ def _check_unchanged(known: Mapping[str, Sample], rows: Iterable[Row], output: P
             )
 
 
-def _ask_with_workers(
-    config: EvalConfig,
-    run: dict[str, Any],
-    reasoner: "Reasoner",
-    groups: Sequence[tuple[Row, ...]],
-    asking: Asking,
-    writer: SampleWriter,
-    tell: Callable[[int], None],
-) -> None:
-    """This process does the first share, the workers do the others."""
-    count = min(config.workers, len(groups))
-    shares = [groups[shard::count] for shard in range(count)]
-    work = partial(
-        _work,
-        config=config,
-        run=run,
-        shares=shares,
-        asking=asking,
-        spec=reasoner.spec,
-        system_prompt=reasoner.system_prompt,
-    )
+@dataclass(frozen=True, kw_only=True)
+class _WorkerJob:
+    """What each worker's process gets.
+
+    Attributes:
+        config: which model, and where samples are written.
+        run: what samples depend on beside their rows.
+        shares: the groups of rows that each shard asks.
+        asking: how rows are asked.
+        spec, system_prompt: those of the reasoner in the first process, which a benchmark may have changed.
+    """
+
+    config: EvalConfig
+    run: dict[str, Any]
+    shares: Sequence[Sequence[tuple[Row, ...]]]
+    asking: Asking
+    spec: VisionSpec
+    system_prompt: str
+
+
+def _ask_with_workers(job: _WorkerJob, reasoner: "Reasoner", writer: SampleWriter, tell: Callable[[int], None]) -> None:
+    """Ask the first share in this process and the others in workers."""
     own = 0
-    with sharding.workers(count, work) as crew:
-        for own, sample in enumerate(generate(reasoner, shares[0], asking), 1):
+    with sharding.workers(len(job.shares), partial(_work, job)) as pool:
+        for own, sample in enumerate(generate(reasoner, job.shares[0], job.asking), 1):
             writer.write(sample)
-            crew.look()
-            tell(own + crew.steps)
-        crew.wait(lambda: tell(own + crew.steps))
+            pool.poll()
+            tell(own + pool.steps)
+        pool.wait(lambda: tell(own + pool.steps))
 
 
-def _work(
-    shard: int,
-    step: Callable[[], None],
-    *,
-    config: EvalConfig,
-    run: dict[str, Any],
-    shares: Sequence[Sequence[tuple[Row, ...]]],
-    asking: Asking,
-    spec: VisionSpec,
-    system_prompt: str,
-) -> None:
-    """What a worker does in its process."""
-    with _load(config) as reasoner, SampleWriter(sharding.shard_file(config.output, shard), run) as writer:
-        reasoner.spec, reasoner.system_prompt = spec, system_prompt
-        for sample in generate(reasoner, shares[shard], asking):
+def _work(job: _WorkerJob, shard: int, step: Callable[[], None]) -> None:
+    """Ask a shard's share in a worker's process; call `step` after each row."""
+    path = sharding.shard_file(job.config.output, shard)
+    with _load(job.config) as reasoner, SampleWriter(path, job.run) as writer:
+        reasoner.spec, reasoner.system_prompt = job.spec, job.system_prompt
+        for sample in generate(reasoner, job.shares[shard], job.asking):
             writer.write(sample)
             step()
 
@@ -306,7 +313,7 @@ def _bring_together(output: Path, run: dict[str, Any], ranks: ProcessGroup, rows
     return known
 
 
-def _check_in_time(config: EvalConfig, rows: Sequence[Row], other: Other | None) -> None:
+def _check_in_time(config: EvalConfig, rows: Sequence[Row], baseline: Baseline | None) -> None:
     """Refuse, before hours of work, what could only fail after them: a calibration, a comparison, a file."""
     if config.write_threshold and (config.model is None or not Path(config.model).is_dir()):
         raise ConfigError(
@@ -320,5 +327,5 @@ def _check_in_time(config: EvalConfig, rows: Sequence[Row], other: Other | None)
             check_writable(Path(str(config.model)) / "mlxvr.json")
         if config.threshold_file is not None:
             check_writable(config.threshold_file)
-    if other is not None:
-        check_comparable({sample.id: sample for sample in usable(other.samples)}, {row.id: row for row in rows})
+    if baseline is not None:
+        check_comparable({sample.id: sample for sample in usable(baseline.samples)}, {row.id: row for row in rows})

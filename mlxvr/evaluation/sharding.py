@@ -47,67 +47,67 @@ def shard_files(output: Path) -> list[Path]:
 
 
 def collect(output: Path, run: Mapping[str, Any], ranks: ProcessGroup) -> dict[str, Sample]:
-    """Every sample that any rank has on its disk, by id; of two of the same row the one that did not fail.
+    """Every sample that any rank has on its disk, by id; of two samples of a row, the one that did not fail.
 
     Raises `ConfigError` when one was made with other settings than `run`, `DataError` when a file is damaged.
     """
-    found: dict[str, Sample] = {}
+    samples: dict[str, Sample] = {}
     for path in [output / MAIN, *shard_files(output)]:
         if path.is_file():
             check_run(path, run)
-            _add(found, read_samples(path))
-    told = json.dumps([sample.to_dict() for sample in found.values()]).encode()
-    for other in ranks.all_gather(told) if ranks.size > 1 else []:
-        _add(found, [Sample(**record) for record in json.loads(other)])
-    return found
+            _add(samples, read_samples(path))
+    own_records = json.dumps([sample.to_dict() for sample in samples.values()]).encode()
+    for records in ranks.all_gather(own_records) if ranks.size > 1 else []:
+        _add(samples, [Sample(**record) for record in json.loads(records)])
+    return samples
 
 
-def _add(found: dict[str, Sample], samples: Sequence[Sample]) -> None:
-    for sample in samples:
-        if sample.id not in found or found[sample.id].error is not None:
-            found[sample.id] = sample
+def _add(samples: dict[str, Sample], more: Sequence[Sample]) -> None:
+    for sample in more:
+        if sample.id not in samples or samples[sample.id].error is not None:
+            samples[sample.id] = sample
 
 
 Work = Callable[[int, Callable[[], None]], None]
 
 
 @contextlib.contextmanager
-def workers(count: int, work: Work) -> "Iterator[Workers]":
+def workers(count: int, work: Work) -> "Iterator[WorkerPool]":
     """Run `work(shard, step)` for the shards 1 .. count - 1 in processes of their own; they end with the block.
 
     `work` must be importable (a `functools.partial` of a module's function) and calls `step` for each row.
     """
-    crew = Workers(count, work)
+    pool = WorkerPool(count, work)
     try:
-        yield crew
+        yield pool
     finally:
-        crew.stop()
+        pool.stop()
 
 
-class Workers:
+class WorkerPool:
     """Processes at work; see `workers`."""
 
     def __init__(self, count: int, work: Work) -> None:
-        self._crew: dict[BaseProcess, Connection] = {}
-        self.steps = 0  # rows that they have done
+        self._pipes: dict[BaseProcess, Connection] = {}
+        self.steps = 0  # rows that the workers have done
         for shard in range(1, count):
-            self.hire(shard, work)
+            self.start_worker(shard, work)
 
-    def hire(self, shard: int, work: Work) -> None:
-        """Start one more."""
+    def start_worker(self, shard: int, work: Work) -> None:
+        """Start the worker of a shard."""
         context = multiprocessing.get_context("spawn")  # MLX does not survive a fork
         ours, theirs = context.Pipe(duplex=False)
         process = context.Process(target=_serve, args=(work, shard, theirs), name=f"mlxvr-worker-{shard}")
         process.start()
         theirs.close()
-        self._crew[process] = ours
+        self._pipes[process] = ours
 
-    def look(self) -> bool:
-        """Take what the workers have said into account; False once all have ended.
+    def poll(self) -> bool:
+        """Read the messages of the workers and count their steps; False once all have ended.
 
         Raises what the first of them to fail raised, as an error of the same kind if it is an `MlxvrError`.
         """
-        for process, pipe in list(self._crew.items()):
+        for process, pipe in list(self._pipes.items()):
             failure: MlxvrError | str | None = None
             try:
                 while pipe.poll() and failure is None:
@@ -115,30 +115,30 @@ class Workers:
                     self.steps += failure is None
             except EOFError:  # it has ended, or was killed
                 process.join()
-                del self._crew[process]
+                del self._pipes[process]
                 if process.exitcode:
                     raise _died(process) from None
             if isinstance(failure, MlxvrError):
                 raise failure
             if failure is not None:
                 raise RuntimeError(f"{process.name} failed: {failure}")
-        return bool(self._crew)
+        return bool(self._pipes)
 
     def wait(self, step: Callable[[], None]) -> None:
-        """Wait for all, calling `step` now and then; raises as `look`."""
-        while self.look():
-            multiprocessing.connection.wait(list(self._crew.values()), _PATIENCE)
+        """Wait until all workers have ended, and call `step` now and then; raises as `poll`."""
+        while self.poll():
+            multiprocessing.connection.wait(list(self._pipes.values()), _PATIENCE)
             step()
         step()
 
     def stop(self) -> None:
-        """End those that still run; what they have written stays."""
-        for process in self._crew:
+        """End the workers that still run; what they have written stays."""
+        for process in self._pipes:
             process.terminate()
-        for process, pipe in self._crew.items():
+        for process, pipe in self._pipes.items():
             process.join()
             pipe.close()
-        self._crew.clear()
+        self._pipes.clear()
 
 
 def _died(process: "BaseProcess") -> ConfigError:

@@ -112,7 +112,7 @@ def final_answer(text: str) -> str:
     """Return the final box of an output, else its last box, else the text outside the reasoning, stripped."""
     scanner = Scanner()
     scanner.feed(text)
-    boxes = scanner.closing or [*scanner.opening, *([scanner.note] if scanner.note else [])]
+    boxes = scanner.closing or [*scanner.opening, *([scanner.reasoning_box] if scanner.reasoning_box else [])]
     return text[slice(*boxes[-1].content)].strip() if boxes else parse(text).outside.strip()
 
 

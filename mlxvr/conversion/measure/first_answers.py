@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 
-from mlxvr.answering.confidence import FirstAnswer, score_first_answer
+from mlxvr.answering.confidence import ScoredAnswer, score_first_answer
 from mlxvr.answering.transcript import DualAnswerParser
 from mlxvr.conversion.measure.layerwise import LayerwiseModel, Track
 from mlxvr.model.decode import not_finite
@@ -62,7 +62,7 @@ class Draft:
         return self._parser.first_closed
 
     @property
-    def scored(self) -> FirstAnswer | None:
+    def scored(self) -> ScoredAnswer | None:
         """The answer and its confidence, scored as in the product."""
         return score_first_answer(self.tokens, self.logprobs, self.tokenizer.decode)
 

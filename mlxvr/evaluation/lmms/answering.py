@@ -11,14 +11,15 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
 from mlxvr.answering.events import Answer
-from mlxvr.answering.loop import AskKeywords, Kind
+from mlxvr.answering.loop import AskKeywords, Kind, Mode
+from mlxvr.data.row_fields import GradingKind
 from mlxvr.errors import Cancelled, ConfigError, MediaError, MlxvrError
 from mlxvr.evaluation.lmms.options import LmmsOptions
 from mlxvr.evaluation.samples import Sample, SampleWriter
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from mlxvr.reasoner.clip import Clip
     from mlxvr.reasoner.reasoner import Reasoner
 
-__all__ = ["Asked", "Response", "answer_all", "open_log", "read_context", "read_visuals"]
+__all__ = ["LmmsRequest", "Response", "answer_all", "open_log", "read_context", "read_visuals"]
 
 _log = logging.getLogger(__name__)
 
@@ -38,11 +39,11 @@ _PLACEHOLDER = re.compile(r"<(?:image|video)>[ \n]?")
 _SAMPLE_BY = "index"  # as the public evaluation spreads frames, also where a video's rate varies
 _WHERE = {"model", "adapter", "revision", "log_file"}  # the model's identity says what these lead to
 _MEMORY = {"prefill_step_size", "memory_limit"}  # they change no answer
-_GRADED_AS = {"qa": "exact_match", "grounding": "iou", "grounded_qa": "gqa"}
+_GRADED_AS: dict[Kind, GradingKind] = {"qa": "exact_match", "grounding": "iou", "grounded_qa": "gqa"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
+class LmmsRequest:
     """One request of lmms-eval.
 
     Attributes:
@@ -70,7 +71,7 @@ class Response:
 
 
 def answer_all(
-    reasoner: "Reasoner", asked: Iterable[Asked], options: LmmsOptions, *, log: SampleWriter | None = None
+    reasoner: "Reasoner", requests: Iterable[LmmsRequest], options: LmmsOptions, *, log: SampleWriter | None = None
 ) -> Iterator[Response]:
     """Answer requests in their order; each response is there before the next request is looked at.
 
@@ -79,7 +80,7 @@ def answer_all(
     clips = _Clips(reasoner, options)
     count = failed = 0
     try:
-        for request in asked:
+        for request in requests:
             count += 1
             media, answer, error = "", None, None
             question, kind = read_context(request.context)
@@ -96,7 +97,15 @@ def answer_all(
                 failed += 1
                 _log.warning("%s %s is not answered: %s", request.task, request.doc_id, error)
             if log is not None:
-                _write(log, request, options, question, kind, media, answer, error)
+                sample = Sample(
+                    id=f"{request.task}-{request.doc_id}",
+                    task=request.task,
+                    kind=_GRADED_AS[kind],
+                    question=question,
+                    media=media,
+                    error=error,
+                )
+                _log_sample(log, sample, answer, options.mode)
             yield Response("" if answer is None else answer.text, answer, error)
     finally:
         clips.close()
@@ -126,15 +135,17 @@ def read_visuals(visuals: Any) -> list[Any]:
     """
     if visuals is None:
         return []
-    found = [*_flat(visuals)] if isinstance(visuals, list | tuple) else [visuals]
-    for one in found:
-        if isinstance(one, str) and "://" in one:
-            raise ConfigError(f"the task hands over an address, {one}: download the file, only local ones are read")
-        if not isinstance(one, str | os.PathLike | Image.Image):
-            raise ConfigError(f"the task hands over a {type(one).__name__}: only videos and pictures can be looked at")
-    if len(found) > 1 and not all(isinstance(one, Image.Image) or _is_picture(one) for one in found):
-        raise ConfigError(f"the task hands over {len(found)} videos for one question: only one can be looked at")
-    return found
+    sources = [*_flat(visuals)] if isinstance(visuals, list | tuple) else [visuals]
+    for source in sources:
+        if isinstance(source, str) and "://" in source:
+            raise ConfigError(f"the task hands over an address, {source}: download the file, only local ones are read")
+        if not isinstance(source, str | os.PathLike | Image.Image):
+            raise ConfigError(
+                f"the task hands over a {type(source).__name__}: only videos and pictures can be looked at"
+            )
+    if len(sources) > 1 and not all(isinstance(source, Image.Image) or _is_picture(source) for source in sources):
+        raise ConfigError(f"the task hands over {len(sources)} videos for one question: only one can be looked at")
+    return sources
 
 
 def open_log(path: str | os.PathLike[str], reasoner: "Reasoner", options: LmmsOptions) -> SampleWriter:
@@ -159,7 +170,7 @@ class _Clips:
         self._key: tuple[Any, ...] | None = None
         self._clip: Clip | None = None
 
-    def get(self, source: list[Any], request: Asked) -> "Clip":
+    def get(self, source: list[Any], request: LmmsRequest) -> "Clip":
         """The clip of these visuals; files are known by their paths, pictures in memory by the question they are of."""
         key = tuple(map(str, source)) if _are_paths(source) else (request.task, request.split, request.doc_id)
         if self._clip is None or key != self._key:
@@ -191,15 +202,15 @@ class _Clips:
 
 
 def _flat(visuals: Sequence[Any]) -> Iterator[Any]:
-    for one in visuals:
-        if isinstance(one, list | tuple):
-            yield from _flat(one)
-        elif one is not None:
-            yield one
+    for visual in visuals:
+        if isinstance(visual, list | tuple):
+            yield from _flat(visual)
+        elif visual is not None:
+            yield visual
 
 
 def _are_paths(source: list[Any]) -> bool:
-    return all(isinstance(one, str | os.PathLike) for one in source)
+    return all(isinstance(path, str | os.PathLike) for path in source)
 
 
 def _is_picture(path: str | os.PathLike[str]) -> bool:
@@ -214,48 +225,36 @@ def _sampling(generation: Mapping[str, Any]) -> AskKeywords:
     return {"temperature": float(temperature), "top_p": float(generation.get("top_p") or 1.0)}
 
 
-def _write(
-    log: SampleWriter,
-    request: Asked,
-    options: LmmsOptions,
-    question: str,
-    kind: Kind,
-    media: str,
-    answer: Answer | None,
-    error: str | None,
-) -> None:
-    """Append one question to the log; one that is there already, from an earlier run or a repeat, stays as it is."""
-    name = f"{request.task}-{request.doc_id}"
-    if name in log.done:
+def _log_sample(log: SampleWriter, sample: Sample, answer: Answer | None, mode: Mode) -> None:
+    """Append a question and its answer to the log; a question that the log has, from an earlier run or a repeat, stays.
+
+    Args:
+        log: the log.
+        sample: the question, and the error where it failed.
+        answer: None where it failed.
+        mode: how it was asked.
+    """
+    if sample.id in log.done:
         return
-    figures: dict[str, Any] = {"error": error}
     if answer is not None:
         usage = answer.usage
         exited = answer.confidence is not None and answer.confidence >= answer.threshold
-        figures = {
-            "first": answer.first,
-            "confidence": answer.confidence,
-            "second": answer.second,
-            "reasoning": answer.reasoning,
-            "text": answer.text,
-            "first_tokens": usage.first_answer_tokens,
-            "total_tokens": usage.generated_tokens,
-            "prompt_tokens": usage.prompt_tokens,
-            "video_tokens": usage.video_tokens,
-            "first_seconds": usage.first_answer_seconds,
-            "total_seconds": usage.first_answer_seconds + usage.reasoning_seconds,
-            "prefill_seconds": usage.vision_seconds + usage.prefill_seconds,
-            "media_seconds": usage.media_seconds,
-            "problems": answer.problems,
-            "reasoned": options.mode == "think" or (options.mode == "auto" and not exited),
-        }
-    log.write(
-        Sample(
-            id=name,
-            task=request.task,
-            kind=_GRADED_AS[kind],  # type: ignore[arg-type]
-            question=question,
-            media=media,
-            **figures,
+        sample = replace(
+            sample,
+            first=answer.first,
+            confidence=answer.confidence,
+            second=answer.second,
+            reasoning=answer.reasoning,
+            text=answer.text,
+            first_tokens=usage.first_answer_tokens,
+            total_tokens=usage.generated_tokens,
+            prompt_tokens=usage.prompt_tokens,
+            video_tokens=usage.video_tokens,
+            first_seconds=usage.first_answer_seconds,
+            total_seconds=usage.first_answer_seconds + usage.reasoning_seconds,
+            prefill_seconds=usage.vision_seconds + usage.prefill_seconds,
+            media_seconds=usage.media_seconds,
+            problems=answer.problems,
+            reasoned=mode == "think" or (mode == "auto" and not exited),
         )
-    )
+    log.write(sample)

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from mlxvr.cli.settings import part_of
 from mlxvr.errors import ConfigError
-from mlxvr.evaluation.lmms.answering import Asked, Response, answer_all, open_log
+from mlxvr.evaluation.lmms.answering import LmmsRequest, Response, answer_all, open_log
 from mlxvr.evaluation.lmms.options import LmmsOptions
 from mlxvr.evaluation.samples import SampleWriter
 from mlxvr.model.prompt import evaluation_copy
@@ -109,10 +109,10 @@ class Mlxvr(lmms):
             self._reasoner = reasoner
         return self._reasoner
 
-    def _read(self, request: Instance) -> Asked:
+    def _read(self, request: Instance) -> LmmsRequest:
         context, generation, doc_to_visual, doc_id, task, split = request.args
         look = partial(doc_to_visual, self.task_dict[task][split][doc_id]) if doc_to_visual is not None else _nothing
-        return Asked(task=task, split=split, doc_id=doc_id, context=context, visuals=look, generation=generation)
+        return LmmsRequest(task=task, split=split, doc_id=doc_id, context=context, visuals=look, generation=generation)
 
 
 def _nothing() -> None:
