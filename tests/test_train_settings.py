@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict
 from fractions import Fraction
+from os import PathLike
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ from small_runs import CLIPS, entries, exact, run
 
 from mlxvr.answering.sampling_config import SamplingConfig
 from mlxvr.checkpoint.bundled import demo_folder
-from mlxvr.cli.settings import read_settings, write_settings
+from mlxvr.cli.settings import read_settings, settings_of, write_settings
+from mlxvr.errors import ConfigError
 from mlxvr.grading.reward import Weights
 from mlxvr.grpo import training_step, validation
 from mlxvr.grpo.setup import reward_weights
@@ -19,6 +21,8 @@ from mlxvr.grpo.step import policy_update
 from mlxvr.grpo.step.lora_config import LoraConfig
 from mlxvr.grpo.step.loss_config import LossConfig
 from mlxvr.grpo.train_config import TrainConfig
+from mlxvr.media.frame_options import FrameLimitOptions
+from mlxvr.reasoner.load_options import LoadOptions
 
 SHORT = {"steps": 1, "batch_size": 1, "group_size": 2, "max_completion_tokens": 4}
 
@@ -163,3 +167,29 @@ def test_parts_have_their_defaults_and_flat_keywords_reach_them(tmp_path):
     values = read_settings(tmp_path / "settings.toml", TrainConfig)
     assert {name: values[name] for name in changed} == changed
     assert TrainConfig(**values) == config
+
+
+def test_a_model_and_frames_have_the_options_that_they_have_for_answers():
+    """Name, type, default, help and choices, but for what an adapter and a limit of memory mean to a run."""
+    ours, theirs = settings_of(TrainConfig), settings_of(LoadOptions) | settings_of(FrameLimitOptions)
+    shared = ours.keys() & theirs.keys() - {"adapter", "memory_limit"}
+    assert shared == theirs.keys() - {"adapter", "memory_limit", "kv_bits"}
+    assert {name: ours[name] for name in shared} == {name: theirs[name] for name in shared}
+    for name in ("adapter", "memory_limit"):
+        assert (ours[name].kind, ours[name].default) == (theirs[name].kind, theirs[name].default)
+
+
+@pytest.mark.parametrize("changed", [{"dtype": "float8"}, {"prefill_step_size": 0}, {"memory_limit": float("nan")}])
+def test_options_of_the_model_are_checked_when_the_settings_are_built(tmp_path, changed):
+    with pytest.raises(ConfigError, match=next(iter(changed))):
+        TrainConfig(data=tmp_path, output=tmp_path, **changed)
+
+
+def test_a_model_of_any_kind_of_path_is_found_again(tmp_path, monkeypatch):
+    class Folder(PathLike):
+        def __fspath__(self) -> str:
+            return "model"
+
+    monkeypatch.chdir(tmp_path)
+    write_settings(tmp_path / "a.toml", TrainConfig(model=Folder(), data=tmp_path, output=tmp_path), title="of a test")
+    assert read_settings(tmp_path / "a.toml", TrainConfig)["model"] == str(tmp_path / "model")

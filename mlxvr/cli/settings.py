@@ -16,6 +16,7 @@ import json
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -227,8 +228,8 @@ def _nearest(name: str, names: Mapping[str, object]) -> str:
 
 
 def _toml(value: Any) -> str:
-    if isinstance(value, Path):
-        value = str(value.absolute())
+    if isinstance(value, PathLike):
+        value = str(Path(value).absolute())
     if isinstance(value, bool | int | float):
         return json.dumps(value)
     return json.dumps(list(value) if isinstance(value, tuple) else value, ensure_ascii=False)

@@ -7,6 +7,8 @@ from typing import Any
 
 from mlxvr.cli.settings import flag
 from mlxvr.errors import ConfigError
+from mlxvr.media.frame_options import FrameLimitOptions
+from mlxvr.reasoner.load_options import ModelOptions
 
 __all__ = ["LABEL_FREE", "RolloutConfig", "check_at_least", "check_positive"]
 
@@ -14,21 +16,23 @@ LABEL_FREE = ("agreement", "coherence")
 
 
 @dataclass(frozen=True, kw_only=True)
-class RolloutConfig:
+class RolloutConfig(FrameLimitOptions, ModelOptions):
     """Which model answers which rows, and how its completions are sampled and scored.
 
-    The base of `mlxvr.grpo.train_config.TrainConfig`, which adds the settings that only training uses.
+    The base of `mlxvr.grpo.train_config.TrainConfig`, which adds the settings that only training uses. `adapter` and
+    `memory_limit` mean more to a run than to `mlxvr.load`, so they have a help of their own.
     """
 
-    model: str | Path | None = field(
-        default=None, metadata=flag("model", "folder or Hub id (default: the bundled demo checkpoint)", metavar="M")
-    )
     adapter: Path | None = field(
         default=None, metadata=flag("model", "folder of LoRA weights to continue training from", metavar="DIR")
     )
-    revision: str | None = field(default=None, metadata=flag("model", "branch, tag or commit of a Hub id", metavar="R"))
-    dtype: str | None = field(
-        default=None, metadata=flag("model", "dtype to compute in (default: the checkpoint's)", metavar="T")
+    memory_limit: float | None = field(
+        default=None,
+        metadata=flag(
+            "run",
+            "refuse to start if the run would need more (default: what Metal recommends, elsewhere 90%% of all memory)",
+            metavar="GB",
+        ),
     )
 
     data: Path = field(metadata=flag("data", "JSONL with one question per line, or see --format", metavar="FILE"))
@@ -52,30 +56,14 @@ class RolloutConfig:
         metadata=flag("data", "reward from which a completion is right for --filter-only", metavar="X"),
     )
 
-    fps: float | None = field(default=None, metadata=flag("frames", "frames to sample per second", metavar="F"))
-    max_frames: int | None = field(default=None, metadata=flag("frames", "maximum frames of a clip", metavar="N"))
-    video_tokens: int | None = field(default=None, metadata=flag("frames", "maximum tokens of a clip", metavar="N"))
-    image_tokens: int | None = field(default=None, metadata=flag("frames", "maximum tokens of an image", metavar="N"))
-
     output: Path = field(metadata=flag("run", "folder for adapter, metrics and state", metavar="DIR"))
     resume: bool = field(default=False, metadata=flag("run", "continue the run in --output from its last saved step"))
     seed: int = field(default=0, metadata=flag("run", "seed of data order, sampling and new weights", metavar="N"))
-    memory_limit: float | None = field(
-        default=None,
-        metadata=flag(
-            "run",
-            "refuse to start if the run would need more (default: what Metal recommends, elsewhere 90%% of all memory)",
-            metavar="GB",
-        ),
-    )
 
     max_prompt_tokens: int = field(default=8192, metadata=flag("sampling", "maximum tokens of a prompt", metavar="N"))
     temperature: float = field(default=1.0, metadata=flag("sampling", "sampling temperature", metavar="T"))
     top_p: float = field(
         default=1.0, metadata=flag("sampling", "sample from the top tokens with this total probability", metavar="P")
-    )
-    prefill_step_size: int = field(
-        default=2048, metadata=flag("sampling", "maximum prompt tokens of a forward pass", metavar="N")
     )
 
     reward: tuple[str, ...] = field(
@@ -89,7 +77,8 @@ class RolloutConfig:
     )
 
     def __post_init__(self) -> None:
-        check_at_least(self, 1, "max_prompt_tokens", "prefill_step_size")
+        ModelOptions.__post_init__(self)
+        check_at_least(self, 1, "max_prompt_tokens")
         check_at_least(self, 1, "limit", "max_frames", "video_tokens", "image_tokens")
         check_at_least(self, 2, "filter_samples")
         check_at_least(self, 0, "seed")

@@ -52,13 +52,7 @@ _FREE = {
 
 def frame_spec(config: TrainConfig, model: VideoModel) -> VisionSpec:
     """How frames are sampled and sized: by the flags, else by the checkpoint's own limits."""
-    own = _defaults(model).spec
-    return own.with_overrides(
-        fps=config.fps,
-        max_frames=config.max_frames,
-        video_tokens=config.video_tokens,
-        image_max_tokens=config.image_tokens,
-    )
+    return config.applied_to(_defaults(model).spec)
 
 
 def reward_weights(config: TrainConfig) -> Weights:

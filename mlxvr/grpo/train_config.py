@@ -7,10 +7,9 @@ import dataclasses
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from mlxvr.answering.sampling_config import SamplingConfig
-from mlxvr.cli.settings import flag
+from mlxvr.cli.settings import flag, part_of
 from mlxvr.errors import ConfigError
 from mlxvr.grading.reward import Weights
 from mlxvr.grpo.rollout_config import RolloutConfig, check_at_least, check_positive
@@ -128,7 +127,7 @@ class TrainConfig(LoraConfig, LossConfig, RolloutConfig):
     @property
     def loss(self) -> LossConfig:
         """The settings of the loss alone."""
-        return LossConfig(**_values(self, LossConfig))
+        return part_of(self, LossConfig)
 
     @property
     def sampling(self) -> SamplingConfig:
@@ -140,11 +139,7 @@ class TrainConfig(LoraConfig, LossConfig, RolloutConfig):
     @property
     def lora(self) -> LoraConfig:
         """The settings of a new adapter alone."""
-        return LoraConfig(**_values(self, LoraConfig))
-
-
-def _values(config: TrainConfig, part: type) -> dict[str, Any]:
-    return {name: getattr(config, name) for name in _names(part)}
+        return part_of(self, LoraConfig)
 
 
 def _names(part: type) -> tuple[str, ...]:

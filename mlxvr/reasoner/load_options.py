@@ -10,12 +10,12 @@ from mlxvr.checkpoint.recipe import DTYPES
 from mlxvr.cli.settings import flag
 from mlxvr.errors import ConfigError
 
-__all__ = ["LoadKeywords", "LoadOptions"]
+__all__ = ["LoadKeywords", "LoadOptions", "ModelOptions"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoadOptions:
-    """Which model is loaded and how; refuses values that cannot be used when it is built.
+class ModelOptions:
+    """Which model is loaded and how, for answers and for training; refuses values that cannot be used when it is built.
 
     `mlxvr.load` describes the fields.
     """
@@ -29,9 +29,6 @@ class LoadOptions:
     revision: str | None = field(default=None, metadata=flag("model", "branch, tag or commit of a Hub id", metavar="R"))
     dtype: str | None = field(
         default=None, metadata=flag("model", "what to compute in (default: the checkpoint's)", choices=DTYPES)
-    )
-    kv_bits: int | None = field(
-        default=None, metadata=flag("model", "quantize keys and values to 2, 3, 4, 6 or 8 bits", metavar="N")
     )
     prefill_step_size: int = field(
         default=2048, metadata=flag("model", "prompt tokens that go through the model at once", metavar="N")
@@ -57,6 +54,15 @@ class LoadOptions:
             raise ConfigError(f"dtype {self.dtype!r} is unknown: use one of {', '.join(DTYPES)}")
         if self.memory_limit is not None and not (is_number(self.memory_limit) and self.memory_limit > 0):
             raise ConfigError(f"memory_limit is {self.memory_limit!r}: give gigabytes, a number above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions(ModelOptions):
+    """How a model is loaded to answer; training never quantizes keys and values. `mlxvr.load` describes the fields."""
+
+    kv_bits: int | None = field(
+        default=None, metadata=flag("model", "quantize keys and values to 2, 3, 4, 6 or 8 bits", metavar="N")
+    )
 
 
 class LoadKeywords(TypedDict, total=False):
