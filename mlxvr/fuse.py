@@ -9,14 +9,15 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from mlxvr.cli.parser import VerbParser, run_verb
+from mlxvr.cli.parser import VerbParser, add_settings, parsed_settings, run_verb
 from mlxvr.cli.progress import ProgressBar
+from mlxvr.conversion.conversion_options import FuseKeywords, FuseOptions
 from mlxvr.conversion.summary import format_bytes, peak_memory
 
 if TYPE_CHECKING:
     from mlxvr.conversion.fusing import fuse
 
-__all__ = ["fuse", "main", "make_parser"]
+__all__ = ["FuseKeywords", "fuse", "main", "make_parser"]
 
 
 def __getattr__(name: str) -> Any:
@@ -35,13 +36,8 @@ def make_parser() -> VerbParser:
         "Merge a LoRA adapter into its model.",
         epilog="example: mlxvr fuse --model videoauto-8b-4bit --adapter run/adapter --mlx-path videoauto-8b-mine",
     )
-    parser.add_argument("--model", required=True, metavar="ID_OR_DIR", help="the model that the adapter was trained on")
-    parser.add_argument("--adapter", required=True, metavar="DIR", help="the adapter's folder")
-    parser.add_argument("--mlx-path", required=True, metavar="DIR", help="the folder to write")
-    parser.add_argument("--dequantize", action="store_true", help="leave nothing quantized: nothing is rounded anew")
-    parser.add_argument("--revision", metavar="R", help="branch, tag or commit of the Hub repository")
-    parser.add_argument("--force", action="store_true", help="replace a model folder that is in the way")
-    parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
+    sections = add_settings(parser, FuseOptions, {"where": "what is merged", "result": "what becomes of the result"})
+    sections["result"].add_argument("--json", action="store_true", help="print the report as one JSON object")
     return parser
 
 
@@ -51,18 +47,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fuse(args: argparse.Namespace) -> None:
-    from mlxvr.conversion.fusing import fuse
+    from mlxvr.conversion.fusing import fuse_with
 
+    options = FuseOptions(**parsed_settings(args, FuseOptions))
     with ProgressBar() as bar:
-        report = fuse(
-            args.model,
-            args.adapter,
-            args.mlx_path,
-            dequantize=args.dequantize,
-            revision=args.revision,
-            force=args.force,
-            progress=bar,
-            on_tensor=lambda tensor: bar.note(f"{tensor}, peak {format_bytes(peak_memory())}"),
+        report = fuse_with(
+            options, progress=bar, on_tensor=lambda tensor: bar.note(f"{tensor}, peak {format_bytes(peak_memory())}")
         )
     print(json.dumps(report.to_dict()) if args.json else report.table())
 

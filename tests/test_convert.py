@@ -604,6 +604,7 @@ def test_quantized_sources_are_refused_with_the_reason(source, tmp_path):
 def test_other_refusals(source, tmp_path, left_behind):
     for call, kind, says in [
         (lambda: convert(tmp_path / "gone", tmp_path / "out"), CheckpointError, "no such folder"),
+        (lambda: convert(source, tmp_path / "out", bit=4), ConfigError, "no option 'bit': did you mean 'bits'"),
         (lambda: convert(source, tmp_path / "out", bits=7), RecipeError, "bits = 7; expected one of"),
         (lambda: convert(source, tmp_path / "out", bits="auto"), ConfigError, "--q-bits auto and --target-gb together"),
         (lambda: convert(source, tmp_path / "out", target_bytes=10**6), ConfigError, "--target-gb together"),

@@ -169,6 +169,8 @@ def test_an_adapter_of_another_model_is_refused(tmp_path):
         fuse(tmp_path / "other", adapter, tmp_path / "out")
     with pytest.raises(CheckpointError, match=r"has no adapters\.safetensors"):
         fuse(tmp_path / "other", tmp_path, tmp_path / "out")
+    with pytest.raises(ConfigError, match="no option 'forced': did you mean 'force'"):
+        fuse(tmp_path / "model", adapter, tmp_path / "out", forced=True)
     with pytest.raises(ConfigError, match="not empty"):
         fuse(tmp_path / "other", write_adapter(tmp_path / "fine", tmp_path / "other"), tmp_path / "model")
     assert not (tmp_path / "out").exists()

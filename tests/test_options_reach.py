@@ -19,6 +19,7 @@ from groups import tiny_model
 import mlxvr.cli.parser
 from mlxvr import convert, fuse, generate
 from mlxvr.answering.loop import AskRequest
+from mlxvr.conversion.conversion_options import ConvertOptions, FuseOptions
 from mlxvr.evaluation.eval_config import EvalConfig
 from mlxvr.evaluation.runner import evaluate
 from mlxvr.grpo.step.lora import attach, save_adapter
@@ -199,13 +200,19 @@ def test_options_of_convert(folder, tmp_path, monkeypatch, capsys):
     recipe = Path(__file__).parent / "recipes.py"
     assert recipe.exists()
     argv = ["--hf-path", source, "--mlx-path", tmp_path / "out", "--q-bits", "none"]
+    Recorded, config_reads = recorder(ConvertOptions)
+    monkeypatch.setattr(convert, "ConvertOptions", Recorded)
     parsed, reads = run_recorded(monkeypatch, convert.main, argv)
-    assert parsed - reads == {"private"}  # which is of --upload-repo
+    assert fields_of(ConvertOptions) - config_reads == {"target_bytes"}  # which is of --q-bits auto
+    assert parsed - reads - fields_of(ConvertOptions) == {"private"}  # which is of --upload-repo
     capsys.readouterr()
 
 
 def test_options_of_fuse(folder, tmp_path, monkeypatch, capsys):
     argv = ["--model", folder / "model", "--adapter", folder / "adapter", "--mlx-path", tmp_path / "out"]
+    Recorded, config_reads = recorder(FuseOptions)
+    monkeypatch.setattr(fuse, "FuseOptions", Recorded)
     parsed, reads = run_recorded(monkeypatch, fuse.main, argv)
-    assert parsed - reads == set()
+    assert fields_of(FuseOptions) - config_reads == set()
+    assert parsed - reads - fields_of(FuseOptions) == set()
     capsys.readouterr()

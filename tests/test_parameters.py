@@ -27,14 +27,11 @@ REASONS = {
     "loop.run_answer_loop": "tokens come without MLX, so that scripted ones can be tried",
 }
 TOO_MANY = {
-    "quantize.convert": 15,
-    "quantize.write_model": 11,
     "gradient.group_gradient": 10,
     "threshold_search.calibrate": 10,
     "memory_plan.plan_prompt": 9,
     "prompt.build_prompt": 9,
     "frame_plan.plan_frame": 8,
-    "fusing.fuse": 8,
     "sampling.frame_indices": 8,
     "verify.verify": 8,
     "video_reader._decode_queue": 8,

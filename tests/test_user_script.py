@@ -15,6 +15,7 @@ import pytest
 
 import mlxvr
 from mlxvr.answering.loop import AskKeywords, AskRequest
+from mlxvr.conversion.conversion_options import ConvertKeywords, ConvertOptions, FuseKeywords, FuseOptions
 from mlxvr.media.frame_options import FrameKeywords, FrameOptions
 from mlxvr.reasoner.load_options import LoadKeywords, LoadOptions
 
@@ -28,6 +29,9 @@ TYPOS = [
     ('reasoner.ask("a.mp4", "What?", mode="sometimes")', "mode"),
     ('clip.ask("What?", optons=["a"])', "optons"),
     ('clip.stream("What?", threshold="high")', "threshold"),
+    ('convert("a", "b", bit=4)', "bit"),
+    ('convert("a", "b", group_size="64")', "group_size"),
+    ('fuse("a", "b", "c", forced=True)', "forced"),
 ]
 
 
@@ -59,7 +63,8 @@ def test_a_users_script_has_types(checker, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("checker", checkers())
 def test_typos_do_not_pass(checker, tmp_path):
-    lines = ["import mlxvr", "def f(reasoner: mlxvr.Reasoner, clip: mlxvr.Clip) -> None:"]
+    imports = ["import mlxvr", "from mlxvr.convert import convert", "from mlxvr.fuse import fuse"]
+    lines = [*imports, "def f(reasoner: mlxvr.Reasoner, clip: mlxvr.Clip) -> None:"]
     script = tmp_path / "script.py"
     script.write_text("\n".join([*lines, *(f"    {line}" for line, _ in TYPOS), ""]))
     (tmp_path / "mlxvr").symlink_to(ROOT / "mlxvr")
@@ -78,7 +83,13 @@ def test_a_users_script_runs(tmp_path):
 
 @pytest.mark.parametrize(
     ("keywords", "config", "positional"),
-    [(LoadKeywords, LoadOptions, {"model"}), (FrameKeywords, FrameOptions, set()), (AskKeywords, AskRequest, {"text"})],
+    [
+        (LoadKeywords, LoadOptions, {"model"}),
+        (FrameKeywords, FrameOptions, set()),
+        (AskKeywords, AskRequest, {"text"}),
+        (ConvertKeywords, ConvertOptions, {"source", "out"}),
+        (FuseKeywords, FuseOptions, {"model", "adapter", "out"}),
+    ],
 )
 def test_keywords_are_the_fields(keywords, config, positional):
     """The same names, and of each the same type."""

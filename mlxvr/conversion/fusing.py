@@ -14,13 +14,16 @@ from unquantized ones; with `dequantize`, weights are only rounded to their own 
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Unpack
 
 import mlx.core as mx
 
 from mlxvr.checkpoint import hub
 from mlxvr.checkpoint.recipe import Precision, Quantization, Recipe
+from mlxvr.cli.settings import check_keywords
 from mlxvr.conversion import card
-from mlxvr.conversion.quantize import choose_recipe, write_model
+from mlxvr.conversion.conversion_options import FuseKeywords, FuseOptions
+from mlxvr.conversion.quantize import NewModel, choose_recipe, write_model
 from mlxvr.conversion.source import Checkpoint
 from mlxvr.conversion.summary import ConversionReport
 from mlxvr.conversion.tensor_plan import DTYPE_CODES, RowUpdate, make_plan
@@ -30,7 +33,7 @@ from mlxvr.model.adapter_base import describe_base, warn_of_another_base
 from mlxvr.runtime.hooks import Progress
 from mlxvr.storage.staging import check_target
 
-__all__ = ["fuse"]
+__all__ = ["fuse", "fuse_with"]
 
 
 def fuse(
@@ -38,11 +41,9 @@ def fuse(
     adapter: str | Path,
     out: str | Path,
     *,
-    dequantize: bool = False,
-    revision: str | None = None,
-    force: bool = False,
     progress: Progress | None = None,
     on_tensor: Callable[[str], None] | None = None,
+    **options: Unpack[FuseKeywords],
 ) -> ConversionReport:
     """Merge `adapter` into `model` and write the result into the new folder `out`.
 
@@ -58,17 +59,27 @@ def fuse(
 
     Raises:
         CheckpointError: the model or the adapter is damaged, or they do not belong together.
-        ConfigError: the output must not or cannot be written.
+        ConfigError: an option does not exist, or the output must not or cannot be written.
     """
-    opened = Adapter.open(Path(adapter).expanduser())
-    check_target(Path(out), force=force)
-    folder = hub.resolve(model, revision=revision, progress=progress)
-    target = check_target(Path(out), folder, force=force)
+    check_keywords(options, FuseKeywords, "progress", "on_tensor")
+    return fuse_with(
+        FuseOptions(model=model, adapter=adapter, out=out, **options), progress=progress, on_tensor=on_tensor
+    )
+
+
+def fuse_with(
+    options: FuseOptions, *, progress: Progress | None = None, on_tensor: Callable[[str], None] | None = None
+) -> ConversionReport:
+    """Do as `fuse` does, for code that has its keywords as an object."""
+    opened, out, dequantize = Adapter.open(Path(options.adapter).expanduser()), Path(options.out), options.dequantize
+    check_target(out, force=options.force)
+    folder = hub.resolve(options.model, revision=options.revision, progress=progress)
+    target = check_target(out, folder, force=options.force)
     checkpoint = Checkpoint.open(folder, unpack=lambda module: dequantize or module in opened.layers)
     updates = _updates(opened, checkpoint)
     warn_of_another_base(opened.folder, opened.config, describe_base(checkpoint.folder))
     recipe = _as_it_is(checkpoint, dequantize=dequantize)
-    origin = card.origin(checkpoint.folder, model)
+    origin = card.origin(checkpoint.folder, options.model)
 
     tensors = checkpoint.folder.mlx_tensors()
 
@@ -80,7 +91,11 @@ def fuse(
     settings = card.settings(checkpoint.folder, origin, recipe, keep_measured=True)
     settings["adapter"] = {"name": opened.folder.resolve().name, "fingerprint": opened.fingerprint()}
     return write_model(
-        target, checkpoint, plan, recipe, origin, settings, force=force, progress=progress, on_tensor=on_tensor
+        target,
+        NewModel(checkpoint, plan, recipe, origin, settings),
+        force=options.force,
+        progress=progress,
+        on_tensor=on_tensor,
     )
 
 

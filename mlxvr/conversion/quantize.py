@@ -13,14 +13,17 @@ import logging
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from mlxvr.checkpoint import hub
 from mlxvr.checkpoint import recipe as recipes
 from mlxvr.checkpoint.defaults import find_recipe
 from mlxvr.checkpoint.recipe import Precision, Quantization, Recipe, VerificationLimits
+from mlxvr.cli.settings import check_keywords
 from mlxvr.conversion import card
+from mlxvr.conversion.conversion_options import ConvertKeywords, ConvertOptions
 from mlxvr.conversion.shards import is_finished, write_index
 from mlxvr.conversion.source import Checkpoint
 from mlxvr.conversion.stream import write_shards
@@ -34,7 +37,7 @@ from mlxvr.storage.staging import check_target, staged
 if TYPE_CHECKING:
     from mlxvr.conversion.measure.verify import VerificationReport
 
-__all__ = ["ConversionReport", "Judge", "choose_recipe", "convert", "write_model"]
+__all__ = ["ConversionReport", "Judge", "NewModel", "choose_recipe", "convert", "convert_with", "write_model"]
 
 _SPARE_DISK = 64 * 2**20  # for tokenizer, config and card
 _log = logging.getLogger(__name__)
@@ -47,19 +50,9 @@ def convert(
     source: str | Path,
     out: str | Path,
     *,
-    recipe: str | Path | None = None,
-    bits: int | str | None = None,
-    group_size: int | None = None,
-    mode: str | None = None,
-    target_bytes: int | None = None,
-    dtype: str | None = None,
-    dequantize: bool = False,
-    revision: str | None = None,
-    verify: bool = False,
-    title: str | None = None,
-    force: bool = False,
     progress: Progress | None = None,
     on_tensor: Callable[[str], None] | None = None,
+    **options: Unpack[ConvertKeywords],
 ) -> ConversionReport:
     """Convert `source`, a model folder or Hub id, into the new folder `out`.
 
@@ -87,14 +80,22 @@ def convert(
         VerificationError: the result is further from its source than the recipe allows; finished shards are kept for
             a second run with `force`.
     """
+    check_keywords(options, ConvertKeywords, "progress", "on_tensor")
+    return convert_with(ConvertOptions(source=source, out=out, **options), progress=progress, on_tensor=on_tensor)
+
+
+def convert_with(
+    options: ConvertOptions, *, progress: Progress | None = None, on_tensor: Callable[[str], None] | None = None
+) -> ConversionReport:
+    """Do as `convert` does, for code that has its keywords as an object."""
     started = time.perf_counter()
-    named = None if recipe is None else recipes.load(recipe)
-    _check_options(bits, group_size, mode, dtype, target_bytes, dequantize=dequantize)
-    check_target(Path(out), force=force)
-    folder = hub.resolve(source, revision=revision or _pinned(source, named), progress=progress)
-    target = check_target(Path(out), folder, force=force)
+    source, out, bits = options.source, Path(options.out), options.bits
+    named = None if options.recipe is None else recipes.load(options.recipe)
+    check_target(out, force=options.force)
+    folder = hub.resolve(source, revision=options.revision or _pinned(source, named), progress=progress)
+    target = check_target(out, folder, force=options.force)
     prefixes = [(rule.prefix, rule.becomes) for rule in named.key_rules] if named is not None else []
-    checkpoint = Checkpoint.open(folder, prefixes=prefixes, unpack=(lambda _: True) if dequantize else None)
+    checkpoint = Checkpoint.open(folder, prefixes=prefixes, unpack=(lambda _: True) if options.dequantize else None)
     origin = card.origin(checkpoint.folder, source)
     chosen = named or choose_recipe(checkpoint, origin)
     if chosen.family != checkpoint.folder.family.name:
@@ -102,18 +103,22 @@ def convert(
             f"the recipe {chosen.name} is for {chosen.family}, the checkpoint is {checkpoint.folder.family.name}; "
             "leave out the recipe, or name one of that family"
         )
-    fixed = 0 if dequantize else None if bits == "auto" else bits
-    chosen = chosen.with_quantization(bits=fixed, group_size=group_size, mode=mode, dtype=dtype)
+    chosen = chosen.with_quantization(
+        bits=0 if options.dequantize else None if isinstance(bits, str) else bits,
+        group_size=options.group_size,
+        mode=options.mode,
+        dtype=options.dtype,
+    )
     if checkpoint.folder.family.mlx_config(checkpoint.folder.config)["tie_word_embeddings"]:
         chosen = chosen.with_tied_head()
     precision: Callable[[str], Precision | None] = chosen.precision
     if bits == "auto":
-        assert target_bytes is not None, "checked with the options"
-        precision = _measured(checkpoint, chosen, target_bytes, progress)
+        assert options.target_bytes is not None, "checked with the options"
+        precision = _measured(checkpoint, chosen, options.target_bytes, progress)
     plan = make_plan(checkpoint, precision, chosen.quantization.dtype)
     settings = card.settings(checkpoint.folder, origin, chosen, keep_measured=named is None)
     if bits == "auto":
-        settings["quantization"] |= {"bits": "auto", "target_bytes": target_bytes}
+        settings["quantization"] |= {"bits": "auto", "target_bytes": options.target_bytes}
 
     def judge(stage: Path) -> "VerificationReport":
         from mlxvr.conversion.measure.verify import verify as compare
@@ -122,46 +127,52 @@ def convert(
 
     report = write_model(
         target,
-        checkpoint,
-        plan,
-        chosen,
-        origin,
-        settings,
-        judge=judge if verify else None,
-        title=title,
-        force=force,
+        NewModel(checkpoint, plan, chosen, origin, settings, options.title),
+        judge=judge if options.verify else None,
+        force=options.force,
         progress=progress,
         on_tensor=on_tensor,
     )
     return dataclasses.replace(report, seconds=time.perf_counter() - started)
 
 
-@use_device()
-def write_model(
-    target: Path,
-    checkpoint: Checkpoint,
-    plan: Plan,
-    recipe: Recipe,
-    origin: card.Origin,
-    settings: dict[str, Any],
-    *,
-    judge: Judge | None = None,
-    title: str | None = None,
-    force: bool = False,
-    progress: Progress | None = None,
-    on_tensor: Callable[[str], None] | None = None,
-) -> ConversionReport:
-    """Carry out `plan` and write everything that belongs to a model folder around it.
+@dataclass(frozen=True, eq=False)
+class NewModel:
+    """What a model folder is made of.
 
-    Args:
-        target: see `staging.staged`.
+    Attributes:
         checkpoint: the source, whose other files are taken over.
         plan: what becomes of its tensors.
         recipe: how they are quantized in general, and how far the result may be from its source.
         origin: where the source comes from.
         settings: for `mlxvr.json` (see `card`); gets the figures that are known when the weights are.
-        judge: compares the finished folder with its source.
         title: see `convert`.
+    """
+
+    checkpoint: Checkpoint
+    plan: Plan
+    recipe: Recipe
+    origin: card.Origin
+    settings: dict[str, Any]
+    title: str | None = None
+
+
+@use_device()
+def write_model(
+    target: Path,
+    model: NewModel,
+    *,
+    judge: Judge | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+    on_tensor: Callable[[str], None] | None = None,
+) -> ConversionReport:
+    """Carry out a plan and write everything that belongs to a model folder around it.
+
+    Args:
+        target: see `staging.staged`.
+        model: the plan, and what it was made from.
+        judge: compares the finished folder with its source.
         force: keep the folder if it is too far off.
         progress: see `convert`.
         on_tensor: see `convert`.
@@ -169,7 +180,8 @@ def write_model(
     Raises what `convert` raises.
     """
     started = time.perf_counter()
-    usual = recipe.quantization
+    checkpoint, plan, recipe, settings = model.checkpoint, model.plan, model.recipe, model.settings
+    usual, title = recipe.quantization, model.title or target.name
     settings["quantization"]["bits_per_weight"] = round(8 * plan.nbytes / checkpoint.parameters, 3)
     config = _config(checkpoint, plan, usual)
     verification: VerificationReport | None = None
@@ -180,7 +192,7 @@ def write_model(
         resumed = write_shards(stage, plan, progress=progress, on_tensor=on_tensor)
         write_index(stage, plan.shards)
         peak = peak_memory()
-        card.write(stage, checkpoint.folder, config, settings, title or target.name)
+        card.write(stage, checkpoint.folder, config, settings, title)
         if judge is not None:
             verification = judge(stage)
             limits = recipe.limits_for(plan.bits)
@@ -192,11 +204,11 @@ def write_model(
                     verification,
                 )
             settings["verification"] = card.verification(verification.to_dict(limits))
-            card.write(stage, checkpoint.folder, config, settings, title or target.name)
+            card.write(stage, checkpoint.folder, config, settings, title)
     report = ConversionReport(
         path=target,
-        source=origin.name,
-        commit=origin.commit,
+        source=model.origin.name,
+        commit=model.origin.commit,
         recipe=recipe.name,
         bits=settings["quantization"]["bits"],
         group_size=usual.group_size,
@@ -218,29 +230,6 @@ def write_model(
     )
     _log.info("wrote %s: %.2f bits per weight", target, report.bits_per_weight)
     return report
-
-
-def _check_options(
-    bits: int | str | None,
-    group_size: int | None,
-    mode: str | None,
-    dtype: str | None,
-    target_bytes: int | None,
-    *,
-    dequantize: bool,
-) -> None:
-    """Raise for options that no recipe accepts, before anything is downloaded."""
-    if (bits == "auto") != (target_bytes is not None):
-        raise ConfigError("bits chosen for each module need a size: give --q-bits auto and --target-gb together")
-    if bits == "auto" and (group_size is not None or mode is not None):
-        raise ConfigError("bits that are measured bring their groups and mode: leave out --q-group-size and --q-mode")
-    if dequantize and (bits not in (None, 0) or group_size is not None or mode is not None):
-        raise ConfigError("dequantized weights have no bits, groups or mode: leave out the --q options")
-    if isinstance(bits, str) and bits != "auto":
-        raise RecipeError(f"bits = {bits!r}; expected a number or 'auto'")
-    numbers = None if isinstance(bits, str) else bits
-    usual = Quantization(bits=mode_bits) if mode is None and (mode_bits := numbers) is not None else Quantization()
-    usual.changed(bits=numbers, group_size=group_size, mode=mode, dtype=dtype)
 
 
 def _measured(
