@@ -28,7 +28,6 @@ REASONS = {
 }
 TOO_MANY = {
     "gradient.group_gradient": 10,
-    "threshold_search.calibrate": 10,
     "memory_plan.plan_prompt": 9,
     "prompt.build_prompt": 9,
     "frame_plan.plan_frame": 8,

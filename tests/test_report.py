@@ -25,7 +25,7 @@ from mlxvr.evaluation.analysis.calibration import Calibration, TaskThreshold, Te
 from mlxvr.evaluation.analysis.compare import compare
 from mlxvr.evaluation.analysis.metrics import summarise
 from mlxvr.evaluation.analysis.sweep import sweep
-from mlxvr.evaluation.analysis.threshold_search import calibrate
+from mlxvr.evaluation.analysis.threshold_search import CalibrationPlan, calibrate
 from mlxvr.evaluation.graded_rows import curve, grade_rows
 from mlxvr.evaluation.report.gallery import read_thumbnails
 from mlxvr.evaluation.report.report_files import ReportedRun, ReportOptions, write_report
@@ -492,7 +492,7 @@ def test_one_figure_has_one_interval_wherever_it_is_shown(write, tmp_path):
         row(f"{index:02}", "A" if index % 4 else "B", "A", 0.99, media=f"{index // 2}.mp4", task=f"task {index % 2}")
         for index in range(28)
     ]
-    found = calibrate(samples, "ratio", budget=1.0, folds=2)
+    found = calibrate(samples, CalibrationPlan("ratio", budget=1.0, folds=2))
     text = write(samples, 1.0, calibration=found, other=("before", samples)).read_text()
     rows = {cells[0]: cells for cells in Reader(text).rows}
     shown = [rows["think always reasons"][1], rows["the rows that chose it"][2], *rows["think"][1:3]]
@@ -633,7 +633,7 @@ def test_what_a_calibration_says(write, changes, words):
 
 def test_a_calibration_that_was_searched_is_shown(write):
     samples = random_samples(200, 5)
-    found = calibrate(samples, "ratio", budget=0.6, temperature=True, per_task=True, least_per_task=50)
+    found = calibrate(samples, CalibrationPlan("ratio", budget=0.6, temperature=True, per_task=True, least_per_task=50))
     path = write(samples, found.threshold, calibration=found)
     assert data_of(path)["calibration"] == json.loads(json.dumps(found.to_dict()))
     cells = next(cells for cells in Reader(path.read_text()).rows if cells[0] == "held-out folds")

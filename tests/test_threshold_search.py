@@ -15,7 +15,7 @@ from mlxvr.convert import convert
 from mlxvr.errors import CheckpointError, ConfigError, DataError
 from mlxvr.evaluation import threshold_file
 from mlxvr.evaluation.analysis.reliability import fit_temperature, scale
-from mlxvr.evaluation.analysis.threshold_search import calibrate
+from mlxvr.evaluation.analysis.threshold_search import CalibrationPlan, calibrate
 from mlxvr.evaluation.samples import Sample
 from mlxvr.evaluation.threshold_file import save_threshold, write_threshold
 from tests.decisions import decision
@@ -75,7 +75,7 @@ LEVELS = [None, [0.5, 0.9, 0.97, 1.0], [0.0, 0.3, 0.9999999, 1.0]]
 @pytest.mark.parametrize("budget", [0.15, 0.4, 0.8, 1.0])
 def test_the_ratio_goal_thinks_as_much_as_it_may(levels, budget):
     samples = make(120, 1, labelled=False, levels=levels)
-    found = calibrate(samples, "ratio", budget=budget, bootstrap=0)
+    found = calibrate(samples, CalibrationPlan("ratio", budget=budget, bootstrap=0))
     ratio = figures_at(samples, found.threshold)[0]
     allowed = [
         value
@@ -91,7 +91,7 @@ def test_the_ratio_goal_thinks_as_much_as_it_may(levels, budget):
 @pytest.mark.parametrize("budget", [25, 60, 100, 1000])
 def test_the_tokens_goal_spends_as_much_as_it_may(levels, budget):
     samples = make(120, 2, labelled=False, levels=levels)
-    found = calibrate(samples, "tokens", budget=budget, bootstrap=0)
+    found = calibrate(samples, CalibrationPlan("tokens", budget=budget, bootstrap=0))
     tokens = figures_at(samples, found.threshold)[1]
     allowed = [
         value
@@ -105,7 +105,7 @@ def test_the_tokens_goal_spends_as_much_as_it_may(levels, budget):
 @pytest.mark.parametrize("seed", range(4))
 def test_the_accuracy_goal_finds_the_best_that_thinks_least(levels, seed):
     samples = make(90, seed, levels=levels)
-    found = calibrate(samples, "accuracy", bootstrap=0)
+    found = calibrate(samples, CalibrationPlan("accuracy", bootstrap=0))
     tried = [
         (figures_at(samples, threshold)[2], -figures_at(samples, threshold)[0], threshold)
         for threshold in every_threshold(samples)
@@ -117,7 +117,7 @@ def test_the_accuracy_goal_finds_the_best_that_thinks_least(levels, seed):
 def test_the_no_loss_goal_walks_down_to_the_first_failure(seed, margin):
     """With the interval of each threshold from a loop over resamples of clips."""
     samples = [Sample(**{**vars(s), "media": f"v{math.isqrt(n)}"}) for n, s in enumerate(make(100, seed, skill=0.5))]
-    found = calibrate(samples, "no_loss", margin=margin, bootstrap=200, seed=5)
+    found = calibrate(samples, CalibrationPlan("no_loss", margin=margin, bootstrap=200, seed=5))
     drawn = np.random.default_rng(5).multinomial(10, np.full(10, 1 / 10), size=200)
     best = None
     for threshold in reversed(every_threshold(samples)):
@@ -139,16 +139,16 @@ def test_the_no_loss_goal_walks_down_to_the_first_failure(seed, margin):
 
 def test_no_loss_exits_where_it_costs_nothing():
     sure = [Sample(**{**vars(s), "first": "A", "second": "A"}) for s in make(80) if s.confidence is not None]
-    assert calibrate(sure, "no_loss", margin=0.0).threshold == 0.0
+    assert calibrate(sure, CalibrationPlan("no_loss", margin=0.0)).threshold == 0.0
 
 
 def test_no_loss_always_thinks_where_nothing_else_is_safe():
     bad = [Sample(**{**vars(s), "first": "B", "second": "A"}) for s in make(80) if s.confidence is not None]
-    found = calibrate(bad, "no_loss", margin=0.001)
+    found = calibrate(bad, CalibrationPlan("no_loss", margin=0.001))
     assert found.in_sample.think_ratio.value == 1
     assert found.threshold == 1.0
     bad[0] = Sample(**{**vars(bad[0]), "confidence": 1.0})
-    assert calibrate(bad, "no_loss", margin=0.001).threshold == math.nextafter(1.0, 2.0)
+    assert calibrate(bad, CalibrationPlan("no_loss", margin=0.001)).threshold == math.nextafter(1.0, 2.0)
 
 
 def test_no_loss_keeps_its_promise():
@@ -157,31 +157,33 @@ def test_no_loss_keeps_its_promise():
     always = figures_at(fresh, 2.0)[2]
     kept = 0
     for seed in range(20):
-        threshold = calibrate(make(300, seed), "no_loss", margin=0.05, bootstrap=200, folds=2).threshold
+        threshold = calibrate(
+            make(300, seed), CalibrationPlan("no_loss", margin=0.05, bootstrap=200, folds=2)
+        ).threshold
         kept += figures_at(fresh, threshold)[2] - always > -0.05
     assert kept >= 19
 
 
 def test_a_loss_that_few_clips_cannot_rule_out_is_told():
     """The rule of three, exactly: 368 clips without a loss bound it by 1%, 40 by 8.8% (tables of Clopper-Pearson)."""
-    few = calibrate(make(40), "no_loss")
+    few = calibrate(make(40), CalibrationPlan("no_loss"))
     assert few.caution == (
         f"{few.in_sample.clips} clips without a loss cannot rule out a loss of 0.088, more than 0.01: "
         "it takes 368 clips to rule out more than that"
     )
     assert few.in_sample.clips == 40
     assert few.to_dict()["caution"] == few.caution
-    assert calibrate(make(40), "no_loss", margin=0.09).caution == ""
-    assert calibrate(make(367), "no_loss", bootstrap=100).caution != ""
-    assert calibrate(make(368), "no_loss", bootstrap=100).caution == ""
-    assert "it takes" not in calibrate(make(40), "no_loss", margin=0.0).caution
-    assert calibrate(make(40), "accuracy").caution == ""
+    assert calibrate(make(40), CalibrationPlan("no_loss", margin=0.09)).caution == ""
+    assert calibrate(make(367), CalibrationPlan("no_loss", bootstrap=100)).caution != ""
+    assert calibrate(make(368), CalibrationPlan("no_loss", bootstrap=100)).caution == ""
+    assert "it takes" not in calibrate(make(40), CalibrationPlan("no_loss", margin=0.0)).caution
+    assert calibrate(make(40), CalibrationPlan("accuracy")).caution == ""
 
 
 def test_held_out_figures_against_a_loop():
     """Each fold by the threshold of the others; a clip is never divided; all rows are held out once."""
     samples = make(150, 3, per_clip=3)
-    found = calibrate(samples, "accuracy", folds=5, bootstrap=100, seed=7)
+    found = calibrate(samples, CalibrationPlan("accuracy", folds=5, bootstrap=100, seed=7))
     dealt = [0] * 50
     for place, clip in enumerate(np.random.default_rng(7).permutation(50)):
         dealt[clip] = place % 5
@@ -211,11 +213,11 @@ def test_held_out_figures_against_a_loop():
 
 def test_a_fold_chooses_as_if_its_rows_were_all():
     samples = make(120, 4, per_clip=2)
-    found = calibrate(samples, "no_loss", margin=0.1, folds=4, bootstrap=200, seed=1)
+    found = calibrate(samples, CalibrationPlan("no_loss", margin=0.1, folds=4, bootstrap=200, seed=1))
     dealt = dict(zip(np.random.default_rng(1).permutation(60), [0, 1, 2, 3] * 15))
     for fold in range(4):
         training = [sample for number, sample in enumerate(samples) if dealt[number // 2] != fold]
-        alone = calibrate(training, "no_loss", margin=0.1, folds=4, bootstrap=200, seed=1)
+        alone = calibrate(training, CalibrationPlan("no_loss", margin=0.1, folds=4, bootstrap=200, seed=1))
         assert found.fold_thresholds[fold] == alone.threshold
     assert len({*found.fold_thresholds}) > 1
 
@@ -231,7 +233,7 @@ def test_held_out_figures_do_not_flatter():
             for s in samples
             if s.confidence is not None
         ]
-        found = calibrate(samples, "accuracy", bootstrap=0)
+        found = calibrate(samples, CalibrationPlan("accuracy", bootstrap=0))
         flattered.append(found.in_sample.auto.value)
         gaps.append(found.held_out.auto.value)
     assert np.mean(flattered) > 0.55
@@ -243,10 +245,10 @@ def test_the_order_of_samples_changes_nothing(goal):
     samples = make(100, 4, per_clip=2, task=lambda n: "ab"[n % 2])
     shuffled = random.Random(0).sample(samples, len(samples))
     options = {"bootstrap": 100, "per_task": True, "least_per_task": 30, "temperature": True, "seed": 2}
-    assert calibrate(samples, goal, **options) == calibrate(shuffled, goal, **options)
+    assert calibrate(samples, CalibrationPlan(goal, **options)) == calibrate(shuffled, CalibrationPlan(goal, **options))
     assert (
-        calibrate(samples, goal, **options | {"seed": 3}).fold_thresholds
-        != calibrate(samples, goal, **options).fold_thresholds
+        calibrate(samples, CalibrationPlan(goal, **options | {"seed": 3})).fold_thresholds
+        != calibrate(samples, CalibrationPlan(goal, **options)).fold_thresholds
     )
 
 
@@ -257,8 +259,10 @@ def test_rows_without_a_label_or_with_an_error_are_left_out():
         Sample(id="x", kind="math", error="broken"),
         Sample(id="y", kind="math", confidence=0.01, first="1"),
     ]
-    assert calibrate(more, "accuracy", bootstrap=50) == calibrate(samples, "accuracy", bootstrap=50)
-    assert calibrate(more, "ratio", budget=0.5, bootstrap=50).in_sample.count == 61
+    assert calibrate(more, CalibrationPlan("accuracy", bootstrap=50)) == calibrate(
+        samples, CalibrationPlan("accuracy", bootstrap=50)
+    )
+    assert calibrate(more, CalibrationPlan("ratio", budget=0.5, bootstrap=50)).in_sample.count == 61
 
 
 def test_tasks_have_their_own():
@@ -268,7 +272,7 @@ def test_tasks_have_their_own():
         first = {"easy": "A", "hard": "B", "few": "A"}[sample.task]
         if sample.confidence is not None:
             samples.append(Sample(**{**vars(sample), "first": first, "second": "A"}))
-    found = calibrate(samples, "no_loss", per_task=True, least_per_task=50, bootstrap=200)
+    found = calibrate(samples, CalibrationPlan("no_loss", per_task=True, least_per_task=50, bootstrap=200))
     assert list(found.per_task) == ["easy", "few", "hard"]
     assert found.per_task["easy"].threshold == 0.0
     assert found.per_task["easy"].held_out.think_ratio.value == 0
@@ -276,13 +280,13 @@ def test_tasks_have_their_own():
     assert found.per_task["hard"].held_out.difference.value == 0
     assert (found.per_task["few"].threshold, found.per_task["few"].held_out) == (found.threshold, None)
     assert found.per_task["few"].count == sum(sample.task == "few" for sample in samples)
-    assert calibrate(samples, "no_loss", bootstrap=100).per_task == {}
+    assert calibrate(samples, CalibrationPlan("no_loss", bootstrap=100)).per_task == {}
 
 
 def test_temperature_scaling_is_reported_beside_the_raw():
     samples = make(600, 7, skill=3.0)
-    plain = calibrate(samples, "accuracy", bootstrap=50)
-    found = calibrate(samples, "accuracy", bootstrap=50, temperature=True)
+    plain = calibrate(samples, CalibrationPlan("accuracy", bootstrap=50))
+    found = calibrate(samples, CalibrationPlan("accuracy", bootstrap=50, temperature=True))
     assert plain.temperature is None
     assert found.threshold == plain.threshold
     assert found.held_out == plain.held_out
@@ -301,7 +305,10 @@ def test_temperature_scaling_is_reported_beside_the_raw():
     assert fit.ece_scaled < fit.ece
     assert fit.brier_scaled < fit.brier
     with pytest.raises(DataError, match="leave it out"):
-        calibrate([Sample(**{**vars(s), "first": "A"}) for s in samples], "accuracy", bootstrap=0, temperature=True)
+        calibrate(
+            [Sample(**{**vars(s), "first": "A"}) for s in samples],
+            CalibrationPlan("accuracy", bootstrap=0, temperature=True),
+        )
 
 
 @pytest.mark.parametrize(
@@ -322,26 +329,26 @@ def test_temperature_scaling_is_reported_beside_the_raw():
 )
 def test_arguments_that_cannot_be_used(goal, options, message):
     with pytest.raises(ConfigError, match=message):
-        calibrate(make(60), goal, **options)
+        calibrate(make(60), CalibrationPlan(goal, **options))
 
 
 def test_too_little_to_calibrate_on():
     with pytest.raises(DataError, match="too few rows to choose a threshold: 19 rows"):
-        calibrate(make(19), "accuracy")
+        calibrate(make(19), CalibrationPlan("accuracy"))
     with pytest.raises(DataError, match="too few rows to choose a threshold: 0 rows"):
-        calibrate([], "accuracy")
+        calibrate([], CalibrationPlan("accuracy"))
     with pytest.raises(DataError, match="too few clips for 5 folds: 4 independent clips"):
-        calibrate(make(40, per_clip=10), "accuracy")
+        calibrate(make(40, per_clip=10), CalibrationPlan("accuracy"))
     with pytest.raises(DataError, match="needs rows with an answer, and none has one"):
-        calibrate(make(40, labelled=False), "no_loss")
+        calibrate(make(40, labelled=False), CalibrationPlan("no_loss"))
     live = [*make(40), Sample(id="live", kind="math", answer="1", first="1", confidence=0.99, reasoned=False)]
     with pytest.raises(ConfigError, match="generate without --live"):
-        calibrate(live, "ratio", budget=0.5)
+        calibrate(live, CalibrationPlan("ratio", budget=0.5))
 
 
 def test_without_any_confidence():
     samples = [Sample(**{**vars(s), "confidence": None, "first": None}) for s in make(40)]
-    found = calibrate(samples, "accuracy", bootstrap=0)
+    found = calibrate(samples, CalibrationPlan("accuracy", bootstrap=0))
     assert (found.threshold, found.in_sample.think_ratio.value) == (1.0, 1.0)
 
 
@@ -355,7 +362,9 @@ def model_folder(path, settings):
 
 def test_writing_the_threshold(tmp_path):
     folder = model_folder(tmp_path / "model", {"source": "demo", "threshold": 0.97, "family": "qwen3_vl"})
-    first = calibrate(make(100, 8, task=lambda n: "ab"[n % 2]), "accuracy", per_task=True, least_per_task=30)
+    first = calibrate(
+        make(100, 8, task=lambda n: "ab"[n % 2]), CalibrationPlan("accuracy", per_task=True, least_per_task=30)
+    )
     assert write_threshold(folder, first) == folder / "mlxvr.json"
     written = json.loads((folder / "mlxvr.json").read_text())
     assert written["threshold"] == first.threshold
@@ -368,7 +377,7 @@ def test_writing_the_threshold(tmp_path):
     write_threshold(folder, first)
     assert json.loads((folder / "mlxvr.json").read_text()) == written, "the same once more changes nothing"
 
-    second = calibrate(make(100, 9), "ratio", budget=0.3)
+    second = calibrate(make(100, 9), CalibrationPlan("ratio", budget=0.3))
     write_threshold(folder, second)
     again = json.loads((folder / "mlxvr.json").read_text())
     assert again["threshold"] == second.threshold
@@ -384,7 +393,7 @@ def test_the_card_of_a_converted_folder_names_the_new_threshold(tmp_path):
     folder = tmp_path / "model"
     convert(demo_folder() / "checkpoint", folder)
     before = (folder / "README.md").read_text(encoding="utf-8")
-    found = calibrate(make(100, 8), "accuracy")
+    found = calibrate(make(100, 8), CalibrationPlan("accuracy"))
     write_threshold(folder, found)
     after = (folder / "README.md").read_text(encoding="utf-8")
     assert "confidence of 0.97 |" in before
@@ -395,20 +404,23 @@ def test_the_card_of_a_converted_folder_names_the_new_threshold(tmp_path):
 def test_a_card_of_another_make_stays_as_it_is(tmp_path):
     folder = model_folder(tmp_path / "model", None)
     (folder / "README.md").write_text("# Mine\n\nThreshold: high\n")
-    write_threshold(folder, calibrate(make(60), "accuracy"))
+    write_threshold(folder, calibrate(make(60), CalibrationPlan("accuracy")))
     assert (folder / "README.md").read_text() == "# Mine\n\nThreshold: high\n"
 
 
 def test_a_folder_without_settings_gets_some(tmp_path):
     folder = model_folder(tmp_path / "model", None)
-    found = calibrate(make(60), "accuracy")
+    found = calibrate(make(60), CalibrationPlan("accuracy"))
     write_threshold(str(folder), found)
     written = json.loads((folder / "mlxvr.json").read_text())
     assert sorted(written) == ["calibration", "threshold"]
 
 
 def test_a_threshold_in_a_file_of_its_own(tmp_path):
-    first, second = calibrate(make(60), "accuracy"), calibrate(make(100, 9), "ratio", budget=0.3)
+    first, second = (
+        calibrate(make(60), CalibrationPlan("accuracy")),
+        calibrate(make(100, 9), CalibrationPlan("ratio", budget=0.3)),
+    )
     path = save_threshold(tmp_path / "thresholds" / "mine.json", first)
     assert path == tmp_path / "thresholds" / "mine.json"
     assert json.loads(path.read_text())["threshold"] == first.threshold
@@ -420,7 +432,7 @@ def test_a_threshold_in_a_file_of_its_own(tmp_path):
 
 
 def test_a_full_disk_is_told_as_such(tmp_path, monkeypatch):
-    path = save_threshold(tmp_path / "mine.json", calibrate(make(60), "accuracy"))
+    path = save_threshold(tmp_path / "mine.json", calibrate(make(60), CalibrationPlan("accuracy")))
     before = path.read_text()
 
     def fail(*_):
@@ -428,7 +440,7 @@ def test_a_full_disk_is_told_as_such(tmp_path, monkeypatch):
 
     monkeypatch.setattr(threshold_file.os, "fsync", fail)
     with pytest.raises(ConfigError, match=r"^the disk of .*mine\.json is full; free some space and run again$"):
-        save_threshold(path, calibrate(make(100, 9), "ratio", budget=0.3))
+        save_threshold(path, calibrate(make(100, 9), CalibrationPlan("ratio", budget=0.3)))
     assert path.read_text() == before
     assert os.listdir(tmp_path) == ["mine.json"]
 
@@ -441,13 +453,13 @@ def test_a_write_that_fails_leaves_the_old(tmp_path, monkeypatch):
 
     monkeypatch.setattr(threshold_file.os, "replace", fail)
     with pytest.raises(ConfigError, match=r"mlxvr\.json cannot be written \(Read-only file system\)"):
-        write_threshold(folder, calibrate(make(60), "accuracy"))
+        write_threshold(folder, calibrate(make(60), CalibrationPlan("accuracy")))
     assert json.loads((folder / "mlxvr.json").read_text()) == {"threshold": 0.97}
     assert sorted(os.listdir(folder)) == ["config.json", "mlxvr.json"]
 
 
 def test_what_is_not_written(tmp_path):
-    found = calibrate(make(60), "accuracy")
+    found = calibrate(make(60), CalibrationPlan("accuracy"))
     with pytest.raises(CheckpointError, match=r"has no config\.json"):
         write_threshold(tmp_path, found)
     folder = model_folder(tmp_path / "model", None)
@@ -458,9 +470,11 @@ def test_what_is_not_written(tmp_path):
         assert (folder / "mlxvr.json").read_text() == content
     bad = [Sample(**{**vars(s), "confidence": 1.0, "first": "B", "second": "A"}) for s in make(80)]
     with pytest.raises(ConfigError, match="ask with mode think"):
-        write_threshold(folder, calibrate(bad, "no_loss"))
+        write_threshold(folder, calibrate(bad, CalibrationPlan("no_loss")))
 
 
 def test_the_calibration_is_plain_data():
-    found = calibrate(make(100, task=lambda n: "a"), "no_loss", per_task=True, temperature=True).to_dict()
+    found = calibrate(
+        make(100, task=lambda n: "a"), CalibrationPlan("no_loss", per_task=True, temperature=True)
+    ).to_dict()
     assert json.loads(json.dumps(found, allow_nan=False)) == found

@@ -16,7 +16,7 @@ from mlxvr.evaluation.analysis.calibration import Calibration
 from mlxvr.evaluation.analysis.compare import compare
 from mlxvr.evaluation.analysis.metrics import summarise
 from mlxvr.evaluation.analysis.sweep import sweep
-from mlxvr.evaluation.analysis.threshold_search import calibrate
+from mlxvr.evaluation.analysis.threshold_search import CalibrationPlan, calibrate
 from mlxvr.evaluation.samples import Sample, read_samples
 
 TAUS = (0.0, 0.3, 0.34, 0.35, 0.36, 0.5, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.999, 1.0)
@@ -70,7 +70,7 @@ def calibration_table(runs: Runs) -> tuple[str, dict[str, dict]]:
     rows, chosen = [], {}
     for name, samples in runs.items():
         for goal, budget in GOALS:
-            found = calibrate(samples, goal, budget=budget)  # type: ignore[arg-type]
+            found = calibrate(samples, CalibrationPlan(goal, budget=budget))  # type: ignore[arg-type]
             label = goal if budget is None else f"{goal}={budget:g}"
             chosen[f"{name}, {label}"] = {"threshold": found.threshold, "held_out": asdict(found.held_out)}
             rows.append((name, label, f"{found.threshold:.4f}", *_held_out(found)))

@@ -16,7 +16,7 @@ from mlxvr.checkpoint.bundled import is_demo_model
 from mlxvr.cli.settings import flag, same_as
 from mlxvr.errors import ConfigError, DataError
 from mlxvr.evaluation.analysis.calibration import Calibration, Goal
-from mlxvr.evaluation.analysis.threshold_search import calibrate
+from mlxvr.evaluation.analysis.threshold_search import CalibrationPlan, calibrate
 from mlxvr.evaluation.samples import Sample
 from mlxvr.media.frame_options import FrameLimitOptions
 from mlxvr.reasoner.load_options import LoadOptions
@@ -73,9 +73,12 @@ class EvalConfig(FrameLimitOptions, LoadOptions):
         default=None,
         metadata=flag("figures", "choose the threshold: no_loss, accuracy, ratio=X or tokens=X", metavar="GOAL"),
     )
-    margin: float = field(default=0.01, metadata=flag("figures", "drop in score that no_loss tolerates", metavar="X"))
+    margin: float = field(
+        default=CalibrationPlan.margin, metadata=flag("figures", "drop in score that no_loss tolerates", metavar="X")
+    )
     folds: int = field(
-        default=5, metadata=flag("figures", "folds of held-out clips behind the calibration's figures", metavar="N")
+        default=CalibrationPlan.folds,
+        metadata=flag("figures", "folds of held-out clips behind the calibration's figures", metavar="N"),
     )
     per_task: bool = field(default=False, metadata=flag("figures", "calibrate each task, too"))
     temperature_scaling: bool = field(
@@ -174,8 +177,7 @@ class EvalConfig(FrameLimitOptions, LoadOptions):
     def calibration_of(self, samples: Iterable[Sample]) -> Calibration:
         """Do what `calibrate` asks for; raises as `mlxvr.evaluation.analysis.threshold_search.calibrate`."""
         goal, budget = self.goal
-        return calibrate(
-            samples,
+        plan = CalibrationPlan(
             goal,  # type: ignore[arg-type]
             margin=self.margin,
             budget=budget,
@@ -185,6 +187,7 @@ class EvalConfig(FrameLimitOptions, LoadOptions):
             bootstrap=self.resamples,
             seed=self.seed,
         )
+        return calibrate(samples, plan)
 
     @property
     def goal(self) -> tuple[str, float | None]:

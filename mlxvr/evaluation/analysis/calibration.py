@@ -64,13 +64,13 @@ class Calibration:
 
     Attributes:
         threshold: chosen on all rows; just above 1 when some confidence is 1 and no direct answer may be taken.
-        goal, margin, budget: as passed to `calibrate`; a margin or budget that the goal does not use is None.
+        goal, margin, budget: of the `CalibrationPlan`; a margin or budget that the goal does not use is None.
         fold_thresholds: the threshold chosen on each fold's training rows; their spread shows how stable the choice is.
         held_out: every row decided by a threshold that was chosen without it.
         in_sample: every row decided by `threshold`; optimistically biased.
         per_task: by task, if asked for.
         temperature: if asked for.
-        folds, bootstrap, seed: as passed to `calibrate`.
+        folds, bootstrap, seed: of the `CalibrationPlan`.
     """
 
     threshold: float

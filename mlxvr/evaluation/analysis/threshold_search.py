@@ -27,7 +27,7 @@ the mapped threshold are the same. Thresholds here are always for the raw confid
 import contextlib
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import get_args
 
 import numpy as np
@@ -40,30 +40,17 @@ from mlxvr.evaluation.analysis.grades import direct_grade, is_live, mode_grade, 
 from mlxvr.evaluation.analysis.reliability import brier, expected_calibration_error, fit_temperature, reliability, scale
 from mlxvr.evaluation.samples import Sample, ordered
 
-__all__ = ["calibrate", "check_enough"]
+__all__ = ["CalibrationPlan", "calibrate", "check_enough"]
 
 _BUDGETS = ("ratio", "tokens")
 _LEAST_ROWS = 20
 
 
-def calibrate(
-    samples: Iterable[Sample],
-    goal: Goal,
-    *,
-    margin: float = 0.01,
-    budget: float | None = None,
-    folds: int = 5,
-    per_task: bool = False,
-    least_per_task: int = 100,
-    temperature: bool = False,
-    bootstrap: int = 1000,
-    seed: int = 0,
-) -> Calibration:
-    """Choose the threshold that meets a goal best.
+@dataclass(frozen=True)
+class CalibrationPlan:
+    """What a threshold is chosen for, and how; refuses values that cannot be used when it is built.
 
-    Args:
-        samples: of think mode, in any order; rows that failed are left out, and for `no_loss` and `accuracy` also rows
-            without a label.
+    Attributes:
         goal: see the module.
         margin: for `no_loss`: tolerated loss of the mean score, in [0, 1].
         budget: for `ratio` a share in [0, 1], for `tokens` mean tokens.
@@ -72,48 +59,18 @@ def calibrate(
         temperature: also fit temperature scaling.
         bootstrap: number of resamples for the intervals, and for the choice by `no_loss`.
         seed: of folds and resamples.
-
-    Raises:
-        ConfigError: an argument cannot be used, the budget cannot be met, or the samples are of a live run.
-        DataError: too few rows or clips, or no labels for a goal that needs them.
     """
-    plan = _Plan(goal, margin, budget, folds, bootstrap, seed)
-    eligible = _eligible(samples, plan)
-    threshold, thresholds, held_out, in_sample = _fit(eligible, plan)
-    tasks: dict[str, TaskThreshold] = {}
-    for name in sorted({sample.task for sample in eligible} - {""}) if per_task else ():
-        own = [sample for sample in eligible if sample.task == name]
-        tasks[name] = TaskThreshold(threshold=threshold, count=len(own), held_out=None)
-        if len(own) >= least_per_task:
-            with contextlib.suppress(ConfigError, DataError):  # too few clips, or the budget cannot be met
-                chosen, _, outcome, _ = _fit(own, plan)
-                tasks[name] = TaskThreshold(threshold=chosen, count=len(own), held_out=outcome)
-    return Calibration(
-        threshold=threshold,
-        goal=goal,
-        margin=margin if goal == "no_loss" else None,
-        budget=budget,
-        fold_thresholds=tuple(thresholds),
-        held_out=held_out,
-        in_sample=in_sample,
-        per_task=tasks,
-        temperature=_fit_temperature(eligible, plan) if temperature else None,
-        folds=folds,
-        bootstrap=bootstrap,
-        seed=seed,
-    )
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """The arguments of `calibrate` that decide a threshold, validated."""
 
     goal: Goal
-    margin: float
-    budget: float | None
-    folds: int
-    bootstrap: int
-    seed: int
+    _: KW_ONLY
+    margin: float = 0.01
+    budget: float | None = None
+    folds: int = 5
+    per_task: bool = False
+    least_per_task: int = 100
+    temperature: bool = False
+    bootstrap: int = 1000
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if self.goal not in get_args(Goal):
@@ -132,7 +89,46 @@ class _Plan:
 
     @property
     def needs_labels(self) -> bool:
+        """Whether scores are compared, so that rows need a right answer."""
         return self.goal not in _BUDGETS
+
+
+def calibrate(samples: Iterable[Sample], plan: CalibrationPlan) -> Calibration:
+    """Choose the threshold that meets a goal best.
+
+    Args:
+        samples: of think mode, in any order; rows that failed are left out, and for `no_loss` and `accuracy` also rows
+            without a label.
+        plan: the goal, and how the threshold is chosen.
+
+    Raises:
+        ConfigError: the budget cannot be met, or the samples are of a live run.
+        DataError: too few rows or clips, or no labels for a goal that needs them.
+    """
+    eligible = _eligible(samples, plan)
+    threshold, thresholds, held_out, in_sample = _fit(eligible, plan)
+    tasks: dict[str, TaskThreshold] = {}
+    for name in sorted({sample.task for sample in eligible} - {""}) if plan.per_task else ():
+        own = [sample for sample in eligible if sample.task == name]
+        tasks[name] = TaskThreshold(threshold=threshold, count=len(own), held_out=None)
+        if len(own) >= plan.least_per_task:
+            with contextlib.suppress(ConfigError, DataError):  # too few clips, or the budget cannot be met
+                chosen, _, outcome, _ = _fit(own, plan)
+                tasks[name] = TaskThreshold(threshold=chosen, count=len(own), held_out=outcome)
+    return Calibration(
+        threshold=threshold,
+        goal=plan.goal,
+        margin=plan.margin if plan.goal == "no_loss" else None,
+        budget=plan.budget,
+        fold_thresholds=tuple(thresholds),
+        held_out=held_out,
+        in_sample=in_sample,
+        per_task=tasks,
+        temperature=_fit_temperature(eligible, plan) if plan.temperature else None,
+        folds=plan.folds,
+        bootstrap=plan.bootstrap,
+        seed=plan.seed,
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,7 +168,7 @@ class _Columns:
         return len(self.confidence)
 
 
-def _eligible(samples: Iterable[Sample], plan: _Plan) -> list[Sample]:
+def _eligible(samples: Iterable[Sample], plan: CalibrationPlan) -> list[Sample]:
     finished = usable(ordered(samples))
     if is_live(finished):
         raise ConfigError("a live run stopped at its own threshold and shows no other: generate without --live")
@@ -184,7 +180,7 @@ def _eligible(samples: Iterable[Sample], plan: _Plan) -> list[Sample]:
     return labelled
 
 
-def _fit(samples: list[Sample], plan: _Plan) -> tuple[float, list[float], ThresholdOutcome, ThresholdOutcome]:
+def _fit(samples: list[Sample], plan: CalibrationPlan) -> tuple[float, list[float], ThresholdOutcome, ThresholdOutcome]:
     """The threshold from all rows, the folds' thresholds, and the outcomes on held-out rows and in-sample."""
     check_enough(samples, plan.folds)
     rows = _Columns.of(samples)
@@ -208,7 +204,7 @@ def check_enough(rows: Sequence[Clustered], folds: int) -> None:
         raise DataError(f"too few clips for {folds} folds: {count}; use more clips, or fewer folds")
 
 
-def _folds(clusters: np.ndarray, plan: _Plan) -> np.ndarray:
+def _folds(clusters: np.ndarray, plan: CalibrationPlan) -> np.ndarray:
     """The fold of each row; a cluster is never split."""
     count = int(clusters.max()) + 1
     dealt = np.empty(count, dtype=np.int64)
@@ -216,7 +212,7 @@ def _folds(clusters: np.ndarray, plan: _Plan) -> np.ndarray:
     return dealt[clusters]
 
 
-def _choose(rows: _Columns, plan: _Plan) -> float | None:
+def _choose(rows: _Columns, plan: CalibrationPlan) -> float | None:
     """The best of the thresholds that change a decision; None: the budget cannot be met."""
     thresholds, levels = _thresholds(rows.confidence)
 
@@ -258,7 +254,7 @@ def _thresholds(confidence: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return thresholds, np.where(np.isnan(confidence), -1, np.searchsorted(levels, confidence))
 
 
-def _outcome(rows: _Columns, thresholds: np.ndarray, plan: _Plan) -> ThresholdOutcome:
+def _outcome(rows: _Columns, thresholds: np.ndarray, plan: CalibrationPlan) -> ThresholdOutcome:
     """Score and cost of the rows, each at its own threshold."""
     exits = rows.confidence >= thresholds
     resamples = Bootstrap(rows.clusters, count=plan.bootstrap, seed=plan.seed)
@@ -276,7 +272,7 @@ def _outcome(rows: _Columns, thresholds: np.ndarray, plan: _Plan) -> ThresholdOu
     )
 
 
-def _out_of_reach(rows: _Columns, plan: _Plan) -> str:
+def _out_of_reach(rows: _Columns, plan: CalibrationPlan) -> str:
     exits = ~np.isnan(rows.confidence)
     if plan.goal == "ratio":
         least = f"a ratio of {1 - exits.mean():.3f}"
@@ -285,7 +281,7 @@ def _out_of_reach(rows: _Columns, plan: _Plan) -> str:
     return f"budget {plan.budget:g} cannot be met: rows without a direct answer always reason, so {least} is the least"
 
 
-def _fit_temperature(samples: list[Sample], plan: _Plan) -> TemperatureFit:
+def _fit_temperature(samples: list[Sample], plan: CalibrationPlan) -> TemperatureFit:
     rows = _Columns.of(samples)
     folds = _folds(rows.clusters, plan)
     among = rows.labelled & ~np.isnan(rows.confidence)
