@@ -8,9 +8,11 @@ never read, and fails here by name.
 import argparse
 import contextlib
 import dataclasses
+import importlib
 import json
 import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import checkpoints
 import pytest
@@ -21,13 +23,17 @@ from mlxvr import convert, fuse, generate
 from mlxvr.answering.loop import AskRequest
 from mlxvr.conversion.conversion_options import ConvertOptions, FuseOptions
 from mlxvr.evaluation.eval_config import EvalConfig
+from mlxvr.evaluation.lmms.options import LmmsOptions
 from mlxvr.evaluation.runner import evaluate
+from mlxvr.evaluation.samples import read_samples
 from mlxvr.grpo.step.lora import attach, save_adapter
 from mlxvr.grpo.step.lora_config import LoraConfig
 from mlxvr.grpo.train_config import _FOR_FILTERING, TrainConfig, idle_options
 from mlxvr.grpo.trainer import train
 from mlxvr.media.frame_options import FrameOptions
+from mlxvr.reasoner.clip import Clip
 from mlxvr.reasoner.load_options import LoadOptions
+from mlxvr.reasoner.reasoner import Reasoner
 
 # Functions that look at options without acting on them.
 _LOOKING = {
@@ -216,3 +222,86 @@ def test_options_of_fuse(folder, tmp_path, monkeypatch, capsys):
     assert fields_of(FuseOptions) - config_reads == set()
     assert parsed - reads - fields_of(FuseOptions) == set()
     capsys.readouterr()
+
+
+@pytest.fixture
+def plugin(monkeypatch):
+    """The module of the class that lmms-eval makes, with the least of lmms-eval that it needs."""
+
+    class Base:
+        def __init__(self):
+            self.cache_hook = SimpleNamespace(add_partial=lambda *arguments: None)
+            self.task_dict = {}
+
+        def clean(self):
+            pass
+
+    name = "mlxvr.evaluation.lmms.models.mlxvr"
+    stubs = {module: ModuleType(module) for module in ("lmms_eval", "lmms_eval.api", name)}
+    stubs["lmms_eval.api.model"] = SimpleNamespace(lmms=Base)
+    stubs["lmms_eval.api.instance"] = SimpleNamespace(
+        GenerationResult=lambda text, counts=None: text, Instance=None, TokenCounts=SimpleNamespace
+    )
+    for module, stub in stubs.items():
+        monkeypatch.setitem(sys.modules, module, stub)
+    del sys.modules[name]  # imported anew; what was there comes back when the test ends
+    return importlib.import_module(name)
+
+
+def test_options_of_lmms_eval(folder, tmp_path, monkeypatch, plugin):
+    """Each model argument has a value of its own; it arrives where models are loaded, clips opened, questions asked."""
+    from PIL import Image
+
+    arguments = {
+        "pretrained": str(folder / "model"),
+        "adapter": str(folder / "adapter"),
+        "revision": "main",
+        "dtype": "float32",
+        "kv_bits": 8,
+        "prefill_step_size": 64,
+        "memory_limit": 3.5,
+        "fps": 3.0,
+        "max_frames": 6,
+        "video_tokens": 300,
+        "image_tokens": 40,
+        "mode": "think",
+        "threshold": 0.25,
+        "frames_fps": 5.0,
+        "max_new_tokens": 3,
+        "response_prefix": r"\boxed{Answer:",
+        "log_file": str(tmp_path / "log.jsonl"),
+    }
+    ours = {"pretrained": "model", "max_new_tokens": "max_tokens"}
+    expected = {ours.get(name, name): value for name, value in arguments.items()} | {"adapter": folder / "adapter"}
+    assert expected.keys() == fields_of(LmmsOptions), "a new option is tried here, too"
+    assert all(getattr(LmmsOptions(), name) != value for name, value in expected.items())
+    arrived, opened = {}, []
+    load, open_clip, ask = plugin.load_with, Reasoner.open_with, Clip.ask
+
+    def load_and_note(options):
+        arrived.update(dataclasses.asdict(options))
+        return load(dataclasses.replace(options, revision=None))  # which is of Hub ids
+
+    def open_and_note(self, source, options):
+        opened.append(options)
+        return open_clip(self, source, options)
+
+    def ask_and_note(self, question, **options):
+        arrived.update(options)
+        return ask(self, question, **options)
+
+    monkeypatch.setattr(plugin, "load_with", load_and_note)
+    monkeypatch.setattr(Reasoner, "open_with", open_and_note)
+    monkeypatch.setattr(Clip, "ask", ask_and_note)
+    picture = Image.new("RGB", (64, 48))
+    model = plugin.Mlxvr(**arguments)
+    model.task_dict["task"] = {"test": [[picture], [picture] * 4]}
+    requests = [SimpleNamespace(args=("Which color?", {}, list, number, "task", "test")) for number in range(2)]
+    model.generate_until(requests)
+    model.clean()
+    single, several = opened
+    limits = {name: getattr(single, name) for name in ("fps", "max_frames", "video_tokens", "image_tokens")}
+    assert dataclasses.replace(single, fps=several.fps) == several
+    assert [sample.error for sample in read_samples(tmp_path / "log.jsonl")] == [None, None]
+    arrived |= {**limits, "frames_fps": several.fps, "log_file": str(tmp_path / "log.jsonl")}
+    assert {name: arrived.get(name) for name in expected} == expected
