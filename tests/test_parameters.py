@@ -36,7 +36,6 @@ TOO_MANY = {
     "video_reader._decode_queue": 8,
     "vision.load_vision": 8,
     "animation_reader.read_animation": 7,
-    "curves._draw_curve": 7,
     "grounding.grounding_entry": 7,
     "memory_plan.prefill_bytes": 7,
     "mixed_precision.choose_precisions": 7,

@@ -12,6 +12,7 @@ thousand points. Metrics that are null are left out, and a panel without any met
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,17 +31,35 @@ _FEW = 40  # points of a line: up to here each is marked, and none is smoothed
 _WINDOWS = 30  # the mean is over this part of the run
 _LARGEST = 1e30  # no metric of a training is larger, and sums of larger ones could overflow
 _SMOOTH = {"learning_rate"}  # metrics that are not noisy
-_PARTS = (
-    ("first answer", "rewards/first/mean", ORANGE, "-"),
-    ("second answer", "rewards/second/mean", GREEN, "-"),
-    ("format", "rewards/format/mean", GRAY, ":"),
-    ("fallback", "rewards/fallback/mean", VIOLET, "-."),
-    ("agreement", "rewards/agreement/mean", ORANGE, "--"),
-    ("coherence", "rewards/coherence/mean", GREEN, "--"),
-)
 _LEAST_SPAN = {"loss": 1e-3, "kl": 1e-4}  # of an axis: smaller differences are rounding errors
 
 Line = tuple[list[float], list[float]]  # steps and values
+
+
+@dataclass(frozen=True)
+class _Curve:
+    """A metric of the training steps, and how it is drawn."""
+
+    name: str
+    label: str
+    color: str
+    style: str = "-"
+    marker: str = "."
+
+
+_REWARDS = (
+    _Curve("reward", "reward", BLUE),
+    _Curve("rewards/first/mean", "first answer", ORANGE),
+    _Curve("rewards/second/mean", "second answer", GREEN),
+    _Curve("rewards/format/mean", "format", GRAY, ":"),
+    _Curve("rewards/fallback/mean", "fallback", VIOLET, "-."),
+    _Curve("rewards/agreement/mean", "agreement", ORANGE, "--"),
+    _Curve("rewards/coherence/mean", "coherence", GREEN, "--"),
+)
+_LOSS = _Curve("loss", "loss", BLUE)
+_KL = _Curve("kl", "KL to the reference", ORANGE, "--", "x")
+_GRADIENT_NORM = _Curve("grad_norm", "gradient norm", BLUE)
+_LEARNING_RATE = _Curve("learning_rate", "learning rate", ORANGE, "--", "x")
 
 
 def plot_curves(entries: Sequence[Mapping[str, Any]], path: Path, *, title: str = "") -> None:
@@ -90,8 +109,8 @@ def _draw(figure: "Figure", entries: Sequence[Mapping[str, Any]], title: str) ->
     _draw_accuracies(panels[0][1], entries)
     _draw_shares(panels[1][0], entries)
     _draw_lengths(panels[1][1], entries)
-    _draw_two(panels[2][0], entries, ("loss", "loss", BLUE), ("KL to the reference", "kl", ORANGE))
-    _draw_two(panels[2][1], entries, ("gradient norm", "grad_norm", BLUE), ("learning rate", "learning_rate", ORANGE))
+    _draw_two(panels[2][0], entries, _LOSS, _KL)
+    _draw_two(panels[2][1], entries, _GRADIENT_NORM, _LEARNING_RATE)
     steps = sum(any(name != "step" and not name.startswith("valid_") for name in entry) for entry in entries)
     size = max(1, math.ceil(steps / _MOST))
     for axes in panels[-1]:
@@ -107,17 +126,16 @@ def _draw(figure: "Figure", entries: Sequence[Mapping[str, Any]], title: str) ->
 
 def _draw_reward(axes: "Axes", entries: Sequence[Mapping[str, Any]]) -> None:
     axes.set_title("reward")
-    _draw_curve(axes, entries, "reward", "reward", BLUE)
-    for label, name, color, style in _PARTS:
-        _draw_curve(axes, entries, name, label, color, style=style)
+    for curve in _REWARDS:
+        _draw_curve(axes, entries, curve)
     _draw_validation(axes, entries, "valid_reward", "reward, validation", BLUE)
     _finish(axes)
 
 
 def _draw_accuracies(axes: "Axes", entries: Sequence[Mapping[str, Any]]) -> None:
     axes.set_title("accuracy")
-    _draw_curve(axes, entries, "first_accuracy", "first answer", ORANGE)
-    _draw_curve(axes, entries, "second_accuracy", "second answer", GREEN, style="--")
+    _draw_curve(axes, entries, _Curve("first_accuracy", "first answer", ORANGE))
+    _draw_curve(axes, entries, _Curve("second_accuracy", "second answer", GREEN, "--"))
     _draw_validation(axes, entries, "valid_first_accuracy", "first, validation", ORANGE)
     _draw_validation(axes, entries, "valid_second_accuracy", "second, validation", GREEN)
     _draw_validation(axes, entries, "valid_auto_accuracy", "auto, validation", RED)
@@ -126,8 +144,8 @@ def _draw_accuracies(axes: "Axes", entries: Sequence[Mapping[str, Any]]) -> None
 
 def _draw_shares(axes: "Axes", entries: Sequence[Mapping[str, Any]]) -> None:
     axes.set_title("confidence, think ratio, format")
-    _draw_curve(axes, entries, "think_ratio", "think ratio", VIOLET)
-    _draw_curve(axes, entries, "rewards/format/mean", "format", GRAY, style=":")
+    _draw_curve(axes, entries, _Curve("think_ratio", "think ratio", VIOLET))
+    _draw_curve(axes, entries, _Curve("rewards/format/mean", "format", GRAY, ":"))
     _draw_validation(axes, entries, "valid_confidence", "confidence, validation", BLUE)
     _draw_validation(axes, entries, "valid_think_ratio", "think ratio, validation", VIOLET)
     _draw_validation(axes, entries, "valid_format", "format, validation", GRAY)
@@ -136,32 +154,29 @@ def _draw_shares(axes: "Axes", entries: Sequence[Mapping[str, Any]]) -> None:
 
 def _draw_lengths(axes: "Axes", entries: Sequence[Mapping[str, Any]]) -> None:
     axes.set_title("tokens of a completion")
-    _draw_curve(axes, entries, "completions/mean_length", "mean", BLUE)
-    _draw_curve(axes, entries, "completions/max_length", "longest", GRAY)
+    _draw_curve(axes, entries, _Curve("completions/mean_length", "mean", BLUE))
+    _draw_curve(axes, entries, _Curve("completions/max_length", "longest", GRAY))
     _draw_validation(axes, entries, "valid_tokens", "mean, validation", BLUE)
     axes.set_ylim(bottom=0)
     _finish(axes)
 
 
-def _draw_two(
-    axes: "Axes", entries: Sequence[Mapping[str, Any]], left: tuple[str, str, str], right: tuple[str, str, str]
-) -> None:
-    """Draw two metrics of unlike size: (label, name, color) of each, the second with an axis at the right."""
-    axes.set_title(f"{left[0]} and {right[0]}")
+def _draw_two(axes: "Axes", entries: Sequence[Mapping[str, Any]], left: _Curve, right: _Curve) -> None:
+    """Draw two metrics of unlike size, the second with an axis at the right."""
+    axes.set_title(f"{left.label} and {right.label}")
     right_axes = axes.twinx()
     right_axes.spines["right"].set_visible(True)
     right_axes.grid(False)
-    for here, (label, name, color) in ((axes, left), (right_axes, right)):
-        style, marker = ("-", ".") if here is axes else ("--", "x")
-        _draw_curve(here, entries, name, label, color, style=style, marker=marker)
-        here.set_ylabel(label if here.lines else f"{label}: not recorded", color=color)
-        here.tick_params(axis="y", labelcolor=color)
-        here.ticklabel_format(axis="y", scilimits=(-3, 4))
-        if not here.lines:
-            here.set_yticks([])
-        elif name in _LEAST_SPAN:
-            _widen(here, _line(entries, name)[1], _LEAST_SPAN[name])
-    if left[1] == "loss" and axes.lines:
+    for side, curve in ((axes, left), (right_axes, right)):
+        _draw_curve(side, entries, curve)
+        side.set_ylabel(curve.label if side.lines else f"{curve.label}: not recorded", color=curve.color)
+        side.tick_params(axis="y", labelcolor=curve.color)
+        side.ticklabel_format(axis="y", scilimits=(-3, 4))
+        if not side.lines:
+            side.set_yticks([])
+        elif curve.name in _LEAST_SPAN:
+            _widen(side, _line(entries, curve.name)[1], _LEAST_SPAN[curve.name])
+    if left.name == "loss" and axes.lines:
         note = "0 on policy, whatever is learned: look at the reward" if _is_flat(_line(entries, "loss")[1]) else ""
         note += ("; " if note else "") + "steps that taught nothing have no KL" if _has_gaps(entries) else ""
         axes.text(0.02, 0.96, note, transform=axes.transAxes, va="top", fontsize=7.5, color=GRAY)
@@ -169,25 +184,17 @@ def _draw_two(
         _say_nothing(axes)
 
 
-def _draw_curve(
-    axes: "Axes",
-    entries: Sequence[Mapping[str, Any]],
-    name: str,
-    label: str,
-    color: str,
-    style: str = "-",
-    marker: str = ".",
-) -> None:
-    steps, values = thin(_line(entries, name))
+def _draw_curve(axes: "Axes", entries: Sequence[Mapping[str, Any]], curve: _Curve) -> None:
+    steps, values = thin(_line(entries, curve.name))
     if not steps:
         return
-    if len(steps) <= _FEW or name in _SMOOTH:
-        mark = marker if len(steps) <= _FEW else ""
-        axes.plot(steps, values, style, color=color, linewidth=1.5, marker=mark, label=label)
+    if len(steps) <= _FEW or curve.name in _SMOOTH:
+        mark = curve.marker if len(steps) <= _FEW else ""
+        axes.plot(steps, values, curve.style, color=curve.color, linewidth=1.5, marker=mark, label=curve.label)
         return
-    axes.plot(steps, values, color=color, linewidth=0.6, alpha=0.3)
+    axes.plot(steps, values, color=curve.color, linewidth=0.6, alpha=0.3)
     window = max(3, len(values) // _WINDOWS | 1)
-    axes.plot(steps, smooth(values, window), style, color=color, linewidth=1.6, label=label)
+    axes.plot(steps, smooth(values, window), curve.style, color=curve.color, linewidth=1.6, label=curve.label)
 
 
 def _draw_validation(axes: "Axes", entries: Sequence[Mapping[str, Any]], name: str, label: str, color: str) -> None:
