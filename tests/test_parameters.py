@@ -27,7 +27,6 @@ REASONS = {
     "loop.run_answer_loop": "tokens come without MLX, so that scripted ones can be tried",
 }
 TOO_MANY = {
-    "gradient.group_gradient": 10,
     "memory_plan.plan_prompt": 9,
     "prompt.build_prompt": 9,
     "frame_plan.plan_frame": 8,

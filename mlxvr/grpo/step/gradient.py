@@ -55,6 +55,7 @@ class GroupStats:
     reference_logprobs: np.ndarray | None
 
 
+# 10 parameters: a group, log-probs of earlier passes, a reference and a loss, each of which a test sets alone
 def group_gradient(
     model: VideoModel,
     rollout: "Rollout",
