@@ -18,8 +18,10 @@ from mlxvr.media.animation.animation_reader import is_animation, read_animation
 from mlxvr.media.animation.apng import read_apng
 from mlxvr.media.animation.canvas import composite
 from mlxvr.media.animation.gif import read_gif
+from mlxvr.media.frame_options import FrameSelection
 from mlxvr.media.image import to_rgb
 from mlxvr.model.families.base import FAMILIES
+from mlxvr.runtime.hooks import Hooks
 
 SPEC = FAMILIES["qwen3_vl"].vision_spec({})
 PALETTE = ((255, 0, 0), (0, 255, 0), (0, 0, 255), (10, 20, 30))
@@ -171,16 +173,16 @@ def test_times_are_the_delays(tmp_path, kind):
         ratios = [(delay, 100 if place % 2 else 0) for place, delay in enumerate(delays)]  # 0 stands for 100
         path.write_bytes(write_apng([(0, 0, part, ratio, 0, 0) for part, ratio in zip(pixels, ratios)]))
     spec = SPEC.with_overrides(sample_by="index")
-    frames = read_animation(path, spec, nframes=6)
+    frames = read_animation(path, spec, FrameSelection(frames=6))
     assert frames.seconds == pytest.approx([0, 0.2, 0.3, 0.4, 0.9, 1.2])
     assert frames.duration == pytest.approx(1.6)
     assert frames.sampled_fps == pytest.approx(6 / 1.6)
-    part = read_animation(path, spec, start=0.25, end=0.95)
+    part = read_animation(path, spec, FrameSelection(start=0.25, end=0.95))
     assert part.indices.tolist() == [2, 4]  # of frames 2 to 4, an even number
     with pytest.raises(MediaError, match=r"no frame is shown between 1\.3 s"):
-        read_animation(path, spec, start=1.3)
+        read_animation(path, spec, FrameSelection(start=1.3))
     # at even distances from 0 to 1.56 s (0.04 s before the end): 0, 0.312, 0.624, 0.936, 1.248 and 1.56 s
-    by_time = read_animation(path, SPEC, nframes=6)
+    by_time = read_animation(path, SPEC, FrameSelection(frames=6))
     assert by_time.indices.tolist() == [0, 2, 3, 4, 5, 5]
     assert by_time.seconds == pytest.approx(np.arange(6) * 0.312)
     assert np.array_equal(by_time.pixels[4], by_time.pixels[5])
@@ -257,10 +259,10 @@ def test_it_can_be_stopped_and_says_how_far_it_is(tmp_path):
     path = tmp_path / "moving.webp"
     ramp(path, 10, duration=100)
     steps: list[tuple[str, int, int]] = []
-    read_animation(path, SPEC, progress=lambda *step: steps.append(step))
+    read_animation(path, SPEC, hooks=Hooks(progress=lambda *step: steps.append(step)))
     assert steps == [("decoding", done, 4) for done in (1, 2, 3, 4)]
     with pytest.raises(Cancelled):
-        read_animation(path, SPEC, should_stop=lambda: True)
+        read_animation(path, SPEC, hooks=Hooks(should_stop=lambda: True))
 
 
 def test_a_report_shows_its_frames(tmp_path):

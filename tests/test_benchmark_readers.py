@@ -19,6 +19,7 @@ from mlxvr.data.benchmarks import BENCHMARKS, read_benchmark
 from mlxvr.data.benchmarks.benchmark import COMMON_LIMITS
 from mlxvr.data.benchmarks.subtitles import read_srt, read_timed_lines
 from mlxvr.errors import ConfigError, DataError
+from mlxvr.media.frame_options import FrameSelection
 from mlxvr.media.spec import VisionSpec
 from mlxvr.media.video.video_reader import read_video
 from mlxvr.media.vision import load_vision, read_frames
@@ -487,11 +488,11 @@ def test_mvbench_folders_of_frames(release):
     (row,) = release.read("mvbench").rows
     assert shown(row, "video", "frames_fps", "start", "end") == (frames, 3.0, 1.0, 3.0)
     spec = SPEC.with_overrides(fps=row.frames_fps)
-    read = read_frames(row.source(), spec, start=row.start, end=row.end)
+    read = read_frames(row.source(), spec, FrameSelection(start=row.start, end=row.end))
     assert read.seconds.tolist() == pytest.approx([third / 3 for third in range(3, 10)])
     levels = read.pixels.reshape(len(read.pixels), -1).mean(axis=1)
     assert levels == pytest.approx([(index + 1) * 10 for index in read.indices], abs=2)
-    assert load_vision(row.source(), spec, start=row.start, end=row.end).kind == "video"
+    assert load_vision(row.source(), spec, FrameSelection(start=row.start, end=row.end)).kind == "video"
 
 
 def test_a_part_of_a_real_video_is_read(release):
@@ -499,7 +500,7 @@ def test_a_part_of_a_real_video_is_read(release):
     (release.root / "star" / "Charades_v1_480").mkdir(parents=True)
     write_clip(release.root / "star" / "Charades_v1_480" / "USNP1.mp4", frames=60, fps=20)
     (row,) = release.read("mvbench").rows
-    frames = read_video(row.source(), SPEC, start=row.start, end=row.end)
+    frames = read_video(row.source(), SPEC, FrameSelection(start=row.start, end=row.end))
     assert all(20 <= index <= 40 for index in read_codes(frames.pixels))
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from mlxvr.errors import MediaError
 from mlxvr.media import load_vision, probe, read_video
+from mlxvr.media.frame_options import FrameSelection
 from mlxvr.model.families.base import FAMILIES
 
 SPEC = FAMILIES["qwen3_vl"].vision_spec({}).with_overrides(frame_min_tokens=1)
@@ -70,7 +71,7 @@ def made(tmp_path_factory):
 
 def assert_frames_are(path, expected, *, times=None, **options):
     """Sampled frames are those of a plain decode, at the times of a clip of 30 frames per second (or `times`)."""
-    frames = read_video(path, SPEC, nframes=10, **options)
+    frames = read_video(path, SPEC, FrameSelection(frames=10, **options))
     assert clips.read_codes(frames.pixels) == [expected[index] for index in frames.indices]
     times = np.arange(len(expected)) / 30 if times is None else times
     assert frames.seconds == pytest.approx(np.asarray(times)[frames.indices], abs=0.002)
@@ -137,14 +138,14 @@ class TestStamps:
                 tmp_path / f"far.{suffix}",
                 lambda place, packet: change(packet) if place == FRAMES - 1 else packet,
             )
-            frames = read_video(path, SPEC, nframes=10)
+            frames = read_video(path, SPEC, FrameSelection(frames=10))
             if suffix == "mp4":
                 assert (
                     clips.read_codes(frames.pixels) == frames.indices.tolist() == [0, 7, 13, 20, 26, 33, 39, 46, 52, 59]
                 )
                 assert "far out" in caplog.text
         assert "one frame is shown for 4495 of the video's 4497 seconds" in caplog.text
-        frames = read_video(path, SPEC.with_overrides(sample_by="index"), nframes=10)
+        frames = read_video(path, SPEC.with_overrides(sample_by="index"), FrameSelection(frames=10))
         assert clips.read_codes(frames.pixels) == [0, 7, 13, 20, 26, 33, 39, 46, 52, 59]
 
     def test_a_clock_that_jumps(self, made, tmp_path):
@@ -160,7 +161,7 @@ class TestStamps:
     def test_an_hour_of_a_still_is_no_jump_in_other_files(self, made, tmp_path):
         change = later(3600)
         path = rewrite(made("mp4", 0), tmp_path / "still.mp4", lambda place, p: change(p) if place >= 30 else p)
-        frames = read_video(path, SPEC, nframes=10)
+        frames = read_video(path, SPEC, FrameSelection(frames=10))
         assert clips.read_codes(frames.pixels) == [0, *[29] * 8, 59]
         assert frames.seconds == pytest.approx(np.linspace(0, 3600 + 59 / 30, 10), abs=0.002)
 
@@ -186,15 +187,15 @@ class TestStamps:
             first = next(container.decode(video=0))
             player = float(first.pts * first.time_base) - container.start_time / 1e6
         assert player == pytest.approx(3.0, abs=0.05)
-        frames = read_video(path, SPEC, nframes=10)
+        frames = read_video(path, SPEC, FrameSelection(frames=10))
         assert frames.seconds == pytest.approx(player + frames.indices / 30, abs=1e-3)
-        part = read_video(path, SPEC, start=4.0, end=4.5)
+        part = read_video(path, SPEC, FrameSelection(start=4.0, end=4.5))
         assert clips.read_codes(part.pixels)[0] == pytest.approx((4.0 - player) * 30, abs=1)
         assert part.seconds.min() >= 4.0
         assert part.seconds.max() <= 4.5
-        assert load_vision(path, SPEC, nframes=2).seconds == pytest.approx([player + 59 / 60], abs=1e-3)
+        assert load_vision(path, SPEC, FrameSelection(frames=2)).seconds == pytest.approx([player + 59 / 60], abs=1e-3)
         with pytest.raises(MediaError, match="the picture starts at"):
-            read_video(path, SPEC, end=2.0)
+            read_video(path, SPEC, FrameSelection(end=2.0))
 
     def test_sound_that_starts_a_little_earlier_does_not_count(self, tmp_path):
         times = [2 + k for k in range(FRAMES)]  # 67 ms
@@ -249,7 +250,7 @@ class TestEndings:
         (tmp_path / "running.mkv").write_bytes(live.read_bytes()[: int(live.stat().st_size * 0.6)])
         expected = decoded(tmp_path / "running.mkv")
         assert 10 < len(expected) < FRAMES
-        frames = read_video(tmp_path / "running.mkv", SPEC, end=0.5)
+        frames = read_video(tmp_path / "running.mkv", SPEC, FrameSelection(end=0.5))
         assert clips.read_codes(frames.pixels) == [expected[index] for index in frames.indices]
 
     @pytest.mark.parametrize("what", ["gone", "zeros"])
@@ -263,7 +264,7 @@ class TestEndings:
             data[begin + 8 :] = bytes(len(data) - begin - 8)
         path.write_bytes(data)
         if what == "gone":  # the file is shorter than it says: told, and read up to there
-            assert clips.read_codes(read_video(path, SPEC, end=0.5).pixels) == [0, 5, 10, 15]
+            assert clips.read_codes(read_video(path, SPEC, FrameSelection(end=0.5)).pixels) == [0, 5, 10, 15]
         else:
             assert_frames_are(path, list(range(FRAMES)))
 
@@ -284,7 +285,7 @@ class TestTracks:
                 if packet.size:
                     packet.stream = stream
                     new.mux(packet)
-        frames = read_video(path, SPEC, nframes=10)
+        frames = read_video(path, SPEC, FrameSelection(frames=10))
         assert clips.read_codes(frames.pixels) == frames.indices.tolist()
 
     @pytest.mark.parametrize("suffix", ["mp4", "mkv"])
@@ -306,7 +307,7 @@ class TestTracks:
                     new.mux(stream.encode(frame))
             for stream in streams:
                 new.mux(stream.encode())
-        frames = read_video(path, SPEC, nframes=10)
+        frames = read_video(path, SPEC, FrameSelection(frames=10))
         assert clips.read_codes(frames.pixels) == frames.indices.tolist()
 
     def test_data_beside_the_video(self, made, tmp_path):
@@ -332,6 +333,6 @@ class TestTracks:
             clips.write_clip(tmp_path / f"{width}.ts", size=(width, 96), frames=20, bframes=0) for width in (128, 192)
         ]
         (tmp_path / "switch.ts").write_bytes(b"".join(part.read_bytes() for part in parts))
-        frames = read_video(tmp_path / "switch.ts", SPEC, nframes=40)
+        frames = read_video(tmp_path / "switch.ts", SPEC, FrameSelection(frames=40))
         assert frames.pixels.shape == (40, 96, 128, 3)
         assert clips.read_codes(frames.pixels) == [*range(20), *range(20)]

@@ -9,6 +9,7 @@ from PIL import Image, UnidentifiedImageError, features
 
 from mlxvr.errors import ConfigError, MediaError
 from mlxvr.media import load_vision, read_image
+from mlxvr.media.frame_options import FrameSelection
 from mlxvr.model.families.base import FAMILIES
 
 SPEC = FAMILIES["qwen3_vl"].vision_spec({})
@@ -227,9 +228,9 @@ class TestLoading:
         assert np.array_equal(first, second)  # an image is shown twice
 
     def test_video_options_are_refused(self):
-        for options in ({"nframes": 4}, {"start": 1.0}, {"end": 2.0}):
+        for options in ({"frames": 4}, {"start": 1.0}, {"end": 2.0}):
             with pytest.raises(ConfigError, match="the source is an image"):
-                load_vision(corner(), SPEC, **options)
+                load_vision(corner(), SPEC, FrameSelection(**options))
 
     @pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 4000), (4000, 1), (5, 1005)])
     def test_hopeless_shapes(self, height, width):

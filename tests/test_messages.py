@@ -13,6 +13,7 @@ from mlxvr.data.benchmarks import read_benchmark
 from mlxvr.data.rows import load_rows
 from mlxvr.errors import MlxvrError
 from mlxvr.media import load_vision
+from mlxvr.media.frame_options import FrameSelection
 from mlxvr.model.families.base import FAMILIES
 from tests.test_docs import ROOT, messages
 
@@ -38,7 +39,7 @@ def test_a_flag_in_a_message_is_a_flag_of_a_verb():
     # `mlxvr --version` belongs to no verb, and "the --q options" are --q-bits and the like.
     assert {(page, flag) for page, flag in named if flag not in flags()} == {
         ("__main__.py", "--version"),
-        ("quantize.py", "--q"),
+        ("conversion_options.py", "--q"),
     }
 
 
@@ -54,7 +55,10 @@ def dataset(tmp_path):
     [
         (lambda path: load_rows(path), [("--media-root", "media_root=")]),
         (lambda path: load_rows(path, media_root=path.parent / "m"), [("--media-root", "media_root=")]),
-        (lambda path: load_vision(PICTURES[0], SPEC, start=1.0), [("--start", "start"), ("--end", "end")]),
+        (
+            lambda path: load_vision(PICTURES[0], SPEC, FrameSelection(start=1.0)),
+            [("--start", "start"), ("--end", "end")],
+        ),
         (lambda path: read_benchmark("mvbench", path.parent, subtitles=True), [("--subtitles", "subtitles=True")]),
         (lambda path: read_benchmark("mvbench", path), [("--data-root", "data_root=")]),
         (lambda path: read_benchmark("charades", path.parent), [("--data-root", "data_root=")]),

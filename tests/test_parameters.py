@@ -30,15 +30,10 @@ TOO_MANY = {
     "memory_plan.plan_prompt": 9,
     "prompt.build_prompt": 9,
     "frame_plan.plan_frame": 8,
-    "sampling.frame_indices": 8,
     "verify.verify": 8,
-    "video_reader._decode_queue": 8,
-    "vision.load_vision": 8,
-    "animation_reader.read_animation": 7,
     "grounding.grounding_entry": 7,
     "memory_plan.prefill_bytes": 7,
     "mixed_precision.choose_precisions": 7,
-    "video_reader.read_video": 7,
 }
 
 

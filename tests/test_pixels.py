@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from mlxvr.media import read_video
+from mlxvr.media.frame_options import FrameSelection
 from mlxvr.model.families.base import FAMILIES
 
 SPEC = FAMILIES["qwen3_vl"].vision_spec({}).with_overrides(frame_min_tokens=1)
@@ -97,7 +98,7 @@ class TestLevels:
         blue, red = ((c - 128) * (1 if full else 255 / 224) for c in (cb, cr))
         r, b = luma + 2 * (1 - kr) * red, luma + 2 * (1 - kb) * blue
         g = (luma - kr * r - kb * b) / (1 - kr - kb)
-        pixels = read_video(path, SPEC, nframes=2).pixels.astype(float)
+        pixels = read_video(path, SPEC, FrameSelection(frames=2)).pixels.astype(float)
         assert np.abs(pixels - np.clip([r, g, b], 0, 255)).max() <= 3
         assert np.abs(pixels[0] - filtered(path, ("scale", "in_color_matrix=auto")).astype(float)).max() <= 1
 
@@ -107,7 +108,7 @@ class TestLevels:
         path = write_flat(
             tmp_path / "pq.mp4", (126, 128, 128), codec=codec, pix_fmt=pix_fmt, tags=tags, options=options, full=False
         )
-        assert read_video(path, SPEC, nframes=2).pixels.mean() == pytest.approx(128, abs=2)
+        assert read_video(path, SPEC, FrameSelection(frames=2)).pixels.mean() == pytest.approx(128, abs=2)
         code = 0.5 ** (32 / 2523)  # SMPTE ST 2084
         nits = 10_000 * (max(code - 3424 / 4096, 0) / (2413 / 128 - 2392 / 128 * code)) ** (16_384 / 2610)
         assert nits == pytest.approx(92, abs=1)
@@ -133,7 +134,7 @@ class TestGeometry:
     def test_pixels_that_are_not_square_are_left_as_stored(self, wide):
         with av.open(str(wide)) as container:
             assert container.streams.video[0].sample_aspect_ratio == Fraction(4, 3)
-        frames = read_video(wide, SPEC, nframes=4)
+        frames = read_video(wide, SPEC, FrameSelection(frames=4))
         assert frames.source_size == (96, 128)
         assert np.array_equal(frames.pixels[0], filtered(wide, ("setsar", "1")))
         assert filtered(wide, ("setsar", "4/3"), ("scale", "iw*sar:ih")).shape == (96, 170, 3)  # a player's
@@ -150,7 +151,7 @@ class TestGeometry:
         )
         with av.open(str(path)) as container:
             assert next(container.decode(video=0)).interlaced_frame
-        ours = read_video(path, SPEC, nframes=4).pixels[0]
+        ours = read_video(path, SPEC, FrameSelection(frames=4)).pixels[0]
         assert np.array_equal(ours, filtered(path, ("scale", "in_color_matrix=auto")))
         assert np.abs(ours.astype(int) - comb).mean() < 5
         assert np.abs(filtered(path, ("yadif", "mode=send_frame")).astype(int) - comb).mean() > 20
@@ -172,4 +173,4 @@ class TestGeometry:
         with av.open(str(path)) as container:
             frame = next(container.decode(video=0))
             assert (frame.format.name, frame.color_trc) == ("yuv420p10le", 18)
-        assert clips.read_codes(read_video(path, SPEC, nframes=4).pixels) == [0, 2, 5, 7]
+        assert clips.read_codes(read_video(path, SPEC, FrameSelection(frames=4)).pixels) == [0, 2, 5, 7]

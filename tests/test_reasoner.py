@@ -306,10 +306,10 @@ def test_what_is_asked_of_decoding_reaches_it(qwen3, clip_path, monkeypatch):
 
 
 def test_reading_frames_can_be_cancelled(qwen3, clip_path, monkeypatch):
-    def read(source, spec, *, should_stop, **options):
-        assert not should_stop()
+    def read(source, spec, selection, hooks):
+        assert not hooks.should_stop()
         qwen3.cancel()
-        assert should_stop()
+        assert hooks.should_stop()
         raise Cancelled("reading")
 
     with monkeypatch.context() as patch:

@@ -6,6 +6,7 @@ import pytest
 
 from mlxvr.errors import ConfigError, MediaError
 from mlxvr.media import load_vision, read_video
+from mlxvr.media.frame_options import FrameSelection
 from mlxvr.media.sampling import frame_indices
 from mlxvr.media.selection import select
 from mlxvr.media.video.timeline import Timeline
@@ -123,8 +124,8 @@ class TestFiles:
 
     def test_both_agree_at_a_constant_rate(self, tmp_path):
         path = clips.write_clip(tmp_path / "steady.mp4", frames=50, bframes=2)
-        for options in ({}, {"nframes": 6}, {"start": 0.3, "end": 1.1}):
-            by_time, by_index = (read_video(path, spec, **options) for spec in (SPEC, BY_INDEX))
+        for options in ({}, {"frames": 6}, {"start": 0.3, "end": 1.1}):
+            by_time, by_index = (read_video(path, spec, FrameSelection(**options)) for spec in (SPEC, BY_INDEX))
             assert np.array_equal(by_time.pixels, by_index.pixels)
             assert by_time.seconds.tolist() == by_index.seconds.tolist()
             assert by_time.sampled_fps == by_index.sampled_fps

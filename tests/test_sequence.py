@@ -8,6 +8,7 @@ from PIL import Image
 
 from mlxvr.errors import ConfigError, MediaError
 from mlxvr.media import load_vision, read_frames
+from mlxvr.media.frame_options import FrameSelection
 from mlxvr.model.families.base import FAMILIES
 
 SPEC = FAMILIES["qwen3_vl"].vision_spec({})
@@ -45,7 +46,7 @@ class TestFolder:
         assert load_vision(str(folder), SPEC.with_overrides(fps=4.0)).seconds == vision.seconds
 
     def test_a_range_of_it(self, folder):
-        assert load_vision(folder, SPEC, start=1.0, end=2.5).seconds == (1.25, 2.25)
+        assert load_vision(folder, SPEC, FrameSelection(start=1.0, end=2.5)).seconds == (1.25, 2.25)
 
     @pytest.mark.parametrize(
         ("names", "says"),
@@ -75,14 +76,16 @@ class TestTimestamps:
     TIMES = (0.0, 0.5, 2.0, 2.25, 7.0, 10.0)
 
     def frames(self, **options):
-        return read_frames([gray(10 * index) for index in range(6)], SPEC, timestamps=self.TIMES, **options)
+        return read_frames(
+            [gray(10 * index) for index in range(6)], SPEC, FrameSelection(timestamps=self.TIMES, **options)
+        )
 
     def test_they_are_the_frames_times(self):
         frames = self.frames()
         assert frames.seconds.tolist() == list(self.TIMES)
         assert frames.sampled_fps == pytest.approx(5 / 10)  # the mean distance is 2 s
         assert frames.duration == pytest.approx(12)
-        vision = load_vision([gray(0)] * 6, SPEC, timestamps=self.TIMES)
+        vision = load_vision([gray(0)] * 6, SPEC, FrameSelection(timestamps=self.TIMES))
         assert vision.seconds == pytest.approx((0.25, 2.125, 8.5))  # what Qwen3-VL reads before each pair
         assert vision.second_per_grid == pytest.approx(4.0)  # what Qwen2.5-VL is told
 
@@ -95,18 +98,20 @@ class TestTimestamps:
 
     def test_too_many_frames(self):
         spec = SPEC.with_overrides(max_frames=4)
-        frames = read_frames([gray(10 * index) for index in range(6)], spec, timestamps=self.TIMES)
+        frames = read_frames([gray(10 * index) for index in range(6)], spec, FrameSelection(timestamps=self.TIMES))
         assert frames.seconds.tolist() == [0.0, 2.0, 2.25, 10.0]
-        assert self.frames(nframes=2).seconds.tolist() == [0.0, 10.0]
+        assert self.frames(frames=2).seconds.tolist() == [0.0, 10.0]
 
     def test_arrays_and_folders_take_them(self, folder):
         times = np.arange(12) ** 2 / 4
-        assert load_vision(folder, SPEC, timestamps=times).seconds == pytest.approx(times.reshape(6, 2).mean(axis=1))
+        assert load_vision(folder, SPEC, FrameSelection(timestamps=times)).seconds == pytest.approx(
+            times.reshape(6, 2).mean(axis=1)
+        )
         pixels = np.zeros((4, 48, 64, 3), np.uint8)
-        assert load_vision(pixels, SPEC, timestamps=[3, 4, 5, 9]).seconds == (3.5, 7.0)
+        assert load_vision(pixels, SPEC, FrameSelection(timestamps=[3, 4, 5, 9])).seconds == (3.5, 7.0)
 
     def test_a_single_frame(self):
-        assert load_vision([gray(0)], SPEC, timestamps=[5.0]).seconds == (5.0,)
+        assert load_vision([gray(0)], SPEC, FrameSelection(timestamps=[5.0])).seconds == (5.0,)
 
     @pytest.mark.parametrize(
         ("times", "says"),
@@ -123,20 +128,20 @@ class TestTimestamps:
     )
     def test_what_is_refused(self, times, says):
         with pytest.raises(ConfigError) as caught:
-            read_frames([gray(0)] * 3, SPEC, timestamps=times)
+            read_frames([gray(0)] * 3, SPEC, FrameSelection(timestamps=times))
         assert says in str(caught.value)
 
     def test_files_have_their_own(self, tmp_path):
         gray(0).save(tmp_path / "a.png")
         with pytest.raises(ConfigError, match="timestamps are for frames"):
-            load_vision(tmp_path / "a.png", SPEC, timestamps=[0.0])
+            load_vision(tmp_path / "a.png", SPEC, FrameSelection(timestamps=[0.0]))
 
 
 def test_no_frames():
     with pytest.raises(MediaError, match="there are no frames"):
         load_vision([], SPEC)
     with pytest.raises(MediaError, match="there are no frames"):
-        load_vision([], SPEC, timestamps=[])
+        load_vision([], SPEC, FrameSelection(timestamps=[]))
 
 
 def test_a_clip_over_its_tokens_is_told(caplog):

@@ -20,12 +20,14 @@ import pytest
 
 from mlxvr.errors import Cancelled, ConfigError, MediaError
 from mlxvr.media import load_vision, probe, read_frames, read_video
+from mlxvr.media.frame_options import FrameSelection
 from mlxvr.media.sampling import frame_indices
 from mlxvr.media.video import video_reader as video_module
 from mlxvr.media.video.decode_plan import Stretch, plan_stretches
 from mlxvr.media.video.timeline import scan
 from mlxvr.model.families.base import FAMILIES
 from mlxvr.runtime import thread_pool
+from mlxvr.runtime.hooks import Hooks
 
 # One token is 32 x 32 pixels; these bounds keep 128 x 96 frames at their own size.
 SPEC = FAMILIES["qwen3_vl"].vision_spec({}).with_overrides(frame_min_tokens=1)
@@ -91,11 +93,11 @@ class TestTheRightFrames:
         "options",
         [
             {},
-            {"nframes": 2},
-            {"nframes": 10},
-            {"nframes": FRAMES},
+            {"frames": 2},
+            {"frames": 10},
+            {"frames": FRAMES},
             {"start": 0.7, "end": 1.5},
-            {"start": 1.8, "nframes": 2},
+            {"start": 1.8, "frames": 2},
         ],
         ids=str,
     )
@@ -103,15 +105,16 @@ class TestTheRightFrames:
         path = clip(name)
         truth = decode_everything(path)
         assert clips.read_codes(truth) == list(range(FRAMES)), "the clip itself is not what it should be"
-        frames = read_video(path, SPEC, **options)
+        frames = read_video(path, SPEC, FrameSelection(**options))
         assert clips.read_codes(frames.pixels) == frames.indices.tolist()
         assert np.array_equal(frames.pixels, truth[frames.indices])  # to the last bit: nothing was left out wrongly
 
     @pytest.mark.parametrize("name", [name for name in CLIPS if "uneven" not in name and "ntsc" not in name])
     def test_indices_and_times_at_a_constant_rate(self, clip, name):
-        for options in ({}, {"nframes": 10}, {"start": 0.7, "end": 1.5}):
-            frames = read_video(clip(name), SPEC, **options)
-            expected = frame_indices(FRAMES, 30, **options)
+        for options in ({}, {"frames": 10}, {"start": 0.7, "end": 1.5}):
+            frames = read_video(clip(name), SPEC, FrameSelection(**options))
+            by_rule = {"nframes": options["frames"]} if "frames" in options else options
+            expected = frame_indices(FRAMES, 30, **by_rule)
             assert frames.indices.tolist() == expected.tolist()
             assert frames.seconds == pytest.approx(expected / 30)
             available = FRAMES if "start" not in options else 25  # frames 21 to 45
@@ -122,23 +125,24 @@ class TestTheRightFrames:
     @pytest.mark.parametrize("name", ["h264_uneven.mp4", "h264_uneven.mkv"])
     def test_real_times_at_a_variable_rate(self, clip, name):
         times = np.array(UNEVEN) / 30_000
-        frames = read_video(clip(name), BY_INDEX, nframes=20)
+        frames = read_video(clip(name), BY_INDEX, FrameSelection(frames=20))
         assert frames.indices.tolist() == frame_indices(FRAMES, 30, nframes=20).tolist()
         assert frames.seconds == pytest.approx(times[frames.indices], abs=0.0011)  # mkv counts milliseconds
         assert probe(clip(name)).variable_rate
 
     def test_a_range_in_seconds_is_real_time_at_a_variable_rate(self, clip):
         for spec in (SPEC, BY_INDEX):
-            frames = read_video(clip("h264_uneven.mp4"), spec, start=2.0, end=3.5)
+            frames = read_video(clip("h264_uneven.mp4"), spec, FrameSelection(start=2.0, end=3.5))
             assert frames.seconds.min() >= 2.0  # by index at the average rate, it would begin at 1.0 s
             assert frames.seconds.max() <= 3.5
         with pytest.raises(MediaError, match=r"no frame is shown between 1\.2 s and 2\.8 s"):
-            read_video(clip("h264_uneven.mp4"), BY_INDEX, start=1.2, end=2.8)  # none begins in the pause
-        frames = read_video(clip("h264_uneven.mp4"), SPEC, start=1.2, end=2.8)
+            # none begins in the pause
+            read_video(clip("h264_uneven.mp4"), BY_INDEX, FrameSelection(start=1.2, end=2.8))
+        frames = read_video(clip("h264_uneven.mp4"), SPEC, FrameSelection(start=1.2, end=2.8))
         assert clips.read_codes(frames.pixels) == [29]  # the one that stays
 
     def test_ntsc_times(self, clip):
-        frames = read_video(clip("h264_ntsc.mp4"), SPEC, nframes=4)
+        frames = read_video(clip("h264_ntsc.mp4"), SPEC, FrameSelection(frames=4))
         assert frames.indices.tolist() == [0, 20, 39, 59]
         assert frames.seconds == pytest.approx(np.array([0, 20, 39, 59]) * 1001 / 30_000)
 
@@ -157,7 +161,7 @@ class TestTheRightFrames:
                 new.mux(changed)
         truth = decode_everything(path)
         assert clips.read_codes(truth) == [index for index in range(FRAMES) if index not in hidden]
-        frames = read_video(path, SPEC, nframes=20)
+        frames = read_video(path, SPEC, FrameSelection(frames=20))
         assert probe(path).frames == len(truth)
         assert np.array_equal(frames.pixels, truth[frames.indices])
 
@@ -173,14 +177,14 @@ class TestTheRightFrames:
         path = shift(clip("h264.mp4"), tmp_path / "trimmed.mp4", frames=-5)
         truth = decode_everything(path)
         assert clips.read_codes(truth) == list(range(5, FRAMES))
-        frames = read_video(path, SPEC, nframes=10)
+        frames = read_video(path, SPEC, FrameSelection(frames=10))
         assert np.array_equal(frames.pixels, truth[frames.indices])
         assert frames.seconds[0] == 0
         assert probe(path).frames == FRAMES - 5
 
     def test_a_late_start_is_second_zero(self, clip, tmp_path):
         path = shift(clip("h264.mkv"), tmp_path / "late.mkv", frames=90)
-        frames = read_video(path, SPEC, nframes=10)
+        frames = read_video(path, SPEC, FrameSelection(frames=10))
         assert frames.seconds[0] == 0
         assert clips.read_codes(frames.pixels) == frames.indices.tolist()
 
@@ -204,7 +208,7 @@ class TestTheRightFrames:
             for width in (128, 192)
         )
         (tmp_path / "both.h264").write_bytes(raw)
-        frames = read_video(tmp_path / "both.h264", SPEC, nframes=40)
+        frames = read_video(tmp_path / "both.h264", SPEC, FrameSelection(frames=40))
         assert frames.pixels.shape == (40, 96, 128, 3)
         assert clips.read_codes(frames.pixels) == [*range(20), *range(20)]
 
@@ -212,7 +216,7 @@ class TestTheRightFrames:
     def test_a_real_camera_clip(self):
         path = Path(os.environ["MLXVR_CAMERA_CLIP"])
         with av.open(str(path)) as container:
-            frames = read_video(path, SPEC, nframes=16)
+            frames = read_video(path, SPEC, FrameSelection(frames=16))
             target = frames.pixels.shape[1:3]
             wanted = [frame for index, frame in enumerate(container.decode(video=0)) if index in set(frames.indices)]
         from mlxvr.media.resize import resize
@@ -245,7 +249,7 @@ class TestWaysOfReading:
     )
     def test_healthy_files_take_the_first(self, clip, name, ways, caplog):
         with caplog.at_level(logging.INFO, logger="mlxvr"):
-            read_video(clip(name), SPEC, nframes=10)
+            read_video(clip(name), SPEC, FrameSelection(frames=10))
         assert len(caplog.records) == ways
 
     def test_a_jump_that_lands_elsewhere_is_noticed(self, clip, caplog, monkeypatch):
@@ -262,7 +266,7 @@ class TestWaysOfReading:
 
         monkeypatch.setattr(video_module, "plan_stretches", shifted)
         with caplog.at_level(logging.INFO, logger="mlxvr"):
-            frames = read_video(clip("h264.mp4"), SPEC, nframes=10)
+            frames = read_video(clip("h264.mp4"), SPEC, FrameSelection(frames=10))
         assert "decoding it from the start" in caplog.text
         assert clips.read_codes(frames.pixels) == frames.indices.tolist()
 
@@ -277,7 +281,7 @@ class TestWaysOfReading:
 
         monkeypatch.setattr(video_module, "scan", lying)
         with caplog.at_level(logging.INFO, logger="mlxvr"):
-            frames = read_video(clip("h264.mp4"), SPEC, nframes=10)
+            frames = read_video(clip("h264.mp4"), SPEC, FrameSelection(frames=10))
         assert "counting its frames" in caplog.text
         assert clips.read_codes(frames.pixels) == frames.indices.tolist()
 
@@ -292,13 +296,13 @@ class TestWaysOfReading:
 
         monkeypatch.setattr(video_module, "count_frames", generous)
         with pytest.raises(MediaError, match=r"is damaged: 1 of 4 wanted frames did not come"):
-            read_video(clip("h264.avi"), SPEC, nframes=4)
+            read_video(clip("h264.avi"), SPEC, FrameSelection(frames=4))
 
     @pytest.mark.parametrize("cores", [1, 2, 3, 8])
     def test_any_number_of_cores(self, clip, monkeypatch, cores):
         monkeypatch.setattr(video_module, "core_count", lambda: cores)
         for name in ("h264.mp4", "h264_one_group.mp4", "h264_all_intra.mov"):
-            frames = read_video(clip(name), SPEC, nframes=20)
+            frames = read_video(clip(name), SPEC, FrameSelection(frames=20))
             assert clips.read_codes(frames.pixels) == frames.indices.tolist()
 
     def test_memory_bounds_the_number_of_decoders(self):
@@ -352,7 +356,7 @@ class TestUpright:
         images = [np.ascontiguousarray(turned(clips.draw_code(index, 128, 96), rotation)) for index in range(20)]
         size = (images[0].shape[1], images[0].shape[0])
         path = clips.write_clip(tmp_path / "turned.mp4", images=images, size=size, rotation=rotation)
-        frames = read_video(path, SPEC, nframes=6)
+        frames = read_video(path, SPEC, FrameSelection(frames=6))
         assert clips.read_codes(frames.pixels) == frames.indices.tolist()
         assert frames.source_size == (96, 128)
         assert frames.pixels.shape[1:3] == (96, 128)
@@ -373,7 +377,7 @@ class TestUpright:
                 frame.pts, frame.time_base = index, Fraction(1, 30)
                 container.mux(stream.encode(frame))
             container.mux(stream.encode())
-        assert clips.read_codes(read_video(path, SPEC, nframes=4).pixels) == [0, 1, 2, 3]
+        assert clips.read_codes(read_video(path, SPEC, FrameSelection(frames=4)).pixels) == [0, 1, 2, 3]
 
 
 class TestColours:
@@ -403,7 +407,7 @@ class TestColours:
         blue, red = ((c - 128) * (1 if full else 255 / 224) for c in (cb, cr))
         r, b = luma + 2 * (1 - kr) * red, luma + 2 * (1 - kb) * blue
         g = (luma - kr * r - kb * b) / (1 - kr - kb)
-        pixels = read_video(path, SPEC, nframes=2).pixels
+        pixels = read_video(path, SPEC, FrameSelection(frames=2)).pixels
         assert np.abs(pixels.astype(float) - np.clip([r, g, b], 0, 255)).max() <= 2
 
 
@@ -428,12 +432,8 @@ class TestProbe:
 class TestListening:
     def test_progress_reaches_the_end_on_the_callers_thread(self, clip):
         seen = []
-        read_video(
-            clip("h264.mp4"),
-            SPEC,
-            nframes=20,
-            progress=lambda stage, done, total: seen.append((stage, done, total, threading.get_ident())),
-        )
+        hooks = Hooks(lambda stage, done, total: seen.append((stage, done, total, threading.get_ident())))
+        read_video(clip("h264.mp4"), SPEC, FrameSelection(frames=20), hooks)
         assert seen[-1] == ("decoding", 20, 20, threading.get_ident())
         assert {entry[3] for entry in seen} == {threading.get_ident()}
         assert [entry[1] for entry in seen] == sorted(entry[1] for entry in seen)
@@ -442,7 +442,7 @@ class TestListening:
     def test_stopping(self, clip, name):
         before = threading.active_count()
         with pytest.raises(Cancelled):
-            read_video(clip(name), SPEC, should_stop=lambda: True)
+            read_video(clip(name), SPEC, hooks=Hooks(should_stop=lambda: True))
         assert threading.active_count() == before
 
     def test_stopping_midway(self, tmp_path, monkeypatch):
@@ -455,7 +455,7 @@ class TestListening:
             return len(asked) > 3
 
         with pytest.raises(Cancelled):
-            read_video(path, SPEC, nframes=150, should_stop=should_stop)
+            read_video(path, SPEC, FrameSelection(frames=150), Hooks(should_stop=should_stop))
 
 
 def cut(path: Path, target: Path, fraction: float) -> Path:
@@ -467,7 +467,7 @@ def cut(path: Path, target: Path, fraction: float) -> Path:
 class TestBadFiles:
     def check(self, path: Path, *says: str, **options: object) -> str:
         with pytest.raises(MediaError) as caught:
-            load_vision(path, SPEC, **options)
+            load_vision(path, SPEC, FrameSelection(**options))
         message = str(caught.value)
         assert "\n" not in message
         assert str(path) in message
@@ -523,14 +523,14 @@ class TestBadFiles:
     @pytest.mark.parametrize("name", ["h264_index_first.mp4", "h264.mkv", "vp9.webm", "mpeg4.avi"])
     def test_cut_with_an_index(self, clip, tmp_path, name):
         path = cut(clip(name), tmp_path / f"cut{Path(name).suffix}", 0.7)
-        message = self.check(path, "is cut short", "of the 10 wanted frames can be read", nframes=10)
+        message = self.check(path, "is cut short", "of the 10 wanted frames can be read", frames=10)
         readable = int(message.split(": ")[1].split(" of the")[0])
         assert 1 <= readable <= 8
 
     @pytest.mark.parametrize("name", ["h264_index_first.mp4", "h264.mkv", "vp9.webm", "mpeg4.avi"])
     def test_what_is_left_of_a_cut_file_can_be_read(self, clip, tmp_path, name):
         path = cut(clip(name), tmp_path / f"cut{Path(name).suffix}", 0.8)
-        frames = read_video(path, SPEC, end=0.3)
+        frames = read_video(path, SPEC, FrameSelection(end=0.3))
         assert frames.indices.tolist() == frame_indices(FRAMES, 30, end=0.3).tolist()
         assert clips.read_codes(frames.pixels) == frames.indices.tolist()
 
@@ -550,7 +550,7 @@ class TestBadFiles:
         assert "\n" not in str(caught.value)
 
     def test_damaged_packets(self, clip, tmp_path):
-        frames = read_video(damage(clip("h264.mp4"), tmp_path), SPEC, end=0.2)  # before the damage
+        frames = read_video(damage(clip("h264.mp4"), tmp_path), SPEC, FrameSelection(end=0.2))  # before the damage
         assert clips.read_codes(frames.pixels) == frames.indices.tolist()
 
     @pytest.mark.parametrize("name", ["h264.mp4", "h264.mkv", "hevc.mp4", "vp9.webm"])
@@ -567,7 +567,7 @@ class TestBadFiles:
                 except av.error.InvalidDataError:
                     continue
         assert 40 < len(pixels) < FRAMES
-        frames = read_video(path, BY_INDEX, nframes=len(pixels))
+        frames = read_video(path, BY_INDEX, FrameSelection(frames=len(pixels)))
         assert frames.seconds == pytest.approx(np.array(stamps)[frames.indices] - stamps[0], abs=1e-6)
         codes = clips.read_codes(np.stack(pixels)[frames.indices])
         # What is shown of a damaged group of pictures depends on the threads; before and after it, pictures are whole.
@@ -589,7 +589,7 @@ class TestBadFiles:
         (tmp_path / "cut.mp4").write_bytes(path.read_bytes()[:cut_at])
         with av.open(str(tmp_path / "cut.mp4")) as container:
             assert len(scan(container, container.streams.video[0], is_cut=True)) == 31
-        frames = read_video(tmp_path / "cut.mp4", SPEC, end=1.0)
+        frames = read_video(tmp_path / "cut.mp4", SPEC, FrameSelection(end=1.0))
         assert clips.read_codes(frames.pixels) == [0, 10, 20, 30]
 
     def test_a_hopeless_ratio(self, tmp_path):
@@ -645,19 +645,19 @@ class TestBadOptions:
             ({"start": 1.5, "end": 0.5}, ConfigError),
             ({"start": -1.0}, ConfigError),
             ({"start": 50.0}, MediaError),
-            ({"nframes": 0}, ConfigError),
-            ({"nframes": -2}, ConfigError),
+            ({"frames": 0}, ConfigError),
+            ({"frames": -2}, ConfigError),
         ],
     )
     @pytest.mark.parametrize("name", ["h264.mp4", "h264_uneven.mp4", "h264.avi"])
     def test_one_clear_line(self, clip, name, options, error):
         with pytest.raises(error) as caught:
-            read_video(clip(name), SPEC, **options)
+            read_video(clip(name), SPEC, FrameSelection(**options))
         assert "\n" not in str(caught.value)
 
     @pytest.mark.parametrize("name", ["h264.mp4", "h264_uneven.mp4", "h264.avi"])
     def test_more_frames_than_there_are_give_all_and_a_warning(self, clip, name, caplog):
-        frames = read_video(clip(name), BY_INDEX, nframes=1000)
+        frames = read_video(clip(name), BY_INDEX, FrameSelection(frames=1000))
         assert clips.read_codes(frames.pixels) == list(range(FRAMES))
         assert "1000 frames were asked for, and there are 60" in caplog.text
 
@@ -724,8 +724,8 @@ class TestFramesAsVideo:
         assert frames.sampled_fps == pytest.approx(4 / 20 * 2)
 
     def test_options_apply(self):
-        assert read_frames(self.codes(20), SPEC, nframes=4).indices.tolist() == [0, 6, 13, 19]
-        assert read_frames(self.codes(20), SPEC, start=2.0, end=3.0).indices.tolist() == [4, 5, 6]
+        assert read_frames(self.codes(20), SPEC, FrameSelection(frames=4)).indices.tolist() == [0, 6, 13, 19]
+        assert read_frames(self.codes(20), SPEC, FrameSelection(start=2.0, end=3.0)).indices.tolist() == [4, 5, 6]
 
     def test_an_odd_one_out_is_named(self):
         pictures = self.codes(6)
@@ -751,7 +751,7 @@ class TestFramesAsVideo:
                 load_vision(nothing, SPEC)
 
     def test_a_video_file(self, clip):
-        vision = load_vision(clip("h264.mp4"), SPEC, nframes=4)
+        vision = load_vision(clip("h264.mp4"), SPEC, FrameSelection(frames=4))
         assert vision.kind == "video"
         assert vision.grid == (2, 6, 8)
         assert vision.seconds == pytest.approx(((0 + 20) / 60, (39 + 59) / 60))
@@ -764,4 +764,4 @@ def test_a_title_in_another_encoding_does_not_matter(tmp_path: Path) -> None:
     content = path.read_bytes()
     assert b"Lavf" in content  # the name of the writing program
     path.write_bytes(content.replace(b"Lavf", b"\xff\xe9\x80Q"))  # no UTF-8
-    assert clips.read_codes(read_video(path, SPEC, nframes=4).pixels) == [0, 2, 5, 7]
+    assert clips.read_codes(read_video(path, SPEC, FrameSelection(frames=4)).pixels) == [0, 2, 5, 7]

@@ -7,6 +7,7 @@ import pytest
 
 from mlxvr.errors import Cancelled, MediaError
 from mlxvr.media import read_video
+from mlxvr.media.frame_options import FrameSelection
 from mlxvr.media.video import video_reader as video_module
 from mlxvr.media.video.decoding import open_video
 from mlxvr.media.video.packet_table import PacketTable
@@ -84,7 +85,7 @@ def test_the_same_frames_as_after_a_full_scan(long_clip, monkeypatch, name, samp
         for worthwhile in (0, 1 << 60):
             monkeypatch.setattr(video_module, "_WORTHWHILE", worthwhile)
             try:
-                results.append(read_video(path, spec, **options))
+                results.append(read_video(path, spec, FrameSelection(**options)))
             except MediaError as error:
                 results.append(str(error))
         alone, whole = results
@@ -119,7 +120,7 @@ def test_a_file_that_cannot_be_read_out_of_order(long_clip, monkeypatch):
 
     monkeypatch.setattr(video_module, "scan_range", fail)
     monkeypatch.setattr(video_module, "_WORTHWHILE", 0)
-    frames = read_video(long_clip("h264.mkv"), SPEC, start=8.0, end=8.5)
+    frames = read_video(long_clip("h264.mkv"), SPEC, FrameSelection(start=8.0, end=8.5))
     assert clips.read_codes(frames.pixels) == frames.indices.tolist() == [240, 245, 250, 255]
 
 

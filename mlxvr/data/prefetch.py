@@ -8,10 +8,11 @@ from itertools import chain
 from typing import Any
 
 from mlxvr.data.rows import Row
+from mlxvr.media.frame_options import FrameSelection
 from mlxvr.media.patches import VisionInput
 from mlxvr.media.spec import VisionSpec
 from mlxvr.media.vision import load_vision
-from mlxvr.runtime.hooks import ShouldStop
+from mlxvr.runtime.hooks import Hooks, ShouldStop
 
 __all__ = ["load_row", "read_ahead"]
 
@@ -33,7 +34,10 @@ def load_row(row: Row, spec: VisionSpec, *, should_stop: ShouldStop | None = Non
     if source is None:
         return None
     return load_vision(
-        source, spec.with_overrides(fps=row.frames_fps), start=row.start, end=row.end, should_stop=should_stop
+        source,
+        spec.with_overrides(fps=row.frames_fps),
+        FrameSelection(start=row.start, end=row.end),
+        Hooks(should_stop=should_stop),
     )
 
 

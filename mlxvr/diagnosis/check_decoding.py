@@ -8,7 +8,7 @@ import mlxvr
 from mlxvr.checkpoint.bundled import demo_folder
 from mlxvr.diagnosis import reference
 from mlxvr.diagnosis.findings import Finding, judge
-from mlxvr.media import read_image, read_video
+from mlxvr.media import FrameSelection, read_image, read_video
 from mlxvr.media.spec import VisionSpec
 
 __all__ = ["check_answer", "check_frames"]
@@ -24,7 +24,7 @@ def check_frames() -> Iterator[Finding]:
     path, truth = demo_folder() / CLIP, reference.load().notes["clip"]
     # Every frame at its own size: nothing is resized.
     spec = VisionSpec(patch_size=16, merge_size=2, mean=(0.5,) * 3, std=(0.5,) * 3, frame_min_tokens=1)
-    frames = read_video(path, spec, nframes=truth["frames"])
+    frames = read_video(path, spec, FrameSelection(frames=truth["frames"]))
     error = 0.0 if frames.indices.tolist() == list(range(truth["frames"])) else float("nan")
     for index in FRAMES:
         expected = read_image(reference.FOLDER / f"frame{index}.png")

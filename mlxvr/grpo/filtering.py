@@ -34,7 +34,7 @@ from mlxvr.errors import Cancelled, ConfigError, DataError, MediaError
 from mlxvr.grading.reward import RewardFunction, call_reward, highest_reward, score
 from mlxvr.grpo.filter_report import FilterReport
 from mlxvr.media.spec import VisionSpec
-from mlxvr.runtime.hooks import Hooks, ShouldStop
+from mlxvr.runtime.hooks import NO_HOOKS, Hooks, ShouldStop
 from mlxvr.storage.jsonl_log import JsonlLog, read_records, write_records
 
 if TYPE_CHECKING:
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
 __all__ = ["CompletionSampler", "FilterConfig", "filter_rows", "make_sampler", "progress_file"]
 
 CompletionSampler = Callable[[Row, int], Sequence[str]]  # from a row and a seed: the texts of its completions
-_NO_HOOKS = Hooks()
 Scores = dict[tuple[str, str], list[float]]  # scores of second answers, by the row's id and digest
 
 
@@ -101,7 +100,7 @@ def filter_rows(
     config: FilterConfig = FilterConfig(),
     *,
     sampler: CompletionSampler | None = None,
-    hooks: Hooks = _NO_HOOKS,
+    hooks: Hooks = NO_HOOKS,
 ) -> FilterReport:
     """Keep the rows that a model sometimes solves; continues where an earlier call stopped.
 

@@ -6,6 +6,7 @@
 Its parts are `sampling` (which frames, and their size), `video` and `image` (files to pixels), `resize` and `patches`.
 """
 
+from mlxvr.media.frame_options import FrameSelection
 from mlxvr.media.image import read_image
 from mlxvr.media.patches import Frames, VisionInput, normalise, patchify
 from mlxvr.media.sequence import read_frames
@@ -14,6 +15,7 @@ from mlxvr.media.video.video_reader import VideoInfo, probe, read_video
 from mlxvr.media.vision import load_vision
 
 __all__ = [
+    "FrameSelection",
     "Frames",
     "VideoInfo",
     "VisionInput",

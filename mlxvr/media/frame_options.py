@@ -10,7 +10,7 @@ from mlxvr.cli.settings import flag
 from mlxvr.errors import ConfigError
 from mlxvr.media.spec import SAMPLE_BY, VisionSpec
 
-__all__ = ["FrameKeywords", "FrameLimitOptions", "FrameOptions", "FrameSelection"]
+__all__ = ["ALL_FRAMES", "FrameKeywords", "FrameLimitOptions", "FrameOptions", "FrameSelection"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +65,9 @@ class FrameSelection:
         for name, seconds in (("start", self.start), ("end", self.end)):
             if seconds is not None and (isinstance(seconds, bool) or not isinstance(seconds, Real)):
                 raise ConfigError(f"{name} is {seconds!r}: give seconds, such as 65.5")
+
+
+ALL_FRAMES = FrameSelection()  # the whole clip, at the rate of `VisionSpec.fps`
 
 
 @dataclass(frozen=True, kw_only=True)

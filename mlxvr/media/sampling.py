@@ -26,7 +26,7 @@ FRAME_FACTOR = 2  # frames are sampled in pairs
 MAX_RATIO = 200  # the largest ratio of the longer to the shorter side
 
 
-def frame_indices(
+def frame_indices(  # 8 parameters: the whole rule in numbers, for clips without a file and a spec
     total_frames: int,
     source_fps: float,
     *,

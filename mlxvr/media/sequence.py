@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from mlxvr.errors import ConfigError, MediaError
+from mlxvr.media.frame_options import ALL_FRAMES, FrameSelection
 from mlxvr.media.image import ImageSource, read_image
 from mlxvr.media.patches import Frames
 from mlxvr.media.resize import resize
@@ -31,43 +32,38 @@ __all__ = ["folder_frames", "read_frames"]
 def read_frames(
     source: Sequence[ImageSource] | np.ndarray,
     spec: VisionSpec,
-    *,
-    timestamps: Sequence[float] | None = None,
-    nframes: int | None = None,
-    start: float | None = None,
-    end: float | None = None,
+    selection: FrameSelection = ALL_FRAMES,
 ) -> Frames:
     """Read pictures of one size as the frames of a video.
 
-    All frames in the range are used, unless there are more than `spec.max_frames`, or `nframes` asks for fewer. Then
+    All frames in the range are used, unless there are more than `spec.max_frames`, or `selection` asks for fewer. Then
     that many are used, evenly spread from the first to the last.
 
     Args:
         source: images, paths or arrays, or a uint8 array (n, h, w, 3).
         spec: how frames are sized; its `fps` is the rate at which they were taken.
-        timestamps: seconds of each frame instead of a rate, ascending.
-        nframes: frames to use in all.
-        start, end: seconds; only frames in this range are used.
+        selection: how many frames to use in all; the range in seconds outside of which none is used; the seconds of
+            each frame, ascending, instead of a rate.
 
     Raises:
         MediaError: a picture cannot be read or has another size than the first, or the range holds no frame.
         ConfigError: an option has a value that cannot be used.
     """
-    total = len(source)
+    total, start, end = len(source), selection.start, selection.end
     if not total:
         raise MediaError("there are no frames: give at least one")
-    if timestamps is None:
+    if selection.timestamps is None:
         first, last = frame_range(total, spec.fps, start=start, end=end)
         seconds, rate = np.arange(total) / spec.fps, spec.fps
         duration = total / spec.fps
     else:
-        seconds = _checked_times(timestamps, total)
+        seconds = _checked_times(selection.timestamps, total)
         duration = float(seconds[-1]) + _mean_distance(seconds, 1 / spec.fps)
         first, last = time_range(seconds, duration, start=start, end=end)
         rate = 1 / _mean_distance(seconds[first : last + 1], 1 / spec.fps)
     count = available = last - first + 1
-    if nframes is not None or available > spec.max_frames:
-        count = frame_count(available, rate, fps=rate, nframes=nframes, max_frames=spec.max_frames)
+    if selection.frames is not None or available > spec.max_frames:
+        count = frame_count(available, rate, fps=rate, nframes=selection.frames, max_frames=spec.max_frames)
     indices = spread(first, last, count)
     pixels, shape = np.empty((0, 0, 0, 3), dtype=np.uint8), (0, 0)
     for slot, index in enumerate(indices):

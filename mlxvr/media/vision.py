@@ -12,6 +12,7 @@ from PIL import Image
 from mlxvr.errors import ConfigError
 from mlxvr.media.animation.animation_reader import is_animation, read_animation
 from mlxvr.media.container import check_file, is_image
+from mlxvr.media.frame_options import ALL_FRAMES, FrameSelection
 from mlxvr.media.image import ImageSource, read_image
 from mlxvr.media.patches import Frames, VisionInput, patchify, temporal_patch_seconds
 from mlxvr.media.resize import resize
@@ -19,7 +20,7 @@ from mlxvr.media.sampling import image_size
 from mlxvr.media.sequence import folder_frames, read_frames
 from mlxvr.media.spec import VisionSpec
 from mlxvr.media.video.video_reader import read_video
-from mlxvr.runtime.hooks import Progress, ShouldStop
+from mlxvr.runtime.hooks import NO_HOOKS, Hooks
 from mlxvr.storage.paths import local_path
 
 __all__ = ["VisionSource", "load_vision"]
@@ -32,30 +33,24 @@ logger = logging.getLogger(__name__)
 def load_vision(
     source: VisionSource,
     spec: VisionSpec,
-    *,
-    timestamps: Sequence[float] | None = None,
-    nframes: int | None = None,
-    start: float | None = None,
-    end: float | None = None,
-    progress: Progress | None = None,
-    should_stop: ShouldStop | None = None,
+    selection: FrameSelection = ALL_FRAMES,
+    hooks: Hooks = NO_HOOKS,
 ) -> VisionInput:
     """Read, sample, resize and cut a video or an image.
 
     Args:
         source: a video: the path (or `file:` URL) of a video or of an animated GIF, PNG, WebP or AVIF file. An image: a
-            path, a Pillow image, or a uint8 array (h, w, 3). Frames, taken at `spec.fps` or at `timestamps`: the path
-            of a folder, a list of images, paths or arrays, or a uint8 array (n, h, w, 3).
+            path, a Pillow image, or a uint8 array (h, w, 3). Frames, taken at `spec.fps` or at the timestamps of
+            `selection`: the path of a folder, a list of images, paths or arrays, or a uint8 array (n, h, w, 3).
         spec: what the checkpoint expects.
-        timestamps: the seconds of each frame; for frames only.
-        nframes, start, end: how many frames to sample in all, and the range in seconds; not for images.
-        progress: called with (stage, done, total).
-        should_stop: called now and then; True ends the reading.
+        selection: how many frames to sample in all, and the range in seconds: not for images; the seconds of each
+            frame: for frames only.
+        hooks: progress is called with (stage, done, total); should_stop now and then, and True ends the reading.
 
     Raises:
         MediaError: the source cannot be read; the message says why.
         ConfigError: an option has a value that cannot be used.
-        Cancelled: `should_stop` returned True.
+        Cancelled: `hooks.should_stop` returned True.
     """
     if isinstance(source, str | os.PathLike):
         source = local_path(source)
@@ -65,12 +60,12 @@ def load_vision(
             check_file(source)
     frames: Frames | None = None
     if isinstance(source, list | tuple) or (isinstance(source, np.ndarray) and source.ndim == 4):
-        frames = read_frames(source, spec, timestamps=timestamps, nframes=nframes, start=start, end=end)
-    elif timestamps is not None:
+        frames = read_frames(source, spec, selection)
+    elif selection.timestamps is not None:
         raise ConfigError("timestamps are for frames, and the source is a video or an image: leave them out")
     elif isinstance(source, Path) and (not is_image(source) or is_animation(source)):
         read = read_animation if is_image(source) else read_video
-        frames = read(source, spec, nframes=nframes, start=start, end=end, progress=progress, should_stop=should_stop)
+        frames = read(source, spec, selection, hooks)
     if frames is not None:
         patches, grid = patchify(frames.pixels, spec)
         seconds = temporal_patch_seconds(frames.seconds, spec.temporal_patch_size)
@@ -80,7 +75,7 @@ def load_vision(
 
     if not isinstance(source, Path | Image.Image | np.ndarray):
         raise ConfigError(f"the source is a {type(source).__name__}: expected a path, an image, an array or a list")
-    if nframes is not None or start is not None or end is not None:
+    if (selection.frames, selection.start, selection.end) != (None, None, None):
         raise ConfigError(
             "frames, start and end (--start, --end) are for videos, and the source is an image: leave them out"
         )

@@ -31,7 +31,7 @@ from mlxvr.reasoner.clip import Clip
 from mlxvr.reasoner.engine import Engine
 from mlxvr.reasoner.load_options import LoadKeywords, LoadOptions
 from mlxvr.runtime import device_memory
-from mlxvr.runtime.hooks import Progress, ShouldStop
+from mlxvr.runtime.hooks import Hooks, Progress, ShouldStop
 from mlxvr.runtime.worker import Worker
 
 if TYPE_CHECKING:
@@ -182,16 +182,7 @@ class Reasoner(Engine):
             vision = source
         else:
             vision = self._worker.run_here(
-                lambda should_stop: load_vision(
-                    source,
-                    spec,
-                    timestamps=options.timestamps,
-                    nframes=options.frames,
-                    start=options.start,
-                    end=options.end,
-                    progress=progress,
-                    should_stop=should_stop,
-                )
+                lambda should_stop: load_vision(source, spec, options, Hooks(progress, should_stop))
             )
         path = Path(source) if isinstance(source, str | PathLike) else None
         clip = Clip(self, vision, path=path, media_seconds=time.perf_counter() - started, progress=progress)

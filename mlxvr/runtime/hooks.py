@@ -10,7 +10,7 @@ Both are called on the thread that does the work, and should return at once.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-__all__ = ["Hooks", "Progress", "ShouldStop"]
+__all__ = ["NO_HOOKS", "Hooks", "Progress", "ShouldStop"]
 
 Progress = Callable[[str, int, int], None]
 ShouldStop = Callable[[], bool]
@@ -27,3 +27,6 @@ class Hooks:
 
     progress: Progress | None = None
     should_stop: ShouldStop | None = None
+
+
+NO_HOOKS = Hooks()  # nobody listens, and nobody stops the work

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from clips import draw_code, read_code, write_clip
 
 from mlxvr.media import read_video
+from mlxvr.media.frame_options import FrameSelection
 from mlxvr.media.sampling import frame_indices
 from mlxvr.model.families.base import FAMILIES
 
@@ -75,7 +76,7 @@ def read_corner(frame: np.ndarray) -> int | None:
 
 def read_ours(path: Path, case: Case) -> np.ndarray:
     spec = FAMILIES["qwen3_vl"].vision_spec({})
-    return read_video(path, spec, nframes=case.nframes).pixels
+    return read_video(path, spec, FrameSelection(frames=case.nframes)).pixels
 
 
 def read_peer(path: Path, case: Case) -> np.ndarray:

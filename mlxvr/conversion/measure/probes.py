@@ -21,7 +21,7 @@ from mlxvr.media import VisionInput, VisionSpec, load_vision
 from mlxvr.media.vision import VisionSource
 from mlxvr.model.network import VideoModel
 from mlxvr.model.prompt import Prompt, build_prompt
-from mlxvr.runtime.hooks import ShouldStop
+from mlxvr.runtime.hooks import Hooks, ShouldStop
 
 __all__ = ["Probe", "budgeted", "build_prompts", "bundled", "load_media"]
 
@@ -93,7 +93,7 @@ def load_media(
             continue
         key = probe.source if isinstance(probe.source, str | Path) else id(probe.source)
         if key not in loaded:
-            loaded[key] = load_vision(probe.source, spec, should_stop=should_stop)
+            loaded[key] = load_vision(probe.source, spec, hooks=Hooks(should_stop=should_stop))
         media.append((loaded[key],))
     return media
 

@@ -101,7 +101,7 @@ def read_thumbnails(path: Path, *, start: float | None = None, end: float | None
     """
     from PIL import Image
 
-    from mlxvr.media import VisionSpec, read_image, read_video
+    from mlxvr.media import FrameSelection, VisionSpec, read_image, read_video
     from mlxvr.media.animation.animation_reader import is_animation, read_animation
     from mlxvr.media.container import check_file, is_image
 
@@ -136,7 +136,7 @@ def read_thumbnails(path: Path, *, start: float | None = None, end: float | None
         frame_min_tokens=16,
         frame_max_tokens=_PIXELS // 4,
     )
-    frames = (read_animation if moves else read_video)(path, spec, start=start, end=end)
+    frames = (read_animation if moves else read_video)(path, spec, FrameSelection(start=start, end=end))
     return [jpeg(pixels, round(float(at), 2)) for pixels, at in zip(frames.pixels, frames.seconds)]
 
 

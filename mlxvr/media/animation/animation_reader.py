@@ -20,6 +20,7 @@ from mlxvr.media.animation.apng import read_apng
 from mlxvr.media.animation.canvas import composite
 from mlxvr.media.animation.gif import read_gif
 from mlxvr.media.container import is_heic
+from mlxvr.media.frame_options import ALL_FRAMES, FrameSelection
 from mlxvr.media.image import open_image, to_rgb
 from mlxvr.media.patches import Frames
 from mlxvr.media.resize import resize
@@ -27,7 +28,7 @@ from mlxvr.media.sampling import frame_size
 from mlxvr.media.selection import select
 from mlxvr.media.spec import VisionSpec
 from mlxvr.media.video.timeline import Clock, Timeline
-from mlxvr.runtime.hooks import Progress, ShouldStop
+from mlxvr.runtime.hooks import NO_HOOKS, Hooks, ShouldStop
 
 __all__ = ["is_animation", "read_animation"]
 
@@ -53,41 +54,35 @@ def is_animation(path: Path) -> bool:
 
 
 def read_animation(
-    path: Path,
-    spec: VisionSpec,
-    *,
-    nframes: int | None = None,
-    start: float | None = None,
-    end: float | None = None,
-    progress: Progress | None = None,
-    should_stop: ShouldStop | None = None,
+    path: Path, spec: VisionSpec, selection: FrameSelection = ALL_FRAMES, hooks: Hooks = NO_HOOKS
 ) -> Frames:
     """Sample the frames of an animation; takes and raises the same as `read_video`.
 
     WebP and AVIF are decoded twice: once for the delays, which Pillow gives only with each frame, and once for the
     frames.
     """
+    should_stop = hooks.should_stop
     delays = np.array([delay if delay > _TOO_SHORT_MS else _USUAL_MS for delay in _delays(path, should_stop)]) / 1000
-    selection = select(_timeline(delays), spec, nframes=nframes, start=start, end=end)
+    chosen = select(_timeline(delays), spec, nframes=selection.frames, start=selection.start, end=selection.end)
     pixels, shape = np.empty((0, 0, 0, 3), dtype=np.uint8), (0, 0)
     slot, index = 0, -1
     for index, frame in enumerate(_frames(path, should_stop)):
-        if index != selection.frames[slot]:
+        if index != chosen.frames[slot]:
             continue
         picture = to_rgb(frame)
         if slot == 0:
             shape = picture.shape[:2]
-            pixels = np.empty((len(selection), *frame_size(*shape, len(selection), spec), 3), dtype=np.uint8)
-        repeats = int((selection.frames == index).sum())  # sampling by time repeats a frame that is shown for long
+            pixels = np.empty((len(chosen), *frame_size(*shape, len(chosen), spec), 3), dtype=np.uint8)
+        repeats = int((chosen.frames == index).sum())  # sampling by time repeats a frame that is shown for long
         pixels[slot : slot + repeats] = resize(picture, pixels.shape[1:3])
         slot += repeats
-        if progress is not None:
-            progress("decoding", slot, len(selection))
-        if slot == len(selection):
+        if hooks.progress is not None:
+            hooks.progress("decoding", slot, len(chosen))
+        if slot == len(chosen):
             break
-    if slot < len(selection):
+    if slot < len(chosen):
         raise MediaError(f"{path} is a damaged animation: it holds {index + 1} of {len(delays)} frames; copy it again")
-    return Frames(pixels, selection.seconds, selection.sampled_fps, selection.indices, shape, float(delays.sum()))
+    return Frames(pixels, chosen.seconds, chosen.sampled_fps, chosen.indices, shape, float(delays.sum()))
 
 
 def _timeline(delays: np.ndarray) -> Timeline:

@@ -28,6 +28,7 @@ import av
 
 from mlxvr.errors import ConfigError, MediaError
 from mlxvr.media import container as outline
+from mlxvr.media.frame_options import ALL_FRAMES, FrameSelection
 from mlxvr.media.patches import Frames
 from mlxvr.media.sampling import check_range, frame_size
 from mlxvr.media.selection import Selection, select
@@ -37,7 +38,7 @@ from mlxvr.media.video.decoding import Unreliable, decode_counted, decode_stretc
 from mlxvr.media.video.frame_sink import FrameSink, Orientation
 from mlxvr.media.video.timeline import Timeline, count_frames, scan
 from mlxvr.media.video.window import scan_range
-from mlxvr.runtime.hooks import Progress, ShouldStop
+from mlxvr.runtime.hooks import NO_HOOKS, Hooks, ShouldStop
 from mlxvr.runtime.thread_pool import core_count, run_together
 from mlxvr.storage.paths import local_path
 
@@ -73,11 +74,8 @@ class _Request:
 
     path: Path
     spec: VisionSpec
-    nframes: int | None
-    start: float | None
-    end: float | None
-    progress: Progress | None
-    should_stop: ShouldStop | None
+    wanted: FrameSelection
+    hooks: Hooks
     missing: int  # bytes that are missing from the end of the file
 
 
@@ -112,35 +110,29 @@ def probe(path: str | Path) -> VideoInfo:
 
 
 def read_video(
-    path: str | Path,
-    spec: VisionSpec,
-    *,
-    nframes: int | None = None,
-    start: float | None = None,
-    end: float | None = None,
-    progress: Progress | None = None,
-    should_stop: ShouldStop | None = None,
+    path: str | Path, spec: VisionSpec, selection: FrameSelection = ALL_FRAMES, hooks: Hooks = NO_HOOKS
 ) -> Frames:
     """Sample a video's frames, turned upright and resized for the model.
 
     Args:
         path: an mp4, mov, mkv, webm, avi, ts or other file that FFmpeg reads.
         spec: sampling rate, bounds and sizes.
-        nframes: frames to sample in all, instead of `spec.fps` frames per second.
-        start, end: seconds on a player's clock; only frames shown in this range are sampled.
-        progress: called with ("decoding", frames done, frames wanted).
-        should_stop: called several times a second; True ends the reading.
+        selection: how many frames to sample in all, instead of `spec.fps` frames per second; the range, in seconds on a
+            player's clock, in which sampled frames are shown.
+        hooks: progress is called with ("decoding", frames done, frames wanted); should_stop several times a second, and
+            True ends the reading.
 
     Raises:
         MediaError: the file or the range cannot be read; the message says why.
         ConfigError: an option has a value that cannot be used.
-        Cancelled: `should_stop` returned True.
+        Cancelled: `hooks.should_stop` returned True.
     """
     path = local_path(path)
     outline.check_file(path)
+    start, end, should_stop = selection.start, selection.end, hooks.should_stop
     check_range(start, end)
     missing = outline.missing_bytes(path)
-    request = _Request(path, spec, nframes, start, end, progress, should_stop, missing)
+    request = _Request(path, spec, selection, hooks, missing)
     if (start is not None or end is not None) and not missing and path.stat().st_size >= _WORTHWHILE:
         with open_video(path) as (container, stream):
             try:
@@ -199,7 +191,7 @@ def _slots(selection: Selection) -> dict[int, list[int]]:
     return slots
 
 
-def _decode_queue(
+def _decode_queue(  # 8 parameters: what decoders share, and how this way of reading treats damage
     path: Path,
     timeline: Timeline,
     queue: deque[Stretch],
@@ -237,7 +229,7 @@ def _decoder_count(stretches: list[Stretch], cores: int, pixels: int) -> int:
 def _read_by_counting(request: _Request) -> Frames:
     """Read a file in the third way: decode everything, twice."""
     with open_video(request.path) as (container, stream):
-        timeline = count_frames(container, stream, is_cut=request.missing > 0, should_stop=request.should_stop)
+        timeline = count_frames(container, stream, is_cut=request.missing > 0, should_stop=request.hooks.should_stop)
         if not len(timeline):
             holds = f"is cut short ({request.missing:,} bytes are missing) and holds" if request.missing else "holds"
             raise MediaError(f"{request.path} {holds} no frame that can be read: copy or download it again")
@@ -253,10 +245,10 @@ def _read_by_counting(request: _Request) -> Frames:
 
 def _run(request: _Request, sink: FrameSink, decoders: Sequence[Callable[[ShouldStop], None]]) -> None:
     def report() -> None:
-        if request.progress is not None:
-            request.progress("decoding", sink.done, sink.count)
+        if request.hooks.progress is not None:
+            request.hooks.progress("decoding", sink.done, sink.count)
 
-    run_together(decoders, report=report, should_stop=request.should_stop)
+    run_together(decoders, report=report, should_stop=request.hooks.should_stop)
     sink.finish()  # the last frames are still being resized
     report()
 
@@ -266,9 +258,8 @@ def _select(request: _Request, container: Any, stream: Any, timeline: Timeline) 
     total = len(timeline)
     if request.missing:
         total = max(total, _stated_frames(container, stream, timeline))
-    selection = select(
-        timeline, request.spec, nframes=request.nframes, start=request.start, end=request.end, total=total
-    )
+    wanted = request.wanted
+    selection = select(timeline, request.spec, nframes=wanted.frames, start=wanted.start, end=wanted.end, total=total)
     if selection.frames[-1] >= len(timeline):
         raise MediaError(
             f"{request.path} is cut short ({request.missing:,} bytes are missing): "
