@@ -6,7 +6,7 @@ from importlib import import_module
 
 VERBS = {
     "generate": "ask questions about a video",
-    "convert": "port a checkpoint to quantized MLX weights",
+    "convert": "convert a checkpoint to quantized MLX weights",
     "train": "fine-tune a model with LoRA and GRPO",
     "fuse": "merge a LoRA adapter into its model",
     "eval": "measure a model, and set its threshold by evidence",

@@ -1,9 +1,9 @@
 r"""Finding boxes and ``<think>`` tags in text that arrives in pieces.
 
-One pass, a few characters of memory beside the text: a piece may end within ``\boxed{``, ``<think>`` or ``</think>``,
-so an ending that one of them could begin with waits for the next piece. Everything else is settled at once, a closing
-brace in particular. What counts as which box is explained in `mlxvr.answering.transcript`; here positions are
-collected.
+The scanner makes one pass and remembers a few characters beside the text. A piece may end within ``\boxed{``,
+``<think>`` or ``</think>``, so an ending that may be the beginning of one of them waits for the next piece. Everything
+else is settled at once, closing braces included. This module collects positions; `mlxvr.answering.transcript` explains
+which box is which answer.
 """
 
 import re
@@ -23,7 +23,7 @@ _LONGEST_PARTIAL = max(map(len, _PARTIAL_MARKS))
 
 @dataclass(frozen=True)
 class Box:
-    r"""A closed box: ``\boxed{`` starts at `start`, its brace ends at `end`, `content` is what stands between."""
+    r"""A closed box: ``\boxed{`` starts at `start`, its brace ends at `end`, `content` is the text between."""
 
     start: int
     content: Span
@@ -31,7 +31,7 @@ class Box:
 
 
 class Scanner:
-    """Reads text piece by piece and keeps the places of what it finds.
+    """Reads text piece by piece and records the positions of boxes and tags.
 
     Attributes:
         section: the part that the text is in: before, within or after the reasoning.
@@ -41,10 +41,10 @@ class Scanner:
         open_box: where the open box and its content start.
         unclosed: contents of boxes outside the reasoning that a tag cut off.
         opened: the sections in which a box was opened.
-        reasoning: where it starts and, once there was a ``</think>``, where it ends.
+        reasoning: where the reasoning starts and, once there was a ``</think>``, where it ends.
         thinks, thinks_ended: how many tags of each kind there were.
         loose: the stretches outside boxes and reasoning, up to `covered`.
-        partial_mark: the end of the text, if a mark could begin with it.
+        partial_mark: the end of the text, if it may be the beginning of a mark.
     """
 
     def __init__(self) -> None:
@@ -73,7 +73,7 @@ class Scanner:
         return self._pieces[0] if self._pieces else ""
 
     def text_from(self, start: int, end: int | None = None) -> str:
-        """The text in [start, end), without an end that a mark could begin with; as dear as what is returned."""
+        """The text in [start, end), without an ending that may begin a mark; the cost is that of what is returned."""
         stop = self._partial_at if end is None else end
         pieces: list[str] = []
         at = self._partial_at + len(self.partial_mark)
@@ -85,7 +85,7 @@ class Scanner:
         return "".join(reversed(pieces))[max(0, start - at) : max(0, stop - at)]
 
     def feed(self, piece: str) -> None:
-        """Read on."""
+        """Read the next piece."""
         if not piece:
             return
         self._pieces.append(piece)
@@ -99,7 +99,7 @@ class Scanner:
         self._partial_at = offset + len(text) - size
 
     def _meet(self, mark: str, start: int, end: int) -> None:
-        """Take account of the mark at [start, end)."""
+        """Process the mark at [start, end)."""
         if mark == _THINK:
             self._begin_reasoning(start, end)
         elif mark == _END_THINK:
@@ -143,13 +143,13 @@ class Scanner:
         self.section = "closing"
 
     def _cut_box(self, end: int) -> None:
-        """A tag ends the section while a box is open."""
+        """Drop the open box, since a tag ends its section; outside the reasoning, record it as unclosed."""
         if self.open_box is not None and self.section != "reasoning":
             self.unclosed.append((self.open_box[1], end))
             self._cover(self.open_box[0], end)
         self.open_box = None
 
     def _cover(self, start: int, end: int) -> None:
-        """The text in [start, end) is a box or a tag; what stands before it is loose."""
+        """Record that [start, end) is a box or a tag; the text before it is loose."""
         self.loose.append((self.covered, start))
         self.covered = end

@@ -10,15 +10,16 @@ that overlap that span count. ``\boxed{(B)}`` is ``{(`` ``B`` ``)}`` and its con
 
 Departures from the public evaluator
 - It encodes the normalised content anew and looks for those ids from the start of the output, so it can find another
-  place, or none where a token straddles the box. Overlap finds the place where the answer stands, always.
+  place, or none where a token straddles the box. Overlap always finds the answer's own place.
 - Its letter patterns also take ``X-ray``, ``U.S.``, ``x - 1``, ``[B]`` and the letter of ``(A) <> [1.5, 2.0]``, whose
-  interval is half of the answer. Here a letter needs the separators above, set apart from what follows (``A.M.``);
-  lower case, at home in formulas, only counts alone and with ``.`` or ``)``; and an answer in two parts (``<>``) is
-  whole. When in doubt the whole content counts, which may cost some reasoning but no wrong exit.
-- ``-1`` for "no answer" is None.
+  interval is half of the answer. Here a letter needs the separators above, set apart from what follows (``A.M.`` is no
+  choice); a lower-case letter, common in formulas, only counts alone and with ``.`` or ``)``; and an answer in two
+  parts (``<>``) counts as a whole. When in doubt the whole content counts, which may cost some reasoning but no wrong
+  exit.
+- It returns ``-1`` for "no answer"; here that is None.
 
-Where the model's turn is begun for it (``\boxed{Answer:``, as the public evaluation does for MVP), the answer is what
-the model adds, and its last token alone counts, as there.
+Where the model's turn has a response prefix (``\boxed{Answer:``, as the public evaluation writes for MVP), the answer
+is what the model adds to it, and only its last token counts, as in that evaluation.
 """
 
 import math
@@ -42,7 +43,7 @@ _LETTER = re.compile(
 )
 _TWO_PARTS = "<>"
 _ROUNDING = 1e-3  # a log-probability may be this much above zero; more is not a log-probability
-_LEAST = -1e300  # below any that matters, and a sum of them is still a number
+_LEAST = -1e300  # below every log-probability that matters; a sum of such values is still finite
 
 
 @dataclass(frozen=True)
@@ -69,14 +70,14 @@ def score_first_answer(
     *,
     response_prefix_tokens: int = 0,
 ) -> ScoredAnswer | None:
-    """Find the direct answer in what was generated, and say how sure it is.
+    """Find the direct answer in the generated tokens, and compute its confidence.
 
     Args:
         token_ids: everything generated so far; what follows the first box changes nothing.
         token_logprobs: natural log of each token's probability at temperature 1; -inf gives confidence 0.
         detokenize: token ids -> text.
-        response_prefix_tokens: so many of the first tokens were put into the model's mouth. They are no part of
-            the answer, and the last token of what follows counts alone.
+        response_prefix_tokens: number of tokens at the start that are the response prefix, not the model's. They are no
+            part of the answer, and only the last token of what follows counts.
 
     Returns:
         None when there is no direct answer to be sure of: no box before the reasoning, a box that is not closed, an

@@ -2,17 +2,17 @@
 
 Decoding everything again for each token costs a quadratic number of token decodes, and decoding each token alone is
 wrong: a character may be spread over several tokens, and some tokenizers drop or add a space at the start of every
-decode. So a short window is decoded: the tokens that came last, behind enough context to stand for what came before.
+decode. So a short window is decoded: the newest tokens, after enough context to replace everything before.
 
 Decisions
 - A window begins where the text so far ended in a whole character, and it begins with tokens that were already read,
   so whatever a tokenizer does at the start of a decode happens to both texts that are compared.
 - An incomplete character shows as U+FFFD at the end, so up to three of them there are held back (UTF-8 needs at most
-  three bytes before the last; byte-fallback decoders write one U+FFFD for each). They are handed out as soon as
-  anything else follows or `flush` is called, so a real U+FFFD is late by a token and never lost.
+  three bytes before the last; byte-fallback decoders write one U+FFFD for each). They are returned as soon as anything
+  else follows or `flush` is called, so a real U+FFFD is late by a token and never lost.
 - A token that carries a part of a character covers the whole character. A token without text of its own (a special
   token that the decoder skips) covers nothing.
-- What was handed out stays handed out, even if a decoder takes it back (byte-fallback decoders do so next to a real
+- Text that was returned is never taken back, even if a decoder changes it (byte-fallback decoders do so next to a real
   U+FFFD, which they also write for each pending byte; byte-level ones, such as Qwen's, never do).
 """
 
@@ -43,7 +43,7 @@ class Detokenizer:
         self._window: list[int] = []
         self._base = 0  # characters before the window's text
         self._text = ""  # the window's text, with what is held back
-        self._returned = ""  # what has been handed out of it
+        self._returned = ""  # the part of it that has been returned
         self._whole = (0, 0)  # tokens and characters of the window up to the last whole character ..
         self._whole_before = (0, 0)  # .. and up to the one before
 
@@ -70,14 +70,14 @@ class Detokenizer:
         return self._give(len(self._text))
 
     def _give(self, end: int) -> str:
-        """Hand the window's text out up to `end`."""
+        """Return the window's text up to `end`, without the part that has been returned."""
         delta = self._text[len(self._returned) : end]
         if delta:
             self._returned = self._text[:end]
         return delta
 
     def _cover(self, text: str) -> None:
-        """Note which characters the newest token covers, the window's text having become `text`."""
+        """Record which characters the newest token covers, now that the window's text is `text`."""
         before, after = len(self._text), len(text)
         start = before
         if self._text.endswith(_UNREADABLE):
@@ -91,7 +91,7 @@ class Detokenizer:
         self.spans.append((self._base + min(start, after), self._base + after))
 
     def _shorten(self) -> None:
-        """Drop the tokens up to the last but one whole character, unless the rest has no text to stand for them."""
+        """Drop the tokens up to the last but one whole character, unless the rest decodes to no text."""
         tokens, _ = self._whole_before
         context = self._decode(self._window[tokens:])
         if context:
@@ -113,7 +113,7 @@ class Detokenizer:
         return delta
 
     def _restart(self, tokens: int, text: str) -> None:
-        """Let the window begin at one of its tokens; `text` is what the rest decodes to, all of it handed out."""
+        """Let the window begin at one of its tokens; `text` is what the rest decodes to, all of it returned."""
         self._base += len(self._text) - len(text)
         del self._window[:tokens]
         self._text = self._returned = text

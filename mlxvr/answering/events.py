@@ -1,4 +1,4 @@
-"""What the reasoner gives back: the events of a stream and the final answer, as plain data.
+"""What the reasoner returns: the events of a stream and the final answer, as plain data.
 
 A stream yields a `FirstAnswer` as soon as the first box closes, then `ReasoningDelta`s while the model reasons, and an
 `Answer` last. Nothing here holds arrays or handles, so an `Answer` can be kept, compared, pickled or written as JSON.
@@ -17,8 +17,8 @@ class Option:
 
     Attributes:
         index: from 0.
-        text: as it was given, without a letter.
-        letter: that the model was shown with it.
+        text: the choice as it was given, without a letter.
+        letter: the letter that the model was shown with it.
     """
 
     index: int
@@ -28,14 +28,14 @@ class Option:
 
 @dataclass(frozen=True)
 class FirstAnswer:
-    """The direct answer, the moment its box closes.
+    """The direct answer, yielded at the moment its box closes.
 
     Attributes:
         text: the content of the first box as it was written.
         confidence: exp(mean log p) of the normalised answer's tokens, in [0, 1]; None when the model declined to answer
             directly (the fallback sentence) or left the box empty.
         threshold: what the confidence was compared with.
-        reasons: whether the model goes on to reason.
+        reasons: whether the model continues to reason.
         option: the choice that the text names; None: there are no choices, or it names none.
     """
 
@@ -63,9 +63,9 @@ class Usage:
         cached_tokens: how many of them were not computed for this question, because the clip's prefix already was.
         first_answer_tokens: generated up to and with the token that closes the first box.
         reasoning_tokens: generated after it.
-        media_seconds: reading, resizing and cutting the frames (0 for a follow-up question, as are vision_seconds).
-        vision_seconds: the vision tower.
-        prefill_seconds: the prompt through the language model.
+        media_seconds: reading, resizing and cutting the frames (0 for a follow-up question, as is `vision_seconds`).
+        vision_seconds: running the vision tower.
+        prefill_seconds: running the prompt through the language model.
         first_answer_seconds: generating the first answer.
         reasoning_seconds: generating the rest.
         peak_memory_bytes: the most that MLX's allocator held at once while it worked on this question.
@@ -90,7 +90,7 @@ class Usage:
 
     @property
     def total_seconds(self) -> float:
-        """All the time that is accounted for."""
+        """The sum of the times above."""
         return (
             self.media_seconds
             + self.vision_seconds
@@ -106,9 +106,9 @@ class Answer:
 
     Attributes:
         text: the answer that counts: the second box when the model reasoned, else the first; when the boxes are
-            missing, the text that stands outside `<think>`; empty when there is none.
+            missing, the text outside `<think>`; empty when there is none.
         confidence: of the first answer (see `FirstAnswer`); None: there was no direct answer.
-        reasoned: whether the model went on after the first box.
+        reasoned: whether the model continued after the first box.
         first: content of the first box, or None.
         reasoning: the text between `<think>` and `</think>`, or None.
         second: content of the second box, or None.

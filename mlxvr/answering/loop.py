@@ -5,7 +5,7 @@ token that closes its box, and there decides whether to go on (arXiv 2601.05175,
 next token from the same iterator, so nothing is computed twice; stopping means not taking it.
 
 Departure from the public evaluator, which decodes the whole chain and chooses afterwards: the tokens here are the same,
-those after an early exit are just never made.
+but those after an early exit are never generated.
 
 The loop knows tokens, log-probabilities and text, and nothing of MLX, so that it can be tested with scripted tokens.
 """
@@ -48,13 +48,13 @@ class AskRequest(SamplingConfig):
     Attributes:
         text: the question, or for `grounding` the description of the segment to find.
         options: the choices of a multiple-choice question; any sequence of texts, kept as a tuple. The model is shown
-            them with letters; where each carries its letter already (`A. red`, `B. blue`), that is taken off.
+            them with letters; where each has its letter already (`A. red`, `B. blue`), the letter is removed.
         kind: which of the public prompts is used.
         mode: "auto" reasons only when the first answer is not sure enough; "direct" never; "think" always.
         threshold: confidence at which "auto" takes the first answer, in [0, 1]; None: the checkpoint's own.
-        response_prefix: text that the answer is begun with for the model, such as ``\boxed{Answer:``; "" leaves the
-            beginning to the model. It is no part of the answer, and the last token of what follows it in the first box
-            alone counts for confidence.
+        response_prefix: text that the model's turn starts with, such as ``\boxed{Answer:``; "": the model writes all of
+            it. It is no part of the answer, and only the last token of what follows it in the first box counts for
+            confidence.
         options_may_repeat: accept choices that are equal, as some rows of public benchmarks have them.
     """
 
@@ -194,10 +194,10 @@ def run_answer_loop(
         threshold: see `AskRequest`.
         max_tokens: stop after this many.
         stop_ids: end-of-turn tokens: recorded, never part of the text.
-        response_prefix_ids: what the answer was begun with before `tokens`; neither recorded nor counted.
+        response_prefix_ids: the tokens of the response prefix, before `tokens`; neither recorded nor counted.
         options: the choices, without letters; empty: there are none.
 
-    Raises `ConfigError` when the confidence is not a number: that is no doubt of the model's.
+    Raises `ConfigError` when the confidence is not a number, which does not mean that the model is unsure.
     """
     parser = DualAnswerParser(detokenize)
     for prefix_id in response_prefix_ids:
@@ -250,7 +250,7 @@ def run_answer_loop(
 
 
 def make_answer(outcome: Outcome, threshold: float, usage: Usage, options: Sequence[str] = ()) -> Answer:
-    """Sum a finished `Outcome` up.
+    """Make the answer of a finished `Outcome`.
 
     The answer that counts is the second box; without one the first box, unless it holds the fallback sentence; without
     boxes the text outside `<think>`, as the public evaluation takes it. `options` are the choices, without letters.

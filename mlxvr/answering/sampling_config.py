@@ -42,10 +42,10 @@ class SamplingConfig:
 
 
 def is_whole(value: object) -> bool:
-    """Whether a value is a whole number, and no bool."""
+    """Whether a value is a whole number, and not a bool."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def is_number(value: object) -> bool:
-    """Whether a value is a real number, and no bool."""
+    """Whether a value is a real number, and not a bool."""
     return isinstance(value, Real) and not isinstance(value, bool)

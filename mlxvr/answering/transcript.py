@@ -5,23 +5,23 @@ The text is read by its characters, never by token ids: box boundaries do not fa
 the parser, fed token by token, and `parse`, given the whole, cannot disagree.
 
 Decisions, each with its reason
-- The first box is closed by the brace that balances it, and known to be closed at the token that carries that brace:
-  there the early exit is decided, before ``<think>`` is spelled. The rest of that token belongs to the text.
+- The first box is closed by the brace that balances it, and known to be closed at the token that carries that brace.
+  The early exit is decided at that token, before ``<think>`` is spelled; the rest of the token belongs to the text.
 - Braces are counted, escaped or not: ``\boxed{\{1, 2\}}`` balances and ``\boxed{\{1}`` never closes, as the public
   evaluator's pattern sees them. That pattern gives up at three levels of nesting; counting does not.
-- ``<think>`` and ``</think>`` end the section that they stand in, even inside an open box. The public code cuts the
+- ``<think>`` and ``</think>`` end the section that they occur in, even inside an open box. The public code cuts the
   text there before it looks for boxes, and a brace that was forgotten must not swallow the reasoning.
 - Either tag before any closed box means that there is no direct answer: what follows has been reasoned about.
 - The direct answer is the first box before the reasoning; the reviewed answer the last one after the last
   ``</think>``. Boxes inside the reasoning are notes. A model that repeats itself corrects itself, so the last counts;
   the first must count as soon as it closes.
-- Reasoning that the model ended with a box instead of ``</think>`` has a reviewed answer, that box, when the model
-  also ended its turn there; not at the token limit, where the box may have been a note.
-- Without any tag a second box is the reviewed answer and there is no reasoning, whatever stands between the boxes.
+- If the model ended its reasoning with a box instead of ``</think>`` and ended its turn there, that box is the reviewed
+  answer; at the token limit it is not, since it may have been a note.
+- Without any tag a second box is the reviewed answer and there is no reasoning, whatever text is between the boxes.
 - A ``</think>`` without ``<think>`` ends reasoning that began after the last box, or at the start.
 - Outer white space does not belong to an answer or to the reasoning, and is allowed between the parts, as in the
-  format reward. An end-of-turn mark at the very end is no text; the beginning of a mark that was cut off is no
-  departure (``}<`` is one token, and an early exit stops at it).
+  format reward. An end-of-turn mark at the very end is not part of the text; the beginning of a mark that was cut off
+  is no departure (``}<`` is one token, and an early exit stops at it).
 - Whatever departs from the format is named in `Transcript.problems`; nothing is raised, nothing is made up.
 
 Source: arXiv 2601.05175; its evaluator for the boxes, its format reward for what counts as a departure.
@@ -48,7 +48,7 @@ _END_OF_TURN = ("<|im_end|>", "<|endoftext|>")
 
 @dataclass(frozen=True)
 class Transcript:
-    """What the model wrote, taken apart.
+    """The parts of what the model wrote.
 
     Attributes:
         text: everything, without end-of-turn marks at the end.
@@ -59,7 +59,7 @@ class Transcript:
         second_span: as `first_span`.
         is_fallback: whether the first box holds the sentence that declines to answer directly.
         outside: the text outside the reasoning and the closed boxes; of a box that was never closed, its content.
-        problems: departures from the format, in this order; empty when it was kept.
+        problems: departures from the format, in this order; empty when there are none.
             no_box: no box was opened outside the reasoning.
             no_first_box: the reasoning began before a box was opened.
             unterminated_box: a box was opened and not closed.
@@ -86,7 +86,7 @@ class Transcript:
 
 
 class DualAnswerParser:
-    """Reads tokens as they are generated and knows at each one how far the answer is.
+    """Reads tokens as they are generated and knows after each one which part of the answer is being written.
 
     Args:
         detokenize: token ids -> text; called with a few ids at a time, so that the cost is linear in the tokens.
@@ -112,7 +112,7 @@ class DualAnswerParser:
         return delta
 
     def finish(self, *, hit_limit: bool = False) -> Transcript:
-        """Sum up what was written; `hit_limit` says that the token limit stopped the model."""
+        """Return the transcript of what was written; `hit_limit` says that the token limit stopped the model."""
         self.flush()
         self._transcript = _sum_up(self._scanner, hit_limit)
         return self._transcript
@@ -121,8 +121,8 @@ class DualAnswerParser:
         """Return the reasoning that became certain since the last call.
 
         Outer white space and what may be the beginning of a tag wait until more is known, so the pieces add up to the
-        transcript's reasoning; call it once more after `finish`. (Only a box that ended the turn in the place of
-        ``</think>`` will have been returned as reasoning, which at the time it was.)
+        transcript's reasoning; call it once more after `finish`. (The exception is a box that ended the turn in the
+        place of ``</think>``: it has been returned as reasoning already.)
         """
         if self._transcript is not None:
             rest = (self._transcript.reasoning or "")[self._returned :]
@@ -188,7 +188,7 @@ class DualAnswerParser:
 
 
 def parse(text: str, *, hit_limit: bool = False) -> Transcript:
-    """Take a whole output apart; `hit_limit` says that the token limit stopped the model."""
+    """Return the transcript of a whole output; `hit_limit` says that the token limit stopped the model."""
     scanner = Scanner()
     scanner.feed(text)
     return _sum_up(scanner, hit_limit)
@@ -197,14 +197,14 @@ def parse(text: str, *, hit_limit: bool = False) -> Transcript:
 def is_fallback(content: str) -> bool:
     r"""Whether a box declines to answer directly: its content starts with "Let's analyze".
 
-    Kinder than the public evaluator, which compares these very characters: any apostrophe, any case, and the sentence
-    in ``\text{}`` are no answer that one could stop at either.
+    More lenient than the public evaluator, which compares exactly these characters: with another apostrophe, in another
+    case or in ``\text{}``, the sentence is no answer to exit with either.
     """
     return _FALLBACK.match(content) is not None
 
 
 def _sum_up(scanner: Scanner, hit_limit: bool) -> Transcript:
-    """What the text amounts to if it ends here."""
+    """The transcript of the text if it ends here."""
     text = _without_end_of_turn(scanner.text)
     first = scanner.opening[0] if scanner.opening else None
     second = _reviewed(scanner, text, hit_limit)
@@ -280,7 +280,7 @@ def _join(text: str, spans: list[Span]) -> str:
 
 
 def _content(text: str, box: Box | None) -> str | None:
-    """What stands in a box, outer white space removed."""
+    """The text in a box, outer white space removed."""
     return None if box is None else text[slice(*box.content)].strip()
 
 
