@@ -13,6 +13,7 @@ from mlxvr.errors import ConfigError
 from mlxvr.model import cache as kv
 from mlxvr.model import decode, memory_plan
 from mlxvr.model.loading import load_model, weight_bytes
+from mlxvr.model.memory_plan import PromptSize
 from mlxvr.runtime import device_memory
 
 on_cpu = pytest.mark.skipif(
@@ -75,7 +76,8 @@ def test_reading_a_prompt_takes_what_was_planned(models, family, text, dtype, kv
     cache = model.make_cache(kv_bits)
     peak, _ = measured(lambda: mx.eval(decode.prefill(model, ids, positions, cache, step_size=step)))
     plan = memory_plan.plan_prompt(
-        model.config, prompt_tokens=tokens, answer_tokens=0, step_size=step, kv_bits=kv_bits, **settings(model)
+        model.config,
+        PromptSize(prompt_tokens=tokens, answer_tokens=0, step_size=step, kv_bits=kv_bits, **settings(model)),
     )
     assert plan.peak == pytest.approx(peak, rel=0.2)
 
@@ -95,7 +97,9 @@ def test_looking_at_a_clip_takes_what_was_planned(models, family, text, dtype, g
     model = models(family, text, dtype)
     media = [random_media(family, "video" if grid[0] > 1 else "image", grid)]
     peak, features = measured(lambda: model.encode(media))
-    plan = memory_plan.plan_prompt(model.config, prompt_tokens=0, answer_tokens=0, grids=[grid], **settings(model))
+    plan = memory_plan.plan_prompt(
+        model.config, PromptSize(prompt_tokens=0, answer_tokens=0, grids=[grid], **settings(model))
+    )
     assert plan.features == sum(array.nbytes for array in (features.embeds, *features.deepstack))
     assert plan.peak == pytest.approx(peak, rel=0.2)
 
@@ -161,10 +165,12 @@ def test_numbers_of_a_real_model():
     # in 8 bits a byte for each number, and a scale and a bias of 2 bytes for 64 of them
     assert memory_plan.cache_bytes(config, 16_384, kv_bits=8) == 16_384 * 147_456 * (64 + 4) // 128
     assert memory_plan.cache_bytes(config, 100) == 256 * 147_456
-    whole = memory_plan.plan_prompt(config, prompt_tokens=16_640, answer_tokens=4096, grids=[(64, 32, 32)])
+    whole = memory_plan.plan_prompt(config, PromptSize(prompt_tokens=16_640, answer_tokens=4096, grids=[(64, 32, 32)]))
     assert whole.features == 64 * 256 * 4096 * 4 * 2
     assert whole.keys_values == 20_736 * 147_456
-    follow_up = memory_plan.plan_prompt(config, prompt_tokens=16_640, answer_tokens=4096, held_tokens=16_600)
+    follow_up = memory_plan.plan_prompt(
+        config, PromptSize(prompt_tokens=16_640, answer_tokens=4096, held_tokens=16_600)
+    )
     assert follow_up.features == follow_up.vision == 0
     assert follow_up.prefill < whole.prefill / 5
 

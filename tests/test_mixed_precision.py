@@ -21,6 +21,7 @@ from mlxvr.conversion.source import Checkpoint
 from mlxvr.convert import convert
 from mlxvr.errors import Cancelled, ConfigError
 from mlxvr.model.loading import load_model
+from mlxvr.runtime.hooks import Hooks
 from tests.checkpoints import FAMILIES, random_media, write_checkpoint
 
 EMBEDDING, HEAD = "language_model.model.embed_tokens", "language_model.lm_head"
@@ -292,7 +293,7 @@ def test_a_target_out_of_reach_is_refused(tmp_path):
         choose_precisions(folder, make_recipe("qwen3_vl"), target_bytes=fitting, probes=[])
     with pytest.raises(Cancelled):
         choose_precisions(
-            folder, make_recipe("qwen3_vl"), target_bytes=fitting, probes=PROBES, should_stop=lambda: True
+            folder, make_recipe("qwen3_vl"), target_bytes=fitting, probes=PROBES, hooks=Hooks(should_stop=lambda: True)
         )
 
 

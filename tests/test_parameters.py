@@ -16,8 +16,6 @@ MOST = 6
 COMMENT = re.compile(r"# (\d+) parameters: \S+")
 
 # Public functions whose keywords users write, and inner functions whose arguments are computed apart from each other.
-# What has no better reason than that nobody has made an object of its arguments yet stands in `TOO_MANY`, which only
-# gets shorter.
 REASONS = {
     "network.__init__": "the parts of a loaded model, put together in one place (`load_model`)",
     "network.hidden": "arrays that a forward pass reads; each pass has its own",
@@ -25,15 +23,6 @@ REASONS = {
     "decode.decode": "arrays of a cache and what ends the text; rollouts and probes have no `AskRequest`",
     "decoding.decode_stretch": "what decoders share, and FFmpeg's two handles",
     "loop.run_answer_loop": "tokens come without MLX, so that scripted ones can be tried",
-}
-TOO_MANY = {
-    "memory_plan.plan_prompt": 9,
-    "prompt.build_prompt": 9,
-    "frame_plan.plan_frame": 8,
-    "verify.verify": 8,
-    "grounding.grounding_entry": 7,
-    "memory_plan.prefill_bytes": 7,
-    "mixed_precision.choose_precisions": 7,
 }
 
 
@@ -67,12 +56,7 @@ def signatures():
 
 
 def test_no_function_has_more_than_six_parameters_without_a_reason(signatures):
-    assert [f"{name} has {count}" for name, count in signatures.items() if name not in REASONS | TOO_MANY] == []
-
-
-def test_the_list_of_those_with_too_many_only_gets_shorter(signatures):
-    grown = {name: count for name, count in signatures.items() if name in TOO_MANY and count > TOO_MANY[name]}
-    assert grown == {}
+    assert [f"{name} has {count}" for name, count in signatures.items() if name not in REASONS] == []
 
 
 @pytest.mark.parametrize(

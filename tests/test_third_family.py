@@ -37,7 +37,7 @@ from mlxvr.grpo.memory.workload import Workload
 from mlxvr.media.spec import FrameRules
 from mlxvr.model.families.base import FAMILIES, Family, family_of, register, token_grid
 from mlxvr.model.frame_plan import plan_frame
-from mlxvr.model.memory_plan import plan_prompt
+from mlxvr.model.memory_plan import PromptSize, plan_prompt
 from mlxvr.model.positions import VisionBlock
 
 PACKAGE = Path(mlxvr.__file__).parent
@@ -268,7 +268,7 @@ def test_its_memory_is_estimated(folders):
     for folder in folders:
         opened = ModelFolder.open(folder)
         config = opened.family.mlx_config(opened.config)
-        plans.append(plan_prompt(config, prompt_tokens=900, answer_tokens=64, grids=[(4, 8, 8)]))
+        plans.append(plan_prompt(config, PromptSize(prompt_tokens=900, answer_tokens=64, grids=[(4, 8, 8)])))
         sizes = {"weight_bytes": 10**7, "adapter_parameters": 10**4, "prompt_tokens": 900, "visual_tokens": 512}
         work = Workload(config=config, **sizes, group_size=4, completion_tokens=64, checkpoint=False, beta=0.1)
         need = estimate(work)

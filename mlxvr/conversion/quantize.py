@@ -31,7 +31,7 @@ from mlxvr.conversion.summary import ConversionReport, peak_memory
 from mlxvr.conversion.tensor_plan import Plan, make_plan
 from mlxvr.errors import ConfigError, RecipeError, VerificationError
 from mlxvr.runtime.device_lock import use_device
-from mlxvr.runtime.hooks import Progress
+from mlxvr.runtime.hooks import Hooks, Progress
 from mlxvr.storage.staging import check_target, staged
 
 if TYPE_CHECKING:
@@ -239,7 +239,7 @@ def _measured(
     from mlxvr.conversion.measure.mixed_precision import choose_precisions
 
     recipe = dataclasses.replace(recipe, quantization=dataclasses.replace(recipe.quantization, rules=()))
-    return choose_precisions(checkpoint, recipe, target_bytes=target_bytes, progress=progress).get
+    return choose_precisions(checkpoint, recipe, target_bytes=target_bytes, hooks=Hooks(progress)).get
 
 
 def _pinned(source: str | Path, recipe: Recipe | None) -> str | None:

@@ -25,7 +25,7 @@ from mlxvr.diagnosis.reference import FOLDER
 from mlxvr.media import normalise
 from mlxvr.model import cache as kv
 from mlxvr.model.families.base import family_of
-from mlxvr.model.memory_plan import plan_prompt
+from mlxvr.model.memory_plan import PromptSize, plan_prompt
 from mlxvr.model.vision_tower import run_tower
 from mlxvr.runtime.device_memory import avoid_cpu_compiler, backend, usable_memory
 
@@ -128,14 +128,14 @@ def predict(timings: Timings) -> Prediction:
     vision = (DEPTH * timings.patch + timings.around) * patches
     prefill = LAYERS * tokens * (timings.token + timings.context * tokens / 2) + timings.head
     token = LAYERS * timings.step + timings.head
-    memory = plan_prompt(
-        _config(),
+    size = PromptSize(
         prompt_tokens=tokens,
         answer_tokens=_ANSWER,
         grids=[(rows, *_ROW)],
         step_size=_STEP,
         is_fused=backend() != "cpu",
     )
+    memory = plan_prompt(_config(), size)
     return Prediction(
         prompt_tokens=tokens,
         vision_seconds=vision,

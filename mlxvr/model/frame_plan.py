@@ -38,7 +38,7 @@ class FramePlan:
 
 
 @functools.lru_cache(maxsize=16)
-def plan_frame(
+def plan_frame(  # 8 parameters: numbers, by which plans are cached; a family passes those that its tower has
     height: int,
     width: int,
     *,

@@ -21,7 +21,16 @@ from mlxvr.model.families.base import family_of
 from mlxvr.model.network import temporal_patches_at_once
 from mlxvr.model.vision_tower import SCORES_AT_ONCE
 
-__all__ = ["PromptMemory", "cache_bytes", "plan_prompt", "prefill_bytes", "step_limit", "tower_bytes", "vision_bytes"]
+__all__ = [
+    "PromptMemory",
+    "PromptSize",
+    "cache_bytes",
+    "plan_prompt",
+    "prefill_bytes",
+    "step_limit",
+    "tower_bytes",
+    "vision_bytes",
+]
 
 # Pairs of a query and a key in one step's attention. Each costs a layer of an 8B model 16,384 operations: half a second
 # for all of them on the slowest Macs, whose watchdog ends a kernel that keeps the screen waiting for some seconds.
@@ -51,22 +60,11 @@ class PromptMemory:
         return self.features + max(self.vision, self.keys_values + self.prefill)
 
 
-def plan_prompt(
-    config: Mapping[str, Any],
-    *,
-    prompt_tokens: int,
-    answer_tokens: int,
-    grids: Sequence[tuple[int, int, int]] = (),
-    held_tokens: int = 0,
-    step_size: int = 2048,
-    itemsize: int = 2,
-    kv_bits: int | None = None,
-    is_fused: bool = True,
-) -> PromptMemory:
-    """Work out what a question needs.
+@dataclass(frozen=True, kw_only=True)
+class PromptSize:
+    """How large a question is, and how the model goes over it.
 
-    Args:
-        config: `VideoModel.config`.
+    Attributes:
         prompt_tokens: of the whole prompt, visual tokens included.
         answer_tokens: the most tokens of the answer.
         grids: (t, h, w) in patches of each of its media that the vision tower has yet to see.
@@ -76,22 +74,31 @@ def plan_prompt(
         kv_bits: bits of stored keys and values; None: as computed.
         is_fused: attention keeps no scores (not so on the CPU, nor with `kv_bits`).
     """
+
+    prompt_tokens: int
+    answer_tokens: int
+    grids: Sequence[tuple[int, int, int]] = ()
+    held_tokens: int = 0
+    step_size: int = 2048
+    itemsize: int = 2
+    kv_bits: int | None = None
+    is_fused: bool = True
+
+
+def plan_prompt(config: Mapping[str, Any], size: PromptSize) -> PromptMemory:
+    """Work out what a question of some size needs of a model; `config` is `VideoModel.config`."""
     vision = config["vision_config"]
     levels = 1 + len(family_of(config).deepstack_layers(config))
-    tokens = sum(math.prod(grid) for grid in grids) // vision["spatial_merge_size"] ** 2
+    tokens = sum(math.prod(grid) for grid in size.grids) // vision["spatial_merge_size"] ** 2
+    cached_tokens = size.prompt_tokens + size.answer_tokens
     return PromptMemory(
-        features=tokens * vision["out_hidden_size"] * levels * itemsize,
-        vision=max((vision_bytes(config, grid, itemsize=itemsize, is_fused=is_fused) for grid in grids), default=0),
-        keys_values=cache_bytes(config, prompt_tokens + answer_tokens, itemsize=itemsize, kv_bits=kv_bits),
-        prefill=prefill_bytes(
-            config,
-            prompt_tokens,
-            held_tokens=held_tokens,
-            step_size=step_size,
-            itemsize=itemsize,
-            kv_bits=kv_bits,
-            is_fused=is_fused and kv_bits is None,
+        features=tokens * vision["out_hidden_size"] * levels * size.itemsize,
+        vision=max(
+            (vision_bytes(config, grid, itemsize=size.itemsize, is_fused=size.is_fused) for grid in size.grids),
+            default=0,
         ),
+        keys_values=cache_bytes(config, cached_tokens, itemsize=size.itemsize, kv_bits=size.kv_bits),
+        prefill=prefill_bytes(config, size),
     )
 
 
@@ -108,16 +115,7 @@ def cache_bytes(config: Mapping[str, Any], tokens: int, *, itemsize: int = 2, kv
     return int(text["num_hidden_layers"]) * reserved * 2 * token
 
 
-def prefill_bytes(
-    config: Mapping[str, Any],
-    prompt_tokens: int,
-    *,
-    held_tokens: int = 0,
-    step_size: int = 2048,
-    itemsize: int = 2,
-    kv_bits: int | None = None,
-    is_fused: bool = True,
-) -> int:
+def prefill_bytes(config: Mapping[str, Any], size: PromptSize) -> int:
     """Bytes of the largest step of a prompt, its cache and visual features aside.
 
     Of each token of the step: the MLP's gate, up, activation and product, and the residual, its norms, queries, keys
@@ -129,16 +127,17 @@ def prefill_bytes(
     heads, head_dim = int(text["num_attention_heads"]), family_of(config).head_dim(config)
     hidden, inner = int(text["hidden_size"]), int(text["intermediate_size"])
     keys = int(text["num_key_value_heads"]) * head_dim
-    token = (4 * inner + 5 * hidden + 2 * heads * head_dim + 4 * keys) * itemsize
-    score_size = max(itemsize, 3 if kv_bits is None else 4)
-    largest, start = 0, held_tokens
-    while start < prompt_tokens:
-        step = min(step_size, step_limit(config, start, is_fused=is_fused), prompt_tokens - start)
+    token = (4 * inner + 5 * hidden + 2 * heads * head_dim + 4 * keys) * size.itemsize
+    is_fused = size.is_fused and size.kv_bits is None
+    score_size = max(size.itemsize, 3 if size.kv_bits is None else 4)
+    largest, start = 0, size.held_tokens
+    while start < size.prompt_tokens:
+        step = min(size.step_size, step_limit(config, start, is_fused=is_fused), size.prompt_tokens - start)
         start += step
         scores = 0 if is_fused else heads * step * start * score_size
         largest = max(largest, step * token + scores)
-    growth = cache_bytes(config, prompt_tokens, itemsize=itemsize, kv_bits=kv_bits) // int(text["num_hidden_layers"])
-    return largest + growth
+    cache = cache_bytes(config, size.prompt_tokens, itemsize=size.itemsize, kv_bits=size.kv_bits)
+    return largest + cache // int(text["num_hidden_layers"])
 
 
 def step_limit(config: Mapping[str, Any], held_tokens: int, *, is_fused: bool = True) -> int:

@@ -105,7 +105,7 @@ def question_text(question: str, options: Sequence[str] | None = None, kind: str
     return f"{question}{listed}\nPut your final answer in \\boxed{{}}."
 
 
-def build_prompt(
+def build_prompt(  # 9 parameters: rows and probes have no `AskRequest`, and many tests no model
     tokenizer: ChatTokenizer,
     family: Family,
     config: Mapping[str, Any],

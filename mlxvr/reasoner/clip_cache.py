@@ -19,7 +19,7 @@ import mlx.core as mx
 
 from mlxvr.errors import OutOfMemoryError
 from mlxvr.model import cache as kv
-from mlxvr.model.memory_plan import PromptMemory, plan_prompt
+from mlxvr.model.memory_plan import PromptMemory, PromptSize, plan_prompt
 from mlxvr.model.network import VideoModel
 from mlxvr.model.prefix import Prefix
 from mlxvr.model.prompt import Prompt
@@ -84,11 +84,11 @@ class ClipCache:
             evicted._prefix = None
             device_memory.clear_cache()
         free = self.limit - mx.get_active_memory() + own
-        while need.plan.peak > free and need.options["step_size"] > _LEAST_STEP:
-            need = need.changed(step_size=max(_LEAST_STEP, need.options["step_size"] // 2))
+        while need.plan.peak > free and need.size.step_size > _LEAST_STEP:
+            need = need.changed(step_size=max(_LEAST_STEP, need.size.step_size // 2))
         if need.plan.peak > free:
             raise OutOfMemoryError(need.refusal(free, self.limit))
-        return int(need.options["step_size"])
+        return need.size.step_size
 
     def _shrink(self, clip: Holder, room: int) -> None:
         """Let clips other than `clip` go, the one asked longest ago first, until the rest takes at most `room`."""
@@ -118,7 +118,7 @@ class _Need:
     """What a question needs: the arguments of `plan_prompt`, and its result."""
 
     config: Mapping[str, Any]
-    options: Mapping[str, Any]
+    size: PromptSize
     plan: PromptMemory
 
     @classmethod
@@ -132,21 +132,21 @@ class _Need:
         kv_bits: int | None,
     ) -> "_Need":
         prefix = clip._prefix
-        options: dict[str, Any] = {
-            "prompt_tokens": len(prompt.ids),
-            "answer_tokens": answer_tokens,
-            "grids": [medium.grid for medium in prompt.media] if prefix is None else [],
-            "held_tokens": 0 if prefix is None else prefix.length,
-            "step_size": step_size,
-            "itemsize": network.dtype.size,
-            "kv_bits": kv_bits,
-            "is_fused": device_memory.backend() != "cpu",
-        }
-        return cls(network.config, options, plan_prompt(network.config, **options))
+        size = PromptSize(
+            prompt_tokens=len(prompt.ids),
+            answer_tokens=answer_tokens,
+            grids=[medium.grid for medium in prompt.media] if prefix is None else [],
+            held_tokens=0 if prefix is None else prefix.length,
+            step_size=step_size,
+            itemsize=network.dtype.size,
+            kv_bits=kv_bits,
+            is_fused=device_memory.backend() != "cpu",
+        )
+        return cls(network.config, size, plan_prompt(network.config, size))
 
-    def changed(self, **options: Any) -> "_Need":
-        options = {**self.options, **options}
-        return _Need(self.config, options, plan_prompt(self.config, **options))
+    def changed(self, **changes: Any) -> "_Need":
+        size = dataclasses.replace(self.size, **changes)
+        return _Need(self.config, size, plan_prompt(self.config, size))
 
     def refusal(self, free: int, limit: int) -> str:
         """What is needed, what there is, and what would help."""
@@ -161,19 +161,19 @@ class _Need:
 
     def _help(self, free: int) -> str:
         """The smallest change that would make it fit."""
-        answer, tokens = int(self.options["answer_tokens"]), int(self.options["prompt_tokens"])
-        media = sum(math.prod(grid) for grid in self.options["grids"])
+        answer, tokens = self.size.answer_tokens, self.size.prompt_tokens
+        media = sum(math.prod(grid) for grid in self.size.grids)
         media //= self.config["vision_config"]["spatial_merge_size"] ** 2
         changes: list[tuple[str, dict[str, Any]]] = []
         changes += [(f"use max_tokens={count}", {"answer_tokens": count}) for count in (1024, 256) if count < answer]
-        if self.options["kv_bits"] is None:
+        if self.size.kv_bits is None:
             changes += [(f"load the model with kv_bits={bits}", {"kv_bits": bits}) for bits in (8, 4)]
         short = {"answer_tokens": min(answer, 1024)}
         for share in (0.75, 0.5, 0.25, 0.1):
             fewer = {
                 **short,
                 "prompt_tokens": tokens - media + int(share * media),
-                "grids": [_fewer_rows(grid, share) for grid in self.options["grids"]],
+                "grids": [_fewer_rows(grid, share) for grid in self.size.grids],
             }
             changes.append((f"open the clip with video_tokens={int(share * media) // 16 * 16}", fewer))
         for text, options in changes:

@@ -60,7 +60,7 @@ from mlxvr.conversion.summary import format_bytes
 from mlxvr.conversion.tensor_plan import DTYPE_CODES, make_plan, packed_tensors
 from mlxvr.errors import ConfigError
 from mlxvr.runtime.device_lock import use_device
-from mlxvr.runtime.hooks import Progress, ShouldStop
+from mlxvr.runtime.hooks import NO_HOOKS, Hooks
 
 __all__ = ["BITS", "GROUP_SIZES", "Candidate", "candidates", "choose_precisions", "clip_probes", "measure"]
 
@@ -84,8 +84,7 @@ def choose_precisions(
     target_bytes: int,
     probes: Sequence[Probe] | None = None,
     memory_limit: int | None = None,
-    progress: Progress | None = None,
-    should_stop: ShouldStop | None = None,
+    hooks: Hooks = NO_HOOKS,
 ) -> dict[str, Precision | None]:
     """Choose a precision for each matrix of a checkpoint, so that all weights take at most `target_bytes`.
 
@@ -97,8 +96,8 @@ def choose_precisions(
         target_bytes: of all tensors together.
         probes: questions to measure with; None: those of `mlxvr.conversion.measure.probes.bundled()` about a clip.
         memory_limit: bytes that weights may take during the measurement; None: `layerwise.default_weights_limit()`.
-        progress: called with ("mixed precision", layers done, layers in all).
-        should_stop: asked between layers and tokens.
+        hooks: progress is called with ("mixed precision", layers done, layers in all), should_stop between layers and
+            tokens.
 
     Returns:
         Module -> precision for every matrix; None: unquantized, in the recipe's dtype.
@@ -107,7 +106,7 @@ def choose_precisions(
         ConfigError: the target is below the size at the lowest precisions, or above the unquantized size; or there are
             no probes.
         CheckpointError: the source cannot be converted.
-        Cancelled: `should_stop` returned True.
+        Cancelled: `hooks.should_stop` returned True.
     """
     checkpoint = source if isinstance(source, Checkpoint) else Checkpoint.open(source)
     options = candidates(checkpoint, recipe)
@@ -119,9 +118,7 @@ def choose_precisions(
     asked = clip_probes() if probes is None else list(probes)
     if not asked:
         raise ConfigError("there are no probes to measure with: give at least one, or leave `probes` out")
-    costs = measure(
-        checkpoint.folder, options, probes=asked, memory_limit=memory_limit, progress=progress, should_stop=should_stop
-    )
+    costs = measure(checkpoint.folder, options, probes=asked, memory_limit=memory_limit, hooks=hooks)
     modules = list(options)
     items = [[(option.nbytes, cost) for option, cost in zip(options[m], costs[m])] for m in modules]
     picks = assign(items, budget)
@@ -173,8 +170,7 @@ def measure(
     *,
     probes: Sequence[Probe],
     memory_limit: int | None = None,
-    progress: Progress | None = None,
-    should_stop: ShouldStop | None = None,
+    hooks: Hooks = NO_HOOKS,
 ) -> dict[str, list[float]]:
     """Expected squared drift of log-confidence when one module alone is quantized, for each candidate of each module.
 
@@ -184,10 +180,10 @@ def measure(
     model = LayerwiseModel.open(folder, dtype="float32", memory_limit=limit)
     assert model.model.folder is not None, "made by load_model"
     defaults = Defaults.of(model.model.folder)
-    media = load_media(probes, budgeted(defaults.spec), should_stop=should_stop)
+    media = load_media(probes, budgeted(defaults.spec), should_stop=hooks.should_stop)
     prompts = build_prompts(model.model, probes, media, system=defaults.system_prompt)
-    answered = answer_prompts(model, prompts, should_stop)
-    gradients = SquaredGradients(model, answered, limit // 4, progress=progress, should_stop=should_stop)
+    answered = answer_prompts(model, prompts, hooks.should_stop)
+    gradients = SquaredGradients(model, answered, limit // 4, progress=hooks.progress, should_stop=hooks.should_stop)
     costs: dict[str, list[float]] = {}
     for module, weight, squares in gradients.squares():
         if module in options:

@@ -49,7 +49,7 @@ _PROMPT_ROWS = 8  # tokens at the end of a prompt whose logits are compared
 
 
 @use_device()
-def verify(
+def verify(  # 8 parameters: keywords that users write
     source: str | Path | ModelFolder,
     converted: str | Path,
     *,

@@ -39,10 +39,11 @@ def read(folder: Folder, *, subtitles: bool) -> Iterator[Entry]:
     moments: Counter[str] = Counter()
     for path in folder.files(*_PATTERNS):
         for line, record in folder.table(path):
-            for text, interval, video in _moments(record):
+            for moment in _moments(record):
+                video = moment[2]
                 moments[video] += 1
                 name = video.rpartition("/")[2].rpartition(".")[0] or video
-                yield grounding_entry(line, f"{name}-{moments[video]}", text, interval, video, folder, _VIDEOS)
+                yield grounding_entry(line, f"{name}-{moments[video]}", moment, folder, _VIDEOS)
 
 
 def _moments(record: dict[str, Any]) -> list[tuple[str, Any, str]]:

@@ -40,11 +40,11 @@ def read(folder: Folder, *, subtitles: bool) -> Iterator[Entry]:
         for line, record in folder.table(path):
             number += 1
             if path.suffix != ".txt":
-                text, interval, video = read_columns(record)
+                moment = read_columns(record)
             elif parts := _LINE.fullmatch(record["text"]):
-                text, interval, video = parts[4], [parts[2], parts[3]], f"{parts[1]}.mp4"
+                moment = parts[4], [parts[2], parts[3]], f"{parts[1]}.mp4"
             else:
                 yield Entry(line, {}, "", None, "the line is not `video start end##description`")
                 continue
-            identity = f"{video.removesuffix('.mp4')}-{number}"
-            yield grounding_entry(line, identity, text, interval, video, folder, _VIDEOS)
+            identity = f"{moment[2].removesuffix('.mp4')}-{number}"
+            yield grounding_entry(line, identity, moment, folder, _VIDEOS)

@@ -10,9 +10,13 @@ __all__ = ["grounding_entry", "read_columns"]
 
 
 def grounding_entry(
-    line: str, identity: str, text: str, interval: Any, video: str, folder: Folder, videos: tuple[str, ...]
+    line: str, identity: str, moment: tuple[str, Any, str], folder: Folder, videos: tuple[str, ...]
 ) -> Entry:
-    """Make an entry; an interval without length is a problem, since nothing can overlap it."""
+    """Make an entry of a (description, interval, video), whose file is looked for in the folders `videos`.
+
+    An interval without length is a problem, since nothing can overlap it.
+    """
+    text, interval, video = moment
     intervals = segments(interval)
     row = {"id": identity, "question": " ".join(text.split()), "answer": intervals, "kind": "iou"}
     problem = "" if intervals else f"the interval is {interval!r}: nothing can overlap it"
