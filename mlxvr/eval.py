@@ -24,7 +24,7 @@ _GROUPS = {
     "data": "which questions",
     "frames": "which frames",
     "run": "how to ask",
-    "figures": "what to work out",
+    "figures": "which figures",
 }
 _MOST_NOTES = 5  # notes that are printed; the report has all
 
@@ -43,7 +43,7 @@ def make_parser() -> VerbParser:
     parser = VerbParser(
         "mlxvr eval",
         "Measure a model on clips with answers: directly, always thinking, and thinking when it is not sure.",
-        epilog="A run that was stopped goes on where it was: give the same --output.\n"
+        epilog="A stopped run continues where it was: give the same --output.\n"
         "example: mlxvr eval --model videoauto-8b-4bit --data clips.jsonl --output report --calibrate no_loss",
     )
     add_settings(parser, EvalConfig, _GROUPS)

@@ -87,16 +87,16 @@ def _generate(args: argparse.Namespace) -> int:
     if args.threshold is not None and args.mode != "auto":
         print(f"without effect: --threshold, as --mode {args.mode} does not ask how sure it is", file=sys.stderr)
     video, requests = _what_to_ask(args)
-    (folder_frames if video.is_dir() else check_file)(video)  # what can be found wrong before the model is loaded is
-    loading = LoadOptions(**parsed_settings(args, LoadOptions))
-    reading = FrameOptions(**parsed_settings(args, FrameOptions))
+    (folder_frames if video.is_dir() else check_file)(video)  # raises before the model is loaded
+    load_options = LoadOptions(**parsed_settings(args, LoadOptions))
+    frame_options = FrameOptions(**parsed_settings(args, FrameOptions))
     answers = []
     with (
         ProgressBar() as progress,
-        load_with(loading, progress) as reasoner,
-        reasoner.open_with(video, reading, progress) as clip,
+        load_with(load_options, progress) as reasoner,
+        reasoner.open_with(video, frame_options, progress) as clip,
     ):
-        if video.is_dir() and reading.fps is None:
+        if video.is_dir() and frame_options.fps is None:
             rate = f"{reasoner.spec.fps:g}"
             print(f"frames of a folder: read as {rate} a second; --fps says another rate", file=sys.stderr)
         for number, request in enumerate(requests):
@@ -108,7 +108,7 @@ def _generate(args: argparse.Namespace) -> int:
                 continue
             if number:
                 print()
-            _tell(request, events, progress, sys.stdout)
+            _print_answer(request, events, progress, sys.stdout)
         source = {"model": args.model, "video": str(video), "grid": clip.grid, "seconds": clip.seconds}
     if args.json:
         fields = [
@@ -120,7 +120,7 @@ def _generate(args: argparse.Namespace) -> int:
 
 
 def _show_settings(args: argparse.Namespace) -> int:
-    """Print what would hold for a question, without loading weights."""
+    """Print the settings that a question would have, without loading weights."""
     with ProgressBar() as progress:
         folder = ModelFolder.open(find_folder(args.model, revision=args.revision, progress=progress))
     limits = FrameOptions(**parsed_settings(args, FrameOptions)).overrides
@@ -163,7 +163,7 @@ def _what_to_ask(args: argparse.Namespace) -> tuple[Path, list[AskRequest]]:
     return folder / shown[0]["video"], [AskRequest(**question) for question in questions]
 
 
-def _tell(request: AskRequest, events: Iterator[Event], progress: ProgressBar, out: TextIO) -> None:
+def _print_answer(request: AskRequest, events: Iterator[Event], progress: ProgressBar, out: TextIO) -> None:
     """Print a question and its answer as they come."""
     print(f"question    {request.text}", file=out)
     for letter, option in zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", request.options or ()):

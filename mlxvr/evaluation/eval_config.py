@@ -1,7 +1,7 @@
-"""What an evaluation is told: one frozen dataclass, from whose fields the command line is derived.
+"""The settings of an evaluation: one frozen dataclass, from whose fields the command line is derived.
 
 A field that is also a flag carries its help in its metadata, so that a name, a type and a default are written once.
-Whatever can be found wrong before a model is loaded is refused here.
+What can be checked before a model is loaded is checked here.
 """
 
 from collections.abc import Iterable
@@ -29,11 +29,11 @@ _OF_MODELS = ("config.json", "adapter_config.json")
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig(FrameLimitOptions, LoadOptions):
-    """What to evaluate, on what, and what to make of it; refuses values that cannot be used.
+    """Which model is evaluated on which questions, and which figures are computed; refuses values that cannot be used.
 
     Each field, those of `LoadOptions` and `FrameLimitOptions` among them, is a flag of `python -m mlxvr.eval`, whose
-    help describes it. With neither `model` nor data it is the bundled checkpoint on the bundled clips, which are also
-    the data of a checkpoint that was made from it.
+    help describes it. Without `model` and data, the bundled checkpoint is evaluated on the bundled clips, which are
+    also the default data of a checkpoint that was made from it.
     """
 
     data: Path | None = field(
@@ -53,21 +53,21 @@ class EvalConfig(FrameLimitOptions, LoadOptions):
     )
     subtitles: bool = field(default=False, metadata=flag("data", "put the benchmark's subtitles into its questions"))
     skip_bad_rows: bool = field(
-        default=False, metadata=flag("data", "leave rows of --data out that cannot be used, instead of stopping")
+        default=False, metadata=flag("data", "leave out rows of --data that cannot be used, instead of stopping")
     )
-    limit: int | None = field(default=None, metadata=flag("data", "ask only the first so many questions", metavar="N"))
+    limit: int | None = field(default=None, metadata=flag("data", "ask only the first N questions", metavar="N"))
 
     output: Path = field(metadata=flag("run", "folder for samples and report", metavar="DIR"))
     max_tokens: int = same_as(SamplingConfig, "max_tokens", "run")
     threshold: float | None = same_as(AskRequest, "threshold", "run")
     live: bool = field(
         default=False,
-        metadata=flag("run", "stop early for real at the threshold, instead of working auto out afterwards"),
+        metadata=flag("run", "stop early at the threshold, instead of computing auto from whole answers afterwards"),
     )
     workers: int = field(
         default=1, metadata=flag("run", "processes on this machine, each with a model of its own", metavar="N")
     )
-    retry_errors: bool = field(default=False, metadata=flag("run", "ask rows again that failed in an earlier run"))
+    retry_errors: bool = field(default=False, metadata=flag("run", "ask the rows again that failed in an earlier run"))
 
     calibrate: str | None = field(
         default=None,
@@ -104,7 +104,7 @@ class EvalConfig(FrameLimitOptions, LoadOptions):
     resamples: int = field(
         default=1000, metadata=flag("figures", "bootstrap resamples behind the 95%% intervals", metavar="N")
     )
-    seed: int = field(default=0, metadata=flag("figures", "of resamples and folds", metavar="N"))
+    seed: int = field(default=0, metadata=flag("figures", "seed of resamples and folds", metavar="N"))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -171,11 +171,11 @@ class EvalConfig(FrameLimitOptions, LoadOptions):
             raise ConfigError(
                 "the threshold of an adapter is not its model's: fuse it first (mlxvr fuse), or give --threshold-file"
             )
-        with suppress(DataError):  # arguments are judged before there is found to be no sample
+        with suppress(DataError):  # its arguments are checked before it finds no sample
             self.calibration_of(())
 
     def calibration_of(self, samples: Iterable[Sample]) -> Calibration:
-        """Do what `calibrate` asks for; raises as `mlxvr.evaluation.analysis.threshold_search.calibrate`."""
+        """Calibrate as `calibrate` says; raises as `mlxvr.evaluation.analysis.threshold_search.calibrate`."""
         goal, budget = self.goal
         plan = CalibrationPlan(
             goal,  # type: ignore[arg-type]
@@ -200,5 +200,5 @@ class EvalConfig(FrameLimitOptions, LoadOptions):
 
     @property
     def needs_answers(self) -> bool:
-        """Whether rows need a right answer: for all but a budget of thinking."""
+        """Whether rows need a right answer: always, unless the goal is a budget of thinking."""
         return self.goal[0] not in _BUDGETS

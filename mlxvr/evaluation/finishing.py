@@ -41,7 +41,7 @@ class EvalReport:
         generated: rows that were asked in this run; the others were there.
         summary: the figures at the threshold.
         swept: auto at other thresholds; empty for a live run.
-        calibration, comparison: where they were asked for.
+        calibration, comparison: None where they were not asked for.
         threshold_file: the `mlxvr.json`, or the file of its own, that the chosen threshold was written to, or None.
         rank: of this process; only rank 0 writes and compares.
     """
@@ -113,7 +113,7 @@ class EvalRun:
 
 
 def read_baseline(folder: Path, rows: Iterable[Row] = ()) -> Baseline:
-    """The run of a folder, with the labels that `rows` have today; raises as `read_samples`."""
+    """The run of a folder, with the current labels of `rows`; raises as `read_samples`."""
     asked = {row.id: row for row in rows}
     samples = [
         relabelled(sample, asked[sample.id]) if sample.id in asked else sample
@@ -123,7 +123,7 @@ def read_baseline(folder: Path, rows: Iterable[Row] = ()) -> Baseline:
 
 
 def relabelled(sample: Sample, row: Row) -> Sample:
-    """A sample with the label, task, category and pair of its row today."""
+    """A sample with the current label, task, category and pair of its row."""
     return replace(sample, answer=row.answer, task=row.task, category=row.category, pair=row.pair)
 
 
@@ -151,7 +151,7 @@ def compare_finished(config: EvalConfig, progress: Progress | None = None) -> Ev
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    """How a folder's samples were made, as its report says; {}: it has none."""
+    """How a folder's samples were made, as its report says; {} if it has no report."""
     try:
         return dict(json.loads((folder / _REPORT).read_bytes())["settings"])
     except (OSError, ValueError, KeyError, TypeError):

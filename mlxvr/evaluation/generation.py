@@ -4,9 +4,9 @@ A clip is read and prefilled once for all its rows; a follow-up question compute
 `mlxvr.model.prefix`), so neither order nor grouping changes an answer. While the model works on one clip, the frames of
 the next are read on another thread.
 
-A row that fails costs itself, and a clip that cannot be read its rows: the reason is kept in `Sample.error`. What is no
-`MlxvrError` while the model answers is a failure of ours and ends the run; what a decoder may raise about a broken file
-has no such bounds, so there every error is the clip's.
+A row that fails does not stop the run; nor does a clip that cannot be read, though all its rows fail. The reason is in
+`Sample.error`. An error other than an `MlxvrError` while the model answers is a bug of this package and ends the run. A
+decoder may raise anything about a broken file, so every error while a clip is read is the clip's.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ class Asking:
 
 
 def group_rows(rows: Iterable[Row]) -> list[tuple[Row, ...]]:
-    """Rows that look at the same part of the same medium, in the order of their first; those without media are one."""
+    """Group rows that look at the same part of the same medium, in order of first rows; those without media are one."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault((row.video or row.image, row.start, row.end, row.frames_fps), []).append(row)
@@ -48,13 +48,13 @@ def group_rows(rows: Iterable[Row]) -> list[tuple[Row, ...]]:
 
 
 def digest(row: Row) -> str:
-    """Tells rows apart that are asked differently; labels and what a report groups by are not in it."""
+    """A hash that differs between rows that are asked differently; labels and what a report groups by are not in it."""
     parts = (row.kind, row.text, row.options, row.media, row.start, row.end, row.frames_fps, row.response_prefix)
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 def generate(reasoner: "Reasoner", groups: Sequence[tuple[Row, ...]], asking: Asking) -> Iterator[Sample]:
-    """Ask every row; yields its sample as soon as it is there."""
+    """Ask every row; yield its sample as soon as it is answered."""
     with closing(read_ahead((rows[0] for rows in groups), reasoner.spec)) as clips:
         for rows, (vision, seconds) in zip(groups, clips):
             if isinstance(vision, Exception):
@@ -64,7 +64,7 @@ def generate(reasoner: "Reasoner", groups: Sequence[tuple[Row, ...]], asking: As
                 for row in rows:
                     sample = _ask(reasoner, clip, row, asking, seconds)
                     if sample.error is None:
-                        seconds = 0.0  # the first that was answered has paid for the frames
+                        seconds = 0.0  # the first row that is answered has paid for the frames
                     yield sample
 
 

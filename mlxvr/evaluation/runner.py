@@ -1,13 +1,13 @@
-"""An evaluation from its rows to its report: ask what has not been asked yet, bring together, work out, write.
+"""An evaluation from its rows to its report: ask rows, merge samples, compute figures, write the report.
 
-Every row is generated once, in think mode, and direct, think and auto follow from that (`metrics`); a live run stops
-early for real instead and knows its own threshold only. The output folder holds `samples.jsonl`, which grows while the
-run goes on, and what `report` writes at its end.
+Every row is asked once, in think mode, and direct, think and auto follow from that (`metrics`). A live run stops early
+instead and has figures at its own threshold only. The output folder holds `samples.jsonl`, which grows while the run
+goes on, and what `report` writes at its end.
 
-What a sample depends on (weights, system prompt, frames, decoding) stands in the first line of `samples.jsonl`, and a
-run with other settings does not go on with it. Labels, tasks, categories and pairs are not among that: they are taken
-from the rows each time, so that a corrected label costs no generation. The figures are over the rows of this run,
-whatever else the file may hold.
+What a sample depends on (weights, system prompt, frames, decoding) is in the first line of `samples.jsonl`, and a run
+with other settings refuses to continue it. Labels, tasks, categories and pairs are not part of that: they are read from
+the rows each time, so that a corrected label costs no generation. The figures are over the rows of this run, even if
+the file holds more.
 """
 
 import hashlib
@@ -58,7 +58,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Questions:
-    """What is to be asked.
+    """The rows to ask, and what belongs to them.
 
     Attributes:
         rows: in their order.
@@ -76,10 +76,10 @@ class Questions:
 
 
 def evaluate(config: EvalConfig, *, progress: Progress | None = None) -> EvalReport:
-    """Evaluate a model; goes on where an earlier run into the same output folder stopped.
+    """Evaluate a model; continue where an earlier run into the same output folder stopped.
 
     Args:
-        config: what to do.
+        config: the settings.
         progress: called with (stage, done, total); stages are "download", "check", "evaluate" and "frames".
 
     Raises:
@@ -191,16 +191,16 @@ def _threshold(config: EvalConfig, reasoner: "Reasoner") -> float:
 def _samples(
     config: EvalConfig, rows: Sequence[Row], reasoner: "Reasoner", ranks: ProcessGroup, progress: Progress | None
 ) -> tuple[list[Sample], int]:
-    """The samples of all rows, in their order, with the labels of today, and how many were generated now."""
+    """The samples of all rows, in their order, with their current labels, and how many were generated now."""
     run = _run(config, reasoner)
     known = _prepare(config, run, ranks)
     _check_unchanged(known, rows, config.output)
-    left = [row for row in rows if row.id not in known]
-    groups = group_rows(left)
+    remaining = [row for row in rows if row.id not in known]
+    groups = group_rows(remaining)
     total = sum(len(group) for group in groups[ranks.rank :: ranks.size])
-    done = len(rows) - len(left)
+    done = len(rows) - len(remaining)
 
-    def tell(asked: int) -> None:
+    def report_progress(asked: int) -> None:
         if progress is not None and total:
             progress("evaluate", done + asked, done + total)
 
@@ -218,17 +218,17 @@ def _samples(
                 spec=reasoner.spec,
                 system_prompt=reasoner.system_prompt,
             )
-            _ask_with_workers(job, reasoner, writer, tell)
+            _ask_with_workers(job, reasoner, writer, report_progress)
         else:
             for number, sample in enumerate(generate(reasoner, groups[ranks.rank :: ranks.size], asking), 1):
                 writer.write(sample)
-                tell(number)
-    known = _bring_together(config.output, run, ranks, rows)
-    return [relabelled(known[row.id], row) for row in rows], len(left)
+                report_progress(number)
+    known = _merge_shards(config.output, run, ranks, rows)
+    return [relabelled(known[row.id], row) for row in rows], len(remaining)
 
 
 def _prepare(config: EvalConfig, run: dict[str, Any], ranks: ProcessGroup) -> dict[str, Sample]:
-    """What earlier runs left, in one file again, without the rows that are to be asked anew."""
+    """Merge what earlier runs left into one file; return its samples, without the rows that are asked again."""
     main, leftovers = config.output / sharding.MAIN, sharding.shard_files(config.output)
     if ranks.rank:
         known = sharding.collect(config.output, run, ranks)
@@ -275,15 +275,17 @@ class _WorkerJob:
     system_prompt: str
 
 
-def _ask_with_workers(job: _WorkerJob, reasoner: "Reasoner", writer: SampleWriter, tell: Callable[[int], None]) -> None:
+def _ask_with_workers(
+    job: _WorkerJob, reasoner: "Reasoner", writer: SampleWriter, report_progress: Callable[[int], None]
+) -> None:
     """Ask the first share in this process and the others in workers."""
     own = 0
     with sharding.workers(len(job.shares), partial(_work, job)) as pool:
         for own, sample in enumerate(generate(reasoner, job.shares[0], job.asking), 1):
             writer.write(sample)
             pool.poll()
-            tell(own + pool.steps)
-        pool.wait(lambda: tell(own + pool.steps))
+            report_progress(own + pool.steps)
+        pool.wait(lambda: report_progress(own + pool.steps))
 
 
 def _work(job: _WorkerJob, shard: int, step: Callable[[], None]) -> None:
@@ -296,7 +298,7 @@ def _work(job: _WorkerJob, shard: int, step: Callable[[], None]) -> None:
             step()
 
 
-def _bring_together(output: Path, run: dict[str, Any], ranks: ProcessGroup, rows: Sequence[Row]) -> dict[str, Sample]:
+def _merge_shards(output: Path, run: dict[str, Any], ranks: ProcessGroup, rows: Sequence[Row]) -> dict[str, Sample]:
     """All samples; those of several shards become one file, in the order of the rows."""
     if ranks.size == 1 and not sharding.shard_files(output):
         return {sample.id: sample for sample in read_samples(output / sharding.MAIN)}
@@ -314,7 +316,7 @@ def _bring_together(output: Path, run: dict[str, Any], ranks: ProcessGroup, rows
 
 
 def _check_in_time(config: EvalConfig, rows: Sequence[Row], baseline: Baseline | None) -> None:
-    """Refuse, before hours of work, what could only fail after them: a calibration, a comparison, a file."""
+    """Refuse now what could only fail after hours of work: a calibration, a comparison, a file."""
     if config.write_threshold and (config.model is None or not Path(config.model).is_dir()):
         raise ConfigError(
             "the threshold is written into a model folder: give --model the folder of a converted model, or "

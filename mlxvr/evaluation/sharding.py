@@ -1,14 +1,15 @@
-"""One run over several processes: clips are dealt out, samples are brought together.
+"""One run over several processes: each asks its share of the clips, and their samples are merged.
 
-Two ways to have several. Ranks are started from outside, on one machine or many, and talk through `mx.distributed`:
+There are two ways to have several processes. Ranks are started from outside, on one machine or many, and talk through
+`mx.distributed`:
 
     mlx.launch -n 2 -- python -m mlxvr.eval --data clips.jsonl --output run
     mlx.launch --hosts a,b -- python -m mlxvr.eval ...
 
 Workers (`--workers N`) are started here, on this machine. Either way the shard 0 writes `samples.jsonl` and shard r
 `samples.rank<r>.jsonl`, so that nobody waits for anybody and each file is as safe as that of a single run. At the end,
-and before a run that goes on after a stop, all samples become one file. Ranks exchange them as bytes, so that their
-disks need not be the same. Clips are dealt again for every run, of what is left: the number of processes may change. A
+and before a run that continues after a stop, all samples become one file. Ranks exchange them as bytes, so that their
+disks need not be the same. Each run shares out anew the clips that are left, so the number of processes may change. A
 rank that has done its share keeps a core busy until all have (MLX's ring polls); when one fails, the launcher ends all.
 """
 
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["MAIN", "collect", "shard_file", "shard_files", "workers"]
 
 MAIN = "samples.jsonl"
-_PATIENCE = 0.2  # seconds between looks at the workers
+_POLL_SECONDS = 0.2  # seconds between polls of the workers
 
 
 def shard_file(output: Path, shard: int) -> Path:
@@ -127,7 +128,7 @@ class WorkerPool:
     def wait(self, step: Callable[[], None]) -> None:
         """Wait until all workers have ended, and call `step` now and then; raises as `poll`."""
         while self.poll():
-            multiprocessing.connection.wait(list(self._pipes.values()), _PATIENCE)
+            multiprocessing.connection.wait(list(self._pipes.values()), _POLL_SECONDS)
             step()
         step()
 

@@ -49,8 +49,8 @@ class LmmsRequest:
     Attributes:
         task, split, doc_id: where the question is from.
         context: the task's prompt.
-        visuals: hands over what there is to see, see `read_visuals`.
-        generation: the task's generation settings, of which only the temperature counts.
+        visuals: returns the media, see `read_visuals`.
+        generation: the task's generation settings, of which only temperature, top-p and `do_sample` count.
     """
 
     task: str
@@ -73,7 +73,7 @@ class Response:
 def answer_all(
     reasoner: "Reasoner", requests: Iterable[LmmsRequest], options: LmmsOptions, *, log: SampleWriter | None = None
 ) -> Iterator[Response]:
-    """Answer requests in their order; each response is there before the next request is looked at.
+    """Answer requests in their order; each response is yielded before the next request is read.
 
     Logs how many could not be answered, at the end.
     """
@@ -88,8 +88,8 @@ def answer_all(
                 source = read_visuals(request.visuals())
                 media = ", ".join(map(str, source)) if _are_paths(source) else ""
                 clip = clips.get(source, request)
-                how: AskKeywords = {**options.asking(), **_sampling(request.generation), "kind": kind}
-                answer = clip.ask(question, **how)
+                keywords: AskKeywords = {**options.asking(), **_sampling(request.generation), "kind": kind}
+                answer = clip.ask(question, **keywords)
             except Cancelled:
                 raise
             except MlxvrError as failure:
@@ -114,11 +114,11 @@ def answer_all(
 
 
 def read_context(context: str) -> tuple[str, Kind]:
-    r"""Take a task's prompt apart into a question and its kind, so that our prompt says nothing twice.
+    r"""Split a task's prompt into a question and its kind, so that our prompt says nothing twice.
 
-    A task may already say our words, all or the last of them (``Put your final answer in \boxed{}.``): those are taken
-    off, because `question_text` puts them back. Any other prompt stays what it is. lmms-eval's placeholders `<image>`
-    and `<video>` go: media come first.
+    A task may already say our words, all or the last of them (``Put your final answer in \boxed{}.``): these are
+    removed, because `question_text` puts them back. Any other prompt stays as it is. lmms-eval's placeholders `<image>`
+    and `<video>` are removed: media come first.
     """
     text = _PLACEHOLDER.sub("", context).strip()
     for kind in KINDS:
@@ -129,7 +129,7 @@ def read_context(context: str) -> tuple[str, Kind]:
 
 
 def read_visuals(visuals: Any) -> list[Any]:
-    """What a task hands over for one question: paths and pictures, in order; an empty list for text alone.
+    """The media that a task names for one question: paths and pictures, in order; an empty list for text alone.
 
     Raises `ConfigError` for what is neither: sound, an address on the network, several videos.
     """
@@ -149,7 +149,7 @@ def read_visuals(visuals: Any) -> list[Any]:
 
 
 def open_log(path: str | os.PathLike[str], reasoner: "Reasoner", options: LmmsOptions) -> SampleWriter:
-    """Open the log for a run, or go on with it; `mlxvr.evaluation.samples.read_samples` reads it.
+    """Open the log of a run, or continue it; `mlxvr.evaluation.samples.read_samples` reads it.
 
     Raises `ConfigError` when the file is of a run with other settings, or cannot be written.
     """
@@ -163,7 +163,7 @@ def open_log(path: str | os.PathLike[str], reasoner: "Reasoner", options: LmmsOp
 
 
 class _Clips:
-    """The clip that is open, kept for as long as questions ask for it."""
+    """The open clip, kept as long as questions are about it."""
 
     def __init__(self, reasoner: "Reasoner", options: LmmsOptions) -> None:
         self._reasoner, self._options = reasoner, options
@@ -171,7 +171,7 @@ class _Clips:
         self._clip: Clip | None = None
 
     def get(self, source: list[Any], request: LmmsRequest) -> "Clip":
-        """The clip of these visuals; files are known by their paths, pictures in memory by the question they are of."""
+        """The clip of these visuals; paths identify files, the question identifies pictures in memory."""
         key = tuple(map(str, source)) if _are_paths(source) else (request.task, request.split, request.doc_id)
         if self._clip is None or key != self._key:
             self.close()
@@ -179,7 +179,7 @@ class _Clips:
         return self._clip
 
     def close(self) -> None:
-        """Let go of the clip and its keys and values."""
+        """Close the clip and free its keys and values."""
         if self._clip is not None:
             self._clip.close()
         self._clip = self._key = None
@@ -197,7 +197,7 @@ class _Clips:
             return self._reasoner.open_with(source if len(source) > 1 else source[0] if source else None, options)
         except (MlxvrError, MemoryError):
             raise
-        except Exception as error:  # what a decoder may raise about a broken file has no bounds
+        except Exception as error:  # a decoder may raise anything about a broken file
             raise MediaError(f"{source[0]}: {type(error).__name__}: {error}") from error
 
 

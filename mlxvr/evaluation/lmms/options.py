@@ -22,11 +22,11 @@ class LmmsOptions(FrameLimitOptions, LoadOptions):
     Attributes:
         mode: "auto" reasons only when the first answer is not sure enough; "direct" never; "think" always.
         threshold: confidence that is sure enough, in [0, 1]; None: the checkpoint's own.
-        frames_fps: how far apart the pictures are of which a task hands over several for one question, per second;
-            None: as far as frames that we sample ourselves.
+        frames_fps: rate, in frames per second, of the pictures where a task gives several for one question; None: the
+            rate of frames that we sample ourselves.
         max_tokens: the most tokens that are generated; lmms-eval's `max_new_tokens`.
-        response_prefix: how the answer is begun for the model, ``\boxed{Answer:`` in the public evaluation of MVP.
-        log_file: JSONL that gets a line per question: first answer, confidence, reasoning, tokens, seconds.
+        response_prefix: text that the model's turn starts with, ``\boxed{Answer:`` in the public evaluation of MVP.
+        log_file: JSONL with a line per question: first answer, confidence, reasoning, tokens, seconds.
 
     The fields of `LoadOptions` and `FrameLimitOptions` come first; `model` is lmms-eval's `pretrained`. An image takes
     at most 4,096 tokens without `image_tokens` (the public evaluation allows 16,384).

@@ -1,7 +1,7 @@
 """The model as lmms-eval sees it: its base class, its requests, its token counts.
 
 The one module that imports lmms-eval, and through it torch; only lmms-eval imports it. Written against lmms-eval 0.7.
-Of its two interfaces it is the "simple" one, a prompt and what there is to see: a plugin that `LMMS_EVAL_PLUGINS` names
+It implements the "simple" one of the two interfaces, a prompt and its media: a plugin that `LMMS_EVAL_PLUGINS` names
 can only offer that, and a clip is one video anyway.
 """
 
@@ -65,7 +65,7 @@ class Mlxvr(lmms):
         self._open()
 
     def generate_until(self, requests: Sequence[Instance]) -> list[GenerationResult]:
-        """Answer questions; the text is what counts of the boxes, the token counts are what it cost."""
+        """Answer questions; the text is the answer that counts, the token counts are its cost."""
         asked = (self._read(request) for request in requests)
         responses = answer_all(self._open(), asked, self.options, log=self._samples)
         results = []
@@ -83,7 +83,7 @@ class Mlxvr(lmms):
         raise _refusal(requests, "asks in several rounds, and the model was trained to answer in one")
 
     def clean(self) -> None:
-        """Give the memory back; what is asked after that loads the model again."""
+        """Free the memory; a later question loads the model again."""
         if self._reasoner is not None:
             self._reasoner.close()
             self._reasoner = None
@@ -98,7 +98,7 @@ class Mlxvr(lmms):
             options = self.options
             reasoner = load_with(part_of(options, LoadOptions))
             reasoner.system_prompt = evaluation_copy(reasoner.system_prompt)
-            try:  # what the first video would find wrong is found before the data is read
+            try:  # limits that the first video would refuse are refused before the data is read
                 for limits in (options, options.several):
                     limits.applied_to(reasoner.spec)
                 if options.log_file is not None:
@@ -116,7 +116,7 @@ class Mlxvr(lmms):
 
 
 def _nothing() -> None:
-    """What there is to see in a question of text alone."""
+    """The media of a question of text alone: none."""
 
 
 def _result(response: Response) -> GenerationResult:
