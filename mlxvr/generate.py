@@ -192,7 +192,7 @@ def _gauge(first: FirstAnswer, mode: Mode) -> str:
     if mode == "direct":
         verdict = "" if sure else "; --mode direct takes it all the same"
     elif mode == "think" and sure:
-        verdict = "; --mode think goes on all the same"
+        verdict = "; --mode think reasons all the same"
     if first.confidence is None:
         return f"none: it would not answer directly{verdict}"
     filled = round(first.confidence * _BAR_WIDTH)

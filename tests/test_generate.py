@@ -160,7 +160,7 @@ def test_a_folder_of_frames(capfd, model, tmp_path):
         (0.985, "direct", False, "0.985 ████████████████████ ≥ 0.970: sure"),
         (0.414, "direct", False, "0.414 ████████░░░░░░░░░░░░ < 0.970: not sure; --mode direct takes it all the same"),
         (None, "direct", False, "none: it would not answer directly; --mode direct takes it all the same"),
-        (0.985, "think", True, "0.985 ████████████████████ ≥ 0.970: sure; --mode think goes on all the same"),
+        (0.985, "think", True, "0.985 ████████████████████ ≥ 0.970: sure; --mode think reasons all the same"),
         (0.414, "think", True, "0.414 ████████░░░░░░░░░░░░ < 0.970: not sure, so it thinks"),
     ],
 )

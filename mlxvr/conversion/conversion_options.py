@@ -152,7 +152,9 @@ class FuseOptions:
     revision: str | None = field(
         default=None, metadata=flag("where", "branch, tag or commit of the Hub repository", metavar="R")
     )
-    dequantize: bool = field(default=False, metadata=flag("result", "leave nothing quantized: nothing is rounded anew"))
+    dequantize: bool = field(
+        default=False, metadata=flag("result", "write all weights unquantized, so that none is rounded again")
+    )
     force: bool = field(default=False, metadata=flag("result", "replace a model folder that is in the way"))
 
 
