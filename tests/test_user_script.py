@@ -73,6 +73,7 @@ def test_typos_do_not_pass(checker, tmp_path):
         assert f"script.py:{number}:" in done.stdout, line
 
 
+@pytest.mark.slow
 def test_a_users_script_runs(tmp_path):
     done = subprocess.run([sys.executable, SCRIPT, tmp_path], capture_output=True, text=True, timeout=600, cwd=ROOT)
     assert done.returncode == 0, done.stderr
