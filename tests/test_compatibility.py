@@ -281,7 +281,7 @@ def test_what_mlx_vlm_converts_writes_the_same_here(family, options, folders):
     [
         (0, None),
         (4, "float32"),
-        (8, "float32"),
+        pytest.param(8, "float32", marks=pytest.mark.slow),
         # MLX's CPU backend takes most of a minute to multiply packed matrices in bfloat16.
         pytest.param(4, None, marks=pytest.mark.slow),
     ],

@@ -229,6 +229,7 @@ def sum_of_last_logits(model: VideoModel, index: int, prompts: list[Prompt]) -> 
     return whole
 
 
+@pytest.mark.slow
 def test_gradients_layer_by_layer_backwards(path: Path, family: str) -> None:
     """Of the sum of the last logits with respect to one weight of each layer: as through the whole network."""
     layerwise = LayerwiseModel.open(path, memory_limit=0)

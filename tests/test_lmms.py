@@ -183,6 +183,7 @@ def test_a_question_that_fails_costs_itself(reasoner, truth, tmp_path, caplog):
     assert [sample.error for sample in read_samples(tmp_path / "log.jsonl")] == [one.error for one in responses]
 
 
+@pytest.mark.slow
 def test_the_log_holds_what_led_to_the_answers(reasoner, truth, tmp_path):
     options = LmmsOptions(log_file=str(tmp_path / "log.jsonl"))
     requests = [asked(prompt_of(row), [path_of(row)], number) for number, row in enumerate(ROWS[:3])]

@@ -220,6 +220,7 @@ def test_ranks_with_different_settings_refuse_to_start(start, place):
     assert not state_file(place / "different0").exists()
 
 
+@pytest.mark.slow
 def test_a_rank_that_cannot_start_is_no_riddle_for_the_others(start, place):
     said = start("missing", flags={1: ["--data", place / "nowhere.jsonl"]})
     assert [code for _, code in said] == [2, 2], said

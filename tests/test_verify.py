@@ -204,6 +204,7 @@ def test_a_figure_that_is_no_number_fails_and_is_none_in_json() -> None:
 # Models.
 
 
+@pytest.mark.slow
 def test_identical_models_do_not_differ(probes: list[Probe]) -> None:
     told: list[tuple[str, int, int]] = []
     found = verify(SOURCE, SOURCE, probes=probes, progress=lambda *said: told.append(said))
@@ -233,7 +234,8 @@ def test_fewer_bits_mean_more_error(reports: dict[int, VerificationReport]) -> N
     assert {reports[bits].source_run for bits in (8, 4, 2)} == {"in memory"}
 
 
-@pytest.mark.parametrize("bits", [pytest.param(4, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [4, 2])
 def test_confidence_is_the_product_s(
     converted: dict[int, Path], reports: dict[int, VerificationReport], probes: list[Probe], bits: int
 ) -> None:
@@ -407,6 +409,7 @@ def test_options_that_cannot_be_used(tmp_path: Path) -> None:
         verify(tmp_path / "nowhere", SOURCE)
 
 
+@pytest.mark.slow
 def test_the_threshold_is_the_converted_model_s(
     converted: dict[int, Path], reports: dict[int, VerificationReport], probes: list[Probe], tmp_path: Path
 ) -> None:
